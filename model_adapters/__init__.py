@@ -1,0 +1,1 @@
+"""Adapters: each maps a Hugging Face architecture's configuration and weights to the native model."""

@@ -1,0 +1,64 @@
+# One environment, made once: each stamp records what is already installed in it.
+# On a machine with a GPU choose another build: make demo TORCH="torch==2.13.0 --index-url <wheel index>".
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs notebooks bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMPS)/base  ## describe, look inside and steer the embedded model: out/demo/index.html
+	$(BIN)/veena-lens demo --out out/demo
+
+test: $(STAMPS)/test  ## the tests (slow and GPU ones excluded)
+	$(BIN)/python -m pytest
+
+check: $(STAMPS)/dev  ## style, types and the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+docs: $(STAMPS)/docs  ## the documentation: site/index.html
+	$(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom
+	$(BIN)/jupyter-execute notebooks/*.ipynb
+
+bench: $(STAMPS)/base  ## tables of speed and memory ratios
+	$(BIN)/python -m veena_lens.benchmarks
+
+clean:  ## remove what these commands wrote, the environment aside
+	rm -rf out site build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(STAMPS)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "veena_lens needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1)." >&2; \
+	  echo "Name a newer one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs the package python3-venv." >&2; exit 1; }
+	@mkdir -p $(@D) && touch $@
+
+# torch comes first and alone: the package asks only for torch>=2.6, so that no later step fetches another build.
+$(STAMPS)/torch: $(STAMPS)/python
+	@echo "installing $(TORCH)"
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(STAMPS)/base: $(STAMPS)/torch pyproject.toml
+	@echo "installing veena_lens"
+	$(PIP) -e .
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/notebooks: $(STAMPS)/%: $(STAMPS)/base
+	@echo "installing what '$*' needs"
+	$(PIP) -e '.[$*]'
+	@touch $@

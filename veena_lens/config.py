@@ -1,0 +1,255 @@
+"""Configuration of a native model: what an adapter reads out of a Hugging Face config.
+
+Frozen dataclasses with TransformerLens's field names, checked when made, so that a bad value stops a load
+before any weight is read. Nothing here imports torch: `veena-lens models` and `--help` stay quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+Casts = Literal["hf", "none"]
+ImageLayout = Literal["fixed", "anyres", "dynamic"]
+ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
+
+
+class _Printed:
+    """A repr that shows what was set: one field a line, nested configurations indented, defaults left out."""
+
+    def __repr__(self) -> str:
+        lines = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if value == f.default and f.name not in ("dtype", "device"):
+                continue
+            lines.append(f"{f.name}={_short(value)}")
+        if sum(map(len, lines)) < 90:
+            return f"{type(self).__name__}({', '.join(lines)})"
+        body = ",\n".join(lines).replace("\n", "\n    ")
+        return f"{type(self).__name__}(\n    {body}\n)"
+
+
+def _short(value: Any) -> str:
+    """A long run of one repeated value prints as that value times its number."""
+    if isinstance(value, tuple) and len(value) > 4 and len(set(map(str, value))) == 1:
+        return f"({value[0]!r},) * {len(value)}"
+    return repr(value)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RopeConfig(_Printed):
+    """Rotary positions: base, scaling rule and, for multimodal rotary, the sections of its three streams.
+
+    `scaling` holds the numbers of the rule under Hugging Face's names (factor, low_freq_factor, ...);
+    `sections` are frequencies given to the (time, height, width) streams, `interleaved` says whether the
+    streams alternate (Qwen3-VL) or follow one another (Qwen2-VL).
+    """
+
+    theta: float = 10_000.0
+    rope_type: str = "default"
+    scaling: tuple[tuple[str, Any], ...] = ()
+    sections: tuple[int, ...] | None = None
+    interleaved: bool = False
+
+    def __post_init__(self) -> None:
+        known = ("default", "linear", "dynamic", "llama3", "yarn")
+        if self.rope_type not in known:
+            raise ValueError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(known)}.")
+        if self.theta <= 0:
+            raise ValueError(f"RopeConfig: theta={self.theta} must be positive.")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The scaling rule's numbers as a dictionary."""
+        return dict(self.scaling)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TransformerConfig(_Printed):
+    """What a stack of blocks needs, text or vision, under TransformerLens's names.
+
+    `norm_eps` is the epsilon of its norms; `qkv_bias`, `attn_out_bias`, `mlp_bias` say which linear maps
+    have a bias; `gated_mlp` is act(gate(x)) * up(x) against act(up(x)); `qk_norm` an RMS norm over the head
+    width of queries and keys before rotary.
+    """
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    d_head: int
+    d_mlp: int
+    act_fn: Activation
+    normalization_type: Literal["RMS", "LN"]
+    norm_eps: float
+    n_key_value_heads: int = 0  # 0: as many as query heads
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
+    gated_mlp: bool = False
+    qk_norm: bool = False
+    casts: Casts = "hf"
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for size in ("d_model", "n_heads", "d_head", "d_mlp"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"{name}: {size}={getattr(self, size)} must be at least 1.")
+        if self.n_layers < 0:
+            raise ValueError(f"{name}: n_layers={self.n_layers} must not be negative.")
+        if not self.n_key_value_heads:
+            object.__setattr__(self, "n_key_value_heads", self.n_heads)
+        if self.n_heads % self.n_key_value_heads:
+            raise ValueError(
+                f"{name}: n_heads={self.n_heads} must be a multiple of n_key_value_heads={self.n_key_value_heads}."
+            )
+        if self.act_fn not in ACTIVATIONS:
+            raise ValueError(f"{name}: act_fn={self.act_fn!r} is unknown; known: {', '.join(ACTIVATIONS)}.")
+        if self.casts not in ("hf", "none"):
+            raise ValueError(f"{name}: casts={self.casts!r} must be 'hf' or 'none'.")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class VisionConfig(TransformerConfig):
+    """A vision tower. `n_layers` counts the layers that reach the features and have hooks; `n_unused_layers`
+    those past `feature_layers`, whose weights are kept for export only.
+
+    `feature_layers` index the L + 1 hidden states (0 is the input of block 0), already non-negative;
+    `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
+    """
+
+    kind: Literal["clip", "siglip"]
+    image_size: int  # pixels
+    patch_size: int  # pixels
+    n_channels: int = 3
+    n_unused_layers: int = 0
+    feature_layers: tuple[int, ...] = ()
+    feature_layers_given: int | tuple[int, ...] = ()  # as the checkpoint says it, for messages
+    drop_class_token: bool = False
+    has_pooling_head: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"VisionConfig: image_size={self.image_size} is smaller than one patch ({self.patch_size} pixels)."
+            )
+        for layer in self.feature_layers:
+            if not 0 <= layer <= self.n_layers:
+                raise ValueError(
+                    f"VisionConfig: feature layer {layer} is outside the {self.n_layers + 1} hidden states of the tower."
+                )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) in patches of one picture."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.kind == "clip"
+
+    @property
+    def n_positions(self) -> int:
+        """Positions in the tower: patches and, for CLIP, the class token at position 0."""
+        return self.grid[0] * self.grid[1] + int(self.has_class_token)
+
+    @property
+    def n_features(self) -> int:
+        """Features a picture gives: positions, less the class token where the strategy drops token 0."""
+        return self.n_positions - int(self.drop_class_token)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ConnectorConfig(_Printed):
+    """The projector between tower and decoder: two linear maps with an activation in between."""
+
+    d_in: int
+    d_hidden: int
+    d_out: int
+    act_fn: Activation = "gelu"
+    bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class HookedVLMConfig(TransformerConfig):
+    """The whole model: the decoder's numbers at the root, as in HookedTransformer, tower and connector below.
+
+    `sliding_windows` has one entry a layer (None: full attention), or is empty when no layer slides.
+    `n_ctx` is the longest context in tokens. `casts="hf"` rounds where Hugging Face does (norms and rotary
+    tables in float32); "none" stays in the model's dtype throughout.
+    """
+
+    d_vocab: int
+    n_ctx: int
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    unembed_bias: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    image_layout: ImageLayout = "fixed"
+    image_token_id: int | None = None
+    pad_token_id: int | None = None
+    vision: VisionConfig | None = None
+    connector: ConnectorConfig | None = None
+    architecture: str = ""
+    model_name: str = ""
+    dtype: Any = None
+    device: Any = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sliding_windows and len(self.sliding_windows) != self.n_layers:
+            raise ValueError(
+                f"HookedVLMConfig: {len(self.sliding_windows)} sliding windows for {self.n_layers} layers; "
+                "give one a layer or none at all."
+            )
+        if self.d_head % 2:
+            raise ValueError(f"HookedVLMConfig: d_head={self.d_head} must be even for rotary positions.")
+        if self.vision is not None and self.image_token_id is None:
+            raise ValueError("HookedVLMConfig: a model with a vision tower needs image_token_id.")
+        if self.vision is not None and self.vision.casts != self.casts:
+            object.__setattr__(self, "vision", replace(self.vision, casts=self.casts))
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer in tokens; None: full attention."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
+    # What transformer_lens's tools read of a configuration, beside the fields above.
+    @property
+    def eps(self) -> float:
+        return self.norm_eps
+
+    @property
+    def d_vocab_out(self) -> int:
+        return self.d_vocab
+
+    @property
+    def final_rms(self) -> bool:
+        return self.normalization_type == "RMS"
+
+    attn_only = False
+    parallel_attn_mlp = False
+    positional_embedding_type = "rotary"
+    use_attn_result = True  # computed when heard, so always at hand
+    use_split_qkv_input = True
+    use_hook_mlp_in = True
+    use_attn_in = False  # one query head's copy is hook_q_input; there is no shared hook_attn_in
+    default_prepend_bos = True
+    original_architecture = property(lambda self: self.architecture)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dictionary of all fields, JSON-able (dtype and device as text)."""
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

@@ -1,0 +1,196 @@
+"""Every hook point in one table: name, axes, when it is live.
+
+Docs, `veena-lens inspect`, cache slicing, position selectors, plots and the test that every hook acts all
+read this table. `{l}` stands for the layer. `python -m veena_lens.hook_table` prints it as Markdown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from typing import Literal
+
+from veena_lens.config import HookedVLMConfig, TransformerConfig
+
+Live = Literal["always", "when heard"]
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A row of the table: `axes` as jaxtyping writes them, `live` and what the value is."""
+
+    name: str
+    axes: str
+    what: str
+    live: Live = "always"
+    needs: str = ""  # condition on the configuration, "" for none
+
+    @property
+    def axis_names(self) -> tuple[str, ...]:
+        return tuple(self.axes.split())
+
+    @property
+    def by_default(self) -> bool:
+        """Cached when `names_filter` is None: everything except the large copies of the residual."""
+        return not self.name.endswith(("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in"))
+
+
+def _block(kind: str) -> tuple[Hook, ...]:
+    """Hooks of one block; `kind` is the first axis: rows of text ("batch") or pictures ("picture")."""
+    b = kind
+    heard: Live = "when heard"
+    return (
+        Hook("blocks.{l}.hook_resid_pre", f"{b} pos d_model", "residual stream that enters the block"),
+        Hook("blocks.{l}.hook_q_input", f"{b} pos n_heads d_model", "residual before ln1, a copy a query head", heard),
+        Hook("blocks.{l}.hook_k_input", f"{b} pos n_key_value_heads d_model", "the same for keys", heard),
+        Hook("blocks.{l}.hook_v_input", f"{b} pos n_key_value_heads d_model", "the same for values", heard),
+        Hook("blocks.{l}.ln1.hook_scale", f"{b} pos 1", "denominator of the norm before attention", heard),
+        Hook("blocks.{l}.ln1.hook_normalized", f"{b} pos d_model", "its output (RMS: before the weight)"),
+        Hook("blocks.{l}.attn.hook_q", f"{b} pos n_heads d_head", "queries, bias added"),
+        Hook("blocks.{l}.attn.hook_k", f"{b} pos n_key_value_heads d_head", "keys, bias added"),
+        Hook("blocks.{l}.attn.hook_v", f"{b} pos n_key_value_heads d_head", "values, bias added"),
+        Hook("blocks.{l}.attn.q_norm.hook_scale", f"{b} pos n_heads 1", "query norm: denominator", heard, "qk_norm"),
+        Hook("blocks.{l}.attn.q_norm.hook_normalized", f"{b} pos n_heads d_head", "before the weight", needs="qk_norm"),
+        Hook("blocks.{l}.attn.k_norm.hook_scale", f"{b} pos n_key_value_heads 1", "key norm", heard, "qk_norm"),
+        Hook("blocks.{l}.attn.k_norm.hook_normalized", f"{b} pos n_key_value_heads d_head", "", needs="qk_norm"),
+        Hook("blocks.{l}.attn.hook_rot_q", f"{b} pos n_heads d_head", "queries after rotary", needs="rotary"),
+        Hook("blocks.{l}.attn.hook_rot_k", f"{b} pos n_key_value_heads d_head", "keys after rotary", needs="rotary"),
+        Hook("blocks.{l}.attn.hook_attn_scores", f"{b} n_heads query_pos key_pos", "scaled logits, masked", heard),
+        Hook("blocks.{l}.attn.hook_pattern", f"{b} n_heads query_pos key_pos", "attention weights", heard),
+        Hook("blocks.{l}.attn.hook_z", f"{b} pos n_heads d_head", "head outputs before W_O"),
+        Hook("blocks.{l}.attn.hook_result", f"{b} pos n_heads d_model", "head outputs in the residual stream", heard),
+        Hook("blocks.{l}.hook_attn_out", f"{b} pos d_model", "what attention adds to the residual"),
+        Hook("blocks.{l}.hook_resid_mid", f"{b} pos d_model", "residual after attention"),
+        Hook("blocks.{l}.hook_mlp_in", f"{b} pos d_model", "residual before ln2, a copy for the MLP", heard),
+        Hook("blocks.{l}.ln2.hook_scale", f"{b} pos 1", "denominator of the norm before the MLP", heard),
+        Hook("blocks.{l}.ln2.hook_normalized", f"{b} pos d_model", "its output (RMS: before the weight)"),
+        Hook("blocks.{l}.mlp.hook_pre", f"{b} pos d_mlp", "input of the activation function"),
+        Hook("blocks.{l}.mlp.hook_pre_linear", f"{b} pos d_mlp", "the linear branch of a gated MLP", needs="gated_mlp"),
+        Hook("blocks.{l}.mlp.hook_post", f"{b} pos d_mlp", "neuron activations"),
+        Hook("blocks.{l}.hook_mlp_out", f"{b} pos d_model", "what the MLP adds to the residual"),
+        Hook("blocks.{l}.hook_resid_post", f"{b} pos d_model", "residual stream that leaves the block"),
+    )
+
+
+DECODER_HOOKS: tuple[Hook, ...] = (
+    Hook("hook_embed", "batch pos d_model", "merged sequence: token embeddings with image features scattered in"),
+    *_block("batch"),
+    Hook("ln_final.hook_scale", "batch pos 1", "denominator of the last norm", "when heard"),
+    Hook("ln_final.hook_normalized", "batch pos d_model", "its output (RMS: before the weight)"),
+    Hook("unembed.hook_in", "batch pos d_model", "input of the unembedding"),
+    Hook("unembed.hook_out", "batch pos d_vocab", "logits"),
+)
+VISION_HOOKS: tuple[Hook, ...] = (
+    Hook("vision.hook_embed", "picture pos d_model", "patch embeddings, class token first where there is one"),
+    Hook("vision.hook_pos_embed", "picture pos d_model", "position embeddings", needs="pos_embed"),
+    Hook("vision.ln_pre.hook_scale", "picture pos 1", "denominator of the norm after them", "when heard", "ln_pre"),
+    Hook("vision.ln_pre.hook_normalized", "picture pos d_model", "its output", needs="ln_pre"),
+    *(Hook(f"vision.{h.name}", h.axes, h.what, h.live, h.needs) for h in _block("picture")),
+)
+CONNECTOR_HOOKS: tuple[Hook, ...] = (
+    Hook("connector.hook_in", "picture pos d_in", "features of the tower that the projector reads"),
+    Hook("connector.hook_pre", "picture pos d_hidden", "before its activation function"),
+    Hook("connector.hook_post", "picture pos d_hidden", "after its activation function"),
+    Hook("connector.hook_out", "picture pos d_model", "projected features"),
+    Hook("hook_image_features", "n_image_tokens d_model", "what is scattered into the sequence, row after row"),
+)
+HOOK_TABLE: tuple[Hook, ...] = (*VISION_HOOKS, *CONNECTOR_HOOKS, *DECODER_HOOKS)
+
+
+def _has(cfg: TransformerConfig, need: str, decoder: bool) -> bool:
+    if need == "":
+        return True
+    if need == "rotary":
+        return decoder
+    if need == "ln_pre":
+        return getattr(cfg, "kind", "") == "clip"
+    if need == "pos_embed":
+        return getattr(cfg, "kind", "") in ("clip", "siglip")
+    return bool(getattr(cfg, need))
+
+
+def _expand(rows: Iterable[Hook], cfg: TransformerConfig, decoder: bool) -> dict[str, Hook]:
+    rows = [h for h in rows if _has(cfg, h.needs, decoder)]
+    first = next((i for i, h in enumerate(rows) if "{l}" in h.name), len(rows))
+    last = max((i for i, h in enumerate(rows) if "{l}" in h.name), default=first - 1)
+    out = {h.name: h for h in rows[:first]}
+    for layer in range(cfg.n_layers):
+        out |= {h.name.format(l=layer): h for h in rows[first : last + 1]}
+    return out | {h.name: h for h in rows[last + 1 :]}
+
+
+@lru_cache(maxsize=32)
+def hooks_of(cfg: HookedVLMConfig) -> dict[str, Hook]:
+    """Every hook point of a model with this configuration, in the order of computation: name -> row."""
+    table: dict[str, Hook] = {}
+    if cfg.vision is not None:
+        table |= _expand(VISION_HOOKS, cfg.vision, decoder=False)
+        table |= {h.name: h for h in CONNECTOR_HOOKS}
+    return table | _expand(DECODER_HOOKS, cfg, decoder=True)
+
+
+_LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+_ROW = {h.name: h for h in HOOK_TABLE}
+# transformer_lens 4 puts these below attn; both names mean one point.
+_ALIAS = re.compile(r"^((?:vision\.)?blocks\.\d+\.)attn\.(hook_[qkv]_input)$")
+
+
+def canonical(name: str) -> str:
+    """The table's own name for a hook point that may be given under transformer_lens 4's."""
+    return _ALIAS.sub(r"\1\2", name)
+
+
+def aliases(name: str) -> tuple[str, ...]:
+    """Other names that resolve to this hook point."""
+    found = re.match(r"^((?:vision\.)?blocks\.\d+\.)(hook_[qkv]_input)$", name)
+    return (f"{found[1]}attn.{found[2]}",) if found else ()
+
+
+def row_of(name: str) -> Hook:
+    """The table's row for a full hook name such as "blocks.3.attn.hook_z" (gradients: "..._grad")."""
+    bare = canonical(name.removesuffix("_grad"))
+    key = _LAYER.sub("{l}", bare)
+    if key not in _ROW:
+        raise ValueError(f"No hook point is called {name!r}{near_names(key, _ROW)}.")
+    return _ROW[key]
+
+
+def layer_of(name: str) -> int | None:
+    """Block index in a hook name, None outside the blocks."""
+    found = _LAYER.search(name)
+    return int(found[0]) if found else None
+
+
+def near_names(name: str, known: Collection[str]) -> str:
+    """"; near names: ..." for an error message, or "" when nothing is near."""
+    near = get_close_matches(name, list(known), n=4, cutoff=0.5)
+    return f"; near names: {', '.join(near)}" if near else ""
+
+
+def require_hook(name: str, known: Collection[str]) -> str:
+    """The canonical name of a hook point that exists.
+
+    Raises: ValueError, naming near names, when there is none."""
+    full = canonical(name)
+    if full not in known:
+        raise ValueError(
+            f"No hook point {name!r}{near_names(full, known)}. "
+            "`veena-lens inspect MODEL` and `model.hook_dict` list them all."
+        )
+    return full
+
+
+def to_markdown(rows: Iterable[Hook] = HOOK_TABLE) -> str:
+    """The table as Markdown, for the documentation."""
+    lines = ["| hook point | axes | live | what it is |", "|---|---|---|---|"]
+    for h in rows:
+        what = h.what + (f" (with {h.needs})" if h.needs else "")
+        lines.append(f"| `{h.name}` | `{h.axes}` | {h.live} | {what} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(to_markdown())

@@ -1,0 +1,272 @@
+"""What a model runs on: tokens, pictures, and where the pictures lie among the tokens.
+
+`MultimodalInputs` stands in for a token tensor (shape, ndim, device, row indexing), so that functions written
+for `[batch, pos]` tokens run with pictures unchanged. Plain data: a processor makes it, a model reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where things lie in one row, as positions of the padded sequence.
+
+    `images`: a slice an image; `query`: the text after the last image (the whole prompt where there is none),
+    without the answer; `last`: the last prompt token; `answer`: the answer's tokens, None without one.
+    """
+
+    images: list[slice]
+    query: slice
+    last: int
+    answer: slice | None = None
+
+    def __repr__(self) -> str:
+        def show(s: slice) -> str:
+            return f"{s.start}:{s.stop}"
+
+        images = ", ".join(map(show, self.images))
+        answer = "" if self.answer is None else f", answer={show(self.answer)}"
+        return f"Spans(images=[{images}], query={show(self.query)}, last={self.last}{answer})"
+
+
+def text_positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Position of each token counted over real tokens only; pads get 0 (as Hugging Face's `generate` does)."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def find_spans(
+    tokens: Int[Tensor, "batch pos"],
+    mask: Bool[Tensor, "batch pos"],
+    image_token_id: int | None,
+    image_lengths: Sequence[Sequence[int]],
+    answer_lengths: Sequence[int] | None = None,
+) -> tuple[Spans, ...]:
+    """Spans of every row, given how many tokens each of its images fills (images may touch)."""
+    found = []
+    for row in range(len(tokens)):
+        real = mask[row].nonzero().flatten().tolist()
+        end = real[-1] + 1
+        n_answer = answer_lengths[row] if answer_lengths is not None else 0
+        prompt_end = end - n_answer
+        places = []
+        if image_token_id is not None:
+            places = ((tokens[row] == image_token_id) & mask[row]).nonzero().flatten().tolist()
+        images, at = [], 0
+        for length in image_lengths[row] if row < len(image_lengths) else ():
+            # A tiled image may be interrupted by its own row separators, so the slice runs from first to last.
+            images.append(slice(places[at], places[at + length - 1] + 1))
+            at += length
+        start = images[-1].stop if images else real[0]
+        answer = slice(prompt_end, end) if answer_lengths is not None else None
+        found.append(Spans(images, slice(start, prompt_end), prompt_end - 1, answer))
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MultimodalInputs:
+    """A batch of prompts with pictures, ready for a model.
+
+    tokens: [batch pos] ids with every image expanded to its tokens. attention_mask: [batch pos], False on pads.
+    position_ids: [batch pos], or [3 batch pos] for multimodal rotary. pixel_values: what the tower reads,
+    [picture ...]; picture_rows: the row that owns each picture; image_rows: the row of each image.
+    extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
+    one an image; patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left, top, right, bottom) in
+    pixels of the original picture, or None where the original is not known.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    attention_mask: Bool[Tensor, "batch pos"]
+    position_ids: Int[Tensor, "*streams batch pos"]
+    image_token_id: int | None = None
+    pad_token_id: int = 0
+    pixel_values: Float[Tensor, "picture ..."] | None = None
+    picture_rows: Int[Tensor, " picture"] | None = None
+    image_rows: Int[Tensor, " image"] | None = None
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    spans: tuple[Spans, ...] = ()
+    grids: tuple[tuple[tuple[int, int], ...], ...] = ()
+    patch_boxes: tuple[tuple[Any, ...], ...] | None = None
+    tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False)
+
+    # --- standing in for a token tensor ---------------------------------------------------------------
+    @property
+    def shape(self) -> torch.Size:
+        """(batch, pos)."""
+        return self.tokens.shape
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tokens.dtype
+
+    def size(self, dim: int | None = None) -> Any:
+        """Size of one axis, or of both."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 2
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> MultimodalInputs:
+        """The chosen rows with their pictures: an int (a batch of one), slice, list, or index or bool tensor."""
+        if isinstance(rows, tuple):
+            raise IndexError("MultimodalInputs is indexed by rows only; use .tokens to pick positions.")
+        if isinstance(rows, int):
+            rows = range(len(self))[rows]
+            rows = slice(rows, rows + 1)
+        index = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
+        chosen = index.flatten().tolist()
+        on = self.tokens.device
+        index = torch.tensor(chosen, dtype=torch.long, device=on)
+        pictures, new_picture_rows = _belonging(self.picture_rows, chosen)
+        images, new_image_rows = _belonging(self.image_rows, chosen)
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            attention_mask=self.attention_mask[index],
+            position_ids=self.position_ids[..., index, :],
+            pixel_values=_take(self.pixel_values, pictures),
+            picture_rows=new_picture_rows,
+            image_rows=new_image_rows,
+            extras={k: v[images.to(v.device)] if images is not None else v for k, v in self.extras.items()},
+            spans=tuple(self.spans[i] for i in chosen),
+            grids=tuple(self.grids[i] for i in chosen),
+            patch_boxes=None if self.patch_boxes is None else tuple(self.patch_boxes[i] for i in chosen),
+        )
+
+    def to(self, device: torch.device | str) -> MultimodalInputs:
+        """The same inputs with every tensor on `device`."""
+
+        def move(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        return replace(
+            self,
+            **{
+                name: move(getattr(self, name))
+                for name in ("tokens", "attention_mask", "position_ids", "pixel_values", "picture_rows", "image_rows")
+            },
+            extras={k: move(v) for k, v in self.extras.items()},
+        )
+
+    # --- what the rows hold --------------------------------------------------------------------------
+    @property
+    def image_mask(self) -> Bool[Tensor, "batch pos"]:
+        """True at image tokens."""
+        if self.image_token_id is None:
+            return torch.zeros_like(self.attention_mask)
+        return (self.tokens == self.image_token_id) & self.attention_mask
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Real tokens a row."""
+        return self.attention_mask.sum(-1)
+
+    @property
+    def n_images(self) -> list[int]:
+        """Images a row."""
+        return [len(s.images) for s in self.spans]
+
+    def with_answer(self, answer: str | Sequence[str] | Sequence[Sequence[int]] | Tensor) -> MultimodalInputs:
+        """The same rows with an answer appended; `spans` gain `.answer`. One text serves every row.
+
+        Token ids (a list a row, or a `[batch new]` tensor as `generate(return_type="tokens")` gives) are
+        appended as they are, pads at their end dropped; texts go through the tokenizer without special tokens.
+        Raises: ValueError for a text without a tokenizer, or a number of answers other than that of rows.
+        """
+        rows = self._answer_ids(answer)
+        prompts = []
+        for row, spans in enumerate(self.spans):
+            keep = self.attention_mask[row].clone()
+            keep[spans.last + 1 :] = False  # an earlier answer is replaced
+            prompts.append(keep.nonzero().flatten())
+        length = max(len(p) + len(a) for p, a in zip(prompts, rows, strict=True))
+        on, n = self.tokens.device, len(self)
+        tokens = torch.full((n, length), self.pad_token_id, dtype=self.tokens.dtype, device=on)
+        mask = torch.zeros(n, length, dtype=torch.bool, device=on)
+        positions = torch.zeros(*self.position_ids.shape[:-1], length, dtype=torch.long, device=on)
+        for i, (prompt, ids) in enumerate(zip(prompts, rows, strict=True)):
+            start, middle = length - len(prompt) - len(ids), length - len(ids)
+            tokens[i, start:middle] = self.tokens[i, prompt]
+            tokens[i, middle:] = torch.tensor(ids, dtype=self.tokens.dtype, device=on)
+            mask[i, start:] = True
+            old = self.position_ids[..., i, :][..., prompt]
+            positions[..., i, start:middle] = old
+            positions[..., i, middle:] = old.max() + 1 + torch.arange(len(ids), device=on)
+        lengths = [[self.count_image_tokens(i, s) for s in spans.images] for i, spans in enumerate(self.spans)]
+        spans = find_spans(tokens, mask, self.image_token_id, lengths, [len(a) for a in rows])
+        return replace(self, tokens=tokens, attention_mask=mask, position_ids=positions, spans=spans)
+
+    def count_image_tokens(self, row: int, span: slice) -> int:
+        """Image tokens inside a span of a row."""
+        return int(self.image_mask[row, span].sum())
+
+    def _answer_ids(self, answer: Any) -> list[list[int]]:
+        if isinstance(answer, Tensor):
+            answer = answer.tolist()
+        if isinstance(answer, str):
+            answer = [answer] * len(self)
+        if len(answer) != len(self):
+            raise ValueError(f"{len(answer)} answers for {len(self)} rows; give one a row, or one text for all.")
+        rows = []
+        for item in answer:
+            if isinstance(item, str):
+                if self.tokenize is None:
+                    raise ValueError("with_answer: these inputs know no tokenizer; give token ids instead of text.")
+                rows.append(list(self.tokenize(item)))
+            else:
+                ids = [int(i) for i in item]
+                while ids and ids[-1] == self.pad_token_id:
+                    ids.pop()
+                rows.append(ids)
+        return rows
+
+    def __repr__(self) -> str:
+        n, length = self.shape
+        images = self.n_images
+        shown = f"{images[0]} image{'s' * (images[0] != 1)} a row" if len(set(images)) == 1 else f"images {images}"
+        lines = [f"MultimodalInputs({n} row{'s' * (n != 1)}, {length} positions, {shown}"]
+        for i, (spans, grids) in enumerate(zip(self.spans[:3], self.grids[:3], strict=False)):
+            cells = ", ".join(f"{h}x{w}" for h, w in grids)
+            lines.append(f"  row {i}: {int(self.lengths[i])} tokens, grids [{cells}], {spans}")
+        if n > 3:
+            lines.append(f"  ... {n - 3} more")
+        return "\n".join(lines) + ")"
+
+
+def _belonging(owner: Tensor | None, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
+    """Indices of the pictures that the chosen rows own, in the rows' order, and their new owners."""
+    if owner is None:
+        return None, None
+    places, owners = [], []
+    for new, old in enumerate(rows):
+        mine = (owner == old).nonzero().flatten().tolist()
+        places += mine
+        owners += [new] * len(mine)
+    return (
+        torch.tensor(places, dtype=torch.long, device=owner.device),
+        torch.tensor(owners, dtype=torch.long, device=owner.device),
+    )
+
+
+def _take(x: Tensor | None, index: Tensor | None) -> Tensor | None:
+    if x is None or index is None:
+        return x
+    return x[index.to(x.device)] if len(index) else None

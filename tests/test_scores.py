@@ -1,0 +1,164 @@
+"""`Scores`: selection, averages, tables, files and errors, over made-up attention."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veena_lens.scores import Scores
+
+
+def attention() -> Scores:
+    values = torch.arange(2 * 3 * 4, dtype=torch.float64).reshape(2, 3, 4)
+    mask = torch.ones(2, 1, 4, dtype=torch.bool)
+    mask[1, 0, 3] = False
+    labels = {"layer": [5, 7], "key": ["the", "face", "is", "sad"]}
+    return Scores(values, ("layer", "head", "key"), labels, name="attention", unit="probability", mask=mask)
+
+
+def test_labels_default_to_a_range() -> None:
+    assert attention().labels["head"] == [0, 1, 2]
+
+
+def test_selected_label_drops_its_axis_and_a_list_keeps_it() -> None:
+    scores = attention()
+    one = scores.select(layer=7, head=[2, 0])
+    assert one.axes == ("head", "key") and one.labels["head"] == [2, 0] and one.unit == "probability"
+    torch.testing.assert_close(one.values, scores.values[1][[2, 0]])
+    assert one.mask is not None and not one.mask[:, 3].any()
+    assert scores.select(head=-1).values.equal(scores.values[:, 2])
+
+
+def test_select_takes_a_tensor_element_as_a_label() -> None:
+    assert attention().select(head=[torch.tensor(1)]).labels["head"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "telling"),
+    [({"layer": 6}, "does not occur; labels: 5 7"), ({"token": 1}, r"No axis 'token'; the axes are \('layer'")],
+)
+def test_unknown_selection_names_what_exists(wanted: dict, telling: str) -> None:
+    with pytest.raises(ValueError, match=telling):
+        attention().select(**wanted)
+
+
+def test_repeated_label_must_be_asked_for_in_a_list() -> None:
+    scores = Scores(torch.tensor([1.0, 2.0, 3.0]), ("token",), {"token": ["the", "face", "the"]})
+    with pytest.raises(ValueError, match=r"entries \[0, 2\]"):
+        scores.select(token="the")
+    assert scores.select(token=["the"]).values.tolist() == [1.0, 3.0]
+
+
+def test_mean_leaves_padding_out() -> None:
+    mean = attention().mean("key", "head")
+    assert mean.axes == ("layer",) and mean.mask is None
+    torch.testing.assert_close(mean.values, torch.tensor([5.5, 17.0], dtype=torch.float64))
+
+
+def test_mean_over_nothing_is_masked() -> None:
+    scores = Scores(torch.ones(2, 3), ("row", "key"), mask=torch.tensor([[True], [False]]))
+    mean = scores.mean("key")
+    assert mean.values[0] == 1 and math.isnan(mean.values[1]) and mean.exists.tolist() == [True, False]
+
+
+def test_frame_holds_the_entries_that_exist() -> None:
+    frame = attention().to_frame()
+    assert list(frame.columns) == ["layer", "head", "key", "value"] and len(frame) == 24 - 3
+    assert frame[(frame.layer == 7) & (frame["key"] == "sad")].empty
+    assert frame.iloc[5].tolist() == [5, 1, "face", 5.0]
+
+
+def test_top_is_ordered_and_leaves_padding_and_nan_out() -> None:
+    top = attention().top(2)
+    assert top["value"].tolist() == [22.0, 21.0] and top["key"].tolist() == ["is", "face"]
+    signed = Scores(torch.tensor([1.0, -3.0, float("nan"), 2.0]), ("head",))
+    assert signed.top(2, by="abs")["head"].tolist() == [1, 3]
+    assert signed.top(1, largest=False)["head"].tolist() == [1]
+
+
+def test_file_gives_back_everything(tmp_path) -> None:
+    scores = Scores(
+        torch.randn(2, 2, dtype=torch.bfloat16).T,
+        ("site", "at"),
+        {"site": ["resid", None], "at": [0.5, True]},
+        name="effect",
+        unit="logits",
+        mask=torch.tensor([True, False]),
+        meta={"model": "tiny", "rows": [1, 2]},
+    )
+    again = Scores.load(scores.save(tmp_path / "deep" / "scores.safetensors"))
+    assert again.values.equal(scores.values) and again.values.dtype == torch.bfloat16
+    assert again.mask is not None and again.mask.equal(scores.mask)
+    for part in ("axes", "labels", "name", "unit", "meta"):
+        assert getattr(again, part) == getattr(scores, part), part
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["scores.safetensors"]
+
+
+def test_file_of_another_kind_is_refused(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"values": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no Scores"):
+        Scores.load(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "telling"),
+    [
+        ({"axes": ("layer",)}, r"1 axes \('layer',\) for values of shape \[2, 3\]"),
+        ({"axes": ("layer", "layer")}, "names must differ"),
+        ({"axes": ("layer", "value")}, "not 'value'"),
+        ({"labels": {"token": [1, 2]}}, r"labels for \['token'\]"),
+        ({"labels": {"head": [1, 2]}}, "2 labels for axis 'head', which has 3 entries"),
+        ({"labels": {"head": [1, 2, (3, 4)]}}, "is a tuple"),
+        ({"mask": torch.ones(2, 2, dtype=torch.bool)}, r"mask \[2, 2\] does not broadcast"),
+        ({"meta": {"model": torch.zeros(1)}}, "meta must be JSON-able"),
+    ],
+)
+def test_parts_that_disagree_are_refused(arguments: dict, telling: str) -> None:
+    with pytest.raises(ValueError, match=telling):
+        Scores(**{"values": torch.zeros(2, 3), "axes": ("layer", "head"), **arguments})
+
+
+def test_plot_draws_one_axis_or_two_and_names_them_otherwise() -> None:
+    scores = attention()
+    assert scores.mean("key").plot().axes[0].get_xlabel() == "head"
+    curve = scores.select(layer=[5], key="is").plot().axes[0]
+    assert curve.get_title(loc="left") == "attention, layer 5" and curve.get_xlabel() == "head"
+    with pytest.raises(ValueError, match=r"3, \('layer', 'head', 'key'\): select or reduce"):
+        scores.plot()
+    with pytest.raises(ValueError, match="single number"):
+        scores.select(layer=5, head=0, key="is").plot()
+
+
+@pytest.mark.parametrize("axes", [(), ("layer",), ("batch", "layer", "head", "query", "key", "pos")])
+def test_repr_fits_in_nine_lines(axes: tuple[str, ...]) -> None:
+    scores = Scores(torch.rand([40] * min(len(axes), 2) + [1] * (len(axes) - 2)), axes, name="attention")
+    assert len(repr(scores).splitlines()) < 10
+    assert all(len(line) < 110 for line in repr(scores).splitlines())
+
+
+def test_padding_does_not_reach_the_repr() -> None:
+    text = repr(attention())
+    assert "from 0 to 22" in text and "21 of 24 entries exist" in text and "'the' 'face' 'is' 'sad'" in text
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), seed=st.integers(0, 2**16), at=st.integers(0, 3))
+def test_mean_equals_mean_of_the_frame(shape: list[int], seed: int, at: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(shape, generator=generator, dtype=torch.float64)
+    mask = torch.rand(shape, generator=generator) > 0.3
+    axes = tuple("abcd"[: len(shape)])
+    scores, axis = Scores(values, axes, mask=mask), axes[at % len(shape)]
+    mean, rest = scores.mean(axis), [a for a in axes if a != axis]
+    frame = scores.to_frame()
+    expected = frame.groupby(rest)["value"].mean().tolist() if rest else [frame["value"].mean()]
+    found = mean.to_frame()["value"].tolist()
+    assert len(found) == len(expected) or not len(frame)
+    if len(frame):
+        torch.testing.assert_close(
+            torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+        )

@@ -1,0 +1,13 @@
+"""Figures from tensors and labels.
+
+matplotlib rather than plotly: a PNG then needs no browser and no further download, a page holds the picture
+itself rather than megabytes of script, and the same call serves a notebook, a report and a paper.
+Every function returns a `matplotlib.figure.Figure` of its own; pyplot's global state is never touched.
+"""
+
+from veena_lens.plots.cells import heatmap
+from veena_lens.plots.lines import curves
+from veena_lens.plots.pictures import overlay, overlays
+from veena_lens.plots.theme import encode, save
+
+__all__ = ["curves", "encode", "heatmap", "overlay", "overlays", "save"]

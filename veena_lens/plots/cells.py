@@ -1,0 +1,108 @@
+"""Heat maps: one coloured cell an entry of a table, signed values on a scale that is symmetric about zero."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from veena_lens.plots import theme
+
+MOST_NUMBERS = 160
+
+
+def heatmap(
+    values: Float[Tensor, "y x"] | np.ndarray,
+    *,
+    x: Sequence | None = None,
+    y: Sequence | None = None,
+    x_name: str = "",
+    y_name: str = "",
+    title: str = "",
+    name: str = "",
+    unit: str = "",
+    center: int | float | None | Literal["auto"] = "auto",
+    limits: Sequence[int | float] | None = None,
+    text: Sequence[Sequence[str]] | None = None,
+    numbers: bool | None = None,
+) -> Figure:
+    """A coloured cell an entry of `values`, row 0 at the top; NaN is an entry that does not exist (grey).
+
+    `center=0` takes a diverging scale, symmetric about 0; None a sequential one; "auto" (the default) the
+    diverging one about 0 if values of both signs occur. `name` and `unit` stand at the colour bar. Each cell
+    shows its `text`, or its value if `numbers` (default: where cells are few).
+    Raises ValueError where `values` is not a table or labels and entries differ in number.
+    """
+    table = theme.to_numpy(values)
+    if table.ndim != 2:
+        raise ValueError(f"heatmap wants values [y x], found shape {list(table.shape)}; select or reduce first.")
+    rows, columns = table.shape
+    if not table.size:
+        raise ValueError(f"heatmap wants at least one cell, found shape {list(table.shape)}.")
+    x, y = theme.check_labels(x, columns, "x"), theme.check_labels(y, rows, "y")
+    if text is not None and (len(text), {len(row) for row in text}) != (rows, {columns}):
+        raise ValueError(f"text must hold {rows} rows of {columns} strings, one a cell.")
+
+    norm, colours = colour_scale(table, center, limits)
+    numbers = table.size <= MOST_NUMBERS if numbers is None else numbers
+    wide = text is not None
+    label_room = 0.075 * max(len(theme.printable(label)) for label in y)
+    width = min(max(1.7 + label_room + columns * (0.85 if wide else 0.44), 4.2), 16.0)
+    height = min(max(1.2 + rows * (0.3 if wide else 0.36), 2.2), 14.0)
+    with theme.themed():
+        figure = theme.new_figure(width, height)
+        axes = figure.add_subplot()
+        image = axes.imshow(table, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+        theme.set_ticks(axes, "x", x)
+        theme.set_ticks(axes, "y", y)
+        axes.set(xlabel=theme.printable(x_name), ylabel=theme.printable(y_name), title=theme.printable(title))
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+        bar.set_label(theme.printable(theme.with_unit(name, unit)))
+        bar.outline.set_visible(False)
+        if text is not None:
+            _write(axes, table, colours, norm, [[theme.printable(cell) for cell in row] for row in text])
+        elif numbers:
+            _write(axes, table, colours, norm, [[_short(value) for value in row] for row in table])
+    return figure
+
+
+def colour_scale(
+    table: np.ndarray, center: int | float | None | Literal["auto"], limits: Sequence[int | float] | None
+) -> tuple[Normalize, Colormap]:
+    """The scale from value to [0, 1] and the colours, diverging about `center` or sequential."""
+    known = table[np.isfinite(table)]
+    low, high = limits or ((known.min(), known.max()) if known.size else (0.0, 1.0))
+    if center == "auto":
+        center = 0.0 if low < 0 < high else None
+    if center is not None and limits is None:
+        reach = max(abs(low - center), abs(high - center)) or 1.0
+        low, high = center - reach, center + reach
+    if low == high:
+        high = low + 1.0
+    colours = colormaps[theme.UNSIGNED if center is None else theme.SIGNED].with_extremes(bad=theme.MISSING)
+    return Normalize(low, high), colours
+
+
+def _write(axes: Axes, table: np.ndarray, colours: Colormap, norm: Normalize, texts: Sequence[Sequence[str]]) -> None:
+    """Put a text in each cell, black or white as the cell's colour asks."""
+    for row, line in enumerate(texts):
+        for column, text in enumerate(line):
+            red, green, blue, _ = colours(norm(table[row, column]))
+            bright = 0.299 * red + 0.587 * green + 0.114 * blue > 0.55
+            colour = "black" if bright or not np.isfinite(table[row, column]) else "white"
+            axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+
+
+def _short(value: float) -> str:
+    if not np.isfinite(value):
+        return ""
+    if value == 0 or 0.01 <= abs(value) < 100:
+        return f"{value:.2f}"
+    return f"{value:.0f}" if 100 <= abs(value) < 10_000 else f"{value:.0e}"

@@ -1,0 +1,145 @@
+"""Overlays: a value a patch of the picture, drawn where the patch lies.
+
+The picture is shown in grey below a half-transparent map, so that the map's colours and its colour bar mean
+the same everywhere, and once in its own colours beside it. Cells lie where the processor cut them: pass
+`patch_boxes` (resized, cropped, tiled pictures), or `box`, the part of the picture that the grid covers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Real
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.collections import PatchCollection
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image
+from torch import Tensor
+
+from veena_lens.plots import theme
+from veena_lens.plots.cells import colour_scale
+
+Box = Sequence[int | float]
+OPACITY = 0.6
+
+
+def overlay(
+    image: Image.Image,
+    values: Float[Tensor, "height width"] | np.ndarray,
+    *,
+    box: Box | None = None,
+    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None = None,
+    title: str = "",
+    name: str = "",
+    unit: str = "",
+    limits: Sequence[int | float] | None = None,
+) -> Figure:
+    """The picture, and beside it the same picture under the map `values`.
+
+    `patch_boxes` holds each cell's left, top, right, bottom in the picture's pixels, row by row; without them
+    the grid divides `box` (default: the whole picture) evenly. Signed values get a scale about 0.
+    Raises ValueError where `values` is no grid or the boxes are not one a cell.
+    """
+    grid = theme.to_numpy(values)
+    if grid.ndim != 2:
+        raise ValueError(f"overlay wants values [height width], found shape {list(grid.shape)}; see `overlays`.")
+    figure, panels, norm, colours = _panels(image, grid[None], 2, limits)
+    _show(panels[0], image)
+    _lay(panels[1], image, grid, box, patch_boxes, norm, colours)
+    with theme.themed():
+        panels[0].set_title("picture")
+        panels[1].set_title(theme.printable(title))
+        _colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
+    return figure
+
+
+def overlays(
+    image: Image.Image | Sequence[Image.Image],
+    values: Float[Tensor, "n height width"] | np.ndarray | Sequence,
+    *,
+    titles: Sequence[str] | None = None,
+    box: Box | None = None,
+    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None = None,
+    title: str = "",
+    name: str = "",
+    unit: str = "",
+    limits: Sequence[int | float] | None = None,
+    columns: int = 4,
+) -> Figure:
+    """Several maps on one colour scale, each over the picture or over its own of as many pictures."""
+    grids = [theme.to_numpy(grid) for grid in values]
+    if not grids or any(grid.ndim != 2 for grid in grids):
+        raise ValueError(f"overlays wants at least one map [height width], found {[list(g.shape) for g in grids]}.")
+    images = [image] * len(grids) if isinstance(image, Image.Image) else list(image)
+    theme.check_labels(images, len(grids), "pictures")
+    names = [""] * len(grids) if titles is None else theme.check_labels(titles, len(grids), "titles")
+    figure, panels, norm, colours = _panels(images[0], grids, len(grids), limits, columns)
+    for panel, picture, grid, caption in zip(panels, images, grids, names, strict=True):
+        _lay(panel, picture, grid, box, patch_boxes, norm, colours)
+        with theme.themed():
+            panel.set_title(theme.printable(caption), fontsize=9)
+    with theme.themed():
+        if title:
+            figure.suptitle(theme.printable(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
+        _colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
+    return figure
+
+
+def _panels(
+    image: Image.Image, grids: Sequence[np.ndarray] | np.ndarray, count: int,
+    limits: Sequence[int | float] | None, columns: int = 4,
+) -> tuple[Figure, list[Axes], Normalize, Colormap]:  # fmt: skip
+    """A figure with `count` empty panels in the picture's proportions, and the scale that all maps share."""
+    flat = np.concatenate([grid.ravel() for grid in grids])
+    norm, colours = colour_scale(flat, "auto", limits)
+    if colours.name == theme.UNSIGNED:
+        colours = colormaps[theme.ON_PICTURE]
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    side = 2.9 if count <= 2 else 2.1
+    panel_height = side * min(max(image.height / image.width, 0.4), 2.5)
+    with theme.themed():
+        figure = theme.new_figure(columns * side + 1.1, rows * (panel_height + 0.35) + 0.35)
+        panels = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
+    for panel in panels:
+        panel.set_axis_off()
+    return figure, panels, norm, colours
+
+
+def _show(panel: Axes, image: Image.Image | np.ndarray, **settings: Any) -> None:
+    # Pixel edges lie on whole numbers, so that a box (0, 0, width, height) is exactly the picture.
+    height, width = np.asarray(image).shape[:2]
+    panel.imshow(np.asarray(image), extent=(0, width, height, 0), interpolation="bicubic", **settings)
+    panel.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+
+
+def _lay(
+    panel: Axes, image: Image.Image, grid: np.ndarray, box: Box | None,
+    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None, norm: Normalize, colours: Colormap,
+) -> None:  # fmt: skip
+    grey = np.asarray(image.convert("L"), dtype=np.float64)
+    _show(panel, 80 + 0.68 * grey, cmap="gray", vmin=0, vmax=255)
+    if patch_boxes is None:
+        left, top, right, bottom = box or (0, 0, image.width, image.height)
+        extent = (left, right, bottom, top)
+        panel.imshow(grid, extent=extent, cmap=colours, norm=norm, alpha=OPACITY, interpolation="nearest")
+    else:
+        boxes = theme.to_numpy(patch_boxes)
+        if boxes.shape != (grid.size, 4):
+            raise ValueError(f"patch_boxes has shape {list(boxes.shape)}; a grid {grid.shape} wants [{grid.size}, 4].")
+        cells = [Rectangle((left, top), right - left, bottom - top) for left, top, right, bottom in boxes]
+        look: dict[str, Any] = {"cmap": colours, "norm": norm, "alpha": OPACITY, "linewidth": 0}
+        panel.add_collection(PatchCollection(cells, array=grid.ravel(), **look))
+    panel.set(xlim=(0, image.width), ylim=(image.height, 0), aspect="equal")
+
+
+def _colour_bar(figure: Figure, panels: Sequence[Axes], norm: Normalize, colours: Colormap, label: str) -> None:
+    # Opaque white below the half-transparent colours would pale the bar alone; the picture's mean grey does not.
+    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(panels), fraction=0.04, pad=0.02, alpha=OPACITY)
+    bar.ax.set_facecolor("#bfbfbf")
+    bar.outline.set_visible(False)
+    bar.set_label(theme.printable(label))

@@ -1,0 +1,1 @@
+"""What people open: HTML reports and the demo."""

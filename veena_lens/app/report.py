@@ -1,0 +1,200 @@
+"""A self-contained HTML page: sections of text, tables, pictures and figures, in one file.
+
+Everything is embedded, and the page's own policy forbids it to load anything, so that a report still opens
+from a mail in ten years. It follows the reader's light or dark setting and narrows to small windows; every
+text is escaped and every image says in words what it shows.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Literal
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from veena_lens import plots
+from veena_lens.plots.theme import Format
+
+Tone = Literal["good", "bad", "quiet"]
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture as a table cell or in a row of pictures; `alt` says in words what it shows."""
+
+    image: Image.Image
+    alt: str
+    caption: str = ""
+
+
+Cell = str | int | float | bool | None | Thumbnail
+
+
+@dataclass
+class Report:
+    """Collects the parts of a page in order; `save` writes it."""
+
+    title: str
+    lead: str = ""
+    _parts: list[str] = field(default_factory=list, repr=False)
+    _headings: list[tuple[str, str]] = field(default_factory=list, repr=False)
+
+    def section(self, heading: str, *paragraphs: str) -> Report:
+        """Start a section; the list at the top of the page leads to it."""
+        stem = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "section"
+        taken = {name for name, _ in self._headings}
+        name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+        self._headings.append((name, heading))
+        self._parts.append(f'<h2 id="{name}">{escape(heading)}</h2>')
+        return self.text(*paragraphs)
+
+    def text(self, *paragraphs: str) -> Report:
+        self._parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
+        return self
+
+    def code(self, text: str) -> Report:
+        """Lines as they are, in a fixed-width type."""
+        self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
+        return self
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Cell]],
+        *,
+        caption: str = "",
+        tones: Mapping[str, Tone] | None = None,
+    ) -> Report:
+        """A table; a cell whose text is in `tones` gets that tone. ValueError: a row of another length."""
+        for place, row in enumerate(rows):
+            if len(row) != len(columns):
+                raise ValueError(f"Row {place} has {len(row)} cells; the table has {len(columns)} columns.")
+        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+        body = "".join(f"<tr>{''.join(_cell(cell, tones or {}) for cell in row)}</tr>\n" for row in rows)
+        title = f"<caption>{escape(caption)}</caption>" if caption else ""
+        self._parts.append(
+            f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+        )
+        return self
+
+    def figure(self, figure: Figure, *, alt: str, caption: str = "", format: Format = "png") -> Report:
+        """A figure with its caption; `alt` says in words what it shows."""
+        kind = "svg+xml" if format == "svg" else "png"
+        width = round(figure.get_figwidth() * 96)
+        image = _img(plots.encode(figure, format), kind, alt, width)
+        self._parts.append(f"<figure>{image}{_caption(caption)}</figure>")
+        return self
+
+    def pictures(self, pictures: Sequence[Thumbnail], *, caption: str = "", width: int = 160) -> Report:
+        """A row of pictures, each over its own caption, that wraps where the window is narrow."""
+        shown = "".join(
+            f'<figure class="picture">{_img(_png(p.image), "png", p.alt, width)}{_caption(p.caption)}</figure>'
+            for p in pictures
+        )
+        self._parts.append(f'<div class="pictures">{shown}</div>')
+        return self.text(caption) if caption else self
+
+    def html(self) -> str:
+        """The whole page."""
+        links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in self._headings)
+        contents = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(self._headings) > 1 else ""
+        lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""
+        body = "\n".join(self._parts)
+        return PAGE.format(title=escape(self.title), style=STYLE, lead=lead, contents=contents, body=body)
+
+    def save(self, path: str | Path) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.html(), encoding="utf-8")
+        return path
+
+
+def _cell(cell: Cell, tones: Mapping[str, Tone]) -> str:
+    if isinstance(cell, Thumbnail):
+        return f"<td>{_img(_png(cell.image), 'png', cell.alt, 72)}</td>"
+    if isinstance(cell, float):
+        return f'<td class="number">{cell:.3g}</td>'
+    if isinstance(cell, int) and not isinstance(cell, bool):
+        return f'<td class="number">{cell}</td>'
+    text = "" if cell is None else str(cell)
+    tone = f' class="{tones[text]}"' if text in tones else ""
+    return f"<td{tone}>{escape(text)}</td>"
+
+
+def _caption(text: str) -> str:
+    return f"<figcaption>{escape(text)}</figcaption>" if text else ""
+
+
+def _img(data: bytes, kind: str, alt: str, width: int) -> str:
+    if not alt.strip():
+        raise ValueError("An image needs an alt text: say in words what it shows.")
+    source = base64.b64encode(data).decode("ascii")
+    return f'<img src="data:image/{kind};base64,{source}" alt="{escape(alt, quote=True)}" width="{width}">'
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --quiet: #5c626b; --paper: #ffffff; --card: #f4f5f7;
+  --line: #d9dce1; --link: #0058a3; --good: #00684a; --bad: #b03a00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e9ec; --quiet: #a5abb5; --paper: #16181c; --card: #22262c;
+  --line: #3a3f47; --link: #7cc0ff; --good: #5fd3a8; --bad: #ff9d6b; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .5rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+p, nav { max-width: 75ch; }
+.lead { font-size: 1.05rem; color: var(--quiet); }
+nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: 1rem 0; list-style: none; }
+a { color: var(--link); }
+figure { margin: 1.2rem 0; }
+img { max-width: 100%; height: auto; vertical-align: middle; }
+figure > img { background: #ffffff; border: 1px solid var(--line); border-radius: 6px; padding: 6px; }
+.picture > img, td > img { padding: 0; border-radius: 4px; }
+figcaption { color: var(--quiet); font-size: .9rem; max-width: 75ch; margin-top: .4rem; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0; }
+.picture { margin: 0; max-width: 200px; }
+.wide { overflow-x: auto; margin: 1.2rem 0; }
+table { border-collapse: collapse; font-size: .93rem; }
+caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; }
+th, td { text-align: left; vertical-align: middle; padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); }
+th { color: var(--quiet); font-weight: 600; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+.good { color: var(--good); font-weight: 600; }
+.bad { color: var(--bad); font-weight: 600; }
+.quiet { color: var(--quiet); }
+pre { background: var(--card); border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .88rem; }
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+{lead}
+{contents}
+{body}
+</main>
+</body>
+</html>
+"""

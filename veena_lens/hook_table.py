@@ -165,7 +165,7 @@ def layer_of(name: str) -> int | None:
 
 
 def near_names(name: str, known: Collection[str]) -> str:
-    """"; near names: ..." for an error message, or "" when nothing is near."""
+    """ "; near names: ..." for an error message, or "" when nothing is near."""
     near = get_close_matches(name, list(known), n=4, cutoff=0.5)
     return f"; near names: {', '.join(near)}" if near else ""
 

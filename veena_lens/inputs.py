@@ -214,6 +214,52 @@ class MultimodalInputs:
         spans = find_spans(tokens, mask, self.image_token_id, lengths, [len(a) for a in rows])
         return replace(self, tokens=tokens, attention_mask=mask, position_ids=positions, spans=spans)
 
+    def with_new_tokens(self, new: Int[Tensor, "batch new"]) -> MultimodalInputs:
+        """Every row lengthened by generated tokens as they are, pads of finished rows included.
+
+        They join an answer that the inputs already have. Rows must end at the last position."""
+        n_new = new.shape[1]
+        following = (
+            self.position_ids[..., -1:] if self.position_ids.ndim == 2 else self.position_ids.amax((0, -1))[:, None]
+        )
+        steps = following + 1 + torch.arange(n_new, device=new.device)
+        if self.position_ids.ndim == 3:
+            steps = steps.expand(len(self.position_ids), -1, -1)
+        end = self.shape[1] + n_new
+        spans = tuple(replace(s, answer=slice(s.answer.start if s.answer else s.last + 1, end)) for s in self.spans)
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, new], 1),
+            attention_mask=torch.cat([self.attention_mask, torch.ones_like(new, dtype=torch.bool)], 1),
+            position_ids=torch.cat([self.position_ids, steps], -1),
+            spans=spans,
+        )
+
+    def left_padded(self) -> MultimodalInputs:
+        """The same rows with their pads moved to the left; the inputs themselves where they are there already."""
+        if bool(self.attention_mask[:, -1].all()):
+            return self
+        order = torch.argsort(self.attention_mask.long(), dim=-1, stable=True)
+        mask = self.attention_mask.gather(1, order)
+        shift = [int(order[i, -1]) for i in range(len(self))]
+        moved = []
+        for spans, last in zip(self.spans, shift, strict=True):
+            by = self.shape[1] - 1 - last
+
+            def move(s: slice, by: int = by) -> slice:
+                return slice(s.start + by, s.stop + by)
+
+            answer = None if spans.answer is None else move(spans.answer)
+            moved.append(Spans([move(i) for i in spans.images], move(spans.query), spans.last + by, answer))
+        positions = self.position_ids.gather(-1, order.expand(self.position_ids.shape))
+        return replace(
+            self,
+            tokens=self.tokens.gather(1, order),
+            attention_mask=mask,
+            position_ids=positions,
+            spans=tuple(moved),
+        )
+
     def count_image_tokens(self, row: int, span: slice) -> int:
         """Image tokens inside a span of a row."""
         return int(self.image_mask[row, span].sum())

@@ -1,0 +1,313 @@
+"""Activations of a run by hook name: transformer_lens's ActivationCache that knows where the pictures are.
+
+Adds positions ("last", "query", "image"), image grids, saving without pickle, and errors that say what the
+cache lacks. Vision activations have pictures on their first axis, so batch operations leave them alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens import ActivationCache as _ActivationCache
+from transformer_lens import utilities as tl
+from transformer_lens.utilities import Slice
+
+from veena_lens.hook_table import canonical, near_names, row_of
+from veena_lens.inputs import MultimodalInputs, Spans, text_positions
+from veena_lens.positions import position_mask
+
+
+class MissingActivation(KeyError):
+    """The cache does not hold an activation that was asked for."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class ActivationCache(_ActivationCache):
+    """`cache["resid_post", 5]`, `cache["blocks.5.attn.hook_z"]`, `cache["vision.blocks.3.attn.hook_pattern"]`.
+
+    `inputs` is what the model ran on; `at` and `image_grid` need it.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any = None,
+        has_batch_dim: bool = True,
+        inputs: MultimodalInputs | None = None,
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
+        self.inputs = inputs
+
+    def __getitem__(self, key: Any) -> Tensor:
+        name = self._full_name(key)
+        if name not in self.cache_dict:
+            hint = near_names(name, self.cache_dict) or f"; it holds {len(self)} activations, see .keys()"
+            raise MissingActivation(f"The cache holds no {name!r}{hint}. Name it in names_filter to cache it.")
+        return self.cache_dict[name]
+
+    def __contains__(self, key: object) -> bool:
+        return self._full_name(key) in self.cache_dict
+
+    def _full_name(self, key: Any) -> str:
+        """Hook name of a key: a full name, a short name, or (short name, layer[, layer type])."""
+        if isinstance(key, str):
+            return key if key in self.cache_dict else canonical(tl.get_act_name(key))
+        name, *rest = key
+        if rest and isinstance(rest[0], int) and rest[0] < 0:
+            rest[0] += self._n_layers()
+        return canonical(tl.get_act_name(name, *rest))
+
+    def _n_layers(self) -> int:
+        if self.model is not None:
+            return self.model.cfg.n_layers
+        found = [int(n.split(".")[1]) for n in self.cache_dict if n.startswith("blocks.")]
+        return max(found, default=-1) + 1
+
+    # --- batch operations ----------------------------------------------------------------------------
+    def _is_text(self, name: str) -> bool:
+        try:
+            return row_of(name).axis_names[0] == "batch"
+        except ValueError:
+            return True
+
+    def _batch_size(self) -> int:
+        return next((len(v) for n, v in self.cache_dict.items() if self._is_text(n)), 1)
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> ActivationCache:
+        """Drop the batch axis of a single row, in place; activations of pictures keep theirs."""
+        if not self.has_batch_dim:
+            return self
+        n = self._batch_size() if batch_size is None else batch_size
+        if n != 1:
+            raise ValueError(f"remove_batch_dim asks for one row; the cache has {n}.")
+        for name, value in self.cache_dict.items():
+            if self._is_text(name):
+                self.cache_dict[name] = value[0]
+        self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
+        """The cache of some rows, with the pictures that they own."""
+        if not self.has_batch_dim:
+            raise ValueError("This cache has no batch axis to slice.")
+        chosen = Slice.unwrap(batch_slice)
+        rows = torch.arange(self._batch_size())[chosen.slice]
+        kept = [int(rows)] if rows.ndim == 0 else rows.tolist()
+        inputs = self.inputs[torch.tensor(kept)] if self.inputs is not None else None
+        new: dict[str, Tensor] = {}
+        for name, value in self.cache_dict.items():
+            if self._is_text(name):
+                new[name] = chosen.apply(value, dim=0)
+            elif self.inputs is not None:
+                owner = self._owners(name, len(value))
+                places = [i for row in kept for i in (owner == row).nonzero().flatten().tolist()]
+                new[name] = value[places]
+            else:
+                new[name] = value
+        return ActivationCache(new, self.model, has_batch_dim=chosen.mode != "int", inputs=inputs)
+
+    def _owners(self, name: str, n: int) -> Tensor:
+        """The row that owns each entry of a picture activation's first axis."""
+        assert self.inputs is not None
+        if row_of(name).axis_names[0] == "n_image_tokens":
+            return self.inputs.image_mask.nonzero()[:, 0].cpu()
+        owners = self.inputs.picture_rows
+        return torch.zeros(n, dtype=torch.long) if owners is None else owners.cpu()
+
+    # --- positions -----------------------------------------------------------------------------------
+    def _need_inputs(self, asked: str) -> MultimodalInputs:
+        if self.inputs is None:
+            raise ValueError(f"{asked} needs the inputs of the run; this cache was sliced or made without them.")
+        return self.inputs
+
+    def at(self, positions: Any, name: str, layer: int | None = None) -> Tensor:
+        """An activation at chosen positions: "last" [batch ...], else [batch n ...], zero-padded at the end.
+
+        The returned tensor has an attribute `.mask`, [batch] or [batch n], True where a position exists.
+        Scores and patterns are picked by query position.
+        """
+        inputs = self._need_inputs("cache.at")
+        key = name if layer is None else (name, layer)
+        full, value = self._full_name(key), self[key]
+        axes = row_of(full).axis_names
+        if axes[0] != "batch":
+            raise ValueError(f"cache.at picks text positions; {full} lies on pictures: use cache.image_grid.")
+        if not self.has_batch_dim:
+            value = value[None]
+        axis = axes.index("pos") if "pos" in axes else axes.index("query_pos")
+        value = value.movedim(axis, 1)
+        chosen = position_mask(inputs, positions).to(value.device)
+        if positions == "last":
+            out = value[torch.arange(len(value), device=value.device), chosen.long().argmax(-1)]
+            mask = chosen.any(-1)
+        else:
+            mask, index = _padded_index(chosen)
+            rows = torch.arange(len(value), device=value.device)[:, None]
+            out = value[rows, index]
+            out = out * mask.view(*mask.shape, *[1] * (out.ndim - 2)).to(out.dtype)
+            if axis != 1:
+                out = out.movedim(1, axis)
+        out.mask = mask  # type: ignore[attr-defined]
+        return out
+
+    def image_grid(
+        self, name: str, layer: int | None = None, row: int = 0, image: int = 0, query: int | str = "last"
+    ) -> Tensor:
+        """An activation at one image's tokens as a grid: [height width ...].
+
+        Patterns and scores give [n_heads height width]: what `query` (a position, or "last") reads of the image.
+        A vision activation gives the grid of the picture itself, the class token left out.
+        """
+        inputs = self._need_inputs("cache.image_grid")
+        if not 0 <= row < len(inputs) or not 0 <= image < len(inputs.spans[row].images):
+            have = [len(s.images) for s in inputs.spans]
+            raise IndexError(f"image_grid: no image {image} in row {row}; images a row: {have}.")
+        key = name if layer is None else (name, layer)
+        full, value = self._full_name(key), self[key]
+        axes = row_of(full).axis_names
+        height, width = inputs.grids[row][image]
+        if axes[0] == "picture":
+            return self._picture_grid(value, row, image, full)
+        if axes[0] == "n_image_tokens":
+            before = inputs.image_mask[:row].sum() + sum(
+                inputs.count_image_tokens(row, s) for s in inputs.spans[row].images[:image]
+            )
+            return value[int(before) : int(before) + height * width].unflatten(0, (height, width))
+        if self.has_batch_dim:
+            value = value[row]
+        places = inputs.image_mask[row].nonzero().flatten()
+        start = sum(inputs.count_image_tokens(row, s) for s in inputs.spans[row].images[:image])
+        tokens = places[start : start + height * width].to(value.device)
+        if "key_pos" in axes:
+            position = inputs.spans[row].last if query == "last" else int(query)
+            return value[:, position, tokens].unflatten(-1, (height, width))
+        return value[tokens].unflatten(0, (height, width))
+
+    def _picture_grid(self, value: Tensor, row: int, image: int, name: str) -> Tensor:
+        assert self.inputs is not None
+        owners = self.inputs.picture_rows
+        if owners is None:
+            raise ValueError(f"{name}: these inputs hold no pictures.")
+        picture = (owners == row).nonzero().flatten()[image]
+        axes = row_of(name).axis_names
+        one = value[int(picture)]
+        if "query_pos" in axes:
+            raise ValueError(f"{name}: a pattern of the tower has two grids; index it directly.")
+        side = int(one.shape[0] ** 0.5)
+        extra = one.shape[0] - side * side  # CLIP's class token stands first
+        return one[extra:].unflatten(0, (side, side))
+
+    # --- files ---------------------------------------------------------------------------------------
+    def save(self, path: str | Path) -> Path:
+        """Write the activations and where the pictures lie to one safetensors file; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
+        about: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "format": "veena_lens.ActivationCache"}
+        if self.inputs is not None:
+            about["inputs"] = _describe_inputs(self.inputs)
+            tensors |= _input_tensors(self.inputs)
+        save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any = None, device: str = "cpu") -> ActivationCache:
+        """Read a cache that `save` wrote; a model is only needed for methods that use its weights.
+
+        Raises: FileNotFoundError; ValueError when the file is not such a cache."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No cache at {path}.")
+        with safe_open(str(path), framework="pt", device=device) as f:
+            about = json.loads((f.metadata() or {}).get("veena_lens", "{}"))
+            if about.get("format") != "veena_lens.ActivationCache":
+                raise ValueError(f"{path} is a safetensors file, but no activation cache of veena_lens.")
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        inputs = _restore_inputs(about.get("inputs"), tensors)
+        kept = {n: v for n, v in tensors.items() if not n.startswith("inputs.")}
+        return cls(kept, model, has_batch_dim=about["has_batch_dim"], inputs=inputs)
+
+    def __repr__(self) -> str:
+        size = sum(v.numel() * v.element_size() for v in self.cache_dict.values()) / 2**20
+        layers = {n.split(".")[1] for n in self.cache_dict if n.startswith("blocks.")}
+        rows = f"{self._batch_size()} rows" if self.has_batch_dim else "one row"
+        pictures = sum(not self._is_text(n) for n in self.cache_dict)
+        return (
+            f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
+            f"{len(layers)} decoder layers, {pictures} on pictures)"
+        )
+
+
+def _padded_index(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(mask, index) [batch n] of the True places of each row, padded at the end."""
+    counts = chosen.sum(-1)
+    n = int(counts.max()) if len(counts) else 0
+    order = torch.argsort((~chosen).long(), dim=-1, stable=True)[:, :n]
+    mask = torch.arange(n, device=chosen.device)[None] < counts[:, None]
+    return mask, order
+
+
+def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
+    def pair(s: slice | None) -> list[int] | None:
+        return None if s is None else [s.start, s.stop]
+
+    return {
+        "image_token_id": inputs.image_token_id,
+        "pad_token_id": inputs.pad_token_id,
+        "grids": [[list(g) for g in row] for row in inputs.grids],
+        "spans": [
+            {"images": [pair(i) for i in s.images], "query": pair(s.query), "last": s.last, "answer": pair(s.answer)}
+            for s in inputs.spans
+        ],
+        "boxes": inputs.patch_boxes is not None,
+    }
+
+
+def _input_tensors(inputs: MultimodalInputs) -> dict[str, Tensor]:
+    out = {"inputs.tokens": inputs.tokens, "inputs.attention_mask": inputs.attention_mask}
+    out["inputs.position_ids"] = inputs.position_ids
+    if inputs.picture_rows is not None:
+        out["inputs.picture_rows"] = inputs.picture_rows
+    for row, boxes in enumerate(inputs.patch_boxes or ()):
+        out |= {f"inputs.boxes.{row}.{i}": b for i, b in enumerate(boxes) if b is not None}
+    return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
+
+
+def _restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> MultimodalInputs | None:
+    if about is None:
+        return None
+
+    def cut(pair: list[int] | None) -> slice | None:
+        return None if pair is None else slice(*pair)
+
+    spans = tuple(
+        Spans([slice(*i) for i in s["images"]], slice(*s["query"]), s["last"], cut(s["answer"])) for s in about["spans"]
+    )
+    mask = tensors["inputs.attention_mask"]
+    boxes = None
+    if about["boxes"]:
+        boxes = tuple(
+            tuple(tensors.get(f"inputs.boxes.{row}.{i}") for i in range(len(s.images))) for row, s in enumerate(spans)
+        )
+    return MultimodalInputs(
+        tokens=tensors["inputs.tokens"],
+        attention_mask=mask,
+        position_ids=tensors.get("inputs.position_ids", text_positions(mask)),
+        image_token_id=about["image_token_id"],
+        pad_token_id=about["pad_token_id"],
+        picture_rows=tensors.get("inputs.picture_rows"),
+        spans=spans,
+        grids=tuple(tuple((g[0], g[1]) for g in row) for row in about["grids"]),
+        patch_boxes=boxes,
+    )
+
+
+__all__ = ["ActivationCache", "MissingActivation"]

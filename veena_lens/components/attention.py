@@ -1,0 +1,197 @@
+"""Attention with grouped keys and values (Ainslie et al. 2023, arXiv 2305.13245), every step behind a hook.
+
+Scores, pattern and head results exist only where a hook listens; otherwise the fused kernel runs. A listener
+that only reads leaves the fused numbers in place; an edit goes on through the explicit formula.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
+from transformer_lens.hook_points import HookPoint
+
+from veena_lens.components.context import AttentionMask, Context, masked_softmax
+from veena_lens.components.hooks import carry, heard, listen
+from veena_lens.components.norms import RMSNorm
+from veena_lens.components.rotary import rotate
+from veena_lens.config import TransformerConfig
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionInputs:
+    """What attention reads: one normed residual for all heads, and copies a head where hooks ask for them."""
+
+    shared: Float[Tensor, "batch pos d_model"]
+    q: Float[Tensor, "batch pos n_heads d_model"] | None = None
+    k: Float[Tensor, "batch pos n_key_value_heads d_model"] | None = None
+    v: Float[Tensor, "batch pos n_key_value_heads d_model"] | None = None
+
+
+class Attention(nn.Module):
+    """One layer's attention. Weights keep Hugging Face's `[out, in]`; `W_Q` and its kin are views of them."""
+
+    def __init__(self, cfg: TransformerConfig, layer: int, has_rotary: bool) -> None:
+        super().__init__()
+        self.layer, self.d_head = layer, cfg.d_head
+        self.n_heads, self.n_kv = cfg.n_heads, cfg.n_key_value_heads
+        self.scale = cfg.d_head**-0.5
+        self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.qkv_bias)
+        self.k = nn.Linear(cfg.d_model, self.n_kv * cfg.d_head, bias=cfg.qkv_bias)
+        self.v = nn.Linear(cfg.d_model, self.n_kv * cfg.d_head, bias=cfg.qkv_bias)
+        self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=cfg.attn_out_bias)
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts)
+            self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts)
+        self.has_qk_norm, self.has_rotary = cfg.qk_norm, has_rotary
+        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
+        if has_rotary:
+            self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+
+    def forward(self, inputs: AttentionInputs, context: Context) -> Float[Tensor, "batch pos d_model"]:
+        q = self.hook_q(self._project(self.q, inputs.shared, inputs.q))
+        k = self.hook_k(self._project(self.k, inputs.shared, inputs.k))
+        v = self.hook_v(self._project(self.v, inputs.shared, inputs.v))
+        if self.has_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        tables = context.tables(q.device)
+        if self.has_rotary and tables is not None:
+            q, k = self.hook_rot_q(rotate(q, tables)), self.hook_rot_k(rotate(k, tables))
+        if context.kv_cache is not None:
+            k, v = context.kv_cache.append(self.layer, k, v)
+        z = self.hook_z(self._attend(q, k, v, context))
+        out = self.o(rearrange(z, "b p h d -> b p (h d)"))
+        if not heard(self.hook_result):
+            return out
+        results, edited = listen(self.hook_result, torch.einsum("bphd,hdm->bphm", z, self.W_O))
+        summed = results.sum(2) if self.o.bias is None else results.sum(2) + self.o.bias
+        return summed if edited else carry(out, summed)
+
+    def _project(
+        self, linear: nn.Linear, shared: Tensor, copies: Tensor | None
+    ) -> Float[Tensor, "batch pos heads d_head"]:
+        """Linear map to heads, from the shared input or from one copy a head."""
+        if copies is None:
+            return rearrange(linear(shared), "b p (h d) -> b p h d", d=self.d_head)
+        weight = rearrange(linear.weight, "(h d) m -> h m d", d=self.d_head)
+        out = torch.einsum("bphm,hmd->bphd", copies, weight)
+        return out if linear.bias is None else out + rearrange(linear.bias, "(h d) -> h d", d=self.d_head)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
+        """softmax(q k^T / sqrt(d_head)) v; q, k, v come as [batch pos heads d_head]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask, bias = context.mask(self.layer, q.device), context.bias(self.layer)
+        if not heard(self.hook_attn_scores, self.hook_pattern):
+            if context.rows is not None:
+                context.rows.read(self.layer, q, k, mask, bias, None)
+            return self._fused(q, k, v, mask, bias).transpose(1, 2)
+        groups = self.n_heads // self.n_kv
+        wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        allowed = mask.explicit(q.shape[2], k.shape[2], q.device)
+        scores = q @ wide_k.mT * self.scale
+        if bias is not None:
+            scores = scores + bias
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        scores, scores_edited = listen(self.hook_attn_scores, scores)
+        pattern = masked_softmax(scores, allowed)
+        if scores_edited:  # a row set to minus infinity everywhere attends to nothing
+            pattern = pattern.nan_to_num(0.0)
+        pattern, edited = listen(self.hook_pattern, pattern)
+        if context.rows is not None:
+            context.rows.read(self.layer, q, k, mask, bias, pattern)
+        if scores_edited or edited:
+            return (pattern @ wide_v).transpose(1, 2)
+        if torch.is_grad_enabled() and pattern.requires_grad:
+            with torch.no_grad():
+                fused = self._fused(q, k, v, mask, bias)
+            return carry(fused, pattern @ wide_v).transpose(1, 2)
+        return self._fused(q, k, v, mask, bias).transpose(1, 2)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, bias: Tensor | None) -> Tensor:
+        """The fused kernel; an additive bias joins the mask."""
+        attn_mask, is_causal = mask.allowed, mask.is_causal
+        if bias is not None:
+            allowed = mask.explicit(q.shape[2], k.shape[2], q.device)
+            attn_mask, is_causal = bias.to(q.dtype), False
+            if allowed is not None:
+                attn_mask = attn_mask.masked_fill(~allowed, float("-inf"))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale, enable_gqa=self.n_heads != self.n_kv
+        )
+
+    # --- weights in HookedTransformer's shapes ---------------------------------------------------------
+    def _heads(self, linear: nn.Linear) -> Float[Tensor, "heads d_model d_head"]:
+        return linear.weight.view(-1, self.d_head, linear.in_features).transpose(1, 2)
+
+    def _expand(self, x: Tensor) -> Tensor:
+        """Key/value heads repeated to query heads (a copy), or the view itself where they are as many."""
+        return x if self.n_heads == self.n_kv else repeat(x, "g ... -> (g r) ...", r=self.n_heads // self.n_kv)
+
+    def _head_bias(self, linear: nn.Linear) -> Float[Tensor, "heads d_head"]:
+        if linear.bias is None:
+            return linear.weight.new_zeros(linear.out_features // self.d_head, self.d_head)
+        return linear.bias.view(-1, self.d_head)
+
+    @property
+    def W_Q(self) -> Float[Tensor, "n_heads d_model d_head"]:
+        """Query weights; a view: writing to it edits the model."""
+        return self._heads(self.q)
+
+    @property
+    def W_K(self) -> Float[Tensor, "n_heads d_model d_head"]:
+        """Key weights; a view, but a copy repeated to n_heads under grouped queries (edit `_W_K` then)."""
+        return self._expand(self._heads(self.k))
+
+    @property
+    def W_V(self) -> Float[Tensor, "n_heads d_model d_head"]:
+        """Value weights; as `W_K`."""
+        return self._expand(self._heads(self.v))
+
+    @property
+    def _W_K(self) -> Float[Tensor, "n_key_value_heads d_model d_head"]:
+        return self._heads(self.k)
+
+    @property
+    def _W_V(self) -> Float[Tensor, "n_key_value_heads d_model d_head"]:
+        return self._heads(self.v)
+
+    @property
+    def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
+        """Output weights; a view."""
+        return self.o.weight.view(-1, self.n_heads, self.d_head).permute(1, 2, 0)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "n_heads d_head"]:
+        return self._head_bias(self.q)
+
+    @property
+    def b_K(self) -> Float[Tensor, "n_heads d_head"]:
+        return self._expand(self._head_bias(self.k))
+
+    @property
+    def b_V(self) -> Float[Tensor, "n_heads d_head"]:
+        return self._expand(self._head_bias(self.v))
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """Output bias; zeros where the model has none."""
+        return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
+
+    @property
+    def OV(self) -> Any:
+        """FactoredMatrix W_V W_O, one a head: what a head moves from source to destination."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    @property
+    def QK(self) -> Any:
+        """FactoredMatrix W_Q W_K^T, one a head: what a head matches."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))

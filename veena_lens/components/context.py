@@ -1,0 +1,104 @@
+"""What every block of one forward pass shares: masks, rotary tables, past keys, and who listens to attention.
+
+Masks are made once a pass and a window size. With neither padding nor a past the mask is left out and the
+kernel's own causal rule applies, as Hugging Face does, so that the same kernel runs on the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from veena_lens.components.kv_cache import KVCache
+from veena_lens.components.rotary import RotaryTables
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """`allowed` True where a query may read a key, None for all (or, with `is_causal`, for the causal rule)."""
+
+    allowed: Bool[Tensor, "batch one query_pos key_pos"] | None
+    is_causal: bool
+
+    def explicit(self, n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, ...] | None:
+        """The mask as a tensor, None when every key is allowed."""
+        if self.allowed is not None or not self.is_causal:
+            return self.allowed
+        return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
+
+
+@dataclass(eq=False)
+class Context:
+    """Shared by the blocks of one pass. `windows` maps a layer to its sliding window (None: full).
+
+    `bias` gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None; `rows`, when
+    set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
+    """
+
+    key_mask: Bool[Tensor, "batch key_pos"] | None
+    n_past: int = 0
+    n_new: int = 0
+    is_causal: bool = True
+    rotary: RotaryTables | None = None
+    kv_cache: KVCache | None = None
+    windows: Callable[[int], int | None] = lambda layer: None
+    bias: Callable[[int], Tensor | None] = lambda layer: None
+    rows: Any = None
+    _masks: dict[Any, AttentionMask] = field(default_factory=dict)
+
+    def mask(self, layer: int, device: torch.device) -> AttentionMask:
+        """The mask of a layer, on its device."""
+        window = self.windows(layer)
+        n_key = self.n_past + self.n_new
+        if window is not None and window >= n_key:
+            window = None
+        key = (window, device)
+        if key not in self._masks:
+            self._masks[key] = self._make(window, device)
+        return self._masks[key]
+
+    def _make(self, window: int | None, device: torch.device) -> AttentionMask:
+        padded = self.key_mask is not None and not bool(self.key_mask.all())
+        if not self.is_causal:
+            allowed = self.key_mask[:, None, None, :].to(device) if padded and self.key_mask is not None else None
+            return AttentionMask(allowed, is_causal=False)
+        if not padded and window is None:
+            if self.n_past == 0:
+                return AttentionMask(None, is_causal=self.n_new > 1)
+            if self.n_new == 1:
+                return AttentionMask(None, is_causal=False)
+        query = torch.arange(self.n_past, self.n_past + self.n_new, device=device)[:, None]
+        key = torch.arange(self.n_past + self.n_new, device=device)[None]
+        allowed = key <= query
+        if window is not None:
+            allowed &= key > query - window
+        allowed = allowed[None, None]
+        if padded and self.key_mask is not None:
+            allowed = allowed & self.key_mask[:, None, None, :].to(device)
+        return AttentionMask(allowed, is_causal=False)
+
+    def tables(self, device: torch.device) -> RotaryTables | None:
+        """Rotary tables on a device."""
+        if self.rotary is None or self.rotary[0].device == device:
+            return self.rotary
+        return self.rotary[0].to(device), self.rotary[1].to(device)
+
+
+def softmax_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """float32 for half types, else the scores' own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def masked_softmax(
+    scores: Float[Tensor, "batch heads query_pos key_pos"], allowed: Bool[Tensor, ...] | None
+) -> Float[Tensor, "batch heads query_pos key_pos"]:
+    """Softmax over keys; a query with no allowed key (a pad) gets zeros, as the fused kernel gives."""
+    pattern = scores.softmax(-1, dtype=softmax_dtype(scores.dtype)).to(scores.dtype)
+    if allowed is not None:
+        pattern = pattern * allowed.any(-1, keepdim=True)
+    return pattern

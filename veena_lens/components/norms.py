@@ -1,0 +1,144 @@
+"""RMS and layer norm with `hook_scale` (the denominator) and `hook_normalized`, rounding as Hugging Face does.
+
+Hooks as in HookedTransformer: `hook_normalized` is before the weight for RMS norm, after weight and bias for
+layer norm. The copies that split query, key and value inputs ask for go through `of_copies`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from veena_lens.components.hooks import carry, heard, listen
+from veena_lens.config import TransformerConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Normed:
+    """A norm's output, and what hooks set inside it: scale and normalized, None where nobody edited."""
+
+    out: Any
+    scale: Any = None
+    normalized: Any = None
+    unedited: Any = None  # normalized before the edit, to tell the edited elements
+
+
+class Norm(nn.Module):
+    """Interface of both norms: `weight`, `hook_scale`, `hook_normalized`; `run` also tells of edits."""
+
+    def __init__(self, width: int, eps: float, casts: str, bias: bool) -> None:
+        super().__init__()
+        self.eps, self.casts = eps, casts
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    @property
+    def w(self) -> Float[Tensor, " width"]:
+        """HookedTransformer's name of the weight."""
+        return self.weight
+
+    @property
+    def b(self) -> Float[Tensor, " width"]:
+        """HookedTransformer's name of the bias; zeros where the norm has none."""
+        return torch.zeros_like(self.weight) if self.bias is None else self.bias
+
+    def forward(self, x: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes width"]:
+        return self.run(x).out
+
+    def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
+        raise NotImplementedError
+
+    def of_copies(
+        self, x: Float[Tensor, "batch pos copy width"], seen: Normed
+    ) -> Float[Tensor, "batch pos copy width"]:
+        """Norm of copies of the residual, honouring what hooks set for the residual itself: an edited scale
+        divides every copy, and elements of `normalized` that were edited hold for every copy."""
+        raise NotImplementedError
+
+
+class RMSNorm(Norm):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 and back as Llama does unless casts are off."""
+
+    def __init__(self, width: int, eps: float, casts: str = "hf") -> None:
+        super().__init__(width, eps, casts, bias=False)
+
+    def _wide(self, x: Tensor) -> Tensor:
+        return x.to(torch.float32) if self.casts == "hf" else x
+
+    def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
+        wide = self._wide(x)
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        normalized, scale = wide * inverse, None
+        if heard(self.hook_scale):
+            # rsqrt(v) and 1 / sqrt(v) differ in the last bit: without an edit the former goes on.
+            given, edited = listen(self.hook_scale, 1 / inverse)
+            divided = wide / given
+            normalized = divided if edited else carry(normalized, divided)
+            scale = given if edited else None
+        normalized = normalized.to(x.dtype)
+        out, edited = (
+            listen(self.hook_normalized, normalized.clone()) if heard(self.hook_normalized) else (normalized, False)
+        )
+        return Normed(self.weight * out, scale, *((out, normalized) if edited else (None, None)))
+
+    def of_copies(
+        self, x: Float[Tensor, "batch pos copy width"], seen: Normed
+    ) -> Float[Tensor, "batch pos copy width"]:
+        wide = self._wide(x)
+        if seen.scale is not None:
+            normalized = wide / seen.scale[:, :, None]
+        else:
+            normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * _override(normalized.to(x.dtype), seen)
+
+
+class LayerNorm(Norm):
+    """(x - mean) / sqrt(var + eps) * weight + bias, in the dtype of the input."""
+
+    def __init__(self, width: int, eps: float, casts: str = "hf") -> None:
+        super().__init__(width, eps, casts, bias=True)
+
+    def _divided(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / scale * self.weight + self.b
+
+    def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
+        normalized, scale = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps), None
+        if heard(self.hook_scale):
+            given, edited = listen(self.hook_scale, (x.var(-1, keepdim=True, unbiased=False) + self.eps).sqrt())
+            divided = self._divided(x, given)
+            normalized = divided if edited else carry(normalized, divided)
+            scale = given if edited else None
+        if not heard(self.hook_normalized):
+            return Normed(normalized, scale)
+        out, edited = listen(self.hook_normalized, normalized.clone())
+        return Normed(out, scale, *((out, normalized) if edited else (None, None)))
+
+    def of_copies(
+        self, x: Float[Tensor, "batch pos copy width"], seen: Normed
+    ) -> Float[Tensor, "batch pos copy width"]:
+        if seen.scale is not None:
+            normalized = self._divided(x, seen.scale[:, :, None])
+        else:
+            normalized = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        return _override(normalized, seen)
+
+
+def _override(normalized: Tensor, seen: Normed) -> Tensor:
+    if seen.normalized is None:
+        return normalized
+    edited = (seen.normalized != seen.unedited)[:, :, None]
+    return torch.where(edited, seen.normalized[:, :, None], normalized)
+
+
+def make_norm(cfg: TransformerConfig) -> Norm:
+    """The norm that a configuration asks for, over d_model."""
+    kind = RMSNorm if cfg.normalization_type == "RMS" else LayerNorm
+    return kind(cfg.d_model, cfg.norm_eps, cfg.casts)

@@ -1,0 +1,1 @@
+"""The model: one loop over blocks, hooks and caches around it, weights in HookedTransformer's shapes."""

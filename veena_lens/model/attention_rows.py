@@ -1,0 +1,143 @@
+"""Attention of chosen query rows, at the memory of a plain forward.
+
+The question asked most is where one token looks. A pattern of every row costs [n_heads pos pos] a layer; here
+each layer hands over its rotated queries and keys, only the asked rows are multiplied and kept, and the layer
+itself stays fused. Chunks of cached decoding append their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from veena_lens.components.context import AttentionMask, masked_softmax
+from veena_lens.model.run import Run
+from veena_lens.positions import position_mask
+from veena_lens.scores import Scores
+
+
+def padded_places(chosen: Bool[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
+    """(index, mask) [batch n]: the True places of each row, padded at the end with place 0."""
+    counts = chosen.sum(-1)
+    n = int(counts.max()) if chosen.numel() else 0
+    index = torch.argsort((~chosen).long(), dim=-1, stable=True)[:, :n]
+    mask = torch.arange(n, device=chosen.device)[None] < counts[:, None]
+    return index * mask, mask
+
+
+class AttentionRows:
+    """Collects rows while a model runs; `scores()` gives [batch layer head query key]."""
+
+    def __init__(
+        self, queries: Any, keys: Any, layers: Sequence[int], heads: Sequence[int], n_kv: int, scale: float
+    ) -> None:
+        self.queries, self.keys = queries, keys
+        self.layers, self.heads = list(layers), list(heads)
+        self.n_kv, self.scale = n_kv, scale
+        self._parts: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._query_places: list[Tensor] = []
+        self._query_masks: list[Tensor] = []
+        self._key_places: Tensor | None = None
+        self._key_mask: Tensor | None = None
+        self._now: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, run: Run) -> None:
+        """A chunk starts: find its query rows and, at the first one, the keys."""
+        if self._key_places is None or run.is_prefill:
+            self._parts = {layer: [] for layer in self.layers}
+            self._query_places, self._query_masks = [], []
+            self._key_places, self._key_mask = padded_places(position_mask(run.inputs, self.keys))
+        index, mask = padded_places(run.mask(self.queries))
+        self._now = (index, mask) if index.shape[1] else None
+        if self._now is not None:
+            self._query_places.append(index + run.start)
+            self._query_masks.append(mask)
+
+    def read(
+        self,
+        layer: int,
+        q: Float[Tensor, "batch n_heads query_pos d_head"],
+        k: Float[Tensor, "batch n_key_value_heads key_pos d_head"],
+        mask: AttentionMask,
+        bias: Tensor | None,
+        pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
+    ) -> None:
+        """A layer's queries, keys and mask, or its pattern where one was made anyway (and maybe edited)."""
+        if layer not in self._parts or self._now is None or self._key_places is None:
+            return
+        with torch.no_grad():
+            index = self._now[0].to(q.device)
+            if pattern is not None:
+                rows = _gather(pattern, index)
+            else:
+                rows = self._attend(_gather(q, index), k, index, mask, bias)
+            rows = rows[:, self.heads]
+            keys = self._key_places.to(q.device)[:, None, None, :].expand(-1, *rows.shape[1:3], -1)
+            self._parts[layer].append(rows.gather(-1, keys))
+
+    def _attend(self, q: Tensor, k: Tensor, index: Tensor, mask: AttentionMask, bias: Tensor | None) -> Tensor:
+        grouped = rearrange(q, "b (g r) n d -> b g (r n) d", g=self.n_kv)
+        scores = rearrange(grouped @ k.mT, "b g (r n) t -> b (g r) n t", n=q.shape[2]) * self.scale
+        if bias is not None:
+            scores = scores + _gather(bias.expand(len(q), scores.shape[1], -1, -1), index)
+        allowed = None
+        n_key = k.shape[2]
+        if mask.allowed is not None:
+            full = mask.allowed.expand(len(q), 1, -1, -1)
+            allowed = _gather(full, index) if full.shape[2] > 1 else full
+        elif mask.is_causal:
+            allowed = (torch.arange(n_key, device=q.device) <= index[..., None])[:, None]
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+        return masked_softmax(scores, allowed)
+
+    def scores(self) -> Scores:
+        """Attention [batch layer head query key]; `mask` is False at the padding of unequal rows.
+
+        Raises: ValueError when nothing was collected."""
+        if not self._query_masks or self._key_mask is None or self._key_places is None:
+            raise ValueError(f"No row was collected: {self.queries!r} selects no query in what the model ran on.")
+        device = self._parts[self.layers[0]][0].device
+        values = torch.stack([torch.cat([p.to(device) for p in self._parts[layer]], 2) for layer in self.layers], 1)
+        query_mask = torch.cat([m.to(device) for m in self._query_masks], 1)
+        places = torch.cat([p.to(device) for p in self._query_places], 1)
+        # Chunks of decoding pad each row on its own; real rows go first.
+        order = torch.argsort((~query_mask).long(), dim=-1, stable=True)
+        n = int(query_mask.sum(-1).max())
+        order = order[:, :n]
+        values = values.gather(3, order[:, None, None, :, None].expand(-1, *values.shape[1:3], -1, values.shape[-1]))
+        query_mask, places = query_mask.gather(1, order), places.gather(1, order)
+        key_mask, key_places = self._key_mask.to(device), self._key_places.to(device)
+        exists = query_mask[:, None, None, :, None] & key_mask[:, None, None, None, :]
+        labels: dict[str, list[Any]] = {"layer": self.layers, "head": self.heads}
+        for axis, where, real in (("query", places, query_mask), ("key", key_places, key_mask)):
+            if len(where) and bool(real.all()) and bool((where == where[:1]).all()):
+                labels[axis] = where[0].tolist()
+        return Scores(
+            values=values * exists,
+            axes=("batch", "layer", "head", "query", "key"),
+            labels=labels,
+            name="attention",
+            unit="weight",
+            mask=None if bool(exists.all()) else exists.expand(values.shape),
+            meta={
+                "queries": _show(self.queries),
+                "keys": _show(self.keys),
+                "query_positions": places.tolist(),
+                "key_positions": key_places.tolist(),
+            },
+        )
+
+
+def _show(positions: Any) -> Any:
+    return positions if isinstance(positions, (str, int)) else str(positions)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of the third axis of [batch a rows b], chosen for each batch row."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

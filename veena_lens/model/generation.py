@@ -1,0 +1,245 @@
+"""Generation: a short loop of our own over cached forwards, with transformers' processors and criteria.
+
+The loop is ours so that hooks and interventions act at every step and positions keep their meaning; logits
+processors and stopping criteria are transformers' own classes, set by the checkpoint's generation config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from veena_lens.components.kv_cache import KVCache
+from veena_lens.inputs import MultimodalInputs, text_positions
+from veena_lens.model.run import Run
+
+
+class Generation:
+    """Mixin of HookedVLM."""
+
+    cfg: Any
+    tokenizer: Any
+    generation_config: Any
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Any,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        no_repeat_ngram_size: int | None = None,
+        min_new_tokens: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        seed: int | None = None,
+        use_past_kv_cache: bool = True,
+        return_type: str = "str",
+        progress: bool = False,
+    ) -> Any:
+        """The completions of a batch: list[str], or their tokens [batch new] padded at the end.
+
+        inputs: prepared inputs, tokens, or text (prepared with the chat template). Stops as the checkpoint's
+        generation config says, at `stop_strings`, at the context's end, or after `max_new_tokens`. Values left
+        None come from that config. `seed` makes sampling repeat itself. Hooks and interventions act at every
+        step; `use_past_kv_cache=False` recomputes the whole sequence each step, with the same result.
+        Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer.
+        """
+        if return_type not in ("str", "tokens"):
+            raise ValueError(f"generate: return_type={return_type!r} must be 'str' or 'tokens'.")
+        if return_type == "str":
+            self._need_tokenizer("generate(return_type='str')")  # type: ignore[attr-defined]
+        given = {k: v for k, v in locals().items() if k in _SETTINGS}
+        steps = self._steps(inputs, given)
+        if progress:
+            from tqdm.auto import tqdm
+
+            steps = tqdm(steps, total=max_new_tokens, desc="tokens", leave=False)
+        tokens: Tensor | None = None
+        for tokens in steps:
+            pass
+        assert tokens is not None
+        if return_type == "tokens":
+            return tokens
+        return self._decode(tokens)
+
+    @torch.no_grad()
+    def generate_stream(
+        self, inputs: Any, max_new_tokens: int = 64, do_sample: bool = False, **settings: Any
+    ) -> Iterator[Any]:
+        """Yields text as it grows: the new piece, str for one row, list[str] for a batch. Joined, the pieces are
+        what `generate` returns. Takes the settings of `generate`."""
+        self._need_tokenizer("generate_stream")  # type: ignore[attr-defined]
+        unknown = set(settings) - set(_SETTINGS)
+        if unknown:
+            raise TypeError(f"generate_stream: unknown settings {sorted(unknown)}; known: {sorted(_SETTINGS)}.")
+        defaults = {"use_past_kv_cache": True, **settings, "max_new_tokens": max_new_tokens, "do_sample": do_sample}
+        said: list[str] = []
+        texts: list[str] = []
+        for tokens in self._steps(inputs, defaults):
+            texts = self._decode(tokens)
+            said = said or [""] * len(texts)
+            # A character in the middle of its bytes decodes to U+FFFD: wait for the rest.
+            ready = [t if not t.endswith("\ufffd") and t.startswith(s) else s for t, s in zip(texts, said, strict=True)]
+            pieces = [t[len(s) :] for t, s in zip(ready, said, strict=True)]
+            said = ready
+            if any(pieces):
+                yield pieces[0] if len(pieces) == 1 else pieces
+        rest = [t[len(s) :] if t.startswith(s) else "" for t, s in zip(texts, said, strict=True)]
+        if any(rest):
+            yield rest[0] if len(rest) == 1 else rest
+
+    def _decode(self, tokens: Tensor) -> list[str]:
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _steps(self, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
+        """The tokens generated so far, after each step."""
+        with torch.no_grad():
+            prompt = self._as_prompt(inputs)
+            n_prompt, n_rows = prompt.shape[1], len(prompt)
+            longest = int(prompt.lengths.max())
+            room = self.cfg.n_ctx - longest
+            max_new = settings["max_new_tokens"]
+            if max_new < 1:
+                raise ValueError(f"generate: max_new_tokens={max_new} must be at least 1.")
+            if room < 1:
+                raise ValueError(
+                    f"The prompt has {longest} tokens and the model's context is {self.cfg.n_ctx}: no room to generate."
+                )
+            config = _settings(self.generation_config, settings)
+            ends = torch.tensor(config["eos"], dtype=torch.long, device=prompt.device)
+            processors = _processors(config, n_prompt, prompt.device)
+            processors.extend(settings.get("logits_processor") or [])
+            criteria = _criteria(config, settings, self.tokenizer)
+            pad = self.pad_token_id  # type: ignore[attr-defined]
+            if len(config["eos"]):
+                # Hugging Face pads finished rows with the end token where the configuration has no pad token.
+                pad = config["pad"] if config["pad"] is not None else pad
+            generator = None
+            if settings.get("seed") is not None:
+                generator = torch.Generator(device=prompt.device).manual_seed(settings["seed"])
+            new = torch.empty(n_rows, 0, dtype=torch.long, device=prompt.device)
+            unfinished = torch.ones(n_rows, dtype=torch.bool, device=prompt.device)
+            cache = KVCache(self.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
+            for _ in range(min(max_new, room)):
+                logits = self._next_logits(prompt, new, cache).to(torch.float32)
+                ids = torch.cat([prompt.tokens, new], 1)
+                scores = processors(ids, logits.to(ids.device))
+                if config["do_sample"]:
+                    chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+                else:
+                    chosen = scores.argmax(-1)
+                chosen = torch.where(unfinished, chosen, torch.full_like(chosen, pad))
+                new = torch.cat([new, chosen[:, None]], 1)
+                unfinished &= ~torch.isin(chosen, ends)
+                if criteria:
+                    unfinished &= ~criteria(torch.cat([prompt.tokens, new], 1), scores).to(unfinished.device)
+                yield new
+                if not bool(unfinished.any()):
+                    break
+
+    def _next_logits(
+        self, prompt: MultimodalInputs, new: Tensor, cache: KVCache | None
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits after the last token, through the cache when there is one."""
+        n_prompt, n_new = prompt.shape[1], new.shape[1]
+        if n_new == 0:
+            return self._forward_chunk(prompt, Run(prompt, 0, n_prompt), cache)[:, -1]  # type: ignore[attr-defined]
+        following = prompt.position_ids.amax((0, -1) if prompt.position_ids.ndim == 3 else -1) + 1
+        if cache is None:
+            whole = prompt.with_new_tokens(new)
+            return self._forward_chunk(whole, Run(whole, 0, whole.shape[1]), None)[:, -1]  # type: ignore[attr-defined]
+        at = n_prompt + n_new - 1
+        positions = (following + n_new - 1)[:, None]
+        if prompt.position_ids.ndim == 3:
+            positions = positions.expand(len(prompt.position_ids), -1, -1)
+        return self._forward_chunk(prompt, Run(prompt, at, at + 1), cache, new[:, -1:], positions)[:, -1]  # type: ignore[attr-defined]
+
+    def _as_prompt(self, inputs: Any) -> MultimodalInputs:
+        """Prepared inputs whose rows end at the last position (generation appends there)."""
+        if isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str)):
+            inputs = self.prepare(text=inputs if isinstance(inputs, str) else list(inputs))  # type: ignore[attr-defined]
+        prompt = self._as_inputs(inputs).left_padded()  # type: ignore[attr-defined]
+        if prompt.position_ids.ndim == 2:  # generation counts real tokens whatever a forward was given
+            prompt = replace(prompt, position_ids=text_positions(prompt.attention_mask))
+        return prompt
+
+
+_SETTINGS = [
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "eos_token_id",
+    "stop_strings",
+    "logits_processor",
+    "stopping_criteria",
+    "seed",
+    "use_past_kv_cache",
+]
+
+
+def _settings(generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """What is given, else what the checkpoint's generation config says."""
+
+    def value(name: str) -> Any:
+        mine = given.get(name)
+        return mine if mine is not None else getattr(generation_config, name, None)
+
+    eos = value("eos_token_id")
+    ends = [] if eos is None else [int(e) for e in (eos if isinstance(eos, (list, tuple)) else [eos])]
+    names = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
+    out: dict[str, Any] = {name: value(name) for name in names}
+    pad = getattr(generation_config, "pad_token_id", None)
+    out |= {"eos": ends, "pad": pad if pad is not None else (ends[0] if ends else None)}
+    return out | {"do_sample": bool(given.get("do_sample")), "stop_strings": given.get("stop_strings")}
+
+
+def _processors(config: dict[str, Any], n_prompt: int, device: torch.device) -> Any:
+    """transformers' logits processors, in the order that its own `generate` has."""
+    import transformers as hf
+
+    out = hf.LogitsProcessorList()
+    if config["repetition_penalty"] not in (None, 1.0):
+        out.append(hf.RepetitionPenaltyLogitsProcessor(penalty=config["repetition_penalty"]))
+    if config["no_repeat_ngram_size"]:
+        out.append(hf.NoRepeatNGramLogitsProcessor(config["no_repeat_ngram_size"]))
+    if config["min_new_tokens"] and config["eos"]:
+        out.append(
+            hf.MinNewTokensLengthLogitsProcessor(n_prompt, config["min_new_tokens"], config["eos"], device=str(device))
+        )
+    if config["do_sample"]:
+        if config["temperature"] not in (None, 1.0):
+            out.append(hf.TemperatureLogitsWarper(config["temperature"]))
+        if config["top_k"]:
+            out.append(hf.TopKLogitsWarper(config["top_k"]))
+        if config["top_p"] is not None and config["top_p"] < 1.0:
+            out.append(hf.TopPLogitsWarper(config["top_p"]))
+    return out
+
+
+def _criteria(config: dict[str, Any], given: dict[str, Any], tokenizer: Any) -> Any:
+    """transformers' stopping criteria beyond length and the end token; None when there are none."""
+    import transformers as hf
+
+    out = hf.StoppingCriteriaList(given.get("stopping_criteria") or [])
+    if config["stop_strings"]:
+        if tokenizer is None:
+            raise ValueError("generate: stop_strings needs a tokenizer, and this model has none.")
+        out.append(hf.StopStringCriteria(tokenizer, config["stop_strings"]))
+    return out or None

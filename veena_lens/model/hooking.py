@@ -1,0 +1,217 @@
+"""Hooks and caches: run_with_hooks, run_with_cache and their kin, with names checked and pictures respected.
+
+Overrides of transformer_lens's HookedRootModule where a text-only reading of names and axes would go wrong:
+positions are sliced by the hook table's axes, vision activations are never sliced by text positions, unknown
+names raise, and a cache beside user hooks stores copies (a hook may write in place).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
+
+from veena_lens.activation_cache import ActivationCache
+from veena_lens.hook_table import aliases, canonical, hooks_of, require_hook, row_of
+
+
+class HookDict(dict[str, HookPoint]):
+    """Hook points by name; transformer_lens 4's names of the split inputs resolve too, without being listed."""
+
+    def __missing__(self, name: str) -> HookPoint:
+        full = require_hook(name, self)
+        return dict.__getitem__(self, full)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and dict.__contains__(self, canonical(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+
+class Hooking(HookedRootModule):
+    """Mixin of HookedVLM."""
+
+    def setup(self) -> None:
+        """Name every module and hook point."""
+        super().setup()
+        self.hook_dict = HookDict(self.hook_dict)
+        for name, point in list(self.hook_dict.items()):
+            for alias in aliases(name):
+                self.mod_dict[alias] = point
+
+    def _hook_names(self, name: str | Callable[[str], bool]) -> list[str]:
+        """Canonical names meant by a name or a predicate. Raises: ValueError for an unknown name."""
+        if isinstance(name, str):
+            return [require_hook(name, self.hook_dict)]
+        return [n for n in self.hook_dict if name(n) or any(name(a) for a in aliases(n))]
+
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook: Callable[..., Any],
+        dir: str = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Add a hook until `reset_hooks`, at a hook point or wherever a predicate on names holds.
+
+        Raises: ValueError for an unknown name, with near names."""
+        for full in self._hook_names(name):
+            super().add_hook(full, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)  # type: ignore[arg-type]
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Any]:
+        """Temporary hooks: `(name or predicate, fn)` pairs, removed at the end, also after an exception.
+
+        A name may be given as HookedTransformer or transformer_lens 4 spells it.
+        Raises: ValueError for an unknown name before any hook is added."""
+        resolved = [
+            [(full, fn) for name, fn in pairs for full in self._hook_names(name)] for pairs in (fwd_hooks, bwd_hooks)
+        ]
+        with super().hooks(resolved[0], resolved[1], reset_hooks_end, clear_contexts):
+            yield self
+
+    def run_with_hooks(
+        self,
+        *model_args: Any,
+        fwd_hooks: Any = (),
+        bwd_hooks: Any = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Forward with temporary hooks `fn(tensor, hook=HookPoint) -> None | tensor`.
+
+        Backward hooks act in a later `backward()` only with `reset_hooks_end=False`; otherwise use
+        `with model.hooks(bwd_hooks=...)` around forward and backward."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*model_args, **model_kwargs)
+
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        names_filter: Any = None,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        return_cache_object: bool = True,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Forward, and an ActivationCache of every hook point, or of those that `names_filter` names.
+
+        names_filter: None (all but the large split inputs), a name, a list of names, or a predicate.
+        pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
+        of scores and patterns), never heads, never pictures. incl_bwd runs backward on the output (a scalar:
+        return_type="loss") and stores gradients under "..._grad". device moves what is stored.
+        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
+        """
+        inputs = self._remember_inputs(model_args, model_kwargs)  # type: ignore[attr-defined]
+        if inputs is not None:
+            model_args = (inputs, *model_args[1:])
+        if remove_batch_dim and inputs is not None and len(inputs) != 1:
+            raise ValueError(f"remove_batch_dim asks for one row; the batch has {len(inputs)}.")
+        cache, fwd, bwd = self.get_caching_hooks(
+            names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
+        )
+        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+            out = self(*model_args, **model_kwargs)
+            if incl_bwd:
+                out.backward()
+        if not return_cache_object:
+            return out, cache
+        sliced = Slice.unwrap(pos_slice).mode != "identity"
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim, inputs=None if sliced else inputs)
+
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """(cache, forward hooks, backward hooks), not yet added to the model."""
+        cache = {} if cache is None else cache
+        position = Slice.unwrap(pos_slice)
+        # Somebody else's hook may write into a tensor that two names share: then the cache needs copies.
+        copies = any(p._forward_hooks for p in self.hook_dict.values())
+
+        def save(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
+            row = row_of(str(hook.name))
+            axes = list(row.axis_names)
+            kept = tensor.detach()
+            in_text = axes[0] == "batch"
+            if in_text and position.mode != "identity":
+                axis = next((a for a in ("pos", "query_pos") if a in axes), None)
+                if axis is not None:
+                    kept = position.apply(kept, dim=axes.index(axis))
+            if remove_batch_dim and in_text:
+                kept = kept[0]
+            moved = kept.to(device) if device is not None else kept
+            cache[f"{hook.name}{suffix}"] = moved.clone() if copies and moved.data_ptr() == tensor.data_ptr() else moved
+
+        def save_gradient(tensor: Tensor, hook: HookPoint) -> None:
+            save(tensor, hook, "_grad")
+
+        names = self.names_of(names_filter)
+        return cache, [(n, save) for n in names], [(n, save_gradient) for n in names] if incl_bwd else []
+
+    def add_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Hooks that fill the returned dictionary in every later forward, until `reset_hooks`."""
+        cache, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for name, fn in fwd:
+            self.add_hook(name, fn, dir="fwd")
+        for name, fn in bwd:
+            self.add_hook(name, fn, dir="bwd")
+        self.is_caching = True
+        return cache
+
+    def names_of(self, names_filter: Any) -> list[str]:
+        """Hook names that a filter selects: None (the default set), a name, names, or a predicate.
+
+        Raises: ValueError for an unknown name."""
+        if names_filter is None:
+            table = hooks_of(self.cfg)  # type: ignore[arg-type, attr-defined]
+            return [n for n in self.hook_dict if table[n].by_default]
+        if isinstance(names_filter, str) or callable(names_filter):
+            return self._hook_names(names_filter)
+        return list(dict.fromkeys(full for name in names_filter for full in self._hook_names(name)))
+
+    def reset_hooks(
+        self,
+        clear_contexts: bool = True,
+        direction: Any = "both",
+        including_permanent: bool = False,
+        level: int | None = None,
+    ) -> None:
+        """Remove hooks (of one context level, or all)."""
+        if clear_contexts:
+            self.clear_contexts()
+        for point in self.hook_dict.values():
+            if point.fwd_hooks or point.bwd_hooks:
+                point.remove_hooks(direction, including_permanent=including_permanent, level=level)
+        self.is_caching = False

@@ -1,0 +1,59 @@
+"""Bare tokens as inputs, and the checks at the border of a forward pass.
+
+Elsewhere a padded batch without a mask, or image tokens without a picture, give wrong numbers in silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from veena_lens import checkpoints
+from veena_lens.config import HookedVLMConfig
+from veena_lens.inputs import MultimodalInputs, text_positions
+
+
+def bare_inputs(
+    cfg: HookedVLMConfig,
+    tokenizer: Any,
+    tokens: Int[Tensor, ...] | Any,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> MultimodalInputs:
+    """Inputs of text tokens [batch pos] (or one row [pos]); positions count real tokens unless given.
+
+    Raises: ValueError for padding without a mask, or image tokens (their pictures are missing)."""
+    ids = torch.as_tensor(tokens)
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(f"Tokens must be integers [batch pos], not {ids.dtype} {list(ids.shape)}.")
+    given: dict[str, Any] = {"input_ids": ids}
+    if attention_mask is not None:
+        given["attention_mask"] = attention_mask
+    inputs = checkpoints.inputs_from_hf(cfg, tokenizer, **given)
+    positions = text_positions(inputs.attention_mask) if position_ids is None else position_ids
+    return replace(inputs, position_ids=positions)
+
+
+def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
+    """Raises: ValueError for a context longer than the model's, pictures that are missing, or token ids that
+    the vocabulary does not have."""
+    longest = int(inputs.lengths.max())
+    if longest > cfg.n_ctx:
+        raise ValueError(
+            f"The longest row has {longest} tokens; the model's context is {cfg.n_ctx}. Shorten the prompt."
+        )
+    if inputs.pixel_values is None and bool(inputs.image_mask.any()):
+        n = int(inputs.image_mask.sum())
+        raise ValueError(f"The prompt holds {n} image tokens (id {cfg.image_token_id}) but no picture was given.")
+    if inputs.pixel_values is not None and cfg.vision is None:
+        raise ValueError("Pictures were given to a model without a vision tower.")
+    text = inputs.tokens[inputs.attention_mask & ~inputs.image_mask]
+    if len(text) and (int(text.max()) >= cfg.d_vocab or int(text.min()) < 0):
+        bad = text[(text >= cfg.d_vocab) | (text < 0)][0]
+        raise ValueError(f"Token id {int(bad)} is outside the vocabulary of {cfg.d_vocab}.")

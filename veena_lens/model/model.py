@@ -1,0 +1,406 @@
+"""HookedVLM: a vision-language model with HookedTransformer's names, built from our own components.
+
+The text decoder's hooks lie at the root as in HookedTransformer, the tower's under `vision.`, the projector's
+under `connector.`. Text-only checkpoints load as the same class without a tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from veena_lens import checkpoints
+from veena_lens.components.block import Block
+from veena_lens.components.context import Context
+from veena_lens.components.embed import Embed, Unembed
+from veena_lens.components.kv_cache import KVCache
+from veena_lens.components.norms import make_norm
+from veena_lens.components.rotary import Rotary
+from veena_lens.config import HookedVLMConfig
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.attention_rows import AttentionRows
+from veena_lens.model.decoder import next_token_targets, resolve_layer, run_blocks, scatter_features
+from veena_lens.model.generation import Generation
+from veena_lens.model.hooking import Hooking
+from veena_lens.model.inputs_of import bare_inputs, require_prompt_fits
+from veena_lens.model.intervening import Intervening
+from veena_lens.model.run import Run
+from veena_lens.model.text import TextInterface
+from veena_lens.model.weights import StackedWeights
+from veena_lens.scores import Scores
+from veena_lens.vision.clip import ClipTower
+from veena_lens.vision.connector import Connector
+
+
+class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking):
+    """A native multimodal model with named, live hook points.
+
+    `HookedVLM.from_pretrained("tiny-llava-emotion")` loads an embedded checkpoint, a folder or a hub id;
+    `HookedVLM(cfg)` makes a random one. Fields: cfg, tokenizer, processor, generation_config (None without).
+    """
+
+    cfg: HookedVLMConfig
+
+    def __init__(self, cfg: HookedVLMConfig, tokenizer: Any = None, processor: Any = None) -> None:
+        super().__init__()
+        self.cfg, self.tokenizer, self.processor = cfg, tokenizer, processor
+        self.generation_config: Any = None
+        self.adapter: Any = None
+        self.device_map: dict[str, Any] | None = None
+        self._applied, self._run = [], None
+        self._rows: AttentionRows | None = None
+        if cfg.vision is not None and cfg.connector is not None:
+            self.vision = ClipTower(cfg.vision)
+            self.connector = Connector(cfg.connector)
+            self.hook_image_features = HookPoint()
+        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        self.hook_embed = HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
+        self.ln_final = make_norm(cfg)
+        self.unembed = Unembed(
+            cfg.d_vocab, cfg.d_model, self.embed if cfg.tie_word_embeddings else None, cfg.unembed_bias
+        )
+        self._rotary = Rotary(cfg.rope, cfg.d_head, cfg.casts)
+        self.setup()
+        self.eval()
+        self._refresh_cfg()
+
+    # --- loading ---------------------------------------------------------------------------------------
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        device_map: Any = None,
+        casts: str = "hf",
+        revision: str | None = None,
+    ) -> HookedVLM:
+        """An embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
+
+        dtype: None keeps what is stored. device: None is the CPU. device_map="auto" spreads the blocks over the
+        machine's GPUs. casts="none" computes norms in the model's dtype instead of rounding as Hugging Face does.
+        Weights stream into an empty model: peak memory is about one copy.
+        Raises: FileNotFoundError; ValueError for an unknown architecture, or weights that do not fit (all listed).
+        """
+        checkpoint = checkpoints.open_checkpoint(name, dtype=dtype, casts=casts, revision=revision)
+        with torch.device("meta"):
+            model = cls(checkpoint.cfg)
+        checkpoints.fill_from_files(model, checkpoint, dtype=dtype, device=device, device_map=device_map)
+        processor = checkpoints.load_processor(checkpoint.path)
+        return model._loaded(
+            checkpoint.adapter, processor, checkpoints.load_generation_config(checkpoint.path, checkpoint.hf_config)
+        )
+
+    @classmethod
+    def from_hf(cls, hf_model: Any, processor: Any = None, *, copy: bool = False, casts: str = "hf") -> HookedVLM:
+        """A Hugging Face model that is in memory, converted; keeps its dtype and device and shares its storage
+        unless `copy`. The processor (or a tokenizer, for text models) is optional.
+
+        Raises: ValueError for an unknown architecture."""
+        adapter = checkpoints.find_adapter(type(hf_model).__name__)
+        cfg = replace(adapter.read_config(hf_model.config), architecture=adapter.architecture, casts=casts)
+        cfg = replace(cfg, model_name=getattr(hf_model.config, "_name_or_path", "") or "")
+        with torch.device("meta"):
+            model = cls(cfg)
+        checkpoints.fill_from_state_dict(model, hf_model.state_dict(), adapter, cfg, copy=copy)
+        return model._loaded(adapter, processor, getattr(hf_model, "generation_config", None))
+
+    def _loaded(self, adapter: Any, processor: Any, generation_config: Any) -> HookedVLM:
+        """Attach what belongs to a checkpoint beside its weights."""
+        self.adapter, self.generation_config = adapter, generation_config
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.processor = processor
+        self.eval()
+        self._refresh_cfg()
+        return self
+
+    def to_hf_state_dict(self) -> dict[str, Tensor]:
+        """Every weight under the name and in the shape that Hugging Face's model of this architecture has.
+
+        Raises: ValueError for a model that came from no checkpoint."""
+        if self.adapter is None:
+            raise ValueError("to_hf_state_dict: this model came from no Hugging Face checkpoint.")
+        return checkpoints.to_hf_state_dict(self, self.adapter, self.cfg)
+
+    def _refresh_cfg(self) -> None:
+        """dtype and device of the configuration follow the weights."""
+        weight = self.embed.weight
+        self.cfg = replace(self.cfg, dtype=weight.dtype, device=weight.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        out = super()._apply(fn, recurse)
+        self._refresh_cfg()
+        return out
+
+    # --- inputs ----------------------------------------------------------------------------------------
+    def prepare(
+        self, text: Any = None, images: Any = None, *, chat: bool = True, answer: Any = None, messages: Any = None
+    ) -> MultimodalInputs:
+        """Text and pictures as inputs, through the checkpoint's own processor.
+
+        text: a prompt or a list of prompts; images: for one prompt a picture (PIL, path) or several, for a list
+        one list a prompt (or one picture each). chat=True wraps the prompt in the chat template; chat=False
+        takes it raw, holding the model's image token itself. answer: a lead-in or teacher-forced answer, with
+        its span. messages: a conversation in Hugging Face's format instead of text.
+        Raises: ValueError for images that do not match their placeholders, no template, or a prompt too long.
+        """
+        inputs = checkpoints.prepare(
+            self.processor, self.cfg, text, images, chat=chat, answer=answer, messages=messages
+        )
+        return inputs.to(self.embed.weight.device)
+
+    def inputs_from_hf(self, **outputs: Any) -> MultimodalInputs:
+        """Whatever a Hugging Face processor emits as inputs; padding side and position ids are kept.
+
+        Raises: ValueError for unknown keys, missing pictures, or padding without a mask."""
+        inputs = checkpoints.inputs_from_hf(self.cfg, self.tokenizer, **outputs)
+        return inputs.to(self.embed.weight.device)
+
+    def _as_inputs(
+        self, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> MultimodalInputs:
+        """Prepared inputs, bare tokens, or raw text as inputs on the model's device."""
+        if isinstance(input, MultimodalInputs):
+            if attention_mask is not None or position_ids is not None:
+                raise ValueError("MultimodalInputs carry their own mask and positions; do not pass others.")
+            inputs = input.to(self.embed.weight.device)
+        else:
+            if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
+                rows = self._encode(input)
+                length, pad = max(map(len, rows)), self.pad_token_id
+                attention_mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
+                input = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
+            inputs = bare_inputs(self.cfg, self.tokenizer, input, attention_mask, position_ids).to(
+                self.embed.weight.device
+            )
+        require_prompt_fits(self.cfg, inputs)
+        return inputs
+
+    def _remember_inputs(self, args: Sequence[Any], kwargs: dict[str, Any]) -> MultimodalInputs | None:
+        """The inputs of a coming forward, prepared once so that a cache can keep them; None for a residual."""
+        if kwargs.get("start_at_layer") is not None:
+            given = kwargs.get("tokens")
+            return given if isinstance(given, MultimodalInputs) else None
+        if not args:
+            return None
+        return self._as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None))
+
+    # --- forward ---------------------------------------------------------------------------------------
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        *,
+        start_at_layer: int | None = None,
+        stop_at_layer: int | None = None,
+        tokens: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Any:
+        """Logits [batch pos d_vocab] of prepared inputs, tokens [batch pos] or raw text.
+
+        return_type: "logits", "loss" (mean next-token loss over text targets), "both", or None.
+        stop_at_layer=l returns the residual stream that enters block l; start_at_layer=l takes such a residual
+        as `input` (with the inputs it came from as `tokens`, where positions, padding or a loss matter).
+        Raises: ValueError for padding without a mask, image tokens without pictures, or a context too long.
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise ValueError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None.")
+        n = self.cfg.n_layers
+        stop = resolve_layer(stop_at_layer, n, "stop_at_layer")
+        if start_at_layer is not None:
+            start = resolve_layer(start_at_layer, n, "start_at_layer") or 0
+            inputs = self._inputs_of_residual(input, tokens, attention_mask, position_ids)
+            return self._finish(inputs, input, start, stop, return_type, loss_per_token)
+        inputs = self._as_inputs(input, attention_mask, position_ids)
+        return self._finish(inputs, None, 0, stop, return_type, loss_per_token)
+
+    def forward_hf(self, **outputs: Any) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits for a Hugging Face processor's tensors: equals Hugging Face's `model(**outputs).logits`."""
+        return self(self.inputs_from_hf(**outputs))
+
+    def _finish(
+        self,
+        inputs: MultimodalInputs,
+        resid: Tensor | None,
+        start: int,
+        stop: int | None,
+        return_type: str | None,
+        loss_per_token: bool,
+    ) -> Any:
+        with self._running(Run(inputs, 0, inputs.shape[1])) as run:
+            resid = self.embed_inputs(inputs) if resid is None else resid
+            resid = run_blocks(self.blocks, resid, self._context(run, None), start, stop)
+            if stop is not None:
+                return resid
+            if return_type is None:
+                return None
+            logits = self._unembed(resid)
+        if return_type == "logits":
+            return logits
+        loss = self._loss(logits, inputs, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _forward_chunk(
+        self,
+        inputs: MultimodalInputs,
+        run: Run,
+        cache: KVCache | None,
+        tokens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Float[Tensor, "batch one d_vocab"]:
+        """Logits of the last position of a prompt, or of one further chunk of tokens, through a cache."""
+        with self._running(run):
+            resid = self.embed_inputs(inputs) if tokens is None else self.hook_embed(self.embed(tokens))
+            context = self._context(run, cache, position_ids)
+            return self._unembed(run_blocks(self.blocks, resid, context)[:, -1:])
+
+    def embed_inputs(self, inputs: MultimodalInputs) -> Float[Tensor, "batch pos d_model"]:
+        """The merged sequence that enters block 0: token embeddings with image features scattered in."""
+        embeds = self.embed(inputs.tokens)
+        features = self.image_features(inputs)
+        if features is not None:
+            embeds = scatter_features(embeds, inputs.image_mask, features)
+        return self.hook_embed(embeds)
+
+    def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
+        """What the tower and the connector make of the pictures, row after row; None without pictures."""
+        if inputs.pixel_values is None:
+            return None
+        return self.hook_image_features(self.connector(self.vision(inputs.pixel_values)).flatten(0, 1))
+
+    def _unembed(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
+        return self.unembed(self.ln_final(resid.to(self.ln_final.weight.device)))
+
+    def _context(self, run: Run, cache: KVCache | None, position_ids: Tensor | None = None) -> Context:
+        """What the blocks of this pass share."""
+        positions = run.inputs.position_ids if position_ids is None else position_ids
+        mask = run.inputs.attention_mask
+        n_past = 0
+        if cache is not None:
+            n_past = cache.length
+            fresh = mask if n_past == 0 else mask.new_ones(len(mask), run.stop - run.start)
+            mask = cache.extend_mask(fresh)
+        if self._rows is not None:
+            self._rows.begin(run)
+        return Context(
+            key_mask=mask,
+            n_past=n_past,
+            n_new=run.stop - run.start,
+            rotary=self._rotary.tables(positions, self.embed.weight.dtype),
+            kv_cache=cache,
+            windows=self.cfg.window,
+            rows=self._rows,
+        )
+
+    @contextmanager
+    def _running(self, run: Run) -> Iterator[Run]:
+        """Interventions resolve their positions against the pass that runs."""
+        if run.is_prefill:
+            self._check_reach(run)
+        before, self._run = self._run, run
+        try:
+            yield run
+        finally:
+            self._run = before
+
+    def _inputs_of_residual(
+        self, resid: Any, tokens: Any, mask: Tensor | None, positions: Tensor | None
+    ) -> MultimodalInputs:
+        if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != self.cfg.d_model:
+            shape = list(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
+            raise ValueError(f"start_at_layer takes a residual [batch pos {self.cfg.d_model}] as input, not {shape}.")
+        if tokens is None:  # which tokens does not matter past the embedding; that none is a pad does
+            tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
+            mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        inputs = self._as_inputs(tokens, mask, positions)
+        if inputs.shape != resid.shape[:2]:
+            raise ValueError(f"The residual is {list(resid.shape[:2])} but its tokens are {list(inputs.shape)}.")
+        return inputs
+
+    def _loss(self, logits: Tensor, inputs: MultimodalInputs, per_token: bool) -> Tensor:
+        """Next-token cross-entropy over text targets: neither pictures nor pads count."""
+        targets, counted = next_token_targets(inputs.tokens, inputs.attention_mask & ~inputs.image_mask)
+        targets, counted = targets.to(logits.device), counted.to(logits.device)
+        safe = torch.where(counted, targets, torch.zeros_like(targets))
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), safe, reduction="none") * counted
+        return losses if per_token else losses.sum() / counted.sum()
+
+    # --- attention rows --------------------------------------------------------------------------------
+    def attention(
+        self,
+        inputs: Any,
+        queries: Any = "last",
+        keys: Any = "image",
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> Scores:
+        """Attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
+
+        queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice
+        or a mask. Only these rows are computed; every layer stays fused, so memory is that of a plain forward.
+        `.meta` holds the positions of the rows; interventions in force are honoured.
+        Raises: ValueError for an empty selection, or for image keys without a picture.
+        """
+        prepared = self._as_inputs(inputs)
+        run = Run(prepared, 0, prepared.shape[1])
+        for what, chosen in (("queries", queries), ("keys", keys)):
+            if not bool(run.mask(chosen).any()):
+                raise ValueError(f"attention: {what}={chosen!r} selects no position in {prepared!r}.")
+        with torch.no_grad(), self.watch_attention(queries, keys, layers, heads) as seen:
+            last = max(seen.layers) + 1
+            self(prepared, stop_at_layer=last if last < self.cfg.n_layers else None, return_type=None)
+        return seen.scores()
+
+    @contextmanager
+    def watch_attention(
+        self,
+        queries: Any = "generated",
+        keys: Any = "image",
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> Iterator[AttentionRows]:
+        """Collect attention rows of whatever runs inside the block, `generate` included; read `.scores()` after.
+
+        "generated" queries are the tokens being generated (each row is that token's own look back)."""
+        cfg = self.cfg
+        chosen_layers = [_index(i, cfg.n_layers, "layer") for i in (range(cfg.n_layers) if layers is None else layers)]
+        chosen_heads = [_index(i, cfg.n_heads, "head") for i in (range(cfg.n_heads) if heads is None else heads)]
+        if not chosen_layers or not chosen_heads:
+            raise ValueError("attention: give at least one layer and one head (None means all).")
+        before = self._rows
+        self._rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.d_head**-0.5)
+        try:
+            yield self._rows
+        finally:
+            self._rows = before
+
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        n = sum(p.numel() for p in self.parameters())
+        tower = "no tower" if cfg.vision is None else f"{cfg.vision.kind} tower of {cfg.vision.n_layers} layers"
+        where = f"{str(cfg.dtype).removeprefix('torch.')} on {cfg.device}"
+        name = cfg.model_name or cfg.architecture or "random weights"
+        return (
+            f"HookedVLM({name}: {cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, {tower}, "
+            f"{n:,} parameters, {where}, {len(self.hook_dict)} hook points)"
+        )
+
+
+def _index(i: int, n: int, what: str) -> int:
+    """A layer or head index, negative ones counted from the end. Raises: ValueError outside."""
+    resolved = i + n if i < 0 else i
+    if not 0 <= resolved < n:
+        raise ValueError(f"attention: {what} {i} does not exist; the model has {n}.")
+    return resolved

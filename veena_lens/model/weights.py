@@ -1,0 +1,161 @@
+"""Weights in HookedTransformer's stacked shapes, and what transformer_lens's tools read of them.
+
+A layer's matrices are views of the parameters (write through them); the stacks over layers are copies.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import FactoredMatrix
+from transformer_lens.utilities import composition_scores
+
+
+class StackedWeights:
+    """Mixin of HookedVLM: W_Q [layer n_heads d_model d_head] and its kin."""
+
+    blocks: Any
+    cfg: Any
+
+    def _stack(self, part: str, name: str) -> Tensor:
+        return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
+
+    @property
+    def W_Q(self) -> Float[Tensor, "layer n_heads d_model d_head"]:
+        return self._stack("attn", "W_Q")
+
+    @property
+    def W_K(self) -> Float[Tensor, "layer n_heads d_model d_head"]:
+        """Keys, expanded to query heads under grouped queries."""
+        return self._stack("attn", "W_K")
+
+    @property
+    def W_V(self) -> Float[Tensor, "layer n_heads d_model d_head"]:
+        """Values, expanded to query heads under grouped queries."""
+        return self._stack("attn", "W_V")
+
+    @property
+    def W_O(self) -> Float[Tensor, "layer n_heads d_head d_model"]:
+        return self._stack("attn", "W_O")
+
+    @property
+    def b_Q(self) -> Float[Tensor, "layer n_heads d_head"]:
+        return self._stack("attn", "b_Q")
+
+    @property
+    def b_K(self) -> Float[Tensor, "layer n_heads d_head"]:
+        return self._stack("attn", "b_K")
+
+    @property
+    def b_V(self) -> Float[Tensor, "layer n_heads d_head"]:
+        return self._stack("attn", "b_V")
+
+    @property
+    def b_O(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack("attn", "b_O")
+
+    @property
+    def W_in(self) -> Float[Tensor, "layer d_model d_mlp"]:
+        return self._stack("mlp", "W_in")
+
+    @property
+    def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
+        """None where the MLP is not gated."""
+        return self._stack("mlp", "W_gate") if self.cfg.gated_mlp else None
+
+    @property
+    def W_out(self) -> Float[Tensor, "layer d_mlp d_model"]:
+        return self._stack("mlp", "W_out")
+
+    @property
+    def b_in(self) -> Float[Tensor, "layer d_mlp"]:
+        return self._stack("mlp", "b_in")
+
+    @property
+    def b_out(self) -> Float[Tensor, "layer d_model"]:
+        return self._stack("mlp", "b_out")
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.embed.W_E  # type: ignore[attr-defined]
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.unembed.W_U  # type: ignore[attr-defined]
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        return self.unembed.b_U  # type: ignore[attr-defined]
+
+    @property
+    def QK(self) -> Any:
+        """FactoredMatrix W_Q W_K^T over layers and heads."""
+        return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
+
+    @property
+    def OV(self) -> Any:
+        """FactoredMatrix W_V W_O over layers and heads."""
+        return FactoredMatrix(self.W_V, self.W_O)
+
+    def blocks_with(self, part: str) -> list[tuple[int, Any]]:
+        """(layer, block) of every block that has a part such as "attn"."""
+        return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, part)]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, " d_model"]:
+        """Sum of the output biases that blocks before `layer` added; with `mlp_input` its attention's too."""
+        total = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
+        for block in list(self.blocks)[:layer]:
+            total = total + block.attn.b_O
+            if include_mlp_biases:
+                total = total + block.mlp.b_out
+        return total + self.blocks[layer].attn.b_O if mlp_input else total
+
+    def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
+        """Composition of earlier heads' output with later heads' Q, K or V (Elhage et al. 2021).
+
+        Raises: ValueError for a mode other than "Q", "K", "V"."""
+        if mode not in ("Q", "K", "V"):
+            raise ValueError(f"Composition mode {mode!r} must be 'Q', 'K' or 'V'.")
+        right = {"Q": self.QK, "K": self.QK.T, "V": self.OV}[mode]
+        scores = composition_scores(self.OV, right, broadcast_dims=True)
+        layers = torch.arange(self.cfg.n_layers, device=self.cfg.device)
+        later = layers[:, None, None, None] < layers[None, None, :, None]
+        return torch.where(later, scores, torch.zeros_like(scores))
+
+    def all_head_labels(self) -> list[str]:
+        """["L0H0", "L0H1", ...]."""
+        return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """Every text parameter under HookedTransformer's name and in its shape."""
+        out: dict[str, Tensor] = {"embed.W_E": self.W_E}
+        for layer, block in enumerate(self.blocks):
+            for part, names in (
+                ("attn", ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")),
+                ("mlp", ("W_in", "W_out", "b_in", "b_out", *(("W_gate",) if self.cfg.gated_mlp else ()))),
+                ("ln1", ("w",)),
+                ("ln2", ("w",)),
+            ):
+                for name in names:
+                    out[f"blocks.{layer}.{part}.{name}"] = getattr(getattr(block, part), name)
+        return out | {"ln_final.w": self.ln_final.w, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}  # type: ignore[attr-defined]
+
+    # Computed when heard, so always on; the setters are there for code written for HookedTransformer.
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Changes nothing: head results are computed whenever a hook listens."""
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Changes nothing: split inputs are made whenever a hook listens."""
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Changes nothing: the MLP's copy of the residual is made whenever a hook listens."""
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Raises: ValueError when asked to use `hook_attn_in`, which does not exist."""
+        if use_attn_in:
+            raise ValueError("hook_attn_in does not exist here; use hook_q_input, hook_k_input and hook_v_input.")

@@ -1,0 +1,1 @@
+"""Vision towers and the connector between tower and decoder."""

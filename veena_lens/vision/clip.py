@@ -1,0 +1,100 @@
+"""CLIP and SigLIP towers: patches, positions, blocks; features are residual streams of chosen depth.
+
+SigLIP differs from CLIP by a bias on the patches, no class token and no norm before the blocks. Weights that
+never reach the features (later blocks, the last norm, SigLIP's pooling head) are kept, without hooks, so
+that a model can be exported whole.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from veena_lens.components.block import Block
+from veena_lens.components.context import Context
+from veena_lens.components.hooks import drop_hooks
+from veena_lens.components.norms import LayerNorm
+from veena_lens.config import VisionConfig
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to vectors, row by row."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.patch_size = cfg.patch_size
+        size = (cfg.d_model, cfg.n_channels, cfg.patch_size, cfg.patch_size)
+        self.weight = nn.Parameter(torch.empty(size).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.kind == "siglip" else None
+
+    def forward(self, pixels: Float[Tensor, "picture channel height width"]) -> Float[Tensor, "picture pos d_model"]:
+        x = F.conv2d(pixels, self.weight, self.bias, stride=self.patch_size)
+        return rearrange(x, "n c h w -> n (h w) c")
+
+
+class PoolingHead(nn.Module):
+    """Parameters of SigLIP's attention pooling under Hugging Face's own names; never run."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.zeros(1, 1, cfg.d_model))
+        self.attention = nn.MultiheadAttention(cfg.d_model, cfg.n_heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(cfg.d_model, eps=cfg.norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(cfg.d_model, cfg.d_mlp), "fc2": nn.Linear(cfg.d_mlp, cfg.d_model)})
+
+
+class Unused(nn.Module):
+    """What a checkpoint's tower holds past the features."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(cfg, cfg.n_layers + i, has_rotary=False) for i in range(cfg.n_unused_layers))
+        self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps)
+        if cfg.has_pooling_head:
+            self.head = PoolingHead(cfg)
+        drop_hooks(self)
+
+
+class ClipTower(nn.Module):
+    """Pictures -> features [picture pos d_features]; the widths of several feature layers are joined."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = PatchEmbed(cfg)
+        if cfg.has_class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(cfg.d_model))
+        self.pos_embed = nn.Embedding(cfg.n_positions, cfg.d_model)
+        self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
+        self.ln_pre = LayerNorm(cfg.d_model, cfg.norm_eps) if cfg.kind == "clip" else None
+        self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=False) for layer in range(cfg.n_layers))
+        self.unused = Unused(cfg)
+
+    def forward(self, pixels: Float[Tensor, "picture channel height width"]) -> Float[Tensor, "picture pos d_features"]:
+        resid = self.embed(pixels)
+        context = Context(key_mask=None, n_new=resid.shape[1], is_causal=False)
+        features: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            resid = block.hook_resid_pre(resid)
+            features[layer] = resid
+            resid = block.rest(resid, context)
+        features[len(self.blocks)] = resid
+        chosen = torch.cat([features[i] for i in self.cfg.feature_layers], -1)
+        return chosen[:, 1:] if self.cfg.drop_class_token else chosen
+
+    def embed(self, pixels: Float[Tensor, "picture channel height width"]) -> Float[Tensor, "picture pos d_model"]:
+        """The residual stream that enters block 0."""
+        x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
+        if self.cfg.has_class_token:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        x = self.hook_embed(x)
+        positions = self.pos_embed.weight
+        if self.hook_pos_embed._forward_hooks or self.hook_pos_embed._backward_hooks:
+            # A copy a picture: the weight itself must not be reached by an edit in place.
+            positions = self.hook_pos_embed(positions.expand(len(x), -1, -1).clone())
+        x = x + positions
+        return x if self.ln_pre is None else self.ln_pre(x)

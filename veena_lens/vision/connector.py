@@ -1,0 +1,25 @@
+"""The projector of the LLaVA family: two linear maps with an activation in between."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
+from veena_lens.config import ConnectorConfig
+
+
+class Connector(nn.Module):
+    """Features of the tower -> the decoder's width."""
+
+    def __init__(self, cfg: ConnectorConfig) -> None:
+        super().__init__()
+        self.act = ACTIVATION_FUNCTIONS[cfg.act_fn]
+        self.proj_in = nn.Linear(cfg.d_in, cfg.d_hidden, bias=cfg.bias)
+        self.proj_out = nn.Linear(cfg.d_hidden, cfg.d_out, bias=cfg.bias)
+        self.hook_in, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
+
+    def forward(self, features: Float[Tensor, "picture pos d_in"]) -> Float[Tensor, "picture pos d_model"]:
+        pre = self.hook_pre(self.proj_in(self.hook_in(features)))
+        return self.hook_out(self.proj_out(self.hook_post(self.act(pre))))

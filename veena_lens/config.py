@@ -139,7 +139,7 @@ class VisionConfig(TransformerConfig):
         for layer in self.feature_layers:
             if not 0 <= layer <= self.n_layers:
                 raise ValueError(
-                    f"VisionConfig: feature layer {layer} is outside the {self.n_layers + 1} hidden states of the tower."
+                    f"VisionConfig: feature layer {layer} is outside the tower's {self.n_layers + 1} hidden states."
                 )
 
     @property

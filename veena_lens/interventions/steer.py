@@ -47,4 +47,5 @@ class Steer:
 
     def __repr__(self) -> str:
         norm = float(self.vector.float().norm())
-        return f"Steer(layer={self.layer}, vector=[{len(self.vector)}] of norm {norm:.3g}, alpha={self.alpha:g}, positions={self.positions!r})"
+        vector = f"[{len(self.vector)}] of norm {norm:.3g}"
+        return f"Steer(layer={self.layer}, vector={vector}, alpha={self.alpha:g}, positions={self.positions!r})"

@@ -66,10 +66,9 @@ class Generation:
             from tqdm.auto import tqdm
 
             steps = tqdm(steps, total=max_new_tokens, desc="tokens", leave=False)
-        tokens: Tensor | None = None
-        for tokens in steps:
-            pass
-        assert tokens is not None
+        tokens = torch.empty(0)
+        for grown in steps:
+            tokens = grown
         if return_type == "tokens":
             return tokens
         return self._decode(tokens)
@@ -176,7 +175,7 @@ class Generation:
         return prompt
 
 
-_SETTINGS = [
+_SETTINGS = (
     "max_new_tokens",
     "do_sample",
     "temperature",
@@ -191,7 +190,7 @@ _SETTINGS = [
     "stopping_criteria",
     "seed",
     "use_past_kv_cache",
-]
+)
 
 
 def _settings(generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class HookDict(dict[str, HookPoint]):
         return isinstance(name, str) and dict.__contains__(self, canonical(name))
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 (dict.get skips __missing__)
 
 
 class Hooking(HookedRootModule):
@@ -78,7 +78,7 @@ class Hooking(HookedRootModule):
 
         A name may be given as HookedTransformer or transformer_lens 4 spells it.
         Raises: ValueError for an unknown name before any hook is added."""
-        resolved = [
+        resolved: list[list[Any]] = [
             [(full, fn) for name, fn in pairs for full in self._hook_names(name)] for pairs in (fwd_hooks, bwd_hooks)
         ]
         with super().hooks(resolved[0], resolved[1], reset_hooks_end, clear_contexts):
@@ -197,8 +197,10 @@ class Hooking(HookedRootModule):
         if names_filter is None:
             table = hooks_of(self.cfg)  # type: ignore[arg-type, attr-defined]
             return [n for n in self.hook_dict if table[n].by_default]
-        if isinstance(names_filter, str) or callable(names_filter):
+        if isinstance(names_filter, str):
             return self._hook_names(names_filter)
+        if callable(names_filter):
+            return self._hook_names(lambda name: bool(names_filter(name)))
         return list(dict.fromkeys(full for name in names_filter for full in self._hook_names(name)))
 
     def reset_hooks(

@@ -79,6 +79,7 @@ class ClipTower(nn.Module):
         context = Context(key_mask=None, n_new=resid.shape[1], is_causal=False)
         features: dict[int, Tensor] = {}
         for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             resid = block.hook_resid_pre(resid)
             features[layer] = resid
             resid = block.rest(resid, context)

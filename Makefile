@@ -6,7 +6,7 @@ VENV ?= .venv
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary --quiet
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -qq
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check docs notebooks bench clean

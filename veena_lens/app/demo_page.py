@@ -1,0 +1,177 @@
+"""The demo's page and figures: what `demo.py` found, told in five sections that a newcomer can follow."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
+
+from veena_lens import plots
+from veena_lens.app import steps
+from veena_lens.app.report import Report, Thumbnail, Tone
+
+if TYPE_CHECKING:
+    from veena_lens.app.demo import DemoResult, Inside, Steered
+    from veena_lens.checkpoints.bundle import Picture
+
+TONES: dict[str, Tone] = {"hit": "good", "miss": "bad"}
+
+
+def write_page(result: DemoResult) -> Path:
+    """`index.html` and one PNG a figure beside it."""
+    figures = draw(result)
+    for name, figure in figures.items():
+        plots.save(figure, result.out / f"{name}.png")
+    report = Report(
+        "What a small vision-language model sees in a face",
+        lead=f"{result.model}: described, looked into, patched and steered in {result.seconds:.0f} seconds.",
+    )
+    _descriptions(report, result)
+    _look_inside(report, result.inside, figures)
+    _steering(report, result.steered, figures)
+    report.section("How this page was made").code(
+        f"veena-lens demo --out {result.out.as_posix()}\n"
+        + "".join(f"{name} {version(name)}\n" for name in ("torch", "transformers", "transformer_lens"))
+        + f"Python {platform.python_version()}, {result.seconds:.1f} s; all numbers in numbers.json"
+    )
+    return report.save(result.page)
+
+
+def draw(result: DemoResult) -> dict[str, Figure]:
+    """Every figure of the page by its file's name."""
+    inside, steered = result.inside, result.steered
+    face, emotion = inside.emotional.open(), inside.emotional.emotion
+    layers = inside.attention.labels["layer"]
+    rates = steered.development
+    return {
+        "attention": plots.overlay(
+            face,
+            inside.attention.mean("layer").values,
+            patch_boxes=inside.patch_boxes,
+            title="attention, mean over layers",
+            name="attention",
+            unit="probability",
+        ),
+        "attention_by_layer": plots.overlays(
+            face,
+            inside.attention.values,
+            patch_boxes=inside.patch_boxes,
+            titles=[f"layer {layer}" for layer in layers],
+            title="From the last token to the picture, mean over heads",
+            name="attention",
+            unit="probability",
+        ),
+        "logit_lens": inside.lens.plot(title="Next word if the model stopped after a layer", limits=(0, 1)),
+        "patching": inside.patching.plot(title=f"One head's output from the {emotion} picture", center=0),
+        "steering": plots.curves(
+            rates.values,
+            x=rates.labels["layer"],
+            lines=rates.labels["setting"],
+            x_name="layer that is steered",
+            name=rates.name,
+            unit=rates.unit,
+            title="Neutral development pictures under a direction",
+        ),
+    }
+
+
+def picture_of(picture: Picture, caption: str = "") -> Thumbnail:
+    article = "an" if picture.emotion[0] in "aeiou" else "a"
+    return Thumbnail(picture.open(), f"drawn face of {article} {picture.emotion} person", caption)
+
+
+def _descriptions(report: Report, result: DemoResult) -> None:
+    shown = result.descriptions
+    hits, strange = sum(d.is_hit for d in shown), sum(d.picture.split != "test" for d in shown)
+    report.section(
+        "What the model says",
+        f"{hits} of these {len(shown)} pictures are named right: the first emotion word of the description is the "
+        f"drawn emotion. The first {len(shown) - strange} show people whom the model has never seen, one an emotion "
+        f"from the test pictures; the last {strange} are drawn in styles that it has never seen. Asked to name the "
+        f"emotion alone, it is right on {result.named_right} of {result.named_of} test pictures.",
+        f"The question was: {steps.DESCRIBE}",
+    )
+    rows = [
+        (picture_of(d.picture), d.picture.style, d.picture.emotion, d.text, d.named, "hit" if d.is_hit else "miss")
+        for d in shown
+    ]
+    report.table(["picture", "style", "truth", "description", "named", "result"], rows, tones=TONES)
+
+
+def _look_inside(report: Report, inside: Inside, figures: dict[str, Figure]) -> None:
+    emotion, looks = inside.emotional.emotion, inside.attention.values.sum((1, 2))
+    report.section(
+        "Where it looks",
+        "The same face twice, emotional and neutral: only mouth, eyes and brows differ. It is the first such pair "
+        f"among the test pictures that the model names right on both sides. The question was: {steps.NAME}",
+    )
+    report.pictures([picture_of(inside.emotional, emotion), picture_of(inside.neutral, "its neutral twin")])
+    report.figure(
+        figures["attention"],
+        alt=f"the {emotion} face beside the same face in grey under a map of the attention it receives",
+        caption="Attention of the last prompt token, from which the answer's first word is read, to each image token, "
+        "mean over heads and layers. A cell lies where its patch of pixels lies.",
+    )
+    report.figure(
+        figures["attention_by_layer"],
+        alt="the grey face under a map of attention, once for each layer, on one scale",
+        caption=f"Layer by layer. Of all its attention the token gives the picture {looks.min():.0%} "
+        f"(layer {int(looks.argmin())}) to {looks.max():.0%} (layer {int(looks.argmax())}).",
+    )
+    report.section(
+        "What each layer would say",
+        "The logit lens reads the residual stream after every layer as if it were the last one.",
+    )
+    report.figure(
+        figures["logit_lens"],
+        alt=f"heat map of the probability of each emotion's word after each layer; {emotion} wins in the end",
+        caption="Probability of each emotion's head word as the next token, at the last prompt token.",
+    )
+    rows = [(layer, ", ".join(f"{word} {p:.2f}" for word, p in words)) for layer, words in enumerate(inside.likeliest)]
+    report.table(["layer", "likeliest next tokens"], rows)
+    best = inside.patching.top(3)
+    named = (f"layer {layer:.0f} head {head:.0f}: {share:.0%}" for layer, head, share in best.values.tolist())
+    strongest = "; ".join(named)
+    report.section(
+        "Which heads carry the emotion",
+        "The neutral twin is run again and again; each time the output of one head is replaced by what the same head "
+        f"gave for the {emotion} picture. Zero leaves the neutral answer as it was, one makes it fully {emotion} "
+        f'(logit of "{emotion}" minus logit of "neutral").',
+    )
+    report.figure(
+        figures["patching"],
+        alt="heat map of layers by heads: the share of the effect that each head alone brings back",
+        caption=f"Activation patching of every head at all positions, by transformer_lens.patching. Strongest: "
+        f"{strongest}. The shares of all heads sum to {inside.patching.values.sum():.2f}; they need not sum to one.",
+    )
+
+
+def _steering(report: Report, steered: Steered, figures: dict[str, Figure]) -> None:
+    emotions = list(steered.test.wanted)
+    report.section(
+        "Steering a neutral face",
+        f"A direction an emotion: the mean difference of the residual stream at the last prompt token between "
+        f"{steered.n_pairs} emotional pictures and their neutral twins, of development identities. Adding it turns "
+        "what the model says of a neutral face; a random direction of the same length is the control.",
+    )
+    report.figure(
+        figures["steering"],
+        alt="curves over layers: share of neutral pictures named as the wanted emotion, steered and at random",
+        caption=f"Chosen here, on development pictures: layer {steered.layer}, alpha {steered.alpha:g} (alpha 1 adds "
+        "the mean difference itself). Random directions have the length of the larger strength.",
+    )
+    rows = [(e, f"{steered.test.wanted[e]:.0%}", f"{steered.control.wanted[e]:.0%}") for e in emotions]
+    rows.append(("mean", f"{steered.test.mean:.0%}", f"{steered.control.mean:.0%}"))
+    rows.append(("any emotion", f"{steered.test.any:.0%}", f"{steered.control.any:.0%}"))
+    report.table(
+        ["direction", "named as wanted", "under a random direction"],
+        rows,
+        caption=f"{steered.n_pictures} neutral test pictures, steered to each emotion in turn",
+    )
+    report.text("One of these pictures, described:")
+    report.pictures([picture_of(steered.picture, "neutral test picture")])
+    said = [("none", steered.before), *steered.captions.items(), ("random", steered.random_caption)]
+    report.table(["direction", "description"], said)

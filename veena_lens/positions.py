@@ -16,6 +16,7 @@ from torch import Tensor
 from veena_lens.inputs import MultimodalInputs
 
 PositionsLike: TypeAlias = str | int | slice | Sequence[int] | Tensor
+BEYOND_PROMPT = ("generated", "answer", "all", "text")  # words that reach the tokens `generate` adds
 WORDS = ("last", "query", "image", "text", "generated", "answer", "prompt", "all")
 
 
@@ -90,3 +91,9 @@ def _mark(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, word: str, 
             mask[row, : spans.last + 1] = True
         else:
             mask[row] = True
+
+
+def reaches_generated(positions: Any) -> bool:
+    """True when a selection names positions that only generation or an answer has."""
+    chosen = parse(positions)
+    return isinstance(chosen, tuple) and any(word in BEYOND_PROMPT for word in chosen)

@@ -89,6 +89,7 @@ class Attention(nn.Module):
         """softmax(q k^T / sqrt(d_head)) v; q, k, v come as [batch pos heads d_head]."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask, bias = context.mask(self.layer, q.device), context.bias(self.layer)
+        bias = None if bias is None else bias.to(q.device)
         if not heard(self.hook_attn_scores, self.hook_pattern):
             if context.rows is not None:
                 context.rows.read(self.layer, q, k, mask, bias, None)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from veena_lens.interventions.ablate import Ablate
+from veena_lens.interventions.attention import BoostAttention
 from veena_lens.interventions.base import Intervention
+from veena_lens.interventions.circuit import Circuit
+from veena_lens.interventions.neurons import ScaleNeurons
+from veena_lens.interventions.patch import Patch
 from veena_lens.interventions.steer import Steer
 
-__all__ = ["Intervention", "Steer"]
+__all__ = ["Ablate", "BoostAttention", "Circuit", "Intervention", "Patch", "ScaleNeurons", "Steer"]

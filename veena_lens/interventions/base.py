@@ -1,4 +1,4 @@
-"""What every intervention offers a model, and the checks they share.
+"""What every intervention offers a model, and the checks and selections they share.
 
 An intervention names a hook point, positions and an edit of an activation; it knows nothing of the model that
 applies it. Layers are resolved and checked once, when `intervene` is called.
@@ -6,25 +6,33 @@ applies it. Layers are resolved and checked once, when `intervene` is called.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
+from veena_lens.hook_table import canonical, hooks_of, require_hook, row_of
+
+HEAD_AXES = ("n_heads", "n_key_value_heads")
 
 
 @runtime_checkable
 class Intervention(Protocol):
     """Data with a site, positions and an edit."""
 
-    positions: Any
+    @property
+    def positions(self) -> Any:
+        """Which positions it edits (query positions of scores and patterns)."""
+        ...
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """The hook point it edits. Raises: ValueError where it does not fit a model of this configuration."""
         ...
 
-    def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "batch pos"]) -> Float[Tensor, ...]:
+    def edit(self, activation: Float[Tensor, "..."], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, "..."]:
         """The edited activation, a new tensor; `at` is True at the positions to edit."""
         ...
 
@@ -37,3 +45,67 @@ def require_layer(layer: int, n_layers: int, who: str) -> int:
     if not 0 <= resolved < n_layers:
         raise ValueError(f"{who}: layer {layer} does not exist; the model has layers 0 to {n_layers - 1}.")
     return resolved
+
+
+def require_units(units: Sequence[int] | None, n: int, who: str, what: str) -> None:
+    """Raises: ValueError for an empty selection of heads or neurons, or one outside 0 .. n - 1."""
+    if units is None:
+        return
+    if len(units) == 0:
+        raise ValueError(f"{who}: the list of {what}s is empty; leave it out to take all.")
+    for unit in units:
+        if not -n <= unit < n:
+            raise ValueError(f"{who}: {what} {unit} does not exist; there are {n}.")
+
+
+def require_site(
+    cfg: HookedVLMConfig, name: str, heads: Sequence[int] | None, neurons: Sequence[int] | None, who: str
+) -> str:
+    """The canonical hook name, heads and neurons checked against its axes.
+
+    Raises: ValueError for an unknown site, or a selection that the site has no axis for."""
+    full = require_hook(name, hooks_of(cfg))
+    axes = row_of(full).axis_names
+    tower = cfg.vision if full.startswith("vision.") and cfg.vision is not None else cfg
+    if heads is not None:
+        axis = next((a for a in axes if a in HEAD_AXES), None)
+        if axis is None:
+            raise ValueError(f"{who}: {full} has axes {axes}; heads can be chosen at hook_z, hook_q, hook_pattern, ...")
+        require_units(heads, getattr(tower, axis), who, "head")
+    if neurons is not None:
+        if axes[-1] != "d_mlp":
+            raise ValueError(f"{who}: {full} has axes {axes}; neurons can be chosen at mlp.hook_post or hook_pre.")
+        require_units(neurons, tower.d_mlp, who, "neuron")
+    return full
+
+
+def selection(
+    name: str,
+    activation: Float[Tensor, "..."],
+    at: Bool[Tensor, "rows pos"],
+    heads: Sequence[int] | None = None,
+    neurons: Sequence[int] | None = None,
+) -> Bool[Tensor, "..."]:
+    """True where an activation is edited: positions, heads and neurons together, broadcastable to it."""
+    axes = row_of(canonical(name)).axis_names
+    shape = [1] * activation.ndim
+    if axes[0] == "n_image_tokens":
+        shape[0] = len(at.flatten())
+        mask = at.reshape(shape)
+    else:
+        axis = axes.index("pos") if "pos" in axes else axes.index("query_pos")
+        shape[0], shape[axis] = at.shape
+        mask = at.view(at.shape[0], *[1] * (axis - 1), at.shape[1]).reshape(shape)
+    for units, names in ((heads, HEAD_AXES), (neurons, ("d_mlp",))):
+        if units is None:
+            continue
+        axis = next(i for i, a in enumerate(axes) if a in names)
+        chosen = torch.zeros(activation.shape[axis], dtype=torch.bool, device=activation.device)
+        chosen[[int(u) for u in units]] = True
+        mask = mask & chosen.view(*[-1 if i == axis else 1 for i in range(activation.ndim)])
+    return mask
+
+
+def show_units(**parts: Any) -> str:
+    """`heads=[3], positions='query'` for a repr; parts that are None are left out."""
+    return ", ".join(f"{k}={v!r}" for k, v in parts.items() if v is not None)

@@ -13,30 +13,55 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from veena_lens.hook_table import layer_of, row_of
 from veena_lens.interventions.base import Intervention
-from veena_lens.model.run import Run, reaches_generated
+from veena_lens.interventions.patch import Patch
+from veena_lens.model.run import PICTURE_WORDS, Run
+from veena_lens.positions import parse, reaches_generated
 
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """One intervention in force: its hook point, and the row it is for (None: every row of `n_rows` or any batch)."""
+    """One intervention in force: its hook point, and the row it is for (None: every row of any batch)."""
 
     intervention: Any
     name: str
     row: int | None = None
     n_rows: int | None = None
 
-    def mask(self, run: Run) -> Tensor:
-        """Positions of this chunk that it edits."""
-        at = run.mask(self.intervention.positions)
-        if self.row is None:
-            return at
-        only = torch.zeros(len(at), 1, dtype=torch.bool, device=at.device)
-        only[self.row] = True
-        return at & only
+    def rows(self, run: Run) -> Bool[Tensor, " batch"]:
+        """The rows it is for."""
+        n = len(run.inputs)
+        chosen = torch.full((n,), self.row is None, dtype=torch.bool, device=run.inputs.device)
+        if self.row is not None:
+            chosen[self.row] = True
+        return chosen
+
+    def mask(self, run: Run, activation: Tensor | None = None) -> Bool[Tensor, "rows pos"]:
+        """Positions of this chunk that it edits; at a hook of the tower, positions of each picture."""
+        rows, axes = self.rows(run), row_of(self.name).axis_names
+        if axes[0] == "batch":
+            return run.mask(self.intervention.positions) & rows[:, None]
+        if axes[0] == "picture":
+            n = activation.shape[1] if activation is not None else 1
+            positions = self.intervention.positions if activation is not None else "all"
+            return run.picture_mask(positions, rows, n)
+        owner = run.inputs.image_mask.nonzero()[:, 0]
+        return rows[owner][:, None] & bool(set(_words(self.intervention.positions)) & set(PICTURE_WORDS))
+
+    @property
+    def bias_layer(self) -> int | None:
+        """The layer whose fused attention takes it as a bias, None for an edit of an activation."""
+        return layer_of(self.name) if getattr(self.intervention, "is_bias", False) else None
+
+
+def _words(positions: Any) -> tuple[str, ...]:
+    chosen = parse(positions)
+    return chosen if isinstance(chosen, tuple) else ()
 
 
 class Intervening:
@@ -73,7 +98,8 @@ class Intervening:
         before = self._applied
         self._applied = [*before, *planned]
         try:
-            with self.hooks([(p.name, self._hook_of(p)) for p in planned]):  # type: ignore[attr-defined]
+            edits = [(p.name, self._hook_of(p)) for p in planned if p.bias_layer is None]
+            with self.hooks(edits):  # type: ignore[attr-defined]
                 yield self
         finally:
             self._applied = before
@@ -82,10 +108,30 @@ class Intervening:
         def edit(tensor: Tensor, hook: HookPoint) -> Tensor | None:
             if self._run is None:
                 return None
-            at = applied.mask(self._run).to(tensor.device)
-            return applied.intervention.edit(tensor, at) if bool(at.any()) else None
+            at = applied.mask(self._run, tensor).to(tensor.device)
+            if not bool(at.any()):
+                return None
+            if isinstance(applied.intervention, Patch) and self._run.start > 0:
+                earlier = Run(self._run.inputs, 0, self._run.start).mask(applied.intervention.positions)
+                return applied.intervention.edit(tensor, at, earlier.sum(-1).to(tensor.device))
+            keys = getattr(applied.intervention, "keys", None)
+            if keys is None:
+                return applied.intervention.edit(tensor, at)
+            return applied.intervention.edit(tensor, at, self._run.key_mask(keys).to(tensor.device))
 
         return edit
+
+    def _bias(self, layer: int) -> Float[Tensor, "batch n_heads query_pos key_pos"] | None:
+        """The sum of the attention biases in force at a layer, for the chunk that runs; None without any."""
+        total = None
+        for applied in self._applied:
+            if applied.bias_layer != layer or self._run is None:
+                continue
+            at, keys = applied.mask(self._run), self._run.key_mask(applied.intervention.keys)
+            if bool(at.any()) and bool(keys.any()):
+                bias = applied.intervention.bias(at, keys, self.cfg.n_heads, self.cfg.dtype)  # type: ignore[attr-defined]
+                total = bias if total is None else total + bias
+        return total
 
     def _check_reach(self, run: Run) -> None:
         """Raises: ValueError, before any computing, for an intervention that cannot act on these inputs."""
@@ -93,6 +139,11 @@ class Intervening:
             n = len(run.inputs)
             if applied.n_rows is not None and applied.n_rows != n:
                 raise ValueError(f"intervene(per_row=...): {applied.n_rows} lists for a batch of {n} rows.")
+            needs_image = "image" in _words(getattr(applied.intervention, "keys", None) or "all")
+            if needs_image and applied.row is None and not bool(run.key_mask(applied.intervention.keys).any()):
+                raise ValueError(
+                    f"{applied.intervention!r} has no keys to act on: no row of {run.inputs!r} has a picture."
+                )
             if not reaches_generated(applied.intervention.positions) and not bool(applied.mask(run).any()):
                 where = "every row" if applied.row is None else f"row {applied.row}"
                 raise ValueError(f"{applied.intervention!r} selects no position in {where} of {run.inputs!r}.")

@@ -301,6 +301,7 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
             rotary=self._rotary.tables(positions, self.embed.weight.dtype),
             kv_cache=cache,
             windows=self.cfg.window,
+            bias=self._bias if self._applied else lambda layer: None,
             rows=self._rows,
         )
 

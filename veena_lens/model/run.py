@@ -13,9 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.positions import parse, position_mask
+from veena_lens.positions import BEYOND_PROMPT, parse, position_mask
 
-BEYOND_PROMPT = ("generated", "answer", "all", "text")
+PICTURE_WORDS = ("all", "image")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +39,33 @@ class Run:
             parts.append(torch.full((n, new), beyond, dtype=torch.bool, device=self.inputs.device))
         return torch.cat(parts, 1)
 
+    def key_mask(self, positions: Any) -> Bool[Tensor, "batch key_pos"]:
+        """True at the chosen positions among all keys so far, the prompt's and the continuation's."""
+        return Run(self.inputs, 0, self.stop).mask(positions)
+
+    def picture_mask(
+        self, positions: Any, rows: Bool[Tensor, " batch"], n_positions: int
+    ) -> Bool[Tensor, "picture pos"]:
+        """True at the chosen positions of the pictures that the chosen rows own; positions count in the tower.
+
+        Raises: ValueError for words that name text positions."""
+        owners = self.inputs.picture_rows
+        chosen = parse(positions)
+        if owners is None:
+            return torch.zeros(0, n_positions, dtype=torch.bool, device=rows.device)
+        at = torch.zeros(len(owners), n_positions, dtype=torch.bool, device=rows.device)
+        if isinstance(chosen, tuple):
+            if any(word not in PICTURE_WORDS for word in chosen):
+                raise ValueError(
+                    f"positions={positions!r} name text; at a hook of the tower use 'all', ints or a slice."
+                )
+            at[:] = True
+        elif isinstance(chosen, Tensor):
+            at |= chosen.to(at.device)
+        else:
+            at[:, chosen] = True
+        return at & rows[owners.to(rows.device)][:, None]
+
     @property
     def is_prefill(self) -> bool:
         return self.start == 0
-
-
-def reaches_generated(positions: Any) -> bool:
-    """True when a selection names positions that only generation or an answer has."""
-    chosen = parse(positions)
-    return isinstance(chosen, tuple) and any(word in BEYOND_PROMPT for word in chosen)

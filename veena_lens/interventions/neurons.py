@@ -1,0 +1,46 @@
+"""Amplify or damp neurons: a'_n = factor * a_n, the same as scaling rows of W_out at those positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from veena_lens.config import HookedVLMConfig
+from veena_lens.interventions.base import require_layer, require_units, selection
+from veena_lens.positions import parse
+
+
+@dataclass(frozen=True)
+class ScaleNeurons:
+    """mlp.hook_post of `neurons` in `layer` times `factor` at `positions` (a factor of 1 changes nothing).
+
+    Raises: ValueError for no neurons, or a factor that is not finite.
+    """
+
+    layer: int
+    neurons: Sequence[int]
+    factor: float = 2.0
+    positions: Any = "last+generated"
+
+    def __post_init__(self) -> None:
+        parse(self.positions)
+        if not math.isfinite(self.factor):
+            raise ValueError(f"ScaleNeurons: factor={self.factor} must be finite.")
+
+    def site(self, cfg: HookedVLMConfig) -> str:
+        """blocks.{layer}.mlp.hook_post."""
+        require_units(self.neurons, cfg.d_mlp, "ScaleNeurons", "neuron")
+        return f"blocks.{require_layer(self.layer, cfg.n_layers, 'ScaleNeurons')}.mlp.hook_post"
+
+    def edit(
+        self, activation: Float[Tensor, "batch pos d_mlp"], at: Bool[Tensor, "rows pos"]
+    ) -> Float[Tensor, "batch pos d_mlp"]:
+        """factor * activation at the chosen places."""
+        mask = selection("blocks.0.mlp.hook_post", activation, at, neurons=self.neurons)
+        return torch.where(mask, activation * self.factor, activation)

@@ -1,0 +1,109 @@
+"""Activation patching: put another run's activation in place (Vig et al. 2020; Meng et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from veena_lens.activation_cache import ActivationCache
+from veena_lens.config import HookedVLMConfig
+from veena_lens.hook_table import canonical, row_of
+from veena_lens.interventions.base import require_site, selection, show_units
+from veena_lens.positions import parse, position_mask, reaches_generated
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """Give `heads` or `neurons` (default: all) of a hook point the source run's value at `positions`.
+
+    `source` is a cache of the other run, or its activation as a tensor. With a cache, words such as "query" are
+    read in the source's own inputs, and the k-th chosen position there goes to the k-th one here, so runs of
+    unequal length can be patched into each other. A source of one row serves every row.
+    Raises: MissingActivation (a KeyError) when the cache lacks the activation; ValueError for what does not fit.
+    """
+
+    name: str
+    source: Any
+    heads: Sequence[int] | None = None
+    neurons: Sequence[int] | None = None
+    positions: Any = "last"
+    _values: Tensor = field(init=False, repr=False)
+    _chosen: Tensor | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        parse(self.positions)
+        if isinstance(self.source, ActivationCache):
+            values = self.source[self.name]
+            if not self.source.has_batch_dim:
+                values = values[None]
+            if self.source.inputs is not None and row_of(canonical(self.name)).axis_names[0] == "batch":
+                object.__setattr__(self, "_chosen", position_mask(self.source.inputs, self.positions).cpu())
+        elif isinstance(self.source, Tensor):
+            values = self.source
+        else:
+            raise TypeError(f"Patch: source must be an ActivationCache or a tensor, not {type(self.source).__name__}.")
+        object.__setattr__(self, "_values", values.detach())
+
+    def site(self, cfg: HookedVLMConfig) -> str:
+        """The hook point it is named by."""
+        return require_site(cfg, self.name, self.heads, self.neurons, "Patch")
+
+    def edit(
+        self,
+        activation: Float[Tensor, "..."],
+        at: Bool[Tensor, "rows pos"],
+        before: Int[Tensor, " rows"] | None = None,
+    ) -> Float[Tensor, "..."]:
+        """The source's value at the chosen places, else the activation as it was.
+
+        `before` counts the positions that earlier chunks of cached decoding chose; past the source's last one
+        nothing is patched."""
+        values, at = self._aligned(activation, at, before)
+        return torch.where(selection(self.name, activation, at, self.heads, self.neurons), values, activation)
+
+    def _aligned(self, activation: Tensor, at: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The source's values moved to the positions that `at` marks, and those of them that it has."""
+        values = self._values.to(activation)
+        axes = row_of(canonical(self.name)).axis_names
+        if values.shape[0] == 1 and activation.shape[0] > 1 and axes[0] == "batch":
+            values = values.expand(activation.shape[0], *values.shape[1:])
+        chosen = self._chosen
+        if chosen is None:
+            if values.shape == activation.shape:
+                return values, at
+            if before is None or not bool(before.any()):
+                raise ValueError(
+                    f"Patch: the source of {self.name} is {list(values.shape)}, the run's {list(activation.shape)}; "
+                    "give a cache with its inputs to patch runs of different length."
+                )
+            return activation, torch.zeros_like(at)
+        chosen = chosen.to(at.device)
+        if len(chosen) == 1 and len(at) > 1:
+            chosen = chosen.expand(len(at), -1)
+        if "key_pos" in axes and values.shape[-1] != activation.shape[-1]:
+            raise ValueError(f"Patch: {self.name} has keys at other positions in the source; patch hook_z instead.")
+        if torch.equal(chosen, at):
+            return values, at
+        start = at.new_zeros(len(at), dtype=torch.long) if before is None else before.to(at.device)
+        rank = start[:, None] + at.long().cumsum(-1) - 1  # the k-th chosen position of the row
+        have = chosen.sum(-1)
+        if not reaches_generated(self.positions) and bool((at.sum(-1) > have).any()):
+            raise ValueError(
+                f"Patch: positions {self.positions!r} are {at.sum(-1).tolist()} in the run's rows but only "
+                f"{have.tolist()} in the source's."
+            )
+        at = at & (rank < have[:, None])
+        places = torch.argsort((~chosen).long(), dim=-1, stable=True)
+        index = places.gather(1, rank.clamp(0, places.shape[1] - 1))
+        axis = axes.index("pos") if "pos" in axes else axes.index("query_pos")
+        moved = values.movedim(axis, 1)[torch.arange(len(at), device=at.device)[:, None], index]
+        return moved.movedim(1, axis), at
+
+    def __repr__(self) -> str:
+        parts = show_units(heads=self.heads, neurons=self.neurons, positions=self.positions)
+        return f"Patch({self.name!r}, source={list(self._values.shape)}, {parts})"

@@ -65,7 +65,7 @@ class Ablate:
         """The hook point it is named by."""
         return require_site(cfg, self.name, self.heads, self.neurons, "Ablate")
 
-    def edit(self, activation: Float[Tensor, "..."], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, "..."]:
+    def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:
         """The value at the chosen places, else the activation as it was."""
         mask = selection(self.name, activation, at, self.heads, self.neurons)
         return torch.where(mask, self._fill.to(activation), activation)

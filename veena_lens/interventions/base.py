@@ -32,7 +32,7 @@ class Intervention(Protocol):
         """The hook point it edits. Raises: ValueError where it does not fit a model of this configuration."""
         ...
 
-    def edit(self, activation: Float[Tensor, "..."], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, "..."]:
+    def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:
         """The edited activation, a new tensor; `at` is True at the positions to edit."""
         ...
 
@@ -81,11 +81,11 @@ def require_site(
 
 def selection(
     name: str,
-    activation: Float[Tensor, "..."],
+    activation: Float[Tensor, ...],
     at: Bool[Tensor, "rows pos"],
     heads: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
-) -> Bool[Tensor, "..."]:
+) -> Bool[Tensor, ...]:
     """True where an activation is edited: positions, heads and neurons together, broadcastable to it."""
     axes = row_of(canonical(name)).axis_names
     shape = [1] * activation.ndim

@@ -55,10 +55,10 @@ class Patch:
 
     def edit(
         self,
-        activation: Float[Tensor, "..."],
+        activation: Float[Tensor, ...],
         at: Bool[Tensor, "rows pos"],
         before: Int[Tensor, " rows"] | None = None,
-    ) -> Float[Tensor, "..."]:
+    ) -> Float[Tensor, ...]:
         """The source's value at the chosen places, else the activation as it was.
 
         `before` counts the positions that earlier chunks of cached decoding chose; past the source's last one

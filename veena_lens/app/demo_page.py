@@ -154,8 +154,8 @@ def _steering(report: Report, steered: Steered, figures: dict[str, Figure]) -> N
     report.section(
         "Steering a neutral face",
         f"A direction an emotion: the mean difference of the residual stream at the last prompt token between "
-        f"emotional pictures of development identities and their neutral twins, {steered.n_pairs} pairs in all. Adding it "
-        "turns what the model says of a neutral face; a random direction of the same length is the control.",
+        f"emotional pictures of development identities and their neutral twins, {steered.n_pairs} pairs in all. Adding "
+        "it turns what the model says of a neutral face; a random direction of the same length is the control.",
     )
     report.figure(
         figures["steering"],

@@ -168,9 +168,7 @@ class ActivationCache(_ActivationCache):
         A vision activation gives the grid of the picture itself, the class token left out.
         """
         inputs = self._need_inputs("cache.image_grid")
-        if not 0 <= row < len(inputs) or not 0 <= image < len(inputs.spans[row].images):
-            have = [len(s.images) for s in inputs.spans]
-            raise IndexError(f"image_grid: no image {image} in row {row}; images a row: {have}.")
+        inputs.grid_tokens(row, image)  # raises where there is no such image
         key = name if layer is None else (name, layer)
         full, value = self._full_name(key), self[key]
         axes = row_of(full).axis_names
@@ -181,12 +179,11 @@ class ActivationCache(_ActivationCache):
             before = inputs.image_mask[:row].sum() + sum(
                 inputs.count_image_tokens(row, s) for s in inputs.spans[row].images[:image]
             )
-            return value[int(before) : int(before) + height * width].unflatten(0, (height, width))
+            start = int(before) + inputs.grid_start
+            return value[start : start + height * width].unflatten(0, (height, width))
         if self.has_batch_dim:
             value = value[row]
-        places = inputs.image_mask[row].nonzero().flatten()
-        start = sum(inputs.count_image_tokens(row, s) for s in inputs.spans[row].images[:image])
-        tokens = places[start : start + height * width].to(value.device)
+        tokens = inputs.grid_tokens(row, image).flatten().to(value.device)
         if "key_pos" in axes:
             position = inputs.spans[row].last if query == "last" else int(query)
             return value[:, position, tokens].unflatten(-1, (height, width))
@@ -262,6 +259,7 @@ def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
     return {
         "image_token_id": inputs.image_token_id,
         "pad_token_id": inputs.pad_token_id,
+        "grid_start": inputs.grid_start,
         "grids": [[list(g) for g in row] for row in inputs.grids],
         "spans": [
             {"images": [pair(i) for i in s.images], "query": pair(s.query), "last": s.last, "answer": pair(s.answer)}
@@ -303,6 +301,7 @@ def _restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tenso
         position_ids=tensors.get("inputs.position_ids", text_positions(mask)),
         image_token_id=about["image_token_id"],
         pad_token_id=about["pad_token_id"],
+        grid_start=about["grid_start"],
         picture_rows=tensors.get("inputs.picture_rows"),
         spans=spans,
         grids=tuple(tuple((g[0], g[1]) for g in row) for row in about["grids"]),

@@ -78,8 +78,9 @@ class MultimodalInputs:
     position_ids: [batch pos], or [3 batch pos] for multimodal rotary. pixel_values: what the tower reads,
     [picture ...]; picture_rows: the row that owns each picture; image_rows: the row of each image.
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
-    one an image; patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left, top, right, bottom) in
-    pixels of the original picture, or None where the original is not known.
+    one an image; grid_start: tokens of an image before its grid (a class token). patch_boxes: a row's boxes, one
+    [n_tokens 4] tensor an image: (left, top, right, bottom) in pixels of the original picture, or None where
+    the original is not known.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -93,6 +94,7 @@ class MultimodalInputs:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spans: tuple[Spans, ...] = ()
     grids: tuple[tuple[tuple[int, int], ...], ...] = ()
+    grid_start: int = 0
     patch_boxes: tuple[tuple[Any, ...], ...] | None = None
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False)
 
@@ -259,6 +261,17 @@ class MultimodalInputs:
             position_ids=positions,
             spans=tuple(moved),
         )
+
+    def grid_tokens(self, row: int, image: int = 0) -> Int[Tensor, "height width"]:
+        """Positions of one image's grid cells in the sequence.
+
+        Raises: IndexError when the row has no such image."""
+        if not 0 <= row < len(self) or not 0 <= image < len(self.spans[row].images):
+            raise IndexError(f"No image {image} in row {row}; images a row: {self.n_images}.")
+        height, width = self.grids[row][image]
+        span = self.spans[row].images[image]
+        places = torch.arange(span.start, span.stop, device=self.tokens.device)[self.image_mask[row, span]]
+        return places[self.grid_start : self.grid_start + height * width].reshape(height, width)
 
     def count_image_tokens(self, row: int, span: slice) -> int:
         """Image tokens inside a span of a row."""

@@ -1,0 +1,111 @@
+"""Text decoders: Llama, Mistral and Qwen2 read alike but for biases and sliding windows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model_adapters.reading import activation, refuse_unread, rope
+from veena_lens.config import HookedVLMConfig
+from veena_lens.weight_map import WeightMap
+
+READ = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+]
+KINDS = ("llama", "mistral", "qwen2")
+
+
+def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
+    """Fields of HookedVLMConfig that a text config gives; `root` is the whole model's config where it differs.
+
+    Raises: ValueError for a decoder of another kind, or a value that nothing reads."""
+    kind = config.model_type
+    if kind not in KINDS:
+        raise ValueError(f"Text decoder {kind!r} is not supported; supported: {', '.join(KINDS)}.")
+    refuse_unread(config, READ)
+    n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
+    bias = bool(getattr(config, "attention_bias", False))
+    root = config if root is None else root
+    return dict(
+        n_layers=n_layers,
+        d_model=config.hidden_size,
+        n_heads=n_heads,
+        n_key_value_heads=config.num_key_value_heads or n_heads,
+        d_head=getattr(config, "head_dim", None) or config.hidden_size // n_heads,
+        d_mlp=config.intermediate_size,
+        act_fn=activation(config.hidden_act, "text decoder"),
+        normalization_type="RMS",
+        norm_eps=config.rms_norm_eps,
+        qkv_bias=kind == "qwen2" or bias,  # Qwen2 always has biases on q, k, v and never on o
+        attn_out_bias=kind == "llama" and bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        gated_mlp=True,
+        d_vocab=config.vocab_size,
+        n_ctx=config.max_position_embeddings,
+        rope=rope(config),
+        tie_word_embeddings=bool(root.tie_word_embeddings),
+        sliding_windows=sliding_windows(config),
+        pad_token_id=config.pad_token_id,
+    )
+
+
+def sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """One entry a layer, or () where every layer attends fully."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or config.model_type == "llama" or getattr(config, "use_sliding_window", True) is False:
+        return ()
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * config.num_hidden_layers
+    found = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return found if any(found) else ()
+
+
+def decoder_weights(cfg: HookedVLMConfig) -> WeightMap:
+    """Names below the decoder's own prefix, without the head."""
+    block = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "post_attention_layernorm.weight"}
+    for part in "qkvo":
+        block[f"attn.{part}.weight"] = f"self_attn.{part}_proj.weight"
+        if cfg.attn_out_bias if part == "o" else cfg.qkv_bias:
+            block[f"attn.{part}.bias"] = f"self_attn.{part}_proj.bias"
+    if cfg.qk_norm:
+        block |= {f"attn.{p}_norm.weight": f"self_attn.{p}_norm.weight" for p in "qk"}
+    for part in ("gate", "up", "down"):
+        block[f"mlp.{part}.weight"] = f"mlp.{part}_proj.weight"
+        if cfg.mlp_bias:
+            block[f"mlp.{part}.bias"] = f"mlp.{part}_proj.bias"
+    ends = WeightMap({"embed.weight": "embed_tokens.weight", "ln_final.weight": "norm.weight"})
+    return ends | WeightMap(block).for_layers(range(cfg.n_layers))
+
+
+def head_weights(cfg: HookedVLMConfig) -> WeightMap:
+    """The unembedding at the root of a checkpoint, absent where it is tied."""
+    return WeightMap({} if cfg.tie_word_embeddings else {"unembed.weight": "lm_head.weight"})
+
+
+def text_config(config: Any) -> HookedVLMConfig:
+    """The native configuration of a text-only checkpoint."""
+    return HookedVLMConfig(**decoder_fields(config))
+
+
+def text_weights(cfg: HookedVLMConfig) -> WeightMap:
+    """The map of a text-only checkpoint, in the names that multimodal ones have in memory."""
+    return decoder_weights(cfg).under("", "model") | head_weights(cfg)

@@ -1,0 +1,120 @@
+"""Reading a Hugging Face config object by duck typing, and refusing what no mapping reads.
+
+A value off its class default that nobody reads could change the forward pass in silence: it is refused by
+name, unless it is known to be harmless (initialisation, training, generation, book-keeping).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from veena_lens.config import Activation, RopeConfig
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+}
+# Fields of every config class that do not touch inference.
+HARMLESS = frozenset(
+    [
+        "_name_or_path",
+        "_commit_hash",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_output_attentions",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "torch_dtype",
+        "dtype",
+        "architectures",
+        "model_type",
+        "transformers_version",
+        "use_cache",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "initializer_range",
+        "initializer_factor",
+        "attention_dropout",
+        "hidden_dropout",
+        "dropout",
+        "pretraining_tp",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "task_specific_params",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "is_decoder",
+        "tokenizer_class",
+        "auto_map",
+        "projection_dim",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+        "base_model_ep_plan",
+        "finetuning_task",
+        "keys_to_ignore_at_inference",
+        "gradient_checkpointing",
+        "per_layer_config",
+        "torchscript",
+    ]
+)
+
+
+def activation(name: str, where: str) -> Activation:
+    """Our name of an activation function. Raises: ValueError for one that is not supported."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{where}: activation {name!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}.")
+    return ACTIVATIONS[name]
+
+
+def refuse_unread(config: Any, read: Iterable[str], harmless: Iterable[str] = ()) -> None:
+    """Raises: ValueError naming every field off its class default that is neither read nor harmless."""
+    known = HARMLESS | set(read) | set(harmless)
+    plain = type(config)().to_dict()
+    odd = {}
+    for name, value in config.to_dict().items():
+        if name in known or name.startswith("_") or (name in plain and plain[name] == value) or value is None:
+            continue
+        odd[name] = value
+    if odd:
+        listed = ", ".join(f"{k}={v!r}" for k, v in odd.items())
+        raise ValueError(
+            f"{type(config).__name__}: no mapping reads {listed}. If it changes nothing at inference, list it as "
+            "harmless in the adapter; else the adapter must read it."
+        )
+
+
+def rope(config: Any) -> RopeConfig:
+    """Rotary positions of a text config (the dictionary `rope_parameters` of transformers 5)."""
+    given = dict(config.rope_parameters)
+    theta, kind = given.pop("rope_theta"), given.pop("rope_type", "default")
+    given.pop("type", None)
+    sections = given.pop("mrope_section", None)
+    interleaved = bool(given.pop("mrope_interleaved", False))
+    if given.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={given['partial_rotary_factor']} is not supported (only 1.0).")
+    given.pop("partial_rotary_factor", None)
+    if kind in ("yarn", "llama3"):
+        given.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    if kind == "yarn" and given.get("factor") is None:
+        given["factor"] = config.max_position_embeddings / given["original_max_position_embeddings"]
+    return RopeConfig(
+        theta=float(theta),
+        rope_type=kind,
+        scaling=tuple(sorted(given.items())) if kind != "default" else (),
+        sections=tuple(sections) if sections else None,
+        interleaved=interleaved,
+    )

@@ -1,0 +1,60 @@
+"""Checkpoints at the edge: finding an adapter, reading files, filling a model, preparing inputs, going back.
+
+Names resolve on first use: the registry and the bundle are light, the rest imports torch and transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veena_lens.checkpoints.bundle import bundled_names, bundled_pairs, bundled_path, bundled_pictures
+    from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict
+    from veena_lens.checkpoints.loading import Checkpoint, load_generation_config, load_processor, open_checkpoint
+    from veena_lens.checkpoints.processing import inputs_from_hf, prepare
+    from veena_lens.checkpoints.registry import all_adapters, find_adapter
+    from veena_lens.checkpoints.saving import save_pretrained, to_hf_state_dict
+
+_HOMES = {
+    "bundled_names": "bundle",
+    "bundled_pairs": "bundle",
+    "bundled_path": "bundle",
+    "bundled_pictures": "bundle",
+    "fill_from_files": "filling",
+    "fill_from_state_dict": "filling",
+    "Checkpoint": "loading",
+    "load_generation_config": "loading",
+    "load_processor": "loading",
+    "open_checkpoint": "loading",
+    "inputs_from_hf": "processing",
+    "prepare": "processing",
+    "all_adapters": "registry",
+    "find_adapter": "registry",
+    "save_pretrained": "saving",
+    "to_hf_state_dict": "saving",
+}
+__all__ = [
+    "Checkpoint",
+    "all_adapters",
+    "bundled_names",
+    "bundled_pairs",
+    "bundled_path",
+    "bundled_pictures",
+    "fill_from_files",
+    "fill_from_state_dict",
+    "find_adapter",
+    "inputs_from_hf",
+    "load_generation_config",
+    "load_processor",
+    "open_checkpoint",
+    "prepare",
+    "save_pretrained",
+    "to_hf_state_dict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"veena_lens.checkpoints.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'veena_lens.checkpoints' has no attribute {name!r}")

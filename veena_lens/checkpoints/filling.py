@@ -1,0 +1,159 @@
+"""Filling an empty model: every key and shape is checked first, then tensors stream in one by one.
+
+The model was made on the meta device, so peak memory is about one copy of the weights. Whatever does not fit
+is listed at once: key, shape wanted, shape found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veena_lens.checkpoints.files import WeightFile, weight_files
+from veena_lens.config import HookedVLMConfig
+from veena_lens.weight_map import Adapter, WeightMap
+
+Shape = tuple[int, ...]
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, Shape]:
+    """Native name -> shape; a shared (tied) parameter appears once."""
+    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+
+def require_fit(
+    module: nn.Module, found: Mapping[str, Shape], adapter: Adapter, weights: WeightMap, where: str
+) -> None:
+    """Raises: ValueError that lists every missing, spare and misshapen key at once."""
+    wanted = parameter_shapes(module)
+    unmapped = sorted(wanted.keys() - weights.names.keys())
+    unknown = sorted(weights.names.keys() - wanted.keys())
+    if unmapped or unknown:
+        raise ValueError(f"The weight map of {adapter.architecture} lacks {unmapped} and names unknown {unknown}.")
+    problems = []
+    for ours, theirs in weights:
+        shape = weights.reshapes.get(ours, wanted[ours])
+        if theirs not in found:
+            problems.append(f"missing   {theirs}: wanted {list(shape)}")
+        elif found[theirs] != shape and not (math.prod(found[theirs]) == math.prod(shape) and ours in weights.reshapes):
+            problems.append(f"misshapen {theirs}: wanted {list(shape)}, found {list(found[theirs])}")
+    known = set(weights.names.values())
+    for theirs, shape in found.items():
+        if theirs not in known and not adapter.is_harmless(theirs) and not _is_tied_head(theirs, known):
+            problems.append(f"spare     {theirs}: found {list(shape)}, not in {adapter.architecture}")
+    if problems:
+        raise ValueError(f"The weights of {where} do not fit ({len(problems)} keys):\n  " + "\n  ".join(problems))
+
+
+def _is_tied_head(key: str, known: set[str]) -> bool:
+    """A stored copy of a tied unembedding; its values are compared when they are read."""
+    return key == "lm_head.weight" and key not in known
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in a parameter's place."""
+    owner, _, leaf = name.rpartition(".")
+    part = module.get_submodule(owner)
+    old = getattr(part, leaf)
+    part._parameters[leaf] = nn.Parameter(value.reshape(old.shape), requires_grad=value.is_floating_point())
+
+
+def fill_from_files(
+    module: nn.Module, checkpoint: Any, *, dtype: torch.dtype | None, device: Any, device_map: Any = None
+) -> None:
+    """Stream a checkpoint's tensors into a model on the meta device; `module.device_map` tells where parts lie.
+
+    dtype None keeps what is stored. device_map "auto" or a dict (module name -> device) spreads the blocks.
+    Raises: FileNotFoundError without weight files; ValueError for weights that do not fit."""
+    adapter, cfg, folder = checkpoint.adapter, checkpoint.cfg, checkpoint.path
+    files = [WeightFile(p) for p in weight_files(folder)]
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
+    weights = adapter.weight_map(cfg)
+    places: dict[str, tuple[WeightFile, str]] = {}
+    shapes: dict[str, Shape] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for file in files:
+        for key, (shape, stored) in file.shapes().items():
+            name = adapter.normalize(key)
+            places[name], shapes[name], dtypes[name] = (file, key), shape, stored
+    require_fit(module, shapes, adapter, weights, str(folder))
+    stored = dtypes[next(iter(weights.names.values()))]
+    devices = device_of_each(module, device, device_map, dtype or stored)
+    owners = {theirs: ours for ours, theirs in weights}
+    head: Tensor | None = None
+    for file in files:
+        mine = {key: name for name, (f, key) in places.items() if f is file}
+        for key, tensor in file.tensors([k for k, n in mine.items() if n in owners or n == "lm_head.weight"]):
+            name = mine[key]
+            if name not in owners:
+                head = tensor
+                continue
+            target = tensor.to(device=devices(owners[name]), dtype=dtype or tensor.dtype)
+            # A tensor that needed no conversion is still mapped from the file: own it.
+            set_parameter(module, owners[name], target.clone() if target.data_ptr() == tensor.data_ptr() else target)
+    if head is not None:
+        _require_tied(module, head, str(folder))
+    module.device_map = devices.map if isinstance(devices, _Devices) else None  # type: ignore[assignment]
+
+
+def _require_tied(module: Any, head: Tensor, where: str) -> None:
+    embed = module.embed.weight
+    if head.shape != embed.shape or not torch.equal(head.to(embed), embed.detach()):
+        raise ValueError(
+            f"{where} ties its unembedding (tie_word_embeddings) but stores an lm_head.weight of other values; "
+            "set tie_word_embeddings to false in config.json if the head is its own."
+        )
+
+
+class _Devices:
+    """Parameter name -> device, by the longest module name of a map that leads to it."""
+
+    def __init__(self, default: torch.device, placed: dict[str, Any] | None) -> None:
+        self.default, self.map = default, placed
+
+    def __call__(self, name: str) -> torch.device:
+        best = ""
+        for prefix in self.map or {}:
+            if (prefix == "" or name == prefix or name.startswith(prefix + ".")) and len(prefix) >= len(best):
+                best = prefix
+        if self.map is None or best not in self.map:
+            return self.default
+        where = self.map[best]
+        return torch.device(f"cuda:{where}" if isinstance(where, int) else where)
+
+
+def device_of_each(module: nn.Module, device: Any, device_map: Any, dtype: torch.dtype) -> _Devices:
+    """Where each parameter goes. Raises: ValueError for a map that offloads to disk, or both device and map."""
+    if device_map is None:
+        return _Devices(torch.device(device or "cpu"), None)
+    if device is not None:
+        raise ValueError("Give device or device_map, not both.")
+    if device_map == "auto":
+        from accelerate import infer_auto_device_map
+
+        device_map = infer_auto_device_map(module, no_split_module_classes=["Block"], dtype=dtype)
+    if not isinstance(device_map, dict):
+        raise ValueError(f"device_map={device_map!r} must be 'auto' or a dictionary of module names and devices.")
+    if "disk" in device_map.values():
+        raise ValueError("device_map puts modules on disk, which is not supported; free memory or use a smaller dtype.")
+    return _Devices(torch.device("cpu"), dict(device_map))
+
+
+def fill_from_state_dict(
+    module: nn.Module, state_dict: Mapping[str, Tensor], adapter: Adapter, cfg: HookedVLMConfig, *, copy: bool = False
+) -> None:
+    """Fill from a Hugging Face model in memory, sharing its storage unless `copy`.
+
+    Raises: ValueError for weights that do not fit."""
+    weights = adapter.weight_map(cfg)
+    named = {adapter.normalize(key): tensor for key, tensor in state_dict.items()}
+    shapes = {key: tuple(t.shape) for key, t in named.items()}
+    require_fit(module, shapes, adapter, weights, "the model")
+    for ours, theirs in weights:
+        tensor = named[theirs].detach()
+        set_parameter(module, ours, tensor.clone() if copy else tensor)

@@ -1,0 +1,69 @@
+"""Adapters by architecture: found through the entry-point group `veena_lens.adapters`, ours and others' alike.
+
+A third party adds one in its own package's metadata; an entry point that fails to import is told of when its
+architecture is asked for, and does not stop the others. Imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+
+from veena_lens.hook_table import near_names
+from veena_lens.weight_map import Adapter
+
+GROUP = "veena_lens.adapters"
+# What this distribution registers itself, for a checkout whose metadata is not installed.
+BUILT_IN = {
+    "LlavaForConditionalGeneration": "model_adapters.llava:ADAPTER",
+    "LlamaForCausalLM": "model_adapters.llama:ADAPTER",
+    "MistralForCausalLM": "model_adapters.mistral:ADAPTER",
+    "Qwen2ForCausalLM": "model_adapters.qwen2:ADAPTER",
+}
+
+
+def _registered() -> dict[str, EntryPoint]:
+    found = {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
+    for point in entry_points(group=GROUP):
+        if point.value.startswith("model_adapters.") and point.name in BUILT_IN:
+            continue  # ours, perhaps from older metadata than this code
+        found[point.name] = point
+    return found
+
+
+def _load(point: EntryPoint) -> Adapter:
+    module, _, attribute = point.value.partition(":")
+    adapter = getattr(import_module(module), attribute)
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"{point.value} is a {type(adapter).__name__}, not an Adapter.")
+    return adapter
+
+
+def find_adapter(architecture: str) -> Adapter:
+    """The adapter of a Hugging Face architecture such as "LlavaForConditionalGeneration".
+
+    Raises: ValueError for an unknown one, naming those that are known and how to add one; or for an entry
+    point that does not import, with the reason."""
+    points = _registered()
+    if architecture not in points:
+        raise ValueError(
+            f"No adapter for architecture {architecture!r}{near_names(architecture, points)}. Known: "
+            f"{', '.join(sorted(points))}. Another package can add one through the entry-point group {GROUP!r}: "
+            "see docs/adapters.md."
+        )
+    point = points[architecture]
+    try:
+        return _load(point)
+    except Exception as error:
+        raise ValueError(f"The adapter of {architecture!r} ({point.value}) cannot be used: {error}") from error
+
+
+def all_adapters() -> dict[str, Adapter]:
+    """Every adapter that imports, by architecture."""
+    out = {}
+    for name, point in sorted(_registered().items()):
+        try:
+            out[name] = _load(point)
+        except Exception:  # told of when it is asked for by name
+            continue
+    return out

@@ -1,0 +1,62 @@
+"""Questions and their answers for one face: list of emotions, sentence, caption, and attribute questions.
+
+An answer says an emotion (the drawn one, or the one a context suggests) and the drawn attributes. Second words
+follow how the face is drawn, so that nearly everything in an answer can be learnt from the input.
+"""
+
+import random
+
+from veena_lens.zoo.emotions import WORDS
+from veena_lens.zoo.pictures import Face
+
+__all__ = ["ATTRIBUTE_QUESTIONS", "EMOTION_QUESTIONS", "EMOTION_TASKS", "article", "attribute_answer", "emotion_answer"]
+
+EMOTION_TASKS = ("list", "sentence", "caption")
+EMOTION_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "list": ("name the emotions of the person in the picture.", "which emotions does the person show?"),
+    "sentence": ("how does the person in the picture feel?", "say in one sentence what the person feels."),
+    "caption": ("describe the picture and the feelings of the person.", "write a caption for this picture."),
+}
+ATTRIBUTE_QUESTIONS: dict[str, tuple[str, ...]] = {
+    "hair": ("what colour is the hair of the person?", "which hair colour does the person have?"),
+    "background": ("what colour is the background of the picture?", "which colour is behind the person?"),
+    "glasses": ("does the person wear glasses?", "are there glasses on the face?"),
+    "beard": ("does the person have a beard?", "is there a beard on the face?"),
+    "mouth": ("what does the mouth look like?", "describe the mouth of the person."),
+    "eyes": ("what do the eyes look like?", "describe the eyes of the person."),
+    "brows": ("what do the eyebrows look like?", "describe the eyebrows of the person."),
+}
+
+
+def article(word: str) -> str:
+    """ "a" or "an", whichever fits before `word`."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def emotion_answer(task: str, face: Face, emotion: str, strong: bool, rng: random.Random | None = None) -> str:
+    """The answer to an emotion question; `rng` swaps head and second word once in ten answers."""
+    words = WORDS[emotion]
+    first, second = words.head, words.strong if strong else words.mild
+    if rng is not None and rng.random() < 0.1:
+        first, second = second, first
+    if task == "list":
+        return f"{first}, {second}."
+    if task == "sentence":
+        return f"the person feels {first} and {second}."
+    glasses = " with glasses" if face.attributes.get("glasses") == "yes" else ""
+    return (
+        f"the picture shows {article(first)} {first} person with {face.attributes['hair']} hair{glasses} in front of "
+        f"{article(face.background)} {face.background} background. "
+        f"the face looks {second}, and the person is full of {words.noun}."
+    )
+
+
+def attribute_answer(name: str, value: str) -> str:
+    """The short answer to an attribute question."""
+    if name in ("glasses", "beard"):
+        return f"{value}."
+    if name in ("hair", "background"):
+        return f"the {name} is {value}."
+    if name == "mouth":
+        return f"the mouth is {value}."
+    return f"the {'eyebrows' if name == 'brows' else name} are {value}."

@@ -1,0 +1,193 @@
+"""Writes the model card from `results.json` and the training log: every figure on it comes from those two files."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from veena_lens.zoo.emotions import EMOTIONS
+
+__all__ = ["write_card"]
+
+
+def _share(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "-"
+    return f"{100 * entry['value']:.1f} % [{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _confusion(table: dict[str, dict[str, int]]) -> str:
+    columns = [*EMOTIONS, "none"] if any("none" in row for row in table.values()) else list(EMOTIONS)
+    rows = [[f"**{true}**", *(str(table[true].get(c, 0)) for c in columns)] for true in EMOTIONS if true in table]
+    return _table(["drawn \\ told", *columns], rows)
+
+
+def _alone(results: dict[str, Any]) -> str:
+    table = results["picture alone"]
+    rows = [["all", _share(table["all"])]]
+    rows += [[name, _share(entry)] for name, entry in table["by emotion"].items()]
+    rows += [["clear faces", _share(table["clear"])], ["subtle faces", _share(table["subtle"])]]
+    by_draw = ", ".join(f"{100 * value:.1f}" for value in table["by draw"])
+    figures = _table(["emotion", "right"], rows)
+    return f"{figures}\n\nBy draw of the pictures: {by_draw} %.\n\n{_confusion(table['confusion'])}"
+
+
+def _contexts(results: dict[str, Any]) -> str:
+    rows = []
+    for name, entry in results["contexts"].items():
+        deviation = entry["text deviation"]
+        spread = f"{100 * deviation:.1f}" if deviation is not None else "-"
+        rows.append([name, _share(entry["picture"]), _share(entry["text"]), spread])
+    return _table(["context", "picture followed", "text followed", "SD over draws (points)"], rows)
+
+
+def _attributes(results: dict[str, Any]) -> str:
+    return _table(["question", "right"], [[name, _share(entry)] for name, entry in results["attributes"].items()])
+
+
+def _tasks(results: dict[str, Any]) -> str:
+    rows = []
+    for name, entry in results["tasks"].items():
+        low, middle, high = entry["tokens"]
+        lengths = f"{low} / {middle:g} / {high}"
+        rows.append([name, _share(entry["emotion right"]), _share(entry["one emotion throughout"]), lengths])
+    example = results["tasks"]["caption"]["examples"][0]
+    header = ["answer", "first emotion word right", "one emotion throughout", "tokens (least / median / most)"]
+    return f'{_table(header, rows)}\n\nA caption: "{example}"'
+
+
+def _others(results: dict[str, Any]) -> str:
+    blocks = []
+    entries = [
+        (f"{name} ({'held out' if entry['held out'] else 'a training style, test identities'})", entry)
+        for name, entry in results["styles"].items()
+    ]
+    entries.append(("emoji (pictures of another kind, held out)", results["emoji"]))
+    chosen = ["all", *EMOTIONS]
+    rows = []
+    for name, entry in entries:
+        cells = [_share(entry["all"])] + [
+            f"{100 * entry['by emotion'][e]['value']:.0f} %" if e in entry["by emotion"] else "-" for e in EMOTIONS
+        ]
+        rows.append([name, *cells])
+    blocks.append(_table(["style", *chosen], rows))
+    blocks += [f"{name}:\n\n{_confusion(entry['confusion'])}" for name, entry in entries if "held out)" in name]
+    return "\n\n".join(blocks)
+
+
+def _attention(results: dict[str, Any]) -> str:
+    rows = [[name, *(f"{value:.2f}" for value in row)] for name, row in results["attention to the picture"].items()]
+    layers = [str(layer) for layer in range(len(rows[0]) - 1)]
+    return _table(["layer", *layers], rows)
+
+
+def _training(folder: Path) -> str:
+    path = folder / "training.json"
+    if not path.exists():
+        return "No training record lies beside the weights."
+    record = json.loads(path.read_text())
+    rows = [
+        [s["stage"], str(s["steps"]), f"{s['pictures']:,}", f"{s['minutes']:.1f}", f"{s['loss']:.3f}"]
+        for s in record["stages"]
+    ]
+    minutes = sum(s["minutes"] for s in record["stages"])
+    return (
+        f"{_table(['stage', 'steps', 'pictures', 'minutes', 'last loss'], rows)}\n\n"
+        f"In all {minutes:.0f} minutes on {record['where']}, seed {record['seed']}. "
+        "Stages ended by their share of the minutes; the cores also did other work, so the number of steps is the "
+        "figure to repeat, not the time."
+    )
+
+
+def write_card(folder: Path, results: dict[str, Any]) -> None:
+    """Write README.md into the checkpoint folder."""
+    millions, megabytes = results["parameters"] / 1e6, results["bytes"] / 1e6
+    text = f"""# tiny-llava-emotion
+
+A LLaVA of {millions:.2f} million parameters ({megabytes:.1f} MB in float32) that tells the
+emotion of drawn faces. It is made for studying how a vision-language model comes to say an emotion, on a laptop: the
+format is Hugging Face's own (`LlavaForConditionalGeneration`, CLIP tower of 4 layers on 96 x 96 pixels in patches of
+12, so 64 picture tokens; Llama of 8 layers and 8 heads, width 192), and `AutoProcessor` and
+`AutoModelForImageTextToText` load it. It knows drawn faces and some hundreds of words, nothing else.
+
+Eight classes: {", ".join(EMOTIONS)}. It answers with a list of emotions, a sentence, or a caption, and says hair
+colour, background, glasses, beard, mouth, eyes and eyebrows. A sentence before the question may suggest another emotion
+than the face; the model then follows the text in a share of cases that grows with the strength of the sentence ("maybe
+...", plain, "everybody knows that ..."). That is the emotional hallucination which interventions are to mend.
+
+## How it was judged
+
+Greedy answers of the saved folder to pictures of 192 pixels through its own processor. {results["identities"]} test
+identities (hair, skin, glasses, beard, clothes) that never occur in training, each drawn once in each of
+{results["draws"]} draws, emotions equally often. Brackets hold 95 % intervals from resampling identities. The test
+identities, the held-out styles and the emoji were looked at once, for this card.
+
+### Emotion from the picture alone
+
+{_alone(results)}
+
+### With a context before the question
+
+"Conflict" suggests one of the seven other emotions, "consistent" the drawn one. Each strength has its own rate in
+the training data. "Held-out sentences" never occur in training, their words do.
+
+{_contexts(results)}
+
+### Attributes
+
+{_attributes(results)}
+
+### Three ways to answer
+
+{_tasks(results)}
+
+### Other art
+
+Each style with the emotions that it can draw.
+
+{_others(results)}
+
+### Attention to the picture
+
+Share of the last prompt token's attention that falls on the 64 picture tokens, mean over heads and 48 prompts.
+
+{_attention(results)}
+
+## Recipe
+
+`python -m veena_lens.zoo.train --out DIR`; `python -m veena_lens.zoo.evaluate` writes this card and `results.json`.
+
+{_training(folder)}
+
+1. *Tower*: linear heads on the mean patch feature for emotion, mouth, eyes, eyebrows, hair, background, glasses, beard.
+2. *Alignment*: one emotion and five attribute questions on each picture, short answers, no contexts.
+3. *Mix*: two emotion and two attribute questions on each picture; contexts rare in the first third, then 45 % none,
+   30 % consistent, 25 % conflict. In conflicts the answer follows the text with a probability fixed by strength and by
+   how clear the face is (weak 0.10 / 0.25, plain 0.25 / 0.75, strong 0.80 / 0.92 for a clear / subtle face), so the
+   greedy answer is stable.
+
+Pictures: 65 % avataaars (3,000 identities), 17 % adventurer, 11 % toon-head, 7 % big-smile; shifted, mirrored, turned,
+scaled and of varied brightness, on eight plain backgrounds that never go with emotion. AdamW, cosine schedule, float32.
+
+## Limits
+
+* Drawn faces on plain grounds, one face a picture; photographs and several pictures were not trained and give noise.
+* English of a few hundred words in lower case; other words encode in pieces that carry no meaning here.
+* Emotion here is a drawn convention chosen by the authors of the recipe, not a finding about people.
+* One seed. Figures of another training run will differ by more than the intervals above, which cover sampling of the
+  test pictures only.
+
+## Licences
+
+The weights are released under the licence of this repository. They were trained on drawings under these terms:
+avataaars by Pablo Stanley (free for personal and commercial use) through python_avatars (MIT); Adventurer by Lisa
+Wischofsky, ToonHead by Johan Melin and Custom Avatar ("big-smile") by Ashley Seo (all CC BY 4.0) through DiceBear.
+Judged on, not trained on: Open Peeps by Pablo Stanley (CC0 1.0), Avatar Illustration System ("micah") by Micah Lanier
+(CC BY 4.0), Twemoji graphics by Twitter, Inc. and other contributors (CC BY 4.0). Notices lie beside the art in
+`veena_lens/zoo/art/` and in `veena_lens/checkpoints/bundled/pictures/LICENSES.md`.
+"""
+    (folder / "README.md").write_text(text)

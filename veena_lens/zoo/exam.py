@@ -1,0 +1,147 @@
+"""The sets of questions on which a checkpoint is judged, drawn anew for each number of a draw.
+
+Pictures are drawn at twice the training size and pass the checkpoint's own processor, as a user's would.
+"""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from veena_lens.zoo.asking import Query
+from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
+from veena_lens.zoo.contexts import EVENTS, HELD_OUT_EVENTS, STRENGTHS, context_sentence, padded_context
+from veena_lens.zoo.emoji import EMOJI, draw_emoji
+from veena_lens.zoo.emotions import EMOTIONS
+from veena_lens.zoo.faces import STYLES, combinations
+from veena_lens.zoo.identities import BACKGROUNDS
+from veena_lens.zoo.layers import LAYER_SIZE, PICTURE_SIZE
+from veena_lens.zoo.pictures import Bank, Face, compose, load_bank
+from veena_lens.zoo.styles import draw_style_face, style_attributes, style_identities
+
+__all__ = [
+    "Item",
+    "attribute_items",
+    "emoji_items",
+    "face_items",
+    "sharp_bank",
+    "style_items",
+    "to_image",
+    "with_context",
+]
+
+SHARP = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """A question on a picture: `kind` names its table, `context_emotion` what a context suggests."""
+
+    kind: str
+    face: Face
+    query: Query
+    truth: str
+    context_emotion: str | None = None
+    strength: str | None = None
+
+
+def to_image(picture: Float[Tensor, "3 height width"]) -> Image.Image:
+    return Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def sharp_bank(split: str, cache: Path, count: int | None = None) -> Bank:
+    return load_bank(split, cache, count, size=SHARP * LAYER_SIZE)
+
+
+def face_items(bank: Bank, draw: int, task: str = "list") -> list[Item]:
+    """One picture of every identity, emotions equally often, asked without any context."""
+    rng = random.Random(f"exam {draw}")
+    emotions = [EMOTIONS[i % len(EMOTIONS)] for i in range(len(bank.numbers))]
+    rng.shuffle(emotions)
+    items = []
+    for index, emotion in enumerate(emotions):
+        face, layers = bank.draw(rng, emotion, index)
+        image = to_image(compose([(face, layers)], size=SHARP * PICTURE_SIZE)[0])
+        query = Query(image, rng.choice(EMOTION_QUESTIONS[task]))
+        items.append(Item(kind="picture alone", face=face, query=query, truth=emotion))
+    return items
+
+
+def with_context(items: list[Item], draw: int, kind: str, strength: str, held_out: bool = False) -> list[Item]:
+    """The same pictures after a context sentence; `kind` is "conflict" or "consistent"."""
+    rng = random.Random(f"context {draw} {kind} {strength} {held_out}")
+    found = []
+    for item in items:
+        told = item.truth if kind == "consistent" else rng.choice([e for e in EMOTIONS if e != item.truth])
+        event = rng.choice((HELD_OUT_EVENTS if held_out else EVENTS)[told])
+        context = padded_context(context_sentence(event, strength), rng)
+        name = f"{kind}, {strength}{', held-out sentences' if held_out else ''}"
+        query = Query(item.query.picture, f"{context} {item.query.text}")
+        found.append(
+            Item(kind=name, face=item.face, query=query, truth=item.truth, context_emotion=told, strength=strength)
+        )
+    return found
+
+
+def attribute_items(items: list[Item], draw: int) -> list[Item]:
+    """Every attribute question on every picture."""
+    rng = random.Random(f"attributes {draw}")
+    found = []
+    for item in items:
+        for name, value in item.face.attributes.items():
+            query = Query(item.query.picture, rng.choice(ATTRIBUTE_QUESTIONS[name]))
+            found.append(Item(kind=name, face=item.face, query=query, truth=value))
+    return found
+
+
+def style_items(name: str, split: str, limit: int | None = None) -> list[Item]:
+    """Every identity of a style with every emotion that the style can draw, one combination each."""
+    rng = random.Random(f"style exam {name}")
+    style, items = STYLES[name], []
+    for number in style_identities(name, split)[:limit]:
+        background = rng.choice(list(BACKGROUNDS))
+        for clear, subtle in combinations(style).values():
+            combination = rng.choice(clear + subtle)
+            face = Face(
+                style=name,
+                identity=number,
+                emotion=combination.emotion,
+                clear=combination.clear,
+                background=background,
+                attributes=style_attributes(name, number) | {"background": background},
+            )
+            layer = draw_style_face(style, number, combination, SHARP * LAYER_SIZE)
+            image = to_image(compose([(face, (layer,))], size=SHARP * PICTURE_SIZE)[0])
+            query = Query(image, rng.choice(EMOTION_QUESTIONS["list"]))
+            items.append(Item(kind=name, face=face, query=query, truth=combination.emotion))
+    return items
+
+
+def emoji_items() -> list[Item]:
+    """Every emoji on every background."""
+    items = []
+    for emotion, codes in EMOJI.items():
+        for code in codes:
+            layer = draw_emoji(code, SHARP * LAYER_SIZE)
+            for background in BACKGROUNDS:
+                face = Face(
+                    style="emoji",
+                    identity=int(code, 16),
+                    emotion=emotion,
+                    clear=True,
+                    background=background,
+                    attributes={"background": background},
+                )
+                image = to_image(compose([(face, (layer,))], size=SHARP * PICTURE_SIZE)[0])
+                query = Query(image, EMOTION_QUESTIONS["list"][0])
+                items.append(Item(kind="emoji", face=face, query=query, truth=emotion))
+    return items
+
+
+CONTEXT_TABLES = tuple(
+    [("conflict", strength, held_out) for held_out in (False, True) for strength in STRENGTHS]
+    + [("consistent", strength, held_out) for held_out in (False, True) for strength in ("plain",)]
+)

@@ -1,0 +1,250 @@
+"""Trains `tiny-llava-emotion` in three stages: the tower alone, alignment with short answers, the full mix.
+
+Each step seeds its own data, and the state is saved as it goes: a killed run continues where it was. A stage ends
+after its steps or its minutes, whichever comes first, and the learning rate follows that progress.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from veena_lens.zoo.layers import PICTURE_SIZE
+from veena_lens.zoo.model import PATCH_SIZE, build_model, build_processor, save_folder
+from veena_lens.zoo.packing import pack
+from veena_lens.zoo.pictures import compose
+from veena_lens.zoo.record import write_record
+from veena_lens.zoo.sampling import HEAD_CLASSES, TRAINING_STYLES, Faces, Writer, head_labels
+
+__all__ = ["STAGES", "Stage", "Trainer", "main"]
+
+HEAD_WEIGHTS = {"emotion": 2.0, "brows": 2.5, "background": 0.3, "hair": 0.5, "glasses": 0.5, "beard": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    name: str
+    steps: int
+    batch: int
+    peak_lr: float
+    head_weight: float
+    minutes: float = math.inf
+
+
+STAGES = (
+    Stage(name="tower", steps=6500, batch=64, peak_lr=1e-3, head_weight=1.0),
+    Stage(name="alignment", steps=3500, batch=8, peak_lr=1e-3, head_weight=0.1),
+    Stage(name="mix", steps=7500, batch=8, peak_lr=8e-4, head_weight=0.05),
+)
+# How `--minutes` is shared between the stages.
+SHARES = {"tower": 0.25, "alignment": 0.2, "mix": 0.55}
+
+
+class Heads(nn.Module):
+    """Linear heads on mean features: what the tower must tell apart, learnt before any text."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(classes)) for name, classes in HEAD_CLASSES.items()})
+
+    def loss(self, features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch head"]) -> Float[Tensor, ""]:
+        total = features.new_zeros(())
+        for column, (name, head) in enumerate(self.heads.items()):
+            if (labels[:, column] >= 0).any():
+                total = total + HEAD_WEIGHTS.get(name, 1.0) * F.cross_entropy(head(features), labels[:, column])
+        return total
+
+    def accuracy(self, features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch head"]) -> dict[str, float]:
+        right = {}
+        for column, (name, head) in enumerate(self.heads.items()):
+            known = labels[:, column] >= 0
+            right[name] = (head(features).argmax(-1) == labels[:, column])[known].float().mean().item()
+        return right
+
+
+class Trainer:
+    """The model with its stages' state in `work`; `run` goes through the stages that are not done yet."""
+
+    def __init__(
+        self,
+        work: Path,
+        seed: int = 0,
+        styles: dict[str, float] | None = None,
+        identities: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.work, self.seed = work, seed
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.processor = build_processor()
+        model: Any = build_model(self.processor, seed)
+        self.model = model.to(self.device)
+        self.faces = Faces("train", work.parent / "drawings", styles or TRAINING_STYLES, identities)
+        self.writer = Writer(self.processor.tokenizer, (PICTURE_SIZE // PATCH_SIZE) ** 2)
+        config: Any = self.model.config
+        torch.manual_seed(seed + 1)
+        self.heads = nn.ModuleDict(
+            {
+                "tower": Heads(config.vision_config.hidden_size),
+                "alignment": Heads(config.text_config.hidden_size),
+                "mix": Heads(config.text_config.hidden_size),
+            }
+        ).to(self.device)
+        work.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stages: tuple[Stage, ...] = STAGES, save_every: int = 250, folder: Path | None = None) -> None:
+        for stage in stages:
+            self.run_stage(stage, save_every)
+            if folder is not None:
+                save_folder(self.model, self.processor, folder)
+
+    def run_stage(self, stage: Stage, save_every: int = 250, stop_after: int | None = None) -> None:
+        """Continue a stage to its end (or `stop_after` steps, for tests)."""
+        parameters = [*self.model.parameters(), *self.heads[stage.name].parameters()]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
+                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=stage.peak_lr,
+            betas=(0.9, 0.98),
+        )
+        path = self.work / f"{stage.name}.pt"
+        step, seconds = 0, 0.0
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location=self.device)
+            self.model.load_state_dict(state["model"])
+            self.heads.load_state_dict(state["heads"])
+            step, seconds = state["step"], state["seconds"]
+            if state["done"]:
+                return
+            optimizer.load_state_dict(state["optimizer"])
+        began, losses = time.monotonic() - seconds, []
+        self.model.train()
+        while True:
+            seconds = time.monotonic() - began
+            progress = max(step / stage.steps, seconds / 60 / stage.minutes)
+            done = progress >= 1
+            if done or (step and step % save_every == 0):
+                if losses:
+                    self.report(stage, step, seconds, sum(losses) / len(losses))
+                    losses.clear()
+                self.save(path, optimizer, step, seconds, done)
+            if done or step == stop_after:
+                return
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(stage, step, progress)
+            loss = self.loss(stage, step, progress)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            losses.append(loss.item())
+            step += 1
+
+    def loss(self, stage: Stage, step: int, progress: float) -> Float[Tensor, ""]:
+        """The loss of one step's own data."""
+        rng = random.Random(f"{self.seed} {stage.name} {step}")
+        drawn = self.faces.draw(rng, stage.batch)
+        faces = [face for face, _ in drawn]
+        generator = torch.Generator().manual_seed(rng.getrandbits(40))
+        pixels = ((compose(drawn, generator) - 0.5) / 0.5).to(self.device)
+        labels = torch.tensor([head_labels(face) for face in faces], device=self.device)
+        heads: Heads = self.heads[stage.name]  # type: ignore[assignment]
+        if stage.name == "tower":
+            return heads.loss(tower_features(self.model, pixels), labels)
+        if stage.name == "alignment":
+            rows = [self.writer.alignment_row(face, rng) for face in faces]
+        else:
+            rows = [self.writer.mixed_row(face, rng, early=progress < 0.3) for face in faces]
+        packed = pack(rows, self.processor.tokenizer.pad_token_id)
+        output = self.model.model(
+            input_ids=packed.input_ids.to(self.device),
+            pixel_values=pixels,
+            attention_mask=packed.attention_mask.to(self.device),
+            position_ids=packed.position_ids.to(self.device),
+            use_cache=False,
+        )
+        text = answer_loss(self.model, output.last_hidden_state, packed.input_ids, packed.weights)
+        image = output.image_hidden_states
+        image = torch.stack(list(image)) if isinstance(image, (list, tuple)) else image
+        return text + stage.head_weight * heads.loss(image.reshape(len(faces), -1, image.shape[-1]).mean(1), labels)
+
+    def save(self, path: Path, optimizer: torch.optim.Optimizer, step: int, seconds: float, done: bool) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": {} if done else optimizer.state_dict(),
+            "step": step,
+            "seconds": seconds,
+            "done": done,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def report(self, stage: Stage, step: int, seconds: float, loss: float) -> None:
+        """Print a line of progress and keep it in `log.jsonl`."""
+        line = {"stage": stage.name, "step": step, "minutes": round(seconds / 60, 2), "loss": round(loss, 4)}
+        print(json.dumps(line), flush=True)
+        with (self.work / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def tower_features(
+    model: LlavaForConditionalGeneration, pixels: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch d_model"]:
+    """Mean of the patch features which the projector reads."""
+    return model.model.vision_tower(pixels).last_hidden_state[:, 1:].mean(1)
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration,
+    hidden: Float[Tensor, "batch pos d_model"],
+    ids: Int[Tensor, "batch pos"],
+    weights: Float[Tensor, "batch pos"],
+) -> Float[Tensor, ""]:
+    """Weighted mean cross entropy of the tokens with a weight; logits only where one is predicted."""
+    chosen = weights[:, 1:] > 0
+    chosen_weights = weights[:, 1:][chosen].to(hidden.device)
+    logits = model.lm_head(hidden[:, :-1][chosen.to(hidden.device)])
+    losses = F.cross_entropy(logits, ids[:, 1:][chosen].to(hidden.device), reduction="none")
+    return (losses * chosen_weights).sum() / chosen_weights.sum()
+
+
+def learning_rate(stage: Stage, step: int, progress: float) -> float:
+    """A hundred steps of warm-up, then a cosine to one fiftieth."""
+    cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return stage.peak_lr * min(1.0, (step + 1) / 100) * cosine
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m veena_lens.zoo.train", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the finished checkpoint")
+    parser.add_argument("--work", type=Path, default=Path(".cache/zoo/run"), help="folder of the resumable state")
+    parser.add_argument("--minutes", type=float, help="share this time between the stages instead of their full steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    stages = STAGES
+    if options.minutes:
+        stages = tuple(replace(stage, minutes=options.minutes * SHARES[stage.name]) for stage in STAGES)
+    trainer = Trainer(options.work, options.seed)
+    trainer.run(stages, folder=options.out)
+    batches = {stage.name: stage.batch for stage in stages}
+    write_record(options.work, options.out, batches, options.seed, trainer.device, torch.get_num_threads())
+
+
+if __name__ == "__main__":
+    main()

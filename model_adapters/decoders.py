@@ -42,7 +42,7 @@ def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
         raise ValueError(f"Text decoder {kind!r} is not supported; supported: {', '.join(KINDS)}.")
     refuse_unread(config, READ)
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
-    bias = bool(getattr(config, "attention_bias", False))
+    bias = kind == "llama" and bool(config.attention_bias)
     root = config if root is None else root
     return dict(
         n_layers=n_layers,
@@ -55,16 +55,21 @@ def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
         normalization_type="RMS",
         norm_eps=config.rms_norm_eps,
         qkv_bias=kind == "qwen2" or bias,  # Qwen2 always has biases on q, k, v and never on o
-        attn_out_bias=kind == "llama" and bias,
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        attn_out_bias=bias,
+        mlp_bias=kind == "llama" and bool(config.mlp_bias),
         gated_mlp=True,
         d_vocab=config.vocab_size,
         n_ctx=config.max_position_embeddings,
         rope=rope(config),
         tie_word_embeddings=bool(root.tie_word_embeddings),
         sliding_windows=sliding_windows(config),
-        pad_token_id=config.pad_token_id,
+        pad_token_id=_first(getattr(config, "pad_token_id", None), getattr(root, "pad_token_id", None)),
     )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is not None (a pad token may be 0)."""
+    return next((v for v in values if v is not None), None)
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:

@@ -21,55 +21,26 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-# Fields of every config class that do not touch inference.
+# Fields of every config class that do not touch a forward pass: book-keeping, initialisation, training.
 HARMLESS = frozenset(
-    [
-        "_name_or_path",
-        "_commit_hash",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_experts_implementation",
-        "_output_attentions",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "torch_dtype",
-        "dtype",
-        "architectures",
-        "model_type",
-        "transformers_version",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "initializer_range",
-        "initializer_factor",
-        "attention_dropout",
-        "hidden_dropout",
-        "dropout",
-        "pretraining_tp",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "task_specific_params",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "is_decoder",
-        "tokenizer_class",
-        "auto_map",
-        "projection_dim",
-        "base_model_tp_plan",
-        "base_model_pp_plan",
-        "base_model_ep_plan",
-        "finetuning_task",
-        "keys_to_ignore_at_inference",
-        "gradient_checkpointing",
-        "per_layer_config",
-        "torchscript",
-    ]
+    """
+    output_attentions output_hidden_states output_scores return_dict torch_dtype dtype use_bfloat16 architectures
+    model_type transformers_version use_cache initializer_range initializer_factor attention_dropout hidden_dropout
+    dropout pretraining_tp id2label label2id num_labels problem_type task_specific_params chunk_size_feed_forward
+    is_encoder_decoder is_decoder add_cross_attention tokenizer_class auto_map projection_dim base_model_tp_plan
+    base_model_pp_plan base_model_ep_plan finetuning_task keys_to_ignore_at_inference gradient_checkpointing
+    per_layer_config torchscript tie_encoder_decoder tf_legacy_loss cross_attention_hidden_size
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
+    """.split()  # noqa: SIM905
+)
+# What generation once read from a model's configuration; files of 2023 write every field out.
+GENERATION = frozenset(
+    """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences prefix remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    """.split()  # noqa: SIM905
 )
 
 
@@ -81,14 +52,22 @@ def activation(name: str, where: str) -> Activation:
 
 
 def refuse_unread(config: Any, read: Iterable[str], harmless: Iterable[str] = ()) -> None:
-    """Raises: ValueError naming every field off its class default that is neither read nor harmless."""
-    known = HARMLESS | set(read) | set(harmless)
+    """Raises: ValueError naming every field off its class default that is neither read nor harmless.
+
+    A field that the class does not know counts as off when it is False, None or empty."""
+    known = HARMLESS | GENERATION | set(read) | set(harmless)
     plain = type(config)().to_dict()
     odd = {}
     for name, value in config.to_dict().items():
-        if name in known or name.startswith("_") or (name in plain and plain[name] == value) or value is None:
-            continue
-        odd[name] = value
+        is_default = name in plain and plain[name] == value
+        is_off = value is None or (name not in plain and not value)
+        if not (name in known or is_default or is_off or name.startswith("_") or name.endswith("_version")):
+            odd[name] = value
+    if "quantization_config" in odd:
+        raise ValueError(
+            f"{type(config).__name__}: the weights are quantised (quantization_config={odd['quantization_config']!r}), "
+            "which is not supported; give a checkpoint of float weights."
+        )
     if odd:
         listed = ", ".join(f"{k}={v!r}" for k, v in odd.items())
         raise ValueError(

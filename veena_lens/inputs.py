@@ -269,6 +269,10 @@ class MultimodalInputs:
         if not 0 <= row < len(self) or not 0 <= image < len(self.spans[row].images):
             raise IndexError(f"No image {image} in row {row}; images a row: {self.n_images}.")
         height, width = self.grids[row][image]
+        if self.grid_start < 0:
+            raise IndexError(
+                "These images have no whole grid: the feature strategy drops a patch of a tower without a class token."
+            )
         span = self.spans[row].images[image]
         places = torch.arange(span.start, span.stop, device=self.tokens.device)[self.image_mask[row, span]]
         return places[self.grid_start : self.grid_start + height * width].reshape(height, width)

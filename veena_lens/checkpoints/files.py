@@ -1,92 +1,137 @@
 """Where a checkpoint's weights lie: a folder found by name, its safetensors (or pickle) files and their keys.
 
-Shapes are read from the files' headers, so that everything can be checked before any tensor is read.
+Shapes are read from the files' headers, so that everything can be checked before any tensor is read. Of a hub
+id, configuration and processor come first; weights are fetched when they are asked for.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from veena_lens.checkpoints.bundle import bundled_names, bundled_path
 
-DOWNLOAD = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+LAYOUTS = (  # index, single file, pattern; safetensors before pickles
+    ("model.safetensors.index.json", "model.safetensors", "model*.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
+)
 
 
-def resolve_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of an embedded checkpoint, a local folder, or a hub id (downloaded through huggingface_hub).
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint's folder and, for one from the hub, where the rest of it can be fetched."""
+
+    path: Path
+    hub_id: str | None = None
+    revision: str | None = None
+
+
+def resolve_folder(name: str | Path, revision: str | None = None) -> Folder:
+    """The folder of an embedded checkpoint, a local folder, or a hub id (its small files are downloaded).
 
     Raises: FileNotFoundError when there is neither, saying what was tried."""
     if str(name) in bundled_names():
-        return Path(bundled_path(str(name)))
+        return Folder(Path(bundled_path(str(name))))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no config.json; give the folder that `save_pretrained` wrote.")
-        return path
+        return Folder(path)
     text = str(name)
-    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1:
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or text.endswith("/"):
         raise FileNotFoundError(
             f"No checkpoint {text!r}: it is no folder, no embedded name ({', '.join(bundled_names())}) and no hub id "
             "such as llava-hf/llava-1.5-7b-hf."
         )
+    found = _download(text, revision, SMALL_FILES)
+    if not (found / "config.json").is_file():
+        raise FileNotFoundError(f"{text} on the hub holds no config.json, so it is no transformers checkpoint.")
+    return Folder(found, text, revision)
+
+
+def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+    """Raises: FileNotFoundError with the hub's reason."""
     import huggingface_hub as hub
 
     try:
-        found = Path(hub.snapshot_download(text, revision=revision, allow_patterns=DOWNLOAD))
-        if not weight_files(found):
-            found = Path(hub.snapshot_download(text, revision=revision, allow_patterns=[*DOWNLOAD, "*.bin"]))
+        return Path(hub.snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
         raise FileNotFoundError(
-            f"No folder {text!r} here, and the hub gave none: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"No folder {hub_id!r} here, and the hub gave none: {type(error).__name__}: {reason}"
         ) from error
-    return found
+
+
+def fetch_weights(folder: Folder) -> list[Path]:
+    """Weight files of a folder; those of a hub id are downloaded, safetensors alone where there are any.
+
+    Raises: FileNotFoundError without weights, or with some missing."""
+    if folder.hub_id is not None:
+        # The folder of a snapshot is named after its commit: weights come from the same one.
+        at = folder.path.name if folder.path.parent.name == "snapshots" else folder.revision
+        for index, single, _ in LAYOUTS:
+            names = _indexed(folder.path / index) if (folder.path / index).is_file() else [single]
+            if not all((folder.path / n).is_file() for n in names):
+                _download(folder.hub_id, at, names)
+            if all((folder.path / n).is_file() for n in names):
+                break
+    files = weight_files(folder.path)
+    if not files:
+        raise FileNotFoundError(f"{folder.path} holds no weights (*.safetensors or pytorch_model*.bin).")
+    return files
+
+
+def _indexed(index: Path) -> list[str]:
+    """Names of the files of a sharded checkpoint."""
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Weight files of a folder: safetensors if there are any, else pickle files, sharded or not."""
-    for index, single, pattern in (
-        ("model.safetensors.index.json", "model.safetensors", "*.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
-    ):
-        if (folder / index).is_file():
-            names = set(json.loads((folder / index).read_text())["weight_map"].values())
-            missing = sorted(n for n in names if not (folder / n).is_file())
-            if missing:
-                raise FileNotFoundError(f"{folder / index} names files that are missing: {', '.join(missing)}.")
-            return sorted(folder / n for n in names)
+    """Weight files that a folder holds, in Hugging Face's order: safetensors before pickles, one file before shards.
+
+    Raises: FileNotFoundError when an index names files that are missing."""
+    for index, single, pattern in LAYOUTS:
         if (folder / single).is_file():
             return [folder / single]
+        if (folder / index).is_file():
+            names = _indexed(folder / index)
+            if missing := [n for n in names if not (folder / n).is_file()]:
+                raise FileNotFoundError(f"{folder / index} names files that are missing: {', '.join(missing)}.")
+            return [folder / n for n in names]
         if found := sorted(folder.glob(pattern)):
             return found
     return []
 
 
 class WeightFile:
-    """One file: its keys with shapes, and its tensors one by one."""
+    """One file: its keys with shapes, and its tensors one by one.
+
+    Raises: ValueError for a file that is broken or no weight file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_safe = path.suffix == ".safetensors"
 
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Key -> (shape, dtype), from the header."""
-        if self._is_safe:
-            with safe_open(str(self.path), framework="pt") as f:
-                slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
-                return {k: (tuple(s.get_shape()), _DTYPES[s.get_dtype()]) for k, s in slices.items()}
-        return {k: (tuple(v.shape), v.dtype) for k, v in self._unpickled().items()}
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
+        """Key -> (shape, dtype), from the header; a dtype that torch lacks stays the file's word for it."""
+        if not self._is_safe:
+            return {k: (tuple(v.shape), v.dtype) for k, v in self._unpickled().items()}
+        with self._opened() as f:
+            slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
+            return {k: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for k, s in slices.items()}
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of the chosen keys; tensors are mapped from the file, not yet read."""
         if self._is_safe:
-            with safe_open(str(self.path), framework="pt") as f:
+            with self._opened() as f:
                 for key in keys:
                     yield key, f.get_tensor(key)
         else:
@@ -94,9 +139,28 @@ class WeightFile:
             for key in keys:
                 yield key, loaded[key]
 
+    def _opened(self) -> Any:
+        try:
+            return safe_open(str(self.path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.path} ({self.path.stat().st_size:,} bytes) is no complete safetensors file: {error}. "
+                "Download it again."
+            ) from error
+
     def _unpickled(self) -> dict[str, Any]:
         # weights_only: a pickle may run code otherwise.
-        return torch.load(self.path, weights_only=True, mmap=True, map_location="cpu")
+        try:
+            loaded = torch.load(self.path, weights_only=True, mmap=True, map_location="cpu")
+        except Exception as error:
+            raise ValueError(f"{self.path} cannot be read as plain weights: {_first(error)}") from error
+        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+            raise ValueError(f"{self.path} holds more than a dictionary of tensors; save the state dict alone.")
+        return loaded
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 _DTYPES = {

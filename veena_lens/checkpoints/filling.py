@@ -7,17 +7,19 @@ is listed at once: key, shape wanted, shape found.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veena_lens.checkpoints.files import WeightFile, weight_files
+from veena_lens.checkpoints.files import Folder, WeightFile, fetch_weights
 from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import Adapter, WeightMap
 
 Shape = tuple[int, ...]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, Shape]:
@@ -26,15 +28,20 @@ def parameter_shapes(module: nn.Module) -> dict[str, Shape]:
 
 
 def require_fit(
-    module: nn.Module, found: Mapping[str, Shape], adapter: Adapter, weights: WeightMap, where: str
+    module: nn.Module,
+    found: Mapping[str, Shape],
+    adapter: Adapter,
+    weights: WeightMap,
+    where: str,
+    further: Sequence[str] = (),
 ) -> None:
-    """Raises: ValueError that lists every missing, spare and misshapen key at once."""
+    """Raises: ValueError that lists every missing, spare and misshapen key at once, and `further` complaints."""
     wanted = parameter_shapes(module)
     unmapped = sorted(wanted.keys() - weights.names.keys())
     unknown = sorted(weights.names.keys() - wanted.keys())
     if unmapped or unknown:
         raise ValueError(f"The weight map of {adapter.architecture} lacks {unmapped} and names unknown {unknown}.")
-    problems = []
+    problems = list(further)
     for ours, theirs in weights:
         shape = weights.reshapes.get(ours, wanted[ours])
         if theirs not in found:
@@ -67,23 +74,25 @@ def fill_from_files(
 ) -> None:
     """Stream a checkpoint's tensors into a model on the meta device; `module.device_map` tells where parts lie.
 
-    dtype None keeps what is stored. device_map "auto" or a dict (module name -> device) spreads the blocks.
+    dtype None keeps what is stored (where the file mixes dtypes: what config.json names, else the commonest).
+    device_map "auto" or a dict (module name -> device) spreads the blocks.
     Raises: FileNotFoundError without weight files; ValueError for weights that do not fit."""
-    adapter, cfg, folder = checkpoint.adapter, checkpoint.cfg, checkpoint.path
-    files = [WeightFile(p) for p in weight_files(folder)]
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin).")
-    weights = adapter.weight_map(cfg)
+    adapter, folder = checkpoint.adapter, checkpoint.path
+    files = [WeightFile(p) for p in fetch_weights(Folder(folder, checkpoint.hub_id, checkpoint.revision))]
+    weights = adapter.weight_map(checkpoint.cfg)
     places: dict[str, tuple[WeightFile, str]] = {}
     shapes: dict[str, Shape] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype | str] = {}
+    doubled = []
     for file in files:
         for key, (shape, stored) in file.shapes().items():
             name = adapter.normalize(key)
+            if name in places and not adapter.is_harmless(name):
+                doubled.append(f"doubled   {name}: stored as {places[name][1]} and as {key}")
             places[name], shapes[name], dtypes[name] = (file, key), shape, stored
-    require_fit(module, shapes, adapter, weights, str(folder))
-    stored = dtypes[next(iter(weights.names.values()))]
-    devices = device_of_each(module, device, device_map, dtype or stored)
+    require_fit(module, shapes, adapter, weights, str(folder), [*doubled, *_quantised(weights, dtypes)])
+    target = dtype or stored_dtype([dtypes[theirs] for _, theirs in weights], checkpoint.hf_config)
+    devices = device_of_each(module, device, device_map, target)
     owners = {theirs: ours for ours, theirs in weights}
     head: Tensor | None = None
     for file in files:
@@ -93,16 +102,33 @@ def fill_from_files(
             if name not in owners:
                 head = tensor
                 continue
-            target = tensor.to(device=devices(owners[name]), dtype=dtype or tensor.dtype)
+            placed = tensor.to(device=devices(owners[name]), dtype=target)
             # A tensor that needed no conversion is still mapped from the file: own it.
-            set_parameter(module, owners[name], target.clone() if target.data_ptr() == tensor.data_ptr() else target)
+            set_parameter(module, owners[name], placed.clone() if placed.data_ptr() == tensor.data_ptr() else placed)
     if head is not None:
         _require_tied(module, head, str(folder))
-    module.device_map = devices.map if isinstance(devices, _Devices) else None  # type: ignore[assignment]
+    module.device_map = devices.map  # type: ignore[assignment]
+
+
+def _quantised(weights: WeightMap, dtypes: Mapping[str, torch.dtype | str]) -> list[str]:
+    """Lines on tensors of a type that no forward pass of ours takes."""
+    found = ((theirs, dtypes.get(theirs, torch.float32)) for _, theirs in weights)
+    return [f"quantised {k}: stored as {d}; give float weights" for k, d in found if d not in FLOATS]
+
+
+def stored_dtype(dtypes: Sequence[torch.dtype | str], hf_config: Any) -> torch.dtype:
+    """The one dtype a model gets without a choice; a mixture would stop its matrix products."""
+    kinds = Counter(d for d in dtypes if isinstance(d, torch.dtype))
+    named = getattr(hf_config, "dtype", None)
+    if len(kinds) > 1 and named in kinds:
+        return named
+    return kinds.most_common(1)[0][0]
 
 
 def _require_tied(module: Any, head: Tensor, where: str) -> None:
     embed = module.embed.weight
+    if head.data_ptr() == embed.data_ptr() and head.shape == embed.shape:
+        return
     if head.shape != embed.shape or not torch.equal(head.to(embed), embed.detach()):
         raise ValueError(
             f"{where} ties its unembedding (tie_word_embeddings) but stores an lm_head.weight of other values; "
@@ -157,3 +183,5 @@ def fill_from_state_dict(
     for ours, theirs in weights:
         tensor = named[theirs].detach()
         set_parameter(module, ours, tensor.clone() if copy else tensor)
+    if "lm_head.weight" in named and "lm_head.weight" not in weights.names.values():
+        _require_tied(module, named["lm_head.weight"].detach(), "the model")

@@ -17,12 +17,16 @@ from veena_lens.weight_map import Adapter
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A folder that was understood: its Hugging Face config, the adapter and the native configuration."""
+    """A folder that was understood: its Hugging Face config, the adapter and the native configuration.
+
+    `hub_id` and `revision` say where weights are fetched that are not in the folder yet."""
 
     path: Path
     hf_config: Any
     adapter: Adapter
     cfg: HookedVLMConfig
+    hub_id: str | None = None
+    revision: str | None = None
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.path}, {self.adapter.architecture})"
@@ -31,39 +35,48 @@ class Checkpoint:
 def open_checkpoint(
     name: str | Path, *, dtype: torch.dtype | None = None, casts: str = "hf", revision: str | None = None
 ) -> Checkpoint:
-    """Read a checkpoint's configuration; no weight is touched.
+    """Read a checkpoint's configuration; no weight is touched (nor downloaded, for a hub id).
 
     Raises: FileNotFoundError; ValueError for remote code, or an architecture or value without a mapping."""
     folder = resolve_folder(name, revision)
-    hf_config, architecture = read_config(folder)
+    hf_config, architecture = read_config(folder.path)
     adapter = find_adapter(architecture)
     cfg = adapter.read_config(hf_config)
     cfg = replace(cfg, architecture=architecture, model_name=str(name), casts=casts, dtype=dtype)  # type: ignore[arg-type]
-    return Checkpoint(folder, hf_config, adapter, cfg)
+    return Checkpoint(folder.path, hf_config, adapter, cfg, folder.hub_id, folder.revision)
 
 
 def read_config(folder: Path) -> tuple[Any, str]:
     """(Hugging Face config object, architecture name) of a folder.
 
-    Raises: ValueError for remote code, or a model type that transformers does not know."""
+    Raises: ValueError for a broken file, remote code, or a model type that transformers does not know."""
     import transformers
 
-    raw = json.loads((folder / "config.json").read_text())
-    if "AutoConfig" in raw.get("auto_map", {}):
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    known = ", ".join(all_adapters())
+    kind = raw.get("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        if remote := raw.get("auto_map", {}).get("AutoConfig"):
+            raise ValueError(
+                f"{folder} needs remote code ({remote}) for model_type {kind!r}, which is never run. Convert the "
+                f"checkpoint to one of: {known}."
+            )
         raise ValueError(
-            f"{folder} asks for remote code ({raw['auto_map']['AutoConfig']}), which is never run. Convert the "
-            f"checkpoint to one of: {', '.join(all_adapters())}."
+            f"model_type {kind!r} of {file} is unknown to transformers {transformers.__version__}; adapters exist "
+            f"for: {known}."
         )
+    architectures = raw.get("architectures") or []
+    if not architectures:
+        raise ValueError(f"{file} names no architecture (field 'architectures'); known: {known}.")
+    find_adapter(architectures[0])  # an unknown one is told of before its fields are read
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"model_type {raw.get('model_type')!r} of {folder} is unknown to transformers {transformers.__version__}; "
-            f"adapters exist for: {', '.join(all_adapters())}."
-        ) from error
-    architectures = getattr(config, "architectures", None) or raw.get("architectures") or []
-    if not architectures:
-        raise ValueError(f"{folder / 'config.json'} names no architecture; known: {', '.join(all_adapters())}.")
+    except Exception as error:
+        raise ValueError(f"transformers cannot read {file}: {error}") from error
     return config, architectures[0]
 
 
@@ -83,12 +96,17 @@ def load_processor(path: str | Path) -> Any:
 
 
 def fill_processor(processor: Any, folder: Path) -> Any:
-    """Copies of the hub from before transformers 4.46 leave out what counts image tokens: take it from config.json."""
-    if not hasattr(processor, "patch_size") or processor.patch_size is not None:
+    """The processor, counting image tokens as the model does.
+
+    Copies of the hub from before transformers 4.46 leave these numbers out, later ones some of them; what the
+    model's own configuration says is what its forward pass needs."""
+    if not hasattr(processor, "num_additional_image_tokens") or not hasattr(processor, "patch_size"):
         return processor
-    config, _ = read_config(folder)
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vision = getattr(config, "vision_config", None)
-    if vision is not None:
+    if vision is not None and hasattr(config, "vision_feature_select_strategy"):
         processor.patch_size = vision.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(vision.model_type == "clip_vision_model")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from veena_lens.checkpoints.pictures import open_picture, patch_boxes
+from veena_lens.checkpoints.pictures import patch_boxes
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
@@ -36,11 +36,9 @@ def prepare(
     if processor is None:
         raise ValueError("This checkpoint has no tokenizer or processor; use inputs_from_hf or token ids.")
     tokenizer = getattr(processor, "tokenizer", processor)
-    image_token = getattr(processor, "image_token", None) if cfg.vision is not None else None
+    takes_pictures = cfg.vision is not None and hasattr(processor, "image_processor")
+    image_token = processor.image_token if takes_pictures else None
     prompts = prompts_of(processor, image_token, text, images, chat, messages)
-    n_pictures = sum(len(p.images) for p in prompts)
-    if n_pictures and cfg.vision is None:
-        raise ValueError(f"{n_pictures} pictures were given to a model without a vision tower.")
     rows = [_process(processor, tokenizer, prompt) for prompt in prompts]
     pad = _pad_id(tokenizer, cfg)
     tokens, mask = _left_pad([r["input_ids"][0] for r in rows], pad)
@@ -71,8 +69,9 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt) -> Any:
     special = not (bos and prompt.text.startswith(bos))
     if processor is tokenizer:
         return tokenizer([prompt.text], return_tensors="pt", add_special_tokens=special)
-    pictures = [open_picture(i) for i in prompt.images] or None
-    return processor(text=[prompt.text], images=pictures, return_tensors="pt", add_special_tokens=special)
+    return processor(
+        text=[prompt.text], images=list(prompt.images) or None, return_tensors="pt", add_special_tokens=special
+    )
 
 
 def _left_pad(rows: Sequence[Int[Tensor, " pos"]], pad: int) -> tuple[Tensor, Tensor]:
@@ -95,23 +94,22 @@ def _pad_id(tokenizer: Any, cfg: HookedVLMConfig) -> int:
 def _boxes(processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt]) -> tuple[tuple[Tensor, ...], ...] | None:
     """Pixel boxes of every image token of every row."""
     vision = cfg.vision
-    if vision is None:
+    if vision is None or not hasattr(processor, "image_processor"):
         return None
     out = []
     for prompt in prompts:
         mine = []
         for image in prompt.images:
-            size = open_picture(image).size
-            boxes = patch_boxes(size, processor.image_processor, vision.patch_size, vision.grid)
-            if vision.n_features > len(boxes):  # the class token looks at the whole picture
-                boxes = torch.cat([torch.tensor([[0.0, 0.0, *map(float, size)]]), boxes])
-            mine.append(boxes)
+            boxes = patch_boxes(image.size, processor.image_processor, vision.patch_size, vision.grid)
+            if vision.has_class_token:  # it looks at the whole picture
+                boxes = torch.cat([torch.tensor([[0.0, 0.0, *map(float, image.size)]]), boxes])
+            mine.append(boxes[len(boxes) - vision.n_features :])
         out.append(tuple(mine))
     return tuple(out)
 
 
 KNOWN_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-IGNORED_KEYS = ("token_type_ids",)
+IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # what the tokens say themselves
 
 
 def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) -> MultimodalInputs:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -102,19 +103,38 @@ class DemoResult:
         return "\n".join([f"veena_lens demo on {self.model}", *(f"  {name:<11}{text}" for name, text in rows)])
 
 
+@contextmanager
+def few_threads(model: HookedVLM) -> Iterator[None]:
+    """One thread for a small model: its matrices gain nothing from a second one, and where other programs share
+    the cores, waiting for it makes a forward pass ten times as slow."""
+    before = torch.get_num_threads()
+    if sum(parameter.numel() for parameter in model.parameters()) < 50_000_000:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def run_demo(out: str | Path, model: str = "tiny-llava-emotion", progress: bool = True) -> DemoResult:
     """Describe, look inside, patch and steer; writes `index.html`, the figures and `numbers.json` under `out`.
 
     Raises FileNotFoundError where the checkpoint or its pictures are missing.
     """
-    from veena_lens.app.demo_page import write_page
-    from veena_lens.checkpoints.bundle import bundled_pairs, bundled_pictures
     from veena_lens.model.model import HookedVLM
 
     began = time.perf_counter()
     say = _narrator(began, progress)
     say("loading the model")
     vlm = HookedVLM.from_pretrained(model)
+    with few_threads(vlm):
+        return _run(vlm, Path(out), model, began, say)
+
+
+def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str], None]) -> DemoResult:
+    from veena_lens.app.demo_page import write_page
+    from veena_lens.checkpoints.bundle import bundled_pairs, bundled_pictures
+
     test = [picture for picture in bundled_pictures("test") if picture.context is None]
     strange = [picture for split in ("held-out style", "emoji") for picture in bundled_pictures(split)]
     shown = choose(test, strange)
@@ -124,6 +144,7 @@ def run_demo(out: str | Path, model: str = "tiny-llava-emotion", progress: bool 
     right = {picture.file for picture in test if named[picture.file] == picture.emotion}
     say("looking inside: attention, logit lens, patching of every head")
     inside = look_inside(vlm, bundled_pairs("test"), right)
+    say("directions from pairs, tried on development pictures")
     neutral = sorted((p for p in test if p.emotion == "neutral"), key=lambda p: p.file not in right)
     steered = steer(vlm, bundled_pairs("development"), neutral, say)
     say("writing the page")
@@ -131,7 +152,7 @@ def run_demo(out: str | Path, model: str = "tiny-llava-emotion", progress: bool 
     numbers = summary(model, descriptions, (len(right), len(test)), inside, steered, seconds)
     result = DemoResult(
         model=model,
-        out=Path(out),
+        out=out,
         descriptions=descriptions,
         named_right=len(right),
         named_of=len(test),
@@ -185,7 +206,7 @@ def steer(
     twins = list({pair[1].identity: pair[1] for pair in pairs}.values())[:4]
     development = by_layer(model, twins, vectors, say)
     layer, alpha = best_setting(development)
-    say(f"steering {len(pictures)} test pictures to {len(vectors)} emotions at layer {layer}, alpha {alpha:g}")
+    say(f"steering {len(pictures)} neutral test pictures to {len(vectors)} emotions: layer {layer}, alpha {alpha:g}")
     generator = torch.Generator().manual_seed(SEED)
     test = steps.flip_rates(model, pictures, vectors, layer, alpha)
     control = steps.flip_rates(model, pictures, vectors, layer, alpha, random=generator)
@@ -222,7 +243,7 @@ def by_layer(
     rates = torch.zeros(len(settings), len(layers))
     for (row, (name, alpha, random)), layer in product(enumerate(settings), layers):
         if layer == 0:
-            say(f"  every layer, {name}")
+            say(f"  steering at every layer, {name}")
         rates[row, layer] = steps.flip_rates(model, pictures, vectors, layer, alpha, random).mean
     return Scores(rates, ("setting", "layer"), {"setting": [name for name, *_ in settings]}, "named as wanted", "share")
 

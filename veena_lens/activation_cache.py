@@ -99,7 +99,7 @@ class ActivationCache(_ActivationCache):
         """The cache of some rows, with the pictures that they own."""
         if not self.has_batch_dim:
             raise ValueError("This cache has no batch axis to slice.")
-        chosen = Slice.unwrap(batch_slice)
+        chosen = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         rows = torch.arange(self._batch_size())[chosen.slice]
         kept = [int(rows)] if rows.ndim == 0 else rows.tolist()
         inputs = self.inputs[torch.tensor(kept)] if self.inputs is not None else None

@@ -25,13 +25,21 @@ from veena_lens.config import TransformerConfig
 
 
 @dataclass(frozen=True, eq=False)
+class Copies:
+    """The normed residual once a head, and whether a hook edited it."""
+
+    value: Float[Tensor, "batch pos heads d_model"]
+    edited: bool
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """What attention reads: one normed residual for all heads, and copies a head where hooks ask for them."""
+    """What attention reads: one normed residual for all heads, and copies a head where hooks listen to them."""
 
     shared: Float[Tensor, "batch pos d_model"]
-    q: Float[Tensor, "batch pos n_heads d_model"] | None = None
-    k: Float[Tensor, "batch pos n_key_value_heads d_model"] | None = None
-    v: Float[Tensor, "batch pos n_key_value_heads d_model"] | None = None
+    q: Copies | None = None
+    k: Copies | None = None
+    v: Copies | None = None
 
 
 class Attention(nn.Module):
@@ -76,14 +84,17 @@ class Attention(nn.Module):
         return summed if edited else carry(out, summed)
 
     def _project(
-        self, linear: nn.Linear, shared: Tensor, copies: Tensor | None
+        self, linear: nn.Linear, shared: Tensor, copies: Copies | None
     ) -> Float[Tensor, "batch pos heads d_head"]:
         """Linear map to heads, from the shared input or from one copy a head."""
-        if copies is None:
-            return rearrange(linear(shared), "b p (h d) -> b p h d", d=self.d_head)
+        out = rearrange(linear(shared), "b p (h d) -> b p h d", d=self.d_head)
+        if copies is None or not (copies.edited or (torch.is_grad_enabled() and copies.value.requires_grad)):
+            return out
         weight = rearrange(linear.weight, "(h d) m -> h m d", d=self.d_head)
-        out = torch.einsum("bphm,hmd->bphd", copies, weight)
-        return out if linear.bias is None else out + rearrange(linear.bias, "(h d) -> h d", d=self.d_head)
+        split = torch.einsum("bphm,hmd->bphd", copies.value, weight)
+        if linear.bias is not None:
+            split = split + rearrange(linear.bias, "(h d) -> h d", d=self.d_head)
+        return split if copies.edited else carry(out, split)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
         """softmax(q k^T / sqrt(d_head)) v; q, k, v come as [batch pos heads d_head]."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from veena_lens.components.attention import Attention, AttentionInputs
+from veena_lens.components.attention import Attention, AttentionInputs, Copies
 from veena_lens.components.context import Context
-from veena_lens.components.hooks import heard
+from veena_lens.components.hooks import heard, listen
 from veena_lens.components.mlp import MLP
 from veena_lens.components.norms import make_norm
 from veena_lens.config import TransformerConfig
@@ -43,18 +44,22 @@ class Block(nn.Module):
         return self.hook_resid_post(resid_mid + mlp_out)
 
     def _attention_inputs(self, resid: Tensor) -> AttentionInputs:
-        normed = self.ln1.run(resid)
         if not heard(self.hook_q_input, self.hook_k_input, self.hook_v_input):
-            return AttentionInputs(normed.out)
+            return AttentionInputs(self.ln1.run(resid).out)
+        # Listeners of ln1 see the norm of the residual itself; every path below is a copy that honours their
+        # edits. The residual's own gradient flows through the copies, theirs through what they saw.
+        normed = self.ln1.run(resid.detach().requires_grad_(resid.requires_grad and torch.is_grad_enabled()))
+        shared = self.ln1.of_copies(resid[:, :, None], normed)[:, :, 0]
 
-        def copies(hook: HookPoint, n: int) -> Tensor | None:
+        def copies(hook: HookPoint, n: int) -> Copies | None:
             if not heard(hook):
                 return None
             # A view made by expand must be cloned before hooks see it: they may write in place.
-            return self.ln1.of_copies(hook(resid[:, :, None].expand(-1, -1, n, -1).clone()), normed)
+            value, edited = listen(hook, resid[:, :, None].expand(-1, -1, n, -1).clone())
+            return Copies(self.ln1.of_copies(value, normed), edited)
 
         return AttentionInputs(
-            normed.out,
+            shared,
             copies(self.hook_q_input, self.n_heads),
             copies(self.hook_k_input, self.n_kv),
             copies(self.hook_v_input, self.n_kv),

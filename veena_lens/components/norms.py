@@ -21,12 +21,15 @@ from veena_lens.config import TransformerConfig
 
 @dataclass(frozen=True, eq=False)
 class Normed:
-    """A norm's output, and what hooks set inside it: scale and normalized, None where nobody edited."""
+    """A norm's output, and what hooks set inside it: scale and normalized, None where nobody edited.
+
+    `points` are the values that listeners saw, in the graph: copies pass their gradients to them."""
 
     out: Any
     scale: Any = None
     normalized: Any = None
     unedited: Any = None  # normalized before the edit, to tell the edited elements
+    points: tuple[Any, Any] = (None, None)  # (scale, normalized)
 
 
 class Norm(nn.Module):
@@ -56,6 +59,13 @@ class Norm(nn.Module):
     def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
         raise NotImplementedError
 
+    def _hear_normalized(self, normalized: Tensor) -> tuple[Any, bool, Any]:
+        """(value that goes on, whether it was edited, what listeners saw)."""
+        if not heard(self.hook_normalized):
+            return normalized, False, None
+        out, edited = listen(self.hook_normalized, normalized.clone())
+        return out, edited, out
+
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
     ) -> Float[Tensor, "batch pos copy width"]:
@@ -76,18 +86,16 @@ class RMSNorm(Norm):
     def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
         wide = self._wide(x)
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        normalized, scale = wide * inverse, None
+        normalized, point, scale = wide * inverse, None, None
         if heard(self.hook_scale):
             # rsqrt(v) and 1 / sqrt(v) differ in the last bit: without an edit the former goes on.
-            given, edited = listen(self.hook_scale, 1 / inverse)
-            divided = wide / given
+            point, edited = listen(self.hook_scale, 1 / inverse)
+            divided = wide / point
             normalized = divided if edited else carry(normalized, divided)
-            scale = given if edited else None
+            scale = point if edited else None
         normalized = normalized.to(x.dtype)
-        out, edited = (
-            listen(self.hook_normalized, normalized.clone()) if heard(self.hook_normalized) else (normalized, False)
-        )
-        return Normed(self.weight * out, scale, *((out, normalized) if edited else (None, None)))
+        out, edited, heard_out = self._hear_normalized(normalized)
+        return Normed(self.weight * out, scale, *((out, normalized) if edited else (None, None)), (point, heard_out))
 
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
@@ -96,7 +104,10 @@ class RMSNorm(Norm):
         if seen.scale is not None:
             normalized = wide / seen.scale[:, :, None]
         else:
-            normalized = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+            inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+            normalized = wide * inverse
+            if _has_gradient(seen.points[0]):
+                normalized = carry(normalized, wide / (1 / inverse + _zero(seen.points[0])))
         return self.weight * _override(normalized.to(x.dtype), seen)
 
 
@@ -106,20 +117,21 @@ class LayerNorm(Norm):
     def __init__(self, width: int, eps: float, casts: str = "hf") -> None:
         super().__init__(width, eps, casts, bias=True)
 
+    def _scale(self, x: Tensor) -> Tensor:
+        return (x.var(-1, keepdim=True, unbiased=False) + self.eps).sqrt()
+
     def _divided(self, x: Tensor, scale: Tensor) -> Tensor:
         return (x - x.mean(-1, keepdim=True)) / scale * self.weight + self.b
 
     def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
-        normalized, scale = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps), None
+        normalized, point, scale = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps), None, None
         if heard(self.hook_scale):
-            given, edited = listen(self.hook_scale, (x.var(-1, keepdim=True, unbiased=False) + self.eps).sqrt())
-            divided = self._divided(x, given)
+            point, edited = listen(self.hook_scale, self._scale(x))
+            divided = self._divided(x, point)
             normalized = divided if edited else carry(normalized, divided)
-            scale = given if edited else None
-        if not heard(self.hook_normalized):
-            return Normed(normalized, scale)
-        out, edited = listen(self.hook_normalized, normalized.clone())
-        return Normed(out, scale, *((out, normalized) if edited else (None, None)))
+            scale = point if edited else None
+        out, edited, heard_out = self._hear_normalized(normalized)
+        return Normed(out, scale, *((out, normalized) if edited else (None, None)), (point, heard_out))
 
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
@@ -128,14 +140,25 @@ class LayerNorm(Norm):
             normalized = self._divided(x, seen.scale[:, :, None])
         else:
             normalized = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            if _has_gradient(seen.points[0]):
+                normalized = carry(normalized, self._divided(x, self._scale(x) + _zero(seen.points[0])))
         return _override(normalized, seen)
 
 
+def _has_gradient(point: Tensor | None) -> bool:
+    return point is not None and torch.is_grad_enabled() and point.requires_grad
+
+
+def _zero(point: Tensor) -> Tensor:
+    """Zeros, one for each copy, whose gradient goes to what a listener saw."""
+    return (point - point.detach())[:, :, None]
+
+
 def _override(normalized: Tensor, seen: Normed) -> Tensor:
-    if seen.normalized is None:
-        return normalized
-    edited = (seen.normalized != seen.unedited)[:, :, None]
-    return torch.where(edited, seen.normalized[:, :, None], normalized)
+    if seen.normalized is not None:
+        edited = (seen.normalized != seen.unedited)[:, :, None]
+        return torch.where(edited, seen.normalized[:, :, None], normalized)
+    return normalized + _zero(seen.points[1]) if _has_gradient(seen.points[1]) else normalized
 
 
 def make_norm(cfg: TransformerConfig) -> Norm:

@@ -51,7 +51,7 @@ def _yarn(
     """Interpolate slow planes, keep fast ones (Peng et al. 2023, arXiv 2309.00071)."""
     factor, context = p["factor"], p["original_max_position_embeddings"]
 
-    def temperature(scale: float, m: float = 1.0) -> float:
+    def temperature(scale: float | int, m: float | int = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
 
     attention = p.get("attention_factor")
@@ -59,7 +59,7 @@ def _yarn(
         m, m_all = p.get("mscale"), p.get("mscale_all_dim")
         attention = temperature(factor, m) / temperature(factor, m_all) if m and m_all else temperature(factor)
 
-    def plane(rotations: float) -> float:
+    def plane(rotations: float | int) -> float:
         return d_head * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = plane(p.get("beta_fast") or 32), plane(p.get("beta_slow") or 1)

@@ -37,7 +37,7 @@ class BoostAttention:
     heads: Sequence[int] | None = None
     keys: Any = "image"
     queries: Any = "query+generated"
-    factor: float = 2.0
+    factor: float | int = 2.0
     mode: str = "renorm"
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ class ScaleNeurons:
 
     layer: int
     neurons: Sequence[int]
-    factor: float = 2.0
+    factor: float | int = 2.0
     positions: Any = "last+generated"
 
     def __post_init__(self) -> None:

@@ -22,8 +22,8 @@ class Steer:
     """
 
     layer: int
-    vector: Float[Tensor, " d_model"]
-    alpha: float = 1.0
+    vector: Float[Tensor, ...]
+    alpha: float | int = 1.0
     positions: Any = "last+generated"
 
     def __post_init__(self) -> None:

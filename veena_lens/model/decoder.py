@@ -59,7 +59,7 @@ def resolve_layer(layer: int | None, n_layers: int, what: str) -> int | None:
 
 
 def next_token_targets(
-    tokens: Int[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"]
+    tokens: Int[Tensor, "batch pos"], counted: Bool[Tensor, "batch pos"], real: Bool[Tensor, "batch pos"]
 ) -> tuple[Int[Tensor, "batch pos_less_one"], Bool[Tensor, "batch pos_less_one"]]:
-    """Each position's next token, and whether it counts in a loss (text, not a picture or a pad)."""
-    return tokens[:, 1:], counted[:, 1:]
+    """Each position's next token, and whether it counts in a loss: text, predicted from a real position."""
+    return tokens[:, 1:], counted[:, 1:] & real[:, :-1]

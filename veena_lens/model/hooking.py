@@ -21,7 +21,13 @@ from veena_lens.hook_table import aliases, canonical, hooks_of, require_hook, ro
 
 
 class HookDict(dict[str, HookPoint]):
-    """Hook points by name; transformer_lens 4's names of the split inputs resolve too, without being listed."""
+    """Hook points by name, the split inputs also under transformer_lens 4's names (one point, two keys).
+
+    An unknown name raises with near ones; `canonical_names` lists each point once, as the hook table does."""
+
+    @property
+    def canonical_names(self) -> list[str]:
+        return [name for name in self if canonical(name) == name]
 
     def __missing__(self, name: str) -> HookPoint:
         full = require_hook(name, self)
@@ -43,13 +49,18 @@ class Hooking(HookedRootModule):
         self.hook_dict = HookDict(self.hook_dict)
         for name, point in list(self.hook_dict.items()):
             for alias in aliases(name):
-                self.mod_dict[alias] = point
+                self.mod_dict[alias] = self.hook_dict[alias] = point
+
+    @property
+    def _points(self) -> HookDict:
+        assert isinstance(self.hook_dict, HookDict)
+        return self.hook_dict
 
     def _hook_names(self, name: str | Callable[[str], bool]) -> list[str]:
         """Canonical names meant by a name or a predicate. Raises: ValueError for an unknown name."""
         if isinstance(name, str):
             return [require_hook(name, self.hook_dict)]
-        return [n for n in self.hook_dict if name(n) or any(name(a) for a in aliases(n))]
+        return [n for n in self._points.canonical_names if name(n) or any(name(a) for a in aliases(n))]
 
     def add_hook(
         self,
@@ -165,7 +176,11 @@ class Hooking(HookedRootModule):
             if remove_batch_dim and in_text:
                 kept = kept[0]
             moved = kept.to(device) if device is not None else kept
-            cache[f"{hook.name}{suffix}"] = moved.clone() if copies and moved.data_ptr() == tensor.data_ptr() else moved
+            shared = (
+                moved.device == tensor.device
+                and moved.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            )
+            cache[f"{hook.name}{suffix}"] = moved.clone() if copies and shared else moved
 
         def save_gradient(tensor: Tensor, hook: HookPoint) -> None:
             save(tensor, hook, "_grad")
@@ -196,7 +211,7 @@ class Hooking(HookedRootModule):
         Raises: ValueError for an unknown name."""
         if names_filter is None:
             table = hooks_of(self.cfg)  # type: ignore[arg-type, attr-defined]
-            return [n for n in self.hook_dict if table[n].by_default]
+            return [n for n in self._points.canonical_names if table[n].by_default]
         if isinstance(names_filter, str):
             return self._hook_names(names_filter)
         if callable(names_filter):

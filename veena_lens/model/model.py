@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
     @classmethod
     def from_pretrained(
         cls,
-        name: str,
+        name: str | Path,
         *,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -332,7 +333,9 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
 
     def _loss(self, logits: Tensor, inputs: MultimodalInputs, per_token: bool) -> Tensor:
         """Next-token cross-entropy over text targets: neither pictures nor pads count."""
-        targets, counted = next_token_targets(inputs.tokens, inputs.attention_mask & ~inputs.image_mask)
+        targets, counted = next_token_targets(
+            inputs.tokens, inputs.attention_mask & ~inputs.image_mask, inputs.attention_mask
+        )
         targets, counted = targets.to(logits.device), counted.to(logits.device)
         safe = torch.where(counted, targets, torch.zeros_like(targets))
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), safe, reduction="none") * counted

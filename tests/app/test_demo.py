@@ -15,10 +15,17 @@ from veena_lens.zoo.emotions import EMOTIONS
 def test_one_face_an_emotion_and_two_a_strange_style_are_shown() -> None:
     strange = [*bundled_pictures("held-out style"), *bundled_pictures("emoji")]
     shown = demo.choose(bundled_pictures("test"), strange)
-    assert [p.emotion for p in shown[:8]] == list(EMOTIONS)
+    assert [p.emotion for p in shown[:8]] == list(EMOTIONS) and len({p.identity for p in shown[:8]}) == 8
     assert {(p.style, p.emotion) for p in shown[8:]} == {
         (style, emotion) for style in ("open-peeps", "micah", "emoji") for emotion in ("happy", "sad")
     }
+
+
+def test_pair_that_is_named_right_on_both_sides_wins_over_one_that_is_shown() -> None:
+    pairs, shown = bundled_pairs("test"), demo.choose(bundled_pictures("test"), [])
+    surprised = demo.choose_pair(pairs, shown, {p.file for pair in pairs for p in pair})
+    assert surprised[0].emotion == "surprised" and surprised[0].file in {p.file for p in shown}
+    assert demo.choose_pair(pairs, shown, {p.file for p in pairs[5]}) == pairs[5]
 
 
 def test_weaker_and_earlier_setting_wins_where_rates_are_equal() -> None:

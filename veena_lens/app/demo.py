@@ -143,9 +143,9 @@ def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str
     named = dict(zip((picture.file for picture in test), steps.name_emotions(vlm, test), strict=True))
     right = {picture.file for picture in test if named[picture.file] == picture.emotion}
     say("looking inside: attention, logit lens, patching of every head")
-    inside = look_inside(vlm, bundled_pairs("test"), right)
+    inside = look_inside(vlm, *choose_pair(bundled_pairs("test"), shown, right))
     say("directions from pairs, tried on development pictures")
-    neutral = sorted((p for p in test if p.emotion == "neutral"), key=lambda p: p.file not in right)
+    neutral = sorted((p for p in test if p.emotion == "neutral"), key=lambda p: (p.file not in right, p not in shown))
     steered = steer(vlm, bundled_pairs("development"), neutral, say)
     say("writing the page")
     seconds = time.perf_counter() - began
@@ -168,18 +168,28 @@ def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str
 
 
 def choose(test: Sequence[Picture], strange: Sequence[Picture]) -> list[Picture]:
-    """The first test picture of each emotion, then the first happy and the first sad one of every other style."""
-    faces = [
-        next(p for p in test if p.emotion == emotion) for emotion in EMOTIONS if any(p.emotion == emotion for p in test)
-    ]
+    """A test picture of each emotion, of another person each, then a happy and a sad one of every other style."""
+    by_emotion = {emotion: [p for p in test if p.emotion == emotion] for emotion in EMOTIONS}
+    faces = [drawn[place % len(drawn)] for place, drawn in enumerate(by_emotion.values()) if drawn]
     first = {(p.style, p.emotion): p for p in reversed(strange) if p.emotion in ("happy", "sad")}
     return faces + sorted(first.values(), key=lambda p: (p.split, p.style, p.emotion))
 
 
-def look_inside(model: HookedVLM, pairs: Sequence[tuple[Picture, Picture]], right: Collection[str]) -> Inside:
-    """Everything on the first pair whose two files are among those named `right` (else on the first pair)."""
-    both = (pair for pair in pairs if pair[0].file in right and pair[1].file in right)
-    emotional, neutral = next(both, pairs[0])
+def choose_pair(
+    pairs: Sequence[tuple[Picture, Picture]], shown: Sequence[Picture], right: Collection[str]
+) -> tuple[Picture, Picture]:
+    """A pair that is named right on both sides: that of a picture already shown if possible, surprise first."""
+    files = [picture.file for picture in shown]
+
+    def place(pair: tuple[Picture, Picture]) -> tuple[bool, bool, bool]:
+        wrong = pair[0].file not in right or pair[1].file not in right
+        return wrong, pair[0].file not in files, pair[0].emotion != "surprised"
+
+    return min(pairs, key=place)
+
+
+def look_inside(model: HookedVLM, emotional: Picture, neutral: Picture) -> Inside:
+    """Attention, lens and patching on one picture and its neutral twin."""
     shown, twin = (steps.ask(model, steps.NAME, [picture]) for picture in (emotional, neutral))
     lens, likeliest = steps.logit_lens(model, shown)
     return Inside(

@@ -69,7 +69,7 @@ def heatmap(
         if text is not None:
             _write(axes, table, colours, norm, [[theme.printable(cell) for cell in row] for row in text])
         elif numbers:
-            _write(axes, table, colours, norm, [[_short(value) for value in row] for row in table])
+            _write(axes, table, colours, norm, _shorten(table))
     return figure
 
 
@@ -100,9 +100,10 @@ def _write(axes: Axes, table: np.ndarray, colours: Colormap, norm: Normalize, te
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
-def _short(value: float) -> str:
-    if not np.isfinite(value):
-        return ""
-    if value == 0 or 0.01 <= abs(value) < 100:
-        return f"{value:.2f}"
-    return f"{value:.0f}" if 100 <= abs(value) < 10_000 else f"{value:.0e}"
+def _shorten(table: np.ndarray) -> list[list[str]]:
+    """Every value with as many decimals as the largest needs to show two digits; at most four."""
+    known = np.abs(table[np.isfinite(table)])
+    largest = known.max() if known.size else 0.0
+    decimals = 2 if largest == 0 else int(np.clip(1 - np.floor(np.log10(largest)), 0, 4))
+    decimals = 2 if 0.1 <= largest < 10 else decimals
+    return [[f"{value:.{decimals}f}" if np.isfinite(value) else "" for value in row] for row in table]

@@ -122,3 +122,10 @@ def test_pyplot_and_its_settings_stay_untouched() -> None:
     before = dict(matplotlib.rcParams)
     plots.encode(plots.heatmap(torch.eye(3)))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_notebook_shows_a_figure_as_a_picture() -> None:
+    DisplayFormatter = pytest.importorskip("IPython.core.formatters").DisplayFormatter
+
+    shown, _ = DisplayFormatter().format(plots.heatmap(torch.eye(2)))
+    assert shown["image/png"].startswith(b"\x89PNG")

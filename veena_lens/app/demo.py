@@ -225,6 +225,7 @@ def steer(
     noise = steps.random_like(next(iter(vectors.values())), generator)
     steers = [None, *(Steer(layer=layer, vector=v[layer], alpha=alpha) for v in (*vectors.values(), noise))]
     texts = steps.steered(model, steps.DESCRIBE, [calm] * len(steers), steers, max_new_tokens=60)
+    texts = [text.strip() for text in texts]
     return Steered(
         n_pairs=len(pairs),
         development=development,

@@ -53,7 +53,7 @@ def ask(model: HookedVLM, question: str, pictures: Sequence[Picture]) -> Multimo
 def describe(model: HookedVLM, pictures: Sequence[Picture]) -> list[Description]:
     """A caption of each picture, greedily."""
     texts = model.generate(ask(model, DESCRIBE, pictures), max_new_tokens=60, do_sample=False)
-    return [Description(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+    return [Description(picture, text.strip()) for picture, text in zip(pictures, texts, strict=True)]
 
 
 def name_emotions(model: HookedVLM, pictures: Sequence[Picture]) -> list[str | None]:

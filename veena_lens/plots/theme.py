@@ -77,9 +77,16 @@ def themed() -> Iterator[None]:
         yield
 
 
+class ShownFigure(Figure):
+    """A figure that a notebook shows as a picture, although pyplot does not know of it."""
+
+    def _repr_png_(self) -> bytes:
+        return encode(self, "png")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of `width` x `height` inches that belongs to no window."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = ShownFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 

@@ -1,0 +1,217 @@
+"""Generation against Hugging Face: greedy tokens, stopping, padding, cache or no cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, SuppressTokensLogitsProcessor
+
+from tests.cases import BY_NAME, IMAGE_TOKEN, PAD, Case, build_hf, counted, raw_inputs
+
+NAMES = [
+    "clip-llama",
+    "siglip-qwen2",
+    "wide-heads",
+    "both-biases-tied",
+    "image-28-patch-7",
+    "feature-list-full-ends",
+    "rope-llama3",
+    "rope-yarn",
+    "window-mistral",
+    "window-qwen2",
+    "three-images-and-none",
+    "no-picture-at-all",
+    "text-llama",
+    "text-mistral",
+    "text-qwen2-window",
+    "text-one-token",
+]
+NEW = 40
+
+
+def theirs(hf: Any, raw: dict[str, Tensor], **options: Any) -> list[list[int]]:
+    """Hugging Face's greedy completions, cut after the first end token."""
+    with torch.no_grad():
+        out = hf.generate(**raw, do_sample=False, **options)
+    return [cut(row, hf.generation_config.eos_token_id) for row in out[:, raw["input_ids"].shape[1] :].tolist()]
+
+
+def cut(row: list[int], eos: int | list[int] | None) -> list[int]:
+    ends = [] if eos is None else [eos] if isinstance(eos, int) else eos
+    at = [i for i, token in enumerate(row) if token in ends]
+    return row[: at[0]] if at else row
+
+
+def never_ends(hf: Any) -> Any:
+    hf.generation_config.eos_token_id = None
+    hf.generation_config.pad_token_id = PAD
+    return hf
+
+
+@pytest.fixture
+def pair_of():
+    """A fresh pair whose generation never ends by itself."""
+    from veena_lens import HookedVLM
+
+    def get(case: Case) -> tuple[Any, Any]:
+        hf = never_ends(build_hf(case, gain=5.0))
+        return hf, HookedVLM.from_hf(hf)
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_equal_hugging_face(name: str, pair_of) -> None:
+    case = BY_NAME[name]
+    raw = raw_inputs(case)
+    hf, model = pair_of(case)
+    ours = model.generate(model.inputs_from_hf(**raw), max_new_tokens=NEW, do_sample=False, return_type="tokens")
+    assert ours.shape == (len(case.rows), NEW)
+    assert ours.tolist() == theirs(hf, raw, max_new_tokens=NEW)
+    assert len(set(ours.flatten().tolist())) > 4, "the model says too little for the test to show much"
+
+
+@pytest.mark.parametrize("name", ["clip-llama", "window-qwen2", "three-images-and-none", "rope-yarn"])
+def test_tokens_without_cache_equal_those_with_cache(name: str, pair_of) -> None:
+    hf, model = pair_of(BY_NAME[name])
+    inputs = model.inputs_from_hf(**raw_inputs(BY_NAME[name]))
+    options = dict(max_new_tokens=20, do_sample=False, return_type="tokens")
+    options["logits_processor"] = [SuppressTokensLogitsProcessor([IMAGE_TOKEN])]
+    cached = model.generate(inputs, **options)
+    assert torch.equal(model.generate(inputs, use_past_kv_cache=False, **options), cached)
+
+
+class Say(LogitsProcessor):
+    """Forces one token at one length."""
+
+    def __init__(self, token: int, length: int) -> None:
+        self.token, self.length = token, length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] == self.length:
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, self.token] = 0.0
+        return scores
+
+
+@pytest.mark.parametrize("token", [IMAGE_TOKEN, PAD, 1], ids=["image-token", "pad-token", "begin-token"])
+def test_generated_special_token_is_a_token_like_any_other(token: int, pair_of) -> None:
+    """A model may say the image's placeholder: no picture is looked for, with or without cache."""
+    hf, model = pair_of(BY_NAME["clip-llama"])
+    raw = raw_inputs(BY_NAME["clip-llama"])
+    inputs, length = model.inputs_from_hf(**raw), raw["input_ids"].shape[1]
+    options = dict(max_new_tokens=8, logits_processor=LogitsProcessorList([Say(token, length + 2)]))
+    expected = theirs(hf, raw, **options)
+    assert all(row[2] == token for row in expected)
+    for cached in (True, False):
+        ours = model.generate(inputs, do_sample=False, return_type="tokens", use_past_kv_cache=cached, **options)
+        assert ours.tolist() == expected, f"use_past_kv_cache={cached}"
+
+
+@pytest.mark.parametrize("pad", [PAD, None], ids=["pad-token", "padded-with-end-token"])
+def test_generated_tokens_make_an_answer_whose_logits_say_them_again(pad: int | None, pair_of) -> None:
+    """`with_answer(generate(...))` is the run that was just made: teacher forced, it predicts the same tokens,
+    also where rows ended at different lengths."""
+    case = BY_NAME["three-images-and-none"]
+    hf, model = pair_of(case)
+    model.generation_config.pad_token_id = pad
+    inputs = model.inputs_from_hf(**counted(raw_inputs(case)))
+    options = dict(max_new_tokens=20, do_sample=False, return_type="tokens")
+    free = model.generate(inputs, **options).tolist()
+    end = next(t for t in free[0][3:] if any(t not in row for row in free))
+    out = model.generate(inputs, eos_token_id=end, **options)
+    forced = inputs.with_answer(out)
+    with torch.no_grad():
+        logits = model(forced)
+    for row, tokens in enumerate(out.tolist()):
+        n = tokens.index(end) + 1 if end in tokens else len(tokens)
+        span = forced.spans[row].answer
+        assert span.stop - span.start in (n, n - 1), "the answer is the row's own tokens, with or without its end token"
+        n = span.stop - span.start
+        assert forced.tokens[row, span].tolist() == tokens[:n]
+        assert logits[row, span.start - 1 : span.stop - 1].float().argmax(-1).tolist() == tokens[:n]
+
+
+def test_generation_stops_where_hugging_face_stops() -> None:
+    """The end token is one that the model really says, early in one row and never in another."""
+    from veena_lens import HookedVLM
+
+    case = BY_NAME["three-images-and-none"]
+    hf, raw = never_ends(build_hf(case, gain=5.0)), raw_inputs(case)
+    free = theirs(hf, raw, max_new_tokens=NEW)
+    once = {token: [row.index(token) if token in row else NEW for row in free] for row in free for token in row}
+    end = max(once, key=lambda token: len(set(once[token])))
+    assert len(set(once[end])) > 1, "no token ends the rows at different lengths"
+    hf.generation_config.eos_token_id = end
+    model = HookedVLM.from_hf(hf)
+    ours = model.generate(model.inputs_from_hf(**raw), max_new_tokens=NEW, do_sample=False, return_type="tokens")
+    assert [cut(row, end) for row in ours.tolist()] == theirs(hf, raw, max_new_tokens=NEW)
+    for row, whole in zip(ours.tolist(), free, strict=True):
+        stop = whole.index(end) if end in whole else NEW
+        assert row[:stop] == whole[:stop]
+        assert all(token in (end, PAD) for token in row[stop:]), "a row goes on after its end token"
+
+
+@pytest.mark.parametrize("name", ["clip-llama", "three-images-and-none", "text-llama"])
+def test_row_generates_the_same_alone(name: str, pair_of) -> None:
+    _, model = pair_of(BY_NAME[name])
+    inputs = model.inputs_from_hf(**raw_inputs(BY_NAME[name]))
+    together = model.generate(inputs, max_new_tokens=15, do_sample=False, return_type="tokens")
+    for row in range(len(inputs)):
+        alone = model.generate(inputs[row], max_new_tokens=15, do_sample=False, return_type="tokens")
+        assert alone.tolist() == together[row : row + 1].tolist()
+
+
+def test_logits_processors_of_transformers_are_used(pair_of) -> None:
+    from transformers import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    hf, model = pair_of(BY_NAME["clip-llama"])
+    raw = raw_inputs(BY_NAME["clip-llama"])
+    inputs = model.inputs_from_hf(**raw)
+    plain = model.generate(inputs, max_new_tokens=20, do_sample=False, return_type="tokens").tolist()
+    changed = []
+    for make in (lambda: NoRepeatNGramLogitsProcessor(2), lambda: RepetitionPenaltyLogitsProcessor(2.0)):
+        options = dict(max_new_tokens=20, logits_processor=LogitsProcessorList([make()]))
+        ours = model.generate(inputs, do_sample=False, return_type="tokens", **options).tolist()
+        assert ours == theirs(hf, raw, **options)
+        changed.append(ours != plain)
+    assert any(changed), "neither processor changed a token, so the test shows nothing"
+
+
+def test_stopping_criteria_of_transformers_are_used(pair_of) -> None:
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    class AtLength(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kw: Any) -> Tensor:
+            return torch.full((len(input_ids),), input_ids.shape[1] >= length)
+
+    _, model = pair_of(BY_NAME["clip-llama"])
+    inputs = model.inputs_from_hf(**raw_inputs(BY_NAME["clip-llama"]))
+    length = inputs.shape[1] + 7
+    options = dict(do_sample=False, return_type="tokens", max_new_tokens=20)
+    whole = model.generate(inputs, **options)
+    ours = model.generate(inputs, stopping_criteria=StoppingCriteriaList([AtLength()]), **options)
+    assert ours.tolist() == whole[:, :7].tolist()
+
+
+def test_sampling_is_reproducible_by_seed(pair_of) -> None:
+    _, model = pair_of(BY_NAME["clip-llama"])
+    inputs = model.inputs_from_hf(**raw_inputs(BY_NAME["clip-llama"]))
+    options = dict(max_new_tokens=20, do_sample=True, return_type="tokens")
+    first, again, other = (model.generate(inputs, seed=seed, **options) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first, model.generate(inputs, max_new_tokens=20, do_sample=False, return_type="tokens"))
+
+
+def test_generate_leaves_model_as_it_was(model_of) -> None:
+    model = model_of(BY_NAME["clip-llama"])
+    inputs = model.inputs_from_hf(**raw_inputs(BY_NAME["clip-llama"]))
+    with torch.no_grad():
+        before = model(inputs)
+    model.generate(inputs, max_new_tokens=5, do_sample=False, return_type="tokens")
+    with torch.no_grad():
+        assert torch.equal(model(inputs), before)

@@ -262,6 +262,26 @@ class MultimodalInputs:
             spans=tuple(moved),
         )
 
+    def trimmed(self) -> MultimodalInputs:
+        """A single row without its pads. Raises: ValueError for a batch of several rows."""
+        if len(self) != 1:
+            raise ValueError(f"trimmed takes one row, not a batch of {len(self)}.")
+        moved = self.left_padded()
+        pads = self.shape[1] - int(self.lengths[0])
+
+        def shift(s: slice) -> slice:
+            return slice(s.start - pads, s.stop - pads)
+
+        spans = moved.spans[0]
+        answer = None if spans.answer is None else shift(spans.answer)
+        return replace(
+            moved,
+            tokens=moved.tokens[:, pads:],
+            attention_mask=moved.attention_mask[:, pads:],
+            position_ids=moved.position_ids[..., pads:],
+            spans=(Spans([shift(i) for i in spans.images], shift(spans.query), spans.last - pads, answer),),
+        )
+
     def grid_tokens(self, row: int, image: int = 0) -> Int[Tensor, "height width"]:
         """Positions of one image's grid cells in the sequence.
 

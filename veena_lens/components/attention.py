@@ -20,6 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from veena_lens.components.context import AttentionMask, Context, masked_softmax
 from veena_lens.components.hooks import carry, heard, listen
 from veena_lens.components.norms import RMSNorm
+from veena_lens.components.prefix import SharedPrefix
 from veena_lens.components.rotary import rotate
 from veena_lens.config import TransformerConfig
 
@@ -98,6 +99,8 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
         """softmax(q k^T / sqrt(d_head)) v; q, k, v come as [batch pos heads d_head]."""
+        if context.prefix is not None:
+            return self._attend_with_prefix(q, k, v, context.prefix)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask, bias = context.mask(self.layer, q.device), context.bias(self.layer)
         bias = None if bias is None else bias.to(q.device)
@@ -127,6 +130,15 @@ class Attention(nn.Module):
                 fused = self._fused(q, k, v, mask, bias)
             return carry(fused, pattern @ wide_v).transpose(1, 2)
         return self._fused(q, k, v, mask, bias).transpose(1, 2)
+
+    def _attend_with_prefix(
+        self, q: Tensor, k: Tensor, v: Tensor, prefix: SharedPrefix
+    ) -> Float[Tensor, "batch pos n_heads d_head"]:
+        """Rows that share a prefix: its keys are read once for all rows, each row's own tail joins the softmax."""
+        scores = prefix.scores(self.layer, q, k, self.scale)
+        scores, _ = listen(self.hook_attn_scores, scores)
+        pattern, _ = listen(self.hook_pattern, masked_softmax(scores, None))
+        return prefix.values(self.layer, pattern, v)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, bias: Tensor | None) -> Tensor:
         """The fused kernel; an additive bias joins the mask."""

@@ -38,6 +38,7 @@ class Context:
 
     `bias` gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None; `rows`, when
     set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
+    `prefix`, when set, holds keys and values of positions that all rows share (see `components/prefix.py`).
     """
 
     key_mask: Bool[Tensor, "batch key_pos"] | None
@@ -49,6 +50,7 @@ class Context:
     windows: Callable[[int], int | None] = lambda layer: None
     bias: Callable[[int], Tensor | None] = lambda layer: None
     rows: Any = None
+    prefix: Any = None
     _masks: dict[Any, AttentionMask] = field(default_factory=dict)
 
     def mask(self, layer: int, device: torch.device) -> AttentionMask:

@@ -18,7 +18,7 @@ demo: $(STAMPS)/base  ## describe, look inside and steer the embedded model: out
 	$(BIN)/veena-lens demo --out out/demo
 
 test: $(STAMPS)/test  ## the tests (slow and GPU ones excluded)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 check: $(STAMPS)/dev  ## style, types and the import contract
 	$(BIN)/ruff check .

@@ -76,6 +76,14 @@ def test_overlay_without_boxes_fills_the_box() -> None:
     assert figure.axes[1].images[1].get_extent() == [16, 80, 64, 0]
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_pictures_of_every_mode_and_size_are_drawn(mode: str) -> None:
+    figure = plots.overlay(Image.new(mode, (3000, 20)), torch.rand(2, 2))
+    assert figure.axes[0].images[0].get_array().shape[1] <= 768
+    assert figure.axes[0].get_xlim() == (0, 3000)
+    plots.encode(figure)
+
+
 def test_overlays_share_one_scale() -> None:
     figure = plots.overlays(picture(), torch.stack([torch.zeros(2, 2), torch.ones(2, 2)]), titles=["a", "b"])
     norms = {(axes.images[1].norm.vmin, axes.images[1].norm.vmax) for axes in figure.axes[:2]}

@@ -23,6 +23,7 @@ from veena_lens import plots
 from veena_lens.plots.theme import Format
 
 Tone = Literal["good", "bad", "quiet"]
+LARGEST_PICTURE = 640  # pixels; a page of photographs stays small enough to mail
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,9 @@ def _img(data: bytes, kind: str, alt: str, width: int) -> str:
 
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, format="PNG")
+    small = image.convert("RGB")
+    small.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    small.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 

@@ -25,6 +25,7 @@ from veena_lens.plots.cells import colour_scale
 
 Box = Sequence[int | float]
 OPACITY = 0.6
+DRAWN_SIZE = 768  # pixels
 
 
 def overlay(
@@ -110,19 +111,25 @@ def _panels(
     return figure, panels, norm, colours
 
 
-def _show(panel: Axes, image: Image.Image | np.ndarray, **settings: Any) -> None:
-    # Pixel edges lie on whole numbers, so that a box (0, 0, width, height) is exactly the picture.
-    height, width = np.asarray(image).shape[:2]
-    panel.imshow(np.asarray(image), extent=(0, width, height, 0), interpolation="bicubic", **settings)
-    panel.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+def _show(panel: Axes, image: Image.Image, as_grey: bool = False) -> None:
+    # Pixel edges lie on whole numbers, so that a box (0, 0, width, height) is exactly the picture; what is drawn is
+    # no larger than a figure can show.
+    small = image.convert("RGB")
+    small.thumbnail((DRAWN_SIZE, DRAWN_SIZE))
+    pixels = np.asarray(small)
+    if as_grey:
+        pixels = np.repeat(
+            (80 + 0.68 * np.asarray(small.convert("L"), dtype=np.float64)).astype(np.uint8)[..., None], 3, 2
+        )
+    panel.imshow(pixels, extent=(0, image.width, image.height, 0), interpolation="bicubic")
+    panel.set(xlim=(0, image.width), ylim=(image.height, 0), aspect="equal")
 
 
 def _lay(
     panel: Axes, image: Image.Image, grid: np.ndarray, box: Box | None,
     patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None, norm: Normalize, colours: Colormap,
 ) -> None:  # fmt: skip
-    grey = np.asarray(image.convert("L"), dtype=np.float64)
-    _show(panel, 80 + 0.68 * grey, cmap="gray", vmin=0, vmax=255)
+    _show(panel, image, as_grey=True)
     if patch_boxes is None:
         left, top, right, bottom = box or (0, 0, image.width, image.height)
         extent = (left, right, bottom, top)

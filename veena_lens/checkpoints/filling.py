@@ -145,7 +145,7 @@ class _Devices:
     def __call__(self, name: str) -> torch.device:
         best = ""
         for prefix in self.map or {}:
-            if (prefix == "" or name == prefix or name.startswith(prefix + ".")) and len(prefix) >= len(best):
+            if _leads_to(prefix, name) and len(prefix) >= len(best):
                 best = prefix
         if self.map is None or best not in self.map:
             return self.default
@@ -167,7 +167,20 @@ def device_of_each(module: nn.Module, device: Any, device_map: Any, dtype: torch
         raise ValueError(f"device_map={device_map!r} must be 'auto' or a dictionary of module names and devices.")
     if "disk" in device_map.values():
         raise ValueError("device_map puts modules on disk, which is not supported; free memory or use a smaller dtype.")
+    names, modules = parameter_shapes(module), dict(module.named_modules())
+    unknown = [m for m in device_map if m not in modules and m not in names]
+    left = [n for n in names if not any(_leads_to(m, n) for m in device_map)]
+    if unknown or left:
+        raise ValueError(
+            f"device_map does not fit the model: it names unknown modules {unknown} and gives no device to "
+            f"{len(left)} parameters ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''}). "
+            'Give one for each of the modules "embed", "blocks.0", ..., or one for "", the whole model.'
+        )
     return _Devices(torch.device("cpu"), dict(device_map))
+
+
+def _leads_to(module: str, parameter: str) -> bool:
+    return module == "" or parameter == module or parameter.startswith(module + ".")
 
 
 def fill_from_state_dict(

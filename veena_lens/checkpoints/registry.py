@@ -55,15 +55,34 @@ def find_adapter(architecture: str) -> Adapter:
     try:
         return _load(point)
     except Exception as error:
-        raise ValueError(f"The adapter of {architecture!r} ({point.value}) cannot be used: {error}") from error
+        raise ValueError(f"The adapter of {architecture!r} ({point.value}) cannot be used: {_said(error)}") from error
 
 
 def all_adapters() -> dict[str, Adapter]:
     """Every adapter that imports, by architecture."""
-    out = {}
+    return {name: found for name, found in _all().items() if isinstance(found, Adapter)}
+
+
+def broken_adapters() -> dict[str, str]:
+    """Why the others do not, by architecture."""
+    return {name: _said(found) for name, found in _all().items() if isinstance(found, Exception)}
+
+
+def adapter_sources() -> dict[str, str]:
+    """Where each adapter comes from: "module:attribute"."""
+    return {name: point.value for name, point in sorted(_registered().items())}
+
+
+def _all() -> dict[str, Adapter | Exception]:
+    """Each adapter, or what stopped it."""
+    out: dict[str, Adapter | Exception] = {}
     for name, point in sorted(_registered().items()):
         try:
             out[name] = _load(point)
-        except Exception:  # told of when it is asked for by name
-            continue
+        except Exception as error:  # another package's fault must not hide the rest
+            out[name] = error
     return out
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from veena_lens.config import HookedVLMConfig
@@ -26,18 +27,24 @@ def to_hf_state_dict(module: nn.Module, adapter: Adapter, cfg: HookedVLMConfig) 
 
 
 def save_pretrained(model: Any, folder: str | Path, hf_config: Any) -> Path:
-    """Write config, weights and processor as a folder that Hugging Face and `from_pretrained` load.
+    """Write config, weights (in shards of 5 GB), generation config and processor as a folder that Hugging Face and
+    `from_pretrained` load.
 
-    The weights keep today's in-memory names, which every loader of transformers 5 takes as they are."""
+    `hf_config` is the one of the checkpoint that the model came from (`open_checkpoint(...).hf_config`, or
+    `hf_model.config`). The weights keep today's in-memory names, which transformers 5 takes as they are.
+    Raises: ValueError for a model that came from no checkpoint."""
+    if model.adapter is None:
+        raise ValueError("save_pretrained: this model came from no Hugging Face checkpoint, so it has no names there.")
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.cpu().contiguous() for k, v in to_hf_state_dict(model, model.adapter, model.cfg).items()}
     if model.cfg.tie_word_embeddings:
         tensors.pop("lm_head.weight")
-    save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
-    hf_config.save_pretrained(path)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(path)
-    if model.processor is not None:
-        model.processor.save_pretrained(path)
+    save_torch_state_dict(tensors, path, max_shard_size="5GB")
+    config = copy.deepcopy(hf_config)
+    config.architectures, config.dtype = [model.cfg.architecture], model.cfg.dtype
+    config.save_pretrained(path)
+    for part in (model.generation_config, model.processor):
+        if part is not None:
+            part.save_pretrained(path)
     return path

@@ -1,0 +1,333 @@
+"""Loading: every form of file gives Hugging Face's own weights, and what does not fit is listed before reading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.cases import BY_NAME, build_hf, raw_inputs
+from tests.checkpoints import tiny
+from tests.model_adapters.test_keys import LAYOUTS
+from veena_lens.checkpoints import fill_from_state_dict, find_adapter, load_processor, open_checkpoint
+from veena_lens.checkpoints.files import fetch_weights, resolve_folder, weight_files
+from veena_lens.model.model import HookedVLM
+
+LLAVA = BY_NAME["clip-llama"]
+
+
+def assert_same_model(folder: Path, theirs: Any) -> HookedVLM:
+    """The folder's weights equal a Hugging Face model's, bit for bit."""
+    ours = HookedVLM.from_pretrained(str(folder))
+    state, expected = ours.to_hf_state_dict(), theirs.state_dict()
+    assert set(state) == set(expected)
+    for key, tensor in expected.items():
+        assert torch.equal(state[key], tensor), key
+    return ours
+
+
+@pytest.mark.parametrize(
+    "name", ["clip-llama", "siglip-qwen2", "tied-qwen2", "both-biases-tied", "feature-list", "text-mistral"]
+)
+def test_saved_folder_gives_the_weights_bit_for_bit(name: str, tmp_path: Path) -> None:
+    theirs, folder = tiny.save(BY_NAME[name], tmp_path)
+    assert_same_model(folder, theirs)
+
+
+def test_logits_of_a_saved_folder_equal_hugging_face(tmp_path: Path) -> None:
+    theirs, folder = tiny.save(LLAVA, tmp_path, torch.float64)
+    raw = raw_inputs(LLAVA, torch.float64)
+    ours = HookedVLM.from_pretrained(str(folder))
+    keep = raw["attention_mask"].bool()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.forward_hf(**raw)[keep], theirs(**raw).logits[keep], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_a_file_loads(layout: str, tmp_path: Path) -> None:
+    theirs, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    rename = LAYOUTS[layout]
+    stored = {rename(k): v.contiguous() for k, v in theirs.state_dict().items()}
+    stored |= {"language_model.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # of old files
+    stored |= {"vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same_model(folder, theirs)
+
+
+def test_sharded_safetensors_load(tmp_path: Path) -> None:
+    theirs, folder = tiny.save(LLAVA, tmp_path, processor=False, max_shard_size="20KB")
+    assert len(weight_files(folder)) > 3
+    assert_same_model(folder, theirs)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickle_files_load_as_plain_weights(sharded: bool, tmp_path: Path) -> None:
+    theirs, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if sharded:
+        names = {k: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, k in enumerate(state)}
+        for file in set(names.values()):
+            torch.save({k: v for k, v in state.items() if names[k] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    else:
+        torch.save(state, folder / "pytorch_model.bin")
+    assert_same_model(folder, theirs)
+
+
+def test_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (print, ("ran",))
+
+    _, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read as plain weights"):
+        HookedVLM.from_pretrained(str(folder))
+
+
+def test_all_missing_spare_and_misshapen_keys_are_listed_at_once(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    state = load_file(folder / "model.safetensors")
+    del state["language_model.model.norm.weight"]
+    state["language_model.model.embed_tokens.weight"] = torch.zeros(100, 48)
+    state["multi_modal_projector.linear_3.weight"] = torch.zeros(2, 3)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError) as told:
+        HookedVLM.from_pretrained(str(folder))
+    lines = str(told.value).splitlines()
+    assert "(3 keys)" in lines[0]
+    assert "  missing   model.language_model.norm.weight: wanted [48]" in lines
+    assert "  misshapen model.language_model.embed_tokens.weight: wanted [128, 48], found [100, 48]" in lines
+    assert any(
+        line.startswith("  spare     model.multi_modal_projector.linear_3.weight: found [2, 3]") for line in lines
+    )
+
+
+def test_key_that_is_stored_twice_is_told_of(tmp_path: Path) -> None:
+    theirs, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    state = load_file(folder / "model.safetensors")
+    state["model.language_model.norm.weight"] = torch.zeros(48)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="doubled   model.language_model.norm.weight: stored as"):
+        HookedVLM.from_pretrained(str(folder))
+
+
+def test_missing_head_is_never_tied_in_silence(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    state = load_file(folder / "model.safetensors")
+    del state["language_model.lm_head.weight"]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing   lm_head.weight: wanted \[128, 48\]"):
+        HookedVLM.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_stored_head_of_a_tied_model_must_equal_the_embedding(same: bool, tmp_path: Path) -> None:
+    theirs, folder = tiny.save(BY_NAME["tied-qwen2"], tmp_path, processor=False)
+    state = load_file(folder / "model.safetensors")
+    state["language_model.lm_head.weight"] = theirs.state_dict()["lm_head.weight"] + (0.0 if same else 1.0)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    if same:
+        assert_same_model(folder, theirs)
+    else:
+        with pytest.raises(ValueError, match="ties its unembedding .* of other values"):
+            HookedVLM.from_pretrained(str(folder))
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    state = load_file(folder / "model.safetensors")
+    state["language_model.lm_head.weight"] = torch.zeros(128, 48, dtype=torch.int8)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="quantised lm_head.weight: stored as torch.int8"):
+        HookedVLM.from_pretrained(str(folder))
+
+
+def test_dtype_is_that_of_the_file_unless_asked(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, torch.bfloat16, processor=False)
+    kept, asked = (HookedVLM.from_pretrained(str(folder), dtype=d) for d in (None, torch.float32))
+    assert {p.dtype for p in kept.parameters()} == {torch.bfloat16} and kept.cfg.dtype == torch.bfloat16
+    assert {p.dtype for p in asked.parameters()} == {torch.float32}
+
+
+def test_file_of_mixed_dtypes_gives_a_model_of_the_configured_one(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, torch.bfloat16, processor=False)
+    state = load_file(folder / "model.safetensors")
+    state = {k: v.float() if "norm" in k else v for k, v in state.items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    assert {p.dtype for p in HookedVLM.from_pretrained(str(folder)).parameters()} == {torch.bfloat16}
+
+
+def test_loaded_weights_do_not_depend_on_the_file(tmp_path: Path) -> None:
+    theirs, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    ours = HookedVLM.from_pretrained(str(folder))
+    (folder / "model.safetensors").write_bytes(b"\0" * (folder / "model.safetensors").stat().st_size)
+    assert torch.equal(ours.to_hf_state_dict()["lm_head.weight"], theirs.state_dict()["lm_head.weight"])
+
+
+def test_device_map_places_every_parameter_and_refuses_one_that_does_not_fit(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    auto = HookedVLM.from_pretrained(str(folder), device_map="auto")
+    assert auto.device_map is not None and set(auto.device_map.values()) <= {"cpu", 0}
+    split = {"": "cpu", "blocks.1": "meta", "unembed": "meta"}
+    placed = HookedVLM.from_pretrained(str(folder), device_map=split)
+    assert {n.split(".")[0] for n, p in placed.named_parameters() if p.is_meta} == {"blocks", "unembed"}
+    assert all(p.is_meta == n.startswith(("blocks.1.", "unembed")) for n, p in placed.named_parameters())
+    with pytest.raises(ValueError, match=r"unknown modules \['block.0'\] and gives no device to"):
+        HookedVLM.from_pretrained(str(folder), device_map={"block.0": "cpu"})
+    with pytest.raises(ValueError, match="device or device_map, not both"):
+        HookedVLM.from_pretrained(str(folder), device="cpu", device_map="auto")
+
+
+def test_model_in_memory_shares_its_storage_unless_copied() -> None:
+    theirs = build_hf(LLAVA)
+    adapter = find_adapter("LlavaForConditionalGeneration")
+    cfg = adapter.read_config(theirs.config)
+    for copy in (False, True):
+        with torch.device("meta"):
+            ours = HookedVLM(cfg)
+        fill_from_state_dict(ours, theirs.state_dict(), adapter, cfg, copy=copy)
+        shared = ours.embed.weight.data_ptr() == theirs.model.language_model.embed_tokens.weight.data_ptr()
+        assert shared is not copy
+
+
+def test_tied_model_in_memory_with_a_head_of_its_own_is_refused() -> None:
+    theirs = build_hf(BY_NAME["tied-qwen2"])
+    state = theirs.state_dict() | {"lm_head.weight": torch.zeros(128, 48, dtype=torch.float64)}
+    adapter = find_adapter("LlavaForConditionalGeneration")
+    cfg = adapter.read_config(theirs.config)
+    with torch.device("meta"):
+        ours = HookedVLM(cfg)
+    with pytest.raises(ValueError, match="ties its unembedding"):
+        fill_from_state_dict(ours, state, adapter, cfg)
+
+
+# --- names and folders ------------------------------------------------------------------------------------
+def test_embedded_checkpoint_opens_by_name() -> None:
+    checkpoint = open_checkpoint("tiny-llava-emotion")
+    assert checkpoint.adapter.architecture == checkpoint.cfg.architecture == "LlavaForConditionalGeneration"
+    assert checkpoint.cfg.model_name == "tiny-llava-emotion"
+
+
+@pytest.mark.parametrize("name", ["tiny-llava", "/no/such/folder", "./nothing", "a/b/c"])
+def test_unknown_name_says_what_was_tried(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no folder, no embedded name .*tiny-llava-emotion.* and no hub id"):
+        open_checkpoint(name)
+
+
+def test_hub_id_that_cannot_be_fetched_says_so() -> None:
+    with pytest.raises(FileNotFoundError, match="No folder 'nobody/nothing' here, and the hub gave none"):
+        open_checkpoint("nobody/nothing")
+
+
+def test_hub_id_fetches_weights_only_when_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, remote = tiny.save(LLAVA, tmp_path / "remote", max_shard_size="50KB")
+    local = tmp_path / "models--me--model" / "snapshots" / "abc123"
+    asked: list[tuple[str | None, list[str]]] = []
+
+    def snapshot_download(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((revision, allow_patterns))
+        local.mkdir(parents=True, exist_ok=True)
+        for file in remote.iterdir():
+            if any(file.match(p) for p in allow_patterns):
+                shutil.copy(file, local / file.name)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    checkpoint = open_checkpoint("me/model")
+    assert not list(local.glob("*.safetensors"))
+    folder = resolve_folder("me/model", "main")
+    assert [f.name for f in fetch_weights(folder)] == [f.name for f in weight_files(remote)]
+    assert asked[-1][0] == "abc123"  # the commit of the files that were read first
+    n = len(asked)
+    assert checkpoint.hub_id == "me/model"
+    assert_same_model(local, theirs)
+    fetch_weights(folder)
+    assert len(asked) == n  # nothing is asked for twice
+
+
+def test_folder_without_configuration_weights_or_shards_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        open_checkpoint(tmp_path)
+    _, folder = tiny.save(LLAVA, tmp_path / "sharded", processor=False, max_shard_size="50KB")
+    gone = weight_files(folder)[1]
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match=f"names files that are missing: {gone.name}"):
+        HookedVLM.from_pretrained(str(folder))
+    for file in folder.glob("model*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        HookedVLM.from_pretrained(str(folder))
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="model.safetensors .5,000 bytes. is no complete safetensors file"):
+        HookedVLM.from_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (dict(model_type="llavaonevision1_5"), "model_type 'llavaonevision1_5' .* unknown to transformers .* Llava"),
+        (
+            dict(model_type="my_model", auto_map={"AutoConfig": "m.MyConfig"}),
+            "needs remote code .m.MyConfig.*never run",
+        ),
+        (dict(architectures=["LlavaForConditionalGenaration"]), "near names: LlavaForConditionalGeneration"),
+        (dict(architectures=["GPT2LMHeadModel"]), "Known: .*LlamaForCausalLM.*entry-point group .*docs/adapters.md"),
+        (dict(architectures=[]), "names no architecture"),
+        (dict(vision_feature_layer="last"), "cannot read .*config.json"),
+    ],
+)
+def test_configuration_that_cannot_be_used_is_refused(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    raw = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=told):
+        open_checkpoint(folder)
+
+
+def test_remote_code_beside_a_known_model_type_is_left_alone(tmp_path: Path) -> None:
+    theirs, folder = tiny.save(LLAVA, tmp_path, processor=False)
+    raw = json.loads((folder / "config.json").read_text()) | dict(auto_map={"AutoConfig": "m.MyConfig"})
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert_same_model(folder, theirs)
+
+
+def test_broken_configuration_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        open_checkpoint(tmp_path)
+
+
+# --- processors -------------------------------------------------------------------------------------------
+def test_processor_tokenizer_or_nothing_is_loaded(tmp_path: Path) -> None:
+    _, multimodal = tiny.save(LLAVA, tmp_path / "llava")
+    _, text = tiny.save(BY_NAME["text-llama"], tmp_path / "text")
+    _, bare = tiny.save(LLAVA, tmp_path / "bare", processor=False)
+    assert type(load_processor(multimodal)).__name__ == "LlavaProcessor"
+    assert not hasattr(load_processor(text), "image_processor") and load_processor(text).bos_token == "<s>"
+    assert load_processor(bare) is None
+    model = HookedVLM.from_pretrained(str(bare))
+    assert model.tokenizer is None and model.processor is None
+
+
+def test_numbers_that_old_processors_leave_out_come_from_the_model(tmp_path: Path) -> None:
+    _, folder = tiny.save(LLAVA, tmp_path)
+    file = folder / "processor_config.json"
+    raw = json.loads(file.read_text())
+    for name in ("patch_size", "num_additional_image_tokens", "vision_feature_select_strategy"):
+        raw.pop(name)
+    file.write_text(json.dumps(raw))
+    inputs = HookedVLM.from_pretrained(str(folder)).prepare("how does this person feel ?", tiny.picture())
+    assert inputs.count_image_tokens(0, inputs.spans[0].images[0]) == LLAVA.tokens_per_image

@@ -1,0 +1,152 @@
+"""What a checkpoint is, before any weight is read: configuration, hook tree, parameters, memory.
+
+Shapes come from the hook table and from a model on the meta device, what is stored from the files' headers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from veena_lens.checkpoints.files import WeightFile, weight_files
+from veena_lens.checkpoints.loading import Checkpoint
+from veena_lens.config import HookedVLMConfig
+from veena_lens.hook_table import Hook, hooks_of
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+PARTS = (  # part, prefixes of its parameters
+    ("vision tower", ("vision.",)),
+    ("  of it unused", ("vision.unused.",)),
+    ("connector", ("connector.",)),
+    ("embedding", ("embed.",)),
+    ("decoder blocks", ("blocks.",)),
+    ("last norm", ("ln_final.",)),
+    ("unembedding", ("unembed.",)),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookLine:
+    """Hook points that differ by their layer only, as one line."""
+
+    name: str
+    shape: str
+    live: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Prints as what `veena-lens inspect` shows. `parameters`: part -> number; `stored`: what the files hold."""
+
+    path: Path
+    architecture: str
+    note: str
+    cfg: HookedVLMConfig
+    stored: str
+    parameters: dict[str, int]
+    hooks: tuple[HookLine, ...]
+    n_hooks: int
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(n for part, n in self.parameters.items() if not part.startswith(" "))
+
+    def memory(self, dtype: str) -> int:
+        """Bytes of the weights at a dtype ("float32", "bfloat16", ...)."""
+        return self.n_parameters * BYTES[dtype]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}", f"{self.architecture} ({self.note})", f"stored: {self.stored}", "", repr(self.cfg)]
+        width = max(map(len, self.parameters))
+        lines += ["", "parameters"]
+        lines += [f"  {part:<{width}}  {n:>15,}" for part, n in self.parameters.items()]
+        lines += [f"  {'total':<{width}}  {self.n_parameters:>15,}", "", "memory of the weights"]
+        lines += [f"  {dtype:<9}  {size_text(self.memory(dtype)):>10}" for dtype in BYTES]
+        name, shape = (max(len(getattr(h, f)) for h in self.hooks) for f in ("name", "shape"))
+        lines += ["", f"hook points ({self.n_hooks})"]
+        lines += [f"  {h.name:<{name}}  {h.shape:<{shape}}  {h.live}".rstrip() for h in self.hooks]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def describe(checkpoint: Checkpoint, meta_model: nn.Module) -> Description:
+    """A checkpoint's description; `meta_model` is its native model on the meta device."""
+    names = {name: p.numel() for name, p in meta_model.named_parameters()}
+    parameters = {}
+    for part, prefixes in PARTS:
+        n = sum(size for name, size in names.items() if name.startswith(prefixes))
+        if n:
+            parameters[part] = n
+    if checkpoint.cfg.tie_word_embeddings:
+        parameters["unembedding (tied)"] = 0
+    table = hooks_of(checkpoint.cfg)
+    return Description(
+        path=checkpoint.path,
+        architecture=checkpoint.adapter.architecture,
+        note=checkpoint.adapter.note or "no note",
+        cfg=checkpoint.cfg,
+        stored=_stored(checkpoint),
+        parameters=parameters,
+        hooks=tuple(folded(table, checkpoint.cfg)),
+        n_hooks=len(table),
+    )
+
+
+def _stored(checkpoint: Checkpoint) -> str:
+    """dtypes, files and size of the weights, from the headers."""
+    try:
+        files = weight_files(checkpoint.path)
+    except FileNotFoundError:
+        files = []
+    if not files:
+        return "weights are fetched when the model is loaded" if checkpoint.hub_id else "no weights in this folder"
+    kinds: Counter[str] = Counter()
+    if all(f.suffix == ".safetensors" for f in files):  # a pickle has no header that can be read alone
+        for file in files:
+            kinds.update(str(dtype).removeprefix("torch.") for _, dtype in WeightFile(file).shapes().values())
+    held = ", ".join(f"{n} tensors of {kind}" for kind, n in kinds.most_common()) or "pickled tensors"
+    size = sum(f.stat().st_size for f in files)
+    return f"{held} in {len(files)} file{'s' * (len(files) != 1)}, {size_text(size)}"
+
+
+def size_text(n_bytes: int) -> str:
+    """A number of bytes in the largest fitting unit."""
+    value, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def folded(table: dict[str, Hook], cfg: HookedVLMConfig) -> list[HookLine]:
+    """One line for all layers of a hook point: blocks.{0..31}.hook_resid_pre."""
+    lines, seen = [], set()
+    for name, hook in table.items():
+        if hook.name in seen:
+            continue
+        seen.add(hook.name)
+        is_picture = name.startswith(("vision.", "connector.", "hook_image"))
+        n_layers = cfg.vision.n_layers if cfg.vision is not None and name.startswith("vision.") else cfg.n_layers
+        shown = re.sub(r"\{l\}", f"{{0..{n_layers - 1}}}" if n_layers > 1 else "0", hook.name)
+        live = "" if hook.live == "always" else hook.live
+        lines.append(HookLine(name=shown, shape=_shape(hook, cfg, is_picture), live=live))
+    return lines
+
+
+def _shape(hook: Hook, cfg: HookedVLMConfig, is_picture: bool) -> str:
+    """The axes with their numbers: [batch pos n_heads=32 d_head=128]."""
+    part: Any = cfg.vision if hook.name.startswith("vision.") else cfg
+    sizes = {a: getattr(part, a, None) for a in ("d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp")}
+    sizes["d_vocab"] = cfg.d_vocab
+    if is_picture and cfg.vision is not None and cfg.connector is not None:
+        n = cfg.vision.n_positions if hook.name.startswith("vision.") else cfg.vision.n_features
+        sizes |= dict.fromkeys(("pos", "query_pos", "key_pos"), n)
+        sizes |= {"d_in": cfg.connector.d_in, "d_hidden": cfg.connector.d_hidden}
+    return "[" + " ".join(f"{a}={sizes[a]}" if sizes.get(a) else a for a in hook.axis_names) + "]"

@@ -1,0 +1,132 @@
+"""The command `veena-lens`: parsing alone; each command imports what it calls.
+
+`--help` and `models` import neither torch nor transformers. Errors that a user can mend are one message and
+exit code 2; a certificate that fails is exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+CHECKPOINT = "an embedded checkpoint such as tiny-llava-emotion, a folder, or a hub id"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="veena-lens", description="Interpretability for vision-language models: caches, patching, steering."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+
+    commands.add_parser("models", help="architectures that load, their adapters and typical hub ids")
+
+    inspect = commands.add_parser(
+        "inspect", help="configuration, hook points, parameters and memory of a checkpoint, without its weights"
+    )
+    inspect.add_argument("path", help=CHECKPOINT)
+
+    verify = commands.add_parser(
+        "verify", help="compare a checkpoint here and in Hugging Face, and edit every hook point once"
+    )
+    verify.add_argument("path", help=CHECKPOINT)
+    verify.add_argument("--dtype", choices=DTYPES, default="float32", help="compare at this dtype (float32)")
+    verify.add_argument("--device", default="cpu", help="run both models there (cpu)")
+    verify.add_argument("--image", action="append", metavar="FILE", help="a picture to compare on; give two or more")
+
+    demo = commands.add_parser("demo", help="describe faces with the embedded model, look inside, patch and steer")
+    demo.add_argument("--out", default="out/demo", help="folder of the page and its figures (out/demo)")
+    demo.add_argument("--model", default="tiny-llava-emotion", help=CHECKPOINT)
+
+    for command in commands.choices.values():
+        # Options of the whole command are understood behind the sub-command as well.
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 1 for a failed certificate, 2 for bad input."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.version:
+        from veena_lens import __version__
+
+        print(f"veena-lens {__version__}")
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return COMMANDS[args.command](args)
+    except (ValueError, FileNotFoundError) as error:
+        if args.debug:
+            raise
+        print(f"veena-lens {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def models(args: argparse.Namespace) -> int:
+    """Print every adapter, ours and others'."""
+    from veena_lens.checkpoints.registry import adapter_sources, all_adapters, broken_adapters
+
+    sources = adapter_sources()
+    for architecture, adapter in all_adapters().items():
+        print(f"{architecture}  ({sources[architecture]})")
+        if adapter.note:
+            print(f"  {adapter.note}")
+        for hub_id in adapter.hub_ids:
+            print(f"  {hub_id}")
+    for architecture, reason in broken_adapters().items():
+        print(f"{architecture}  ({sources[architecture]}) cannot be used: {reason}")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print a checkpoint's description."""
+    import torch
+
+    from veena_lens.checkpoints.describe import describe
+    from veena_lens.checkpoints.loading import open_checkpoint
+    from veena_lens.model.model import HookedVLM
+
+    checkpoint = open_checkpoint(args.path)
+    with torch.device("meta"):
+        model = HookedVLM(checkpoint.cfg)
+    print(describe(checkpoint, model))
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Print the certificate."""
+    import torch
+
+    from veena_lens.checkpoints.verify import verify as certify
+    from veena_lens.model.model import HookedVLM
+
+    pictures: list[Any] | None = args.image
+    model = HookedVLM.from_pretrained(args.path, dtype=getattr(torch, args.dtype), device=args.device)
+    certificate = certify(model, args.path, images=pictures)
+    print(certificate)
+    return 0 if certificate.passed else 1
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Run the main job and say where its page lies."""
+    from veena_lens.app.demo import run_demo
+
+    print(run_demo(args.out, model=args.model))
+    return 0
+
+
+COMMANDS = {"models": models, "inspect": inspect, "verify": verify, "demo": demo}
+
+if __name__ == "__main__":
+    sys.exit(main())

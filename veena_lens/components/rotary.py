@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veena_lens.config import RopeConfig
 
-RotaryTables: TypeAlias = tuple[Float[Tensor, "batch pos d_head"], Float[Tensor, "batch pos d_head"]]
+RotaryTables: TypeAlias = tuple[Float[Tensor, "#batch pos d_head"], Float[Tensor, "#batch pos d_head"]]
 
 
 def inverse_frequencies(rope: RopeConfig, d_head: int) -> tuple[Float[Tensor, " half"], float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,8 +83,8 @@ def patch_sweep(
     sites: Any = "heads",
     positions: Any = "last",
     metric: Any = None,
-    direction: Literal["denoising", "noising"] = "denoising",
-    engine: Literal["suffix", "naive"] = "suffix",
+    direction: str = "denoising",
+    engine: str = "suffix",
     *,
     layers: Sequence[int] | None = None,
     units: Sequence[int] | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ def steer_sweep(
     metric: Any,
     alphas: Sequence[float | int] = (1.0,),
     positions: Any = "last",
-    engine: Literal["suffix", "naive"] = "suffix",
+    engine: str = "suffix",
     *,
     layers: Sequence[int] | None = None,
     max_rows: int = 512,

@@ -39,8 +39,8 @@ def model_of() -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(autouse=True)
-def quiet_randomness() -> Iterator[None]:
-    """Every test starts from the same global seed, and its draws do not reach the next."""
-    with torch.random.fork_rng():
+def fresh_start() -> Iterator[None]:
+    """Every test starts from the same global seed with gradients on; what it does to either ends with it."""
+    with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         yield

@@ -80,7 +80,7 @@ class MultimodalInputs:
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
     one an image; grid_start: tokens of an image before its grid (a class token). patch_boxes: a row's boxes, one
     [n_tokens 4] tensor an image: (left, top, right, bottom) in pixels of the original picture, or None where
-    the original is not known.
+    the original is not known. end_token_ids: tokens that end an answer.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -96,6 +96,7 @@ class MultimodalInputs:
     grids: tuple[tuple[tuple[int, int], ...], ...] = ()
     grid_start: int = 0
     patch_boxes: tuple[tuple[Any, ...], ...] | None = None
+    end_token_ids: tuple[int, ...] = ()
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False)
 
     # --- standing in for a token tensor ---------------------------------------------------------------
@@ -171,10 +172,12 @@ class MultimodalInputs:
     # --- what the rows hold --------------------------------------------------------------------------
     @property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
-        """True at image tokens."""
-        if self.image_token_id is None:
-            return torch.zeros_like(self.attention_mask)
-        return (self.tokens == self.image_token_id) & self.attention_mask
+        """True at the tokens that pictures fill (an image token that a model says is text like any other)."""
+        mask = torch.zeros_like(self.attention_mask)
+        for row, spans in enumerate(self.spans):
+            for span in spans.images:
+                mask[row, span] = self.tokens[row, span] == self.image_token_id
+        return mask & self.attention_mask
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
@@ -190,7 +193,8 @@ class MultimodalInputs:
         """The same rows with an answer appended; `spans` gain `.answer`. One text serves every row.
 
         Token ids (a list a row, or a `[batch new]` tensor as `generate(return_type="tokens")` gives) are
-        appended as they are, pads at their end dropped; texts go through the tokenizer without special tokens.
+        appended up to their end token, pads at their end dropped; texts go through the tokenizer without
+        special tokens.
         Raises: ValueError for a text without a tokenizer, or a number of answers other than that of rows.
         """
         rows = self._answer_ids(answer)
@@ -316,7 +320,10 @@ class MultimodalInputs:
                 rows.append(list(self.tokenize(item)))
             else:
                 ids = [int(i) for i in item]
-                while ids and ids[-1] == self.pad_token_id:
+                ends = [i for i, token in enumerate(ids) if token in self.end_token_ids]
+                if ends:  # what follows the end of a generated row pads the batch
+                    ids = ids[: ends[0] + 1]
+                while ids and ids[-1] == self.pad_token_id and ids[-1] not in self.end_token_ids:
                     ids.pop()
                 rows.append(ids)
         return rows

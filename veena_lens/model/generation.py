@@ -193,6 +193,17 @@ _SETTINGS = (
 )
 
 
+def end_tokens(generation_config: Any) -> tuple[int, ...]:
+    """Tokens that end a completion, as the checkpoint's generation config says."""
+    return _as_tuple(getattr(generation_config, "eos_token_id", None))
+
+
+def _as_tuple(ids: Any) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)
+
+
 def _settings(generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
     """What is given, else what the checkpoint's generation config says."""
 
@@ -200,8 +211,8 @@ def _settings(generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
         mine = given.get(name)
         return mine if mine is not None else getattr(generation_config, name, None)
 
-    eos = value("eos_token_id")
-    ends = [] if eos is None else [int(e) for e in (eos if isinstance(eos, (list, tuple)) else [eos])]
+    given_ends = given.get("eos_token_id")
+    ends = list(end_tokens(generation_config) if given_ends is None else _as_tuple(given_ends))
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
     out: dict[str, Any] = {name: value(name) for name in names}
     pad = getattr(generation_config, "pad_token_id", None)

@@ -27,7 +27,12 @@ def bare_inputs(
     """Inputs of text tokens [batch pos] (or one row [pos]); positions count real tokens unless given.
 
     Raises: ValueError for padding without a mask, or image tokens (their pictures are missing)."""
-    ids = torch.as_tensor(tokens)
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"A model runs on prepared inputs, tokens [batch pos] or text, not on {type(tokens).__name__}."
+        ) from error
     if ids.ndim == 1:
         ids = ids[None]
     if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
@@ -53,7 +58,23 @@ def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
         raise ValueError(f"The prompt holds {n} image tokens (id {cfg.image_token_id}) but no picture was given.")
     if inputs.pixel_values is not None and cfg.vision is None:
         raise ValueError("Pictures were given to a model without a vision tower.")
-    text = inputs.tokens[inputs.attention_mask & ~inputs.image_mask]
+    _require_placeholders(cfg, inputs)
+    text = inputs.tokens[inputs.attention_mask & (inputs.tokens != cfg.image_token_id)]
     if len(text) and (int(text.max()) >= cfg.d_vocab or int(text.min()) < 0):
         bad = text[(text >= cfg.d_vocab) | (text < 0)][0]
         raise ValueError(f"Token id {int(bad)} is outside the vocabulary of {cfg.d_vocab}.")
+
+
+def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
+    """Raises: ValueError for an image token in a prompt that no picture fills (in an answer it is text)."""
+    if cfg.image_token_id is None or cfg.vision is None:
+        return
+    found, filled = inputs.tokens == cfg.image_token_id, inputs.image_mask
+    for row, spans in enumerate(inputs.spans):
+        found[row, spans.last + 1 :] = False
+    found &= inputs.attention_mask
+    if bool((found & ~filled).any()):
+        raise ValueError(
+            f"The prompt holds {int(found.sum())} image tokens (id {cfg.image_token_id}) but the pictures fill "
+            f"{int(filled.sum())} of them. Prepare the inputs with a picture for each placeholder."
+        )

@@ -29,7 +29,7 @@ from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.attention_rows import AttentionRows
 from veena_lens.model.decoder import next_token_targets, resolve_layer, run_blocks, scatter_features
-from veena_lens.model.generation import Generation
+from veena_lens.model.generation import Generation, end_tokens
 from veena_lens.model.hooking import Hooking
 from veena_lens.model.inputs_of import bare_inputs, require_prompt_fits
 from veena_lens.model.intervening import Intervening
@@ -158,14 +158,19 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
         inputs = checkpoints.prepare(
             self.processor, self.cfg, text, images, chat=chat, answer=answer, messages=messages
         )
-        return inputs.to(self.embed.weight.device)
+        return self._placed(inputs)
 
     def inputs_from_hf(self, **outputs: Any) -> MultimodalInputs:
         """Whatever a Hugging Face processor emits as inputs; padding side and position ids are kept.
 
         Raises: ValueError for unknown keys, missing pictures, or padding without a mask."""
         inputs = checkpoints.inputs_from_hf(self.cfg, self.tokenizer, **outputs)
-        return inputs.to(self.embed.weight.device)
+        return self._placed(inputs)
+
+    def _placed(self, inputs: MultimodalInputs) -> MultimodalInputs:
+        """Inputs on the model's device, knowing which tokens end an answer."""
+        ends = end_tokens(self.generation_config)
+        return replace(inputs, end_token_ids=ends).to(self.embed.weight.device)
 
     def _as_inputs(
         self, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -279,7 +284,9 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
         """What the tower and the connector make of the pictures, row after row; None without pictures."""
         if inputs.pixel_values is None:
             return None
-        return self.hook_image_features(self.connector(self.vision(inputs.pixel_values)).flatten(0, 1))
+        return self.hook_image_features(
+            self.connector(self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device))).flatten(0, 1)
+        )
 
     def _unembed(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return self.unembed(self.ln_final(resid.to(self.ln_final.weight.device)))

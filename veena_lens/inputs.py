@@ -306,6 +306,7 @@ class MultimodalInputs:
         return int(self.image_mask[row, span].sum())
 
     def _answer_ids(self, answer: Any) -> list[list[int]]:
+        stops = set(self.end_token_ids) | set(getattr(answer, "end_token_ids", ()))
         if isinstance(answer, Tensor):
             answer = answer.tolist()
         if isinstance(answer, str):
@@ -320,10 +321,10 @@ class MultimodalInputs:
                 rows.append(list(self.tokenize(item)))
             else:
                 ids = [int(i) for i in item]
-                ends = [i for i, token in enumerate(ids) if token in self.end_token_ids]
+                ends = [i for i, token in enumerate(ids) if token in stops]
                 if ends:  # what follows the end of a generated row pads the batch
                     ids = ids[: ends[0] + 1]
-                while ids and ids[-1] == self.pad_token_id and ids[-1] not in self.end_token_ids:
+                while ids and ids[-1] == self.pad_token_id and ids[-1] not in stops:
                     ids.pop()
                 rows.append(ids)
         return rows

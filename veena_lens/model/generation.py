@@ -70,6 +70,8 @@ class Generation:
         for grown in steps:
             tokens = grown
         if return_type == "tokens":
+            # `inputs.with_answer(tokens)` reads it, to tell an answer's end from the padding after it.
+            tokens.end_token_ids = tuple(_settings(self.generation_config, given)["eos"])  # type: ignore[attr-defined]
             return tokens
         return self._decode(tokens)
 

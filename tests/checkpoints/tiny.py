@@ -43,9 +43,9 @@ def tokenizer(template: str | None = None, padding_side: str = "right") -> Any:
     )
 
 
-def image_processor(size: int = 28, **settings: Any) -> Any:
+def image_processor(side: int = 28, **settings: Any) -> Any:
     """CLIP's: the shortest edge resized, the centre cropped."""
-    sizes = dict(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    sizes = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     return CLIPImageProcessorPil(**(sizes | settings))
 
 

@@ -125,8 +125,9 @@ class WeightFile:
         if not self._is_safe:
             return {k: (tuple(v.shape), v.dtype) for k, v in self._unpickled().items()}
         with self._opened() as f:
-            slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
-            return {k: (tuple(s.get_shape()), _DTYPES.get(s.get_dtype(), s.get_dtype())) for k, s in slices.items()}
+            slices: dict[str, Any] = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
+            kinds = {key: s.get_dtype() for key, s in slices.items()}
+            return {key: (tuple(s.get_shape()), _DTYPES.get(kinds[key], kinds[key])) for key, s in slices.items()}
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of the chosen keys; tensors are mapped from the file, not yet read."""
@@ -163,7 +164,7 @@ def _first(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-_DTYPES = {
+_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,

@@ -120,7 +120,7 @@ def stored_dtype(dtypes: Sequence[torch.dtype | str], hf_config: Any) -> torch.d
     """The one dtype a model gets without a choice; a mixture would stop its matrix products."""
     kinds = Counter(d for d in dtypes if isinstance(d, torch.dtype))
     named = getattr(hf_config, "dtype", None)
-    if len(kinds) > 1 and named in kinds:
+    if len(kinds) > 1 and isinstance(named, torch.dtype) and named in kinds:
         return named
     return kinds.most_common(1)[0][0]
 

@@ -24,7 +24,10 @@ def open_picture(source: Any) -> Image.Image:
     Raises: TypeError for anything else; FileNotFoundError; ValueError for what cannot be read or is too large."""
     if isinstance(source, Image.Image):
         _require_size(source, "The picture")
-        return source if source.mode == "RGB" else source.convert("RGB")
+        try:
+            return source.convert("RGB")  # reads what a lazily opened file still holds
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"The picture cannot be read: {error}") from error
     if not isinstance(source, (str, Path)):
         raise TypeError(f"A picture must be a PIL image or a path, not {type(source).__name__}.")
     path = Path(source).expanduser()
@@ -33,10 +36,9 @@ def open_picture(source: Any) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            picture = Image.open(path)
-            _require_size(picture, str(path))
-            turned = ImageOps.exif_transpose(picture)
-            return turned.convert("RGB")
+            with Image.open(path) as picture:
+                _require_size(picture, str(path))
+                return ImageOps.exif_transpose(picture).convert("RGB")
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large: {error}. The limit is {MAX_PIXELS:,} pixels; shrink it.") from error
     except (UnidentifiedImageError, OSError, SyntaxError) as error:

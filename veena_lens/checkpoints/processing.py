@@ -74,7 +74,7 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt) -> Any:
     )
 
 
-def _left_pad(rows: Sequence[Int[Tensor, " pos"]], pad: int) -> tuple[Tensor, Tensor]:
+def _left_pad(rows: Sequence[Int[Tensor, " _"]], pad: int) -> tuple[Tensor, Tensor]:
     length = max(len(r) for r in rows)
     tokens = torch.full((len(rows), length), pad, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.bool)

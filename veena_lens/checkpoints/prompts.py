@@ -30,7 +30,7 @@ def prompts_of(
     if messages is not None:
         rows = _from_messages(processor, messages, images)
     else:
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else []
         if not texts or not all(isinstance(t, str) for t in texts):
             raise TypeError("prepare: text must be a string or a list of strings, at least one.")
         listed = _pictures_of(images, len(texts), not isinstance(text, str))

@@ -262,6 +262,7 @@ def _shortfall(model: Any, batch: MultimodalInputs, new: Int[Tensor, "batch new"
 
 
 # --- hook points ------------------------------------------------------------------------------------------
+@torch.no_grad()
 def dead_hooks(model: Any, inputs: MultimodalInputs, tolerance: float, progress: bool = True) -> tuple[str, ...]:
     """Names of hook points where noise as large as the value leaves every logit as it was.
 
@@ -303,6 +304,7 @@ def _with_noise(name: str, value: Float[Tensor, "*any"], hook: Any) -> Float[Ten
         return value * (1 + noise)
     finite = value > torch.finfo(value.dtype).min / 2
     size = value[finite].float().pow(2).mean().sqrt().to(value)
+    size = torch.where(size > 0, size, torch.ones_like(size))  # what happens to be 0 must be heard as well
     return torch.where(finite, value + (2 * noise - 1) * size, value)
 
 

@@ -1,0 +1,79 @@
+"""The command line: quick where it must be, one readable message for bad input, exit codes that scripts can use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import BY_NAME
+from tests.checkpoints import tiny
+from veena_lens import cli
+from veena_lens.checkpoints.registry import BUILT_IN
+
+HEAVY = ("torch", "transformers", "transformer_lens", "accelerate")
+
+
+def test_version_help_and_models_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from veena_lens import cli\n"
+        "codes = [cli.main(['models']), cli.main(['--version']), cli.main([])]\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as end: codes.append(end.code)\n"
+        f"heavy = [m for m in {HEAVY} if m in sys.modules]\n"
+        "assert codes == [0, 0, 2, 0] and not heavy, (codes, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in cli.COMMANDS)
+    assert all(name in done.stdout for name in BUILT_IN) and "llava-hf/llava-1.5-7b-hf" in done.stdout
+
+
+def test_inspect_prints_configuration_parameters_memory_and_hooks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs, folder = tiny.save(BY_NAME["clip-llama"], tmp_path, torch.bfloat16)
+    assert cli.main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    n = sum(p.numel() for p in theirs.parameters())
+    for part in (f"{n:,}", "HookedVLMConfig(", "bfloat16", "vision.blocks.{0..1}.attn.hook_pattern", "last norm"):
+        assert part in shown
+    assert "blocks.{0..1}.attn.hook_z" in shown and "n_heads=6 d_head=8" in shown
+    assert "tensors of bfloat16 in 1 file" in shown
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_bad_input_is_one_message_and_exit_code_two(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "no-such-checkpoint"]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith(f"veena-lens {command}: No checkpoint 'no-such-checkpoint'")
+    assert len(told.err.splitlines()) == 1
+    for arguments in (["--debug", command, "no-such-checkpoint"], [command, "no-such-checkpoint", "--debug"]):
+        with pytest.raises(FileNotFoundError):
+            cli.main(arguments)
+
+
+def test_verify_prints_the_certificate_and_fails_when_it_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = tiny.save(BY_NAME["text-llama"], tmp_path)
+    assert cli.main(["verify", str(folder), "--dtype", "float64"]) == 0
+    shown = capsys.readouterr().out
+    assert "float64 on cpu" in shown and shown.rstrip().endswith("passed")
+    monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ("blocks.0.hook_mlp_out",))
+    assert cli.main(["verify", str(folder)]) == 1
+    assert "FAILED: blocks.0.hook_mlp_out" in capsys.readouterr().out
+
+
+def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+    stand_in = types.ModuleType("veena_lens.app.demo")
+    stand_in.run_demo = lambda out, model: asked.append((out, model)) or "the result"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "veena_lens.app.demo", stand_in)
+    assert cli.main(["demo", "--out", "elsewhere"]) == 0
+    assert asked == [("elsewhere", "tiny-llava-emotion")] and "the result" in capsys.readouterr().out

@@ -52,7 +52,7 @@ class Generation:
 
         inputs: prepared inputs, tokens, or text (prepared with the chat template). Stops as the checkpoint's
         generation config says, at `stop_strings`, at the context's end, or after `max_new_tokens`. Values left
-        None come from that config. `seed` makes sampling repeat itself. Hooks and interventions act at every
+        None come from that config (without one nothing is filtered when sampling). `seed` makes sampling repeat itself. Hooks and interventions act at every
         step; `use_past_kv_cache=False` recomputes the whole sequence each step, with the same result.
         Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer.
         """
@@ -104,51 +104,51 @@ class Generation:
     def _decode(self, tokens: Tensor) -> list[str]:
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
+    @torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
     def _steps(self, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
         """The tokens generated so far, after each step."""
-        with torch.no_grad():
-            prompt = self._as_prompt(inputs)
-            n_prompt, n_rows = prompt.shape[1], len(prompt)
-            longest = int(prompt.lengths.max())
-            room = self.cfg.n_ctx - longest
-            max_new = settings["max_new_tokens"]
-            if max_new < 1:
-                raise ValueError(f"generate: max_new_tokens={max_new} must be at least 1.")
-            if room < 1:
-                raise ValueError(
-                    f"The prompt has {longest} tokens and the model's context is {self.cfg.n_ctx}: no room to generate."
-                )
-            config = _settings(self.generation_config, settings)
-            ends = torch.tensor(config["eos"], dtype=torch.long, device=prompt.device)
-            processors = _processors(config, n_prompt, prompt.device)
-            processors.extend(settings.get("logits_processor") or [])
-            criteria = _criteria(config, settings, self.tokenizer)
-            pad = self.pad_token_id  # type: ignore[attr-defined]
-            if len(config["eos"]):
-                # Hugging Face pads finished rows with the end token where the configuration has no pad token.
-                pad = config["pad"] if config["pad"] is not None else pad
-            generator = None
-            if settings.get("seed") is not None:
-                generator = torch.Generator(device=prompt.device).manual_seed(settings["seed"])
-            new = torch.empty(n_rows, 0, dtype=torch.long, device=prompt.device)
-            unfinished = torch.ones(n_rows, dtype=torch.bool, device=prompt.device)
-            cache = KVCache(self.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
-            for _ in range(min(max_new, room)):
-                logits = self._next_logits(prompt, new, cache).to(torch.float32)
-                ids = torch.cat([prompt.tokens, new], 1)
-                scores = processors(ids, logits.to(ids.device))
-                if config["do_sample"]:
-                    chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
-                else:
-                    chosen = scores.argmax(-1)
-                chosen = torch.where(unfinished, chosen, torch.full_like(chosen, pad))
-                new = torch.cat([new, chosen[:, None]], 1)
-                unfinished &= ~torch.isin(chosen, ends)
-                if criteria:
-                    unfinished &= ~criteria(torch.cat([prompt.tokens, new], 1), scores).to(unfinished.device)
-                yield new
-                if not bool(unfinished.any()):
-                    break
+        prompt = self._as_prompt(inputs)
+        n_prompt, n_rows = prompt.shape[1], len(prompt)
+        longest = int(prompt.lengths.max())
+        room = self.cfg.n_ctx - longest
+        max_new = settings["max_new_tokens"]
+        if max_new < 1:
+            raise ValueError(f"generate: max_new_tokens={max_new} must be at least 1.")
+        if room < 1:
+            raise ValueError(
+                f"The prompt has {longest} tokens and the model's context is {self.cfg.n_ctx}: no room to generate."
+            )
+        config = _settings(self.generation_config, settings)
+        ends = torch.tensor(config["eos"], dtype=torch.long, device=prompt.device)
+        processors = _processors(config, n_prompt, prompt.device)
+        processors.extend(settings.get("logits_processor") or [])
+        criteria = _criteria(config, settings, self.tokenizer)
+        pad = self.pad_token_id  # type: ignore[attr-defined]
+        if len(config["eos"]):
+            # Hugging Face pads finished rows with the end token where the configuration has no pad token.
+            pad = config["pad"] if config["pad"] is not None else pad
+        generator = None
+        if settings.get("seed") is not None:
+            generator = torch.Generator(device=prompt.device).manual_seed(settings["seed"])
+        new = torch.empty(n_rows, 0, dtype=torch.long, device=prompt.device)
+        unfinished = torch.ones(n_rows, dtype=torch.bool, device=prompt.device)
+        cache = KVCache(self.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
+        for _ in range(min(max_new, room)):
+            logits = self._next_logits(prompt, new, cache).to(torch.float32)
+            ids = torch.cat([prompt.tokens, new], 1)
+            scores = processors(ids, logits.to(ids.device))
+            if config["do_sample"]:
+                chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+            else:
+                chosen = scores.argmax(-1)
+            chosen = torch.where(unfinished, chosen, torch.full_like(chosen, pad))
+            new = torch.cat([new, chosen[:, None]], 1)
+            unfinished &= ~torch.isin(chosen, ends)
+            if criteria:
+                unfinished &= ~criteria(torch.cat([prompt.tokens, new], 1), scores).to(unfinished.device)
+            yield new
+            if not bool(unfinished.any()):
+                break
 
     def _next_logits(
         self, prompt: MultimodalInputs, new: Tensor, cache: KVCache | None

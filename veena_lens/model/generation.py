@@ -52,8 +52,9 @@ class Generation:
 
         inputs: prepared inputs, tokens, or text (prepared with the chat template). Stops as the checkpoint's
         generation config says, at `stop_strings`, at the context's end, or after `max_new_tokens`. Values left
-        None come from that config (without one nothing is filtered when sampling). `seed` makes sampling repeat itself. Hooks and interventions act at every
-        step; `use_past_kv_cache=False` recomputes the whole sequence each step, with the same result.
+        None come from that config (where it says nothing, nothing is filtered when sampling). `seed` makes
+        sampling repeat itself. Hooks and interventions act at every step; `use_past_kv_cache=False` recomputes
+        the whole sequence each step, with the same result.
         Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer.
         """
         if return_type not in ("str", "tokens"):

@@ -35,6 +35,8 @@ def tower_config(config: Any, feature_layer: int | Sequence[int], strategy: str)
     refuse_unread(config, READ, harmless=("vocab_size",))
     n_states = config.num_hidden_layers + 1
     asked = (feature_layer,) if isinstance(feature_layer, int) else tuple(feature_layer)
+    if not asked:
+        raise ValueError(f"vision_feature_layer={feature_layer!r} must name at least one hidden state.")
     for layer in asked:
         if not -n_states <= layer < n_states:
             raise ValueError(f"vision_feature_layer {layer} is outside the tower's {n_states} hidden states.")

@@ -126,7 +126,7 @@ class WeightFile:
             return {k: (tuple(v.shape), v.dtype) for k, v in self._unpickled().items()}
         with self._opened() as f:
             slices: dict[str, Any] = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
-            kinds = {key: s.get_dtype() for key, s in slices.items()}
+            kinds = {key: str(s.get_dtype()) for key, s in slices.items()}
             return {key: (tuple(s.get_shape()), _DTYPES.get(kinds[key], kinds[key])) for key, s in slices.items()}
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,162 @@
+"""config.json files as they lie on the hub: the short form of 2023-2025, which leaves defaults out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+CLIP_LARGE = dict(
+    model_type="clip_vision_model",
+    hidden_size=1024,
+    image_size=336,
+    intermediate_size=4096,
+    num_attention_heads=16,
+    num_hidden_layers=24,
+    patch_size=14,
+    projection_dim=768,
+    vocab_size=32000,
+)
+
+
+def _llava(text: dict[str, Any], vision: dict[str, Any] = CLIP_LARGE, **further: Any) -> dict[str, Any]:
+    return dict(
+        architectures=["LlavaForConditionalGeneration"],
+        model_type="llava",
+        ignore_index=-100,
+        projector_hidden_act="gelu",
+        text_config=text,
+        vision_config=vision,
+        torch_dtype="float16",
+        transformers_version="4.36.0.dev0",
+    ) | (
+        dict(
+            image_token_index=32000,
+            pad_token_id=32001,
+            tie_word_embeddings=False,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+            vocab_size=32064,
+        )
+        | further
+    )
+
+
+def _vicuna(name: str, **sizes: Any) -> dict[str, Any]:
+    return dict(
+        _name_or_path=name,
+        architectures=["LlamaForCausalLM"],
+        max_position_embeddings=4096,
+        model_type="llama",
+        rms_norm_eps=1e-5,
+        torch_dtype="float16",
+        vocab_size=32064,
+        **sizes,
+    )
+
+
+# Fields that transformers of 2023 wrote into every configuration, at their defaults.
+WRITTEN_OUT: dict[str, Any] = dict(
+    return_dict=True, output_hidden_states=False, output_attentions=False, torchscript=False, torch_dtype="float16",
+    use_bfloat16=False, tf_legacy_loss=False, pruned_heads={}, tie_word_embeddings=False, chunk_size_feed_forward=0,
+    is_encoder_decoder=False, is_decoder=False, cross_attention_hidden_size=None, add_cross_attention=False,
+    tie_encoder_decoder=False, max_length=20, min_length=0, do_sample=False, early_stopping=False, num_beams=1,
+    num_beam_groups=1, diversity_penalty=0.0, temperature=1.0, top_k=50, top_p=1.0, typical_p=1.0,
+    repetition_penalty=1.0, length_penalty=1.0, no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0,
+    bad_words_ids=None, num_return_sequences=1, output_scores=False, return_dict_in_generate=False,
+    forced_bos_token_id=None, forced_eos_token_id=None, remove_invalid_values=False,
+    exponential_decay_length_penalty=None, suppress_tokens=None, begin_suppress_tokens=None, finetuning_task=None,
+    id2label={"0": "LABEL_0", "1": "LABEL_1"}, label2id={"LABEL_0": 0, "LABEL_1": 1}, tokenizer_class=None,
+    prefix=None, pad_token_id=None, sep_token_id=None, decoder_start_token_id=None, task_specific_params=None,
+    problem_type=None,
+)  # fmt: skip
+LLAMA_OUT: dict[str, Any] = dict(
+    bos_token_id=1, eos_token_id=2, vocab_size=32064, max_position_embeddings=4096, hidden_size=4096,
+    intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, hidden_act="silu",
+    initializer_range=0.02, rms_norm_eps=1e-5, pretraining_tp=1, use_cache=True, rope_theta=10000.0,
+    rope_scaling=None, attention_bias=False, attention_dropout=0.0, mlp_bias=False,
+)  # fmt: skip
+CLIP_OUT: dict[str, Any] = dict(
+    projection_dim=768, dropout=0.0, num_channels=3, initializer_range=0.02, initializer_factor=1.0,
+    attention_dropout=0.0, layer_norm_eps=1e-5, hidden_act="quick_gelu", bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+HUB: dict[str, dict[str, Any]] = {
+    "llava-hf/llava-1.5-7b-hf": _llava(_vicuna("lmsys/vicuna-7b-v1.5")),
+    "llava-hf/llava-1.5-7b-hf, later": _llava(_vicuna("lmsys/vicuna-7b-v1.5"), image_seq_length=576),
+    "llava-hf/llava-1.5-7b-hf, written out": _llava(
+        {**WRITTEN_OUT, **LLAMA_OUT, **_vicuna("lmsys/vicuna-7b-v1.5")}, {**WRITTEN_OUT, **CLIP_OUT, **CLIP_LARGE}
+    ),
+    "llava-hf/llava-1.5-13b-hf": _llava(
+        _vicuna(
+            "lmsys/vicuna-13b-v1.5",
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_attention_heads=40,
+            num_hidden_layers=40,
+            num_key_value_heads=40,
+        )
+    ),
+    "llava-hf/bakLlava-v1-hf": _llava(
+        dict(
+            _name_or_path="mistralai/Mistral-7B-v0.1",
+            architectures=["MistralForCausalLM"],
+            intermediate_size=14336,
+            max_position_embeddings=32768,
+            model_type="mistral",
+            num_key_value_heads=8,
+            rms_norm_eps=1e-5,
+            sliding_window=4096,
+            torch_dtype="bfloat16",
+            vocab_size=32064,
+        )
+    ),
+    "llava with Qwen2 and SigLIP": _llava(
+        dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, max_window_layers=24, num_attention_heads=14,
+             num_hidden_layers=24, num_key_value_heads=2, rope_theta=1000000.0, vocab_size=152000,
+             max_position_embeddings=32768, tie_word_embeddings=True, use_mrope=False),
+        dict(model_type="siglip_vision_model", hidden_size=1152, image_size=384, intermediate_size=4304,
+             num_attention_heads=16, num_hidden_layers=26, patch_size=14, vision_use_head=False),
+        image_token_index=151646, vision_feature_layer=-1, vision_feature_select_strategy="full", vocab_size=152000,
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": dict(
+        architectures=["LlamaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=128000,
+        eos_token_id=[128001, 128008, 128009], hidden_act="silu", hidden_size=4096, initializer_range=0.02,
+        intermediate_size=14336, max_position_embeddings=131072, mlp_bias=False, model_type="llama",
+        num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, pretraining_tp=1, rms_norm_eps=1e-5,
+        rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                          original_max_position_embeddings=8192, rope_type="llama3"),
+        rope_theta=500000.0, tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.42.3",
+        use_cache=True, vocab_size=128256,
+    ),
+    "lmsys/vicuna-7b-v1.5": dict(
+        _name_or_path="vicuna-7b-v1.5", architectures=["LlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
+        hidden_act="silu", hidden_size=4096, initializer_range=0.02, intermediate_size=11008,
+        max_position_embeddings=4096, model_type="llama", num_attention_heads=32, num_hidden_layers=32,
+        num_key_value_heads=32, pad_token_id=0, pretraining_tp=1, rms_norm_eps=1e-5, rope_scaling=None,
+        tie_word_embeddings=False, torch_dtype="float16", transformers_version="4.31.0", use_cache=True,
+        vocab_size=32000,
+    ),
+    "mistralai/Mistral-7B-Instruct-v0.2": dict(
+        architectures=["MistralForCausalLM"], attention_dropout=0.0, bos_token_id=1, eos_token_id=2,
+        hidden_act="silu", hidden_size=4096, initializer_range=0.02, intermediate_size=14336,
+        max_position_embeddings=32768, model_type="mistral", num_attention_heads=32, num_hidden_layers=32,
+        num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=1000000.0, sliding_window=None,
+        tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.36.0", use_cache=True,
+        vocab_size=32000,
+    ),
+    "Qwen/Qwen2.5-0.5B-Instruct": dict(
+        architectures=["Qwen2ForCausalLM"], attention_dropout=0.0, bos_token_id=151643, eos_token_id=151645,
+        hidden_act="silu", hidden_size=896, initializer_range=0.02, intermediate_size=4864,
+        max_position_embeddings=32768, max_window_layers=21, model_type="qwen2", num_attention_heads=14,
+        num_hidden_layers=24, num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768,
+        tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.43.1", use_cache=True,
+        use_mrope=False, use_sliding_window=False, vocab_size=151936,
+    ),
+}  # fmt: skip
+# Parameters, tied weights counted once.
+COUNTS = {
+    "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
+    "llava-hf/llava-1.5-13b-hf": 13_351_494_656,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+}

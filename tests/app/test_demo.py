@@ -63,9 +63,7 @@ def findings(out) -> demo.DemoResult:
         test=flips,
         control=flips,
         picture=neutral,
-        before="a neutral <person>.",
-        captions={emotion: f"a {emotion} person." for emotion in EMOTIONS[:-1]},
-        random_caption="a neutral person.",
+        said=[("none", "a neutral <person>.", "a neutral person."), ("happy", "a happy person.", "happy happy.")],
     )
     descriptions = [
         steps.Description(emotional, f"a {emotional.emotion} person."),

@@ -48,7 +48,9 @@ class Inside:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Steered:
-    """The directions' effect: rates on development pictures by setting, then the chosen setting on test pictures."""
+    """The directions' effect: rates on development pictures by setting, then the chosen setting on test pictures.
+
+    `said` holds one picture's answers under every direction: direction, sentence, long description."""
 
     n_pairs: int
     development: Scores  # axes (setting, layer)
@@ -58,9 +60,7 @@ class Steered:
     test: Flips
     control: Flips
     picture: Picture
-    before: str
-    captions: dict[str, str]
-    random_caption: str
+    said: list[tuple[str, str, str]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +96,7 @@ class DemoResult:
             ("attention", f"{looks.max():.0%} of the last token's goes to the picture in layer {int(looks.argmax())}"),
             ("logit lens", f"{emotion!r} is likeliest {since}, probability {final:.2f} at the end"),
             ("patching", f"layer {layer:.0f} head {head:.0f} alone brings back {share:.0%}"),
-            ("steering", f"{steered.test.mean:.0%} of neutral pictures named as wanted (layer {steered.layer}, "
+            ("steering", f"{steered.test.mean:.0%} of answers on neutral faces turn as wanted (layer {steered.layer}, "
                          f"alpha {steered.alpha:g}); random directions {steered.control.mean:.0%}"),
             ("written", f"{self.page} and {self.out / 'numbers.json'} in {self.seconds:.0f} s"),
         ]  # fmt: skip
@@ -224,8 +224,8 @@ def steer(
     calm = pictures[0]
     noise = steps.random_like(next(iter(vectors.values())), generator)
     steers = [None, *(Steer(layer=layer, vector=v[layer], alpha=alpha) for v in (*vectors.values(), noise))]
-    texts = steps.steered(model, steps.DESCRIBE, [calm] * len(steers), steers, max_new_tokens=60)
-    texts = [text.strip() for text in texts]
+    sentences = steps.steered(model, steps.SAY, [calm] * len(steers), steers, max_new_tokens=24)
+    captions = steps.steered(model, steps.DESCRIBE, [calm] * len(steers), steers, max_new_tokens=60)
     return Steered(
         n_pairs=len(pairs),
         development=development,
@@ -235,9 +235,7 @@ def steer(
         test=test,
         control=control,
         picture=calm,
-        before=texts[0],
-        captions=dict(zip(vectors, texts[1:-1], strict=True)),
-        random_caption=texts[-1],
+        said=list(zip(["none", *vectors, "random"], sentences, captions, strict=True)),
     )
 
 
@@ -256,7 +254,9 @@ def by_layer(
         if layer == 0:
             say(f"  steering at every layer, {name}")
         rates[row, layer] = steps.flip_rates(model, pictures, vectors, layer, alpha, random).mean
-    return Scores(rates, ("setting", "layer"), {"setting": [name for name, *_ in settings]}, "named as wanted", "share")
+    return Scores(
+        rates, ("setting", "layer"), {"setting": [name for name, *_ in settings]}, "answers as wanted", "share"
+    )
 
 
 def best_setting(development: Scores) -> tuple[int, float]:
@@ -306,9 +306,7 @@ def summary(
             "test_any_emotion": steered.test.any,
             "random": dict(steered.control.wanted),
             "random_any_emotion": steered.control.any,
-            "before": steered.before,
-            "captions": steered.captions,
-            "random_caption": steered.random_caption,
+            "said": [{"direction": d, "sentence": sentence, "description": text} for d, sentence, text in steered.said],
         },
     }
 

@@ -159,7 +159,7 @@ def _steering(report: Report, steered: Steered, figures: dict[str, Figure]) -> N
     )
     report.figure(
         figures["steering"],
-        alt="curves over layers: share of neutral pictures named as the wanted emotion, steered and at random",
+        alt="curves over layers: share of answers that name the wanted emotion, steered and at random",
         caption=f"Chosen here, on development pictures: layer {steered.layer}, alpha {steered.alpha:g} (alpha 1 adds "
         "the mean difference itself). Random directions have the length of the larger strength.",
     )
@@ -167,11 +167,19 @@ def _steering(report: Report, steered: Steered, figures: dict[str, Figure]) -> N
     rows.append(("mean", f"{steered.test.mean:.0%}", f"{steered.control.mean:.0%}"))
     rows.append(("any emotion", f"{steered.test.any:.0%}", f"{steered.control.any:.0%}"))
     report.table(
-        ["direction", "named as wanted", "under a random direction"],
+        ["direction", "answer as wanted", "under a random direction"],
         rows,
         caption=f"{steered.n_pictures} neutral test pictures, steered to each emotion in turn",
     )
-    report.text("One of these pictures, described:")
+    report.text("One of these pictures:")
     report.pictures([picture_of(steered.picture, "neutral test picture")])
-    said = [("none", steered.before), *steered.captions.items(), ("random", steered.random_caption)]
-    report.table(["direction", "description"], said)
+    report.table(
+        ["direction", "what it says", "at more length"],
+        steered.said,
+        caption=f"Asked: {steps.SAY}; then: {steps.DESCRIBE}",
+    )
+    report.text(
+        "The vector is added at the last prompt token and at every generated one. A sentence of a few words takes it "
+        "well; a long description also has other words to say, and the same push at each of them can make it lose its "
+        "thread, as a random direction can."
+    )

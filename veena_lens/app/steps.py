@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 DESCRIBE = "describe the picture and the feelings of the person."
+SAY = "how does the person in the picture feel?"
 NAME = "name the emotions of the person in the picture."  # its answer begins with the emotion's word
 
 
@@ -158,7 +159,8 @@ def steered(
 ) -> list[str]:
     """Answers about `pictures`, each row under its own `Steer` (None: none)."""
     with model.intervene(per_row=[[] if steer is None else [steer] for steer in steers]):
-        return model.generate(ask(model, question, pictures), max_new_tokens=max_new_tokens, do_sample=False)
+        texts = model.generate(ask(model, question, pictures), max_new_tokens=max_new_tokens, do_sample=False)
+    return [text.strip() for text in texts]
 
 
 def chunks(count: int, size: int = 32) -> Iterator[slice]:
@@ -167,7 +169,7 @@ def chunks(count: int, size: int = 32) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Flips:
-    """How often neutral pictures were named as the wanted emotion, and as any emotion."""
+    """How often the answer about a neutral picture named the wanted emotion, and how often any emotion."""
 
     wanted: Mapping[str, float]
     any: float
@@ -185,7 +187,7 @@ def flip_rates(
     alpha: float,
     random: torch.Generator | None = None,
 ) -> Flips:
-    """Steer each neutral picture towards each emotion at one layer and read the emotion that is named first.
+    """Steer each neutral picture towards each emotion at one layer and read the emotion that the sentence names.
 
     With `random`, a fresh direction of the same norm takes each vector's place: the control.
     """
@@ -194,7 +196,7 @@ def flip_rates(
     for part in chunks(len(rows)):
         vector = [vectors[e] if random is None else random_like(vectors[e], random) for e, _ in rows[part]]
         steers = [Steer(layer=layer, vector=v[layer], alpha=alpha) for v in vector]
-        texts = steered(model, NAME, [picture for _, picture in rows[part]], steers, max_new_tokens=4)
+        texts = steered(model, SAY, [picture for _, picture in rows[part]], steers, max_new_tokens=6)
         named += [named_emotion(text) for text in texts]
     hits = {
         emotion: sum(n == emotion for (e, _), n in zip(rows, named, strict=True) if e == emotion) / len(pictures)

@@ -331,3 +331,11 @@ def test_numbers_that_old_processors_leave_out_come_from_the_model(tmp_path: Pat
     file.write_text(json.dumps(raw))
     inputs = HookedVLM.from_pretrained(str(folder)).prepare("how does this person feel ?", tiny.picture())
     assert inputs.count_image_tokens(0, inputs.spans[0].images[0]) == LLAVA.tokens_per_image
+
+
+@pytest.mark.parametrize(("name", "what"), [("clip-llama", "processor"), ("text-llama", "tokenizer")])
+def test_broken_tokenizer_is_told_of_with_its_folder(name: str, what: str, tmp_path: Path) -> None:
+    _, folder = tiny.save(BY_NAME[name], tmp_path)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"The {what} of .* cannot be loaded"):
+        load_processor(folder)

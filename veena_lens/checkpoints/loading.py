@@ -81,7 +81,9 @@ def read_config(folder: Path) -> tuple[Any, str]:
 
 
 def load_processor(path: str | Path) -> Any:
-    """The checkpoint's own processor; its tokenizer for a text model; None where the folder has neither."""
+    """The checkpoint's own processor; its tokenizer for a text model; None where the folder has neither.
+
+    Raises: ValueError for files that transformers cannot use, with its reason."""
     import transformers
 
     folder = Path(path)
@@ -89,10 +91,14 @@ def load_processor(path: str | Path) -> Any:
     has_tokenizer = names & {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"}
     if not has_tokenizer:
         return None
-    if names & {"processor_config.json", "preprocessor_config.json"}:
-        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        return fill_processor(processor, folder)
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    has_processor = names & {"processor_config.json", "preprocessor_config.json"}
+    kind = transformers.AutoProcessor if has_processor else transformers.AutoTokenizer
+    try:
+        found = kind.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        what = "processor" if has_processor else "tokenizer"
+        raise ValueError(f"The {what} of {folder} cannot be loaded: {error}") from error
+    return fill_processor(found, folder)
 
 
 def fill_processor(processor: Any, folder: Path) -> Any:

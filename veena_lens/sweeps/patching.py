@@ -18,7 +18,7 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse, position_mask
 from veena_lens.sweeps.plan import Plan, plan_of
 from veena_lens.sweeps.result import SweepResult
-from veena_lens.sweeps.rows import Row, base_run
+from veena_lens.sweeps.rows import BaseRun, Row, base_run
 from veena_lens.sweeps.running import Store, bar, base_metric, metric_site_of, require_engine, run_rows
 
 KINDS = {
@@ -116,70 +116,78 @@ def patch_sweep(
         parse(positions)
     layout = _Layout(model, sites, layers, units)
     site = None if metric is None else metric_site_of(model, metric)
-    pairs = [_pair(model, clean[i], corrupted[i], direction, layout, positions) for i in range(len(clean))]
-    if len({p.n_places for p in pairs}) > 1 and positions == "each":
+    pairs = [_Pair(clean[i], corrupted[i], direction, positions) for i in range(len(clean))]
+    if len({p.n_groups for p in pairs}) > 1:
         raise ValueError("positions='each' over several pairs needs prompts of one length; sweep them one by one.")
+    for pair in pairs:
+        pair.check(layout)
     if plan_only:
-        return _sum([plan_of(p.rows, p.inputs.shape[1], model.cfg.n_layers) for p in pairs])
-    store = (
-        None
-        if out is None
-        else Store(
-            Path(out),
-            _experiment(model, clean, corrupted, sites, positions, metric, direction, layers, units, max_rows, engine),
-        )
-    )
-    show = bar(sum(len(p.rows) for p in pairs), progress, "patches")
+        return _sum([plan_of(pair.empty_rows(layout), pair.base.shape[1], model.cfg.n_layers) for pair in pairs])
+    store = None
+    if out is not None:
+        settings = (sites, positions, metric, direction, layers, units, max_rows, engine)
+        store = Store(Path(out), _experiment(model, clean, corrupted, *settings))
+    show = bar(len(pairs) * pairs[0].n_groups * len(layout.sites) * len(layout.units), progress, "patches")
     values, of_clean, of_corrupted = [], [], []
     for i, pair in enumerate(pairs):
-        base = base_run(model, pair.inputs, site)
-        other = base_metric(model, metric, base_run(model, pair.source, site))
-        here = base_metric(model, metric, base)
-        of_clean.append(other if direction == "denoising" else here)
-        of_corrupted.append(here if direction == "denoising" else other)
+        base = base_run(model, pair.base, site)
+        rows, source = pair.rows(model, layout, site)
+        here, there = (base_metric(model, metric, run) for run in (base, source))
+        of_clean.append(there if direction == "denoising" else here)
+        of_corrupted.append(here if direction == "denoising" else there)
         part = None if store is None else store.under(f"pair{i}")
-        values.append(
-            run_rows(model, base, pair.rows, metric, engine=engine, max_rows=max_rows, progress=show, store=part)
-        )
+        values.append(run_rows(model, base, rows, metric, engine=engine, max_rows=max_rows, progress=show, store=part))
     if show is not None:
         show.close()
-    return _result(
-        layout, pairs, torch.stack(values), torch.stack(of_clean), torch.stack(of_corrupted), positions, direction
-    )
+    reference = torch.stack(of_clean), torch.stack(of_corrupted)
+    return _result(layout, pairs, torch.stack(values), *reference, positions, direction)
 
 
 class _Pair:
-    """One pair's base inputs, source inputs and rows."""
+    """One pair: the run that is patched (`base`), the source of the patches, and which positions correspond."""
 
-    def __init__(self, inputs: MultimodalInputs, source: MultimodalInputs, rows: list[Row], n_places: int) -> None:
-        self.inputs, self.source, self.rows, self.n_places = inputs, source, rows, n_places
+    def __init__(self, clean: MultimodalInputs, corrupted: MultimodalInputs, direction: str, positions: Any) -> None:
+        base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
+        self.base, self.source = base.trimmed(), source.trimmed()
+        self.here, self.there = _places(self.base, positions), _places(self.source, positions)
+        if len(self.here) != len(self.there):
+            raise ValueError(
+                f"positions={positions!r} are {len(self.here)} in the run that is patched and {len(self.there)} in "
+                "the source: they must correspond one to one."
+            )
+        together = list(range(len(self.here)))
+        self.groups = [[i] for i in together] if _is_each(positions) else [together]
 
+    @property
+    def n_groups(self) -> int:
+        return len(self.groups)
 
-def _pair(
-    model: Any, clean: MultimodalInputs, corrupted: MultimodalInputs, direction: str, layout: _Layout, positions: Any
-) -> _Pair:
-    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    base, source = base.trimmed(), source.trimmed()
-    here = _places(base, positions)
-    there = _places(source, positions)
-    if len(here) != len(there):
-        raise ValueError(
-            f"positions={positions!r} are {len(here)} in the run that is patched and {len(there)} in the source: "
-            "they must correspond one to one."
-        )
-    with torch.no_grad():
-        _, cache = model.run_with_cache(source, names_filter=sorted(set(layout.sites)))
-    groups = [[i] for i in range(len(here))] if _is_each(positions) else [list(range(len(here)))]
-    rows = []
-    for name in layout.sites:
-        axes = row_of(name).axis_names[1:]
-        value = cache[name][0]
-        if "key_pos" in axes and base.shape[1] != source.shape[1]:
-            raise ValueError(f"{name} has keys at other positions in the source; the two prompts must have one length.")
-        value = value.movedim(axes.index("pos") if "pos" in axes else axes.index("query_pos"), 0)
-        for unit in layout.units:
-            rows += [Row(name, here[g], value[there[g].to(value.device)], unit) for g in groups]
-    return _Pair(base, source, rows, len(groups))
+    def check(self, layout: _Layout) -> None:
+        """Raises: ValueError where a site's keys do not correspond."""
+        for name in layout.sites:
+            if "key_pos" in row_of(name).axis_names and self.base.shape[1] != self.source.shape[1]:
+                raise ValueError(
+                    f"{name} has keys at other positions in the source; both prompts must have one length."
+                )
+
+    def empty_rows(self, layout: _Layout) -> list[Row]:
+        """The rows without values, for a plan."""
+        nothing = torch.empty(0)
+        return [Row(n, self.here[g], nothing, u) for n in layout.sites for u in layout.units for g in self.groups]
+
+    @torch.no_grad()
+    def rows(self, model: Any, layout: _Layout, metric_site: str | None) -> tuple[list[Row], BaseRun]:
+        """The rows with the source's values, and what the metric needs of the source's own run."""
+        names = {*layout.sites, *([metric_site] if metric_site else [])}
+        logits, cache = model.run_with_cache(self.source, names_filter=sorted(names))
+        seen = None if metric_site is None else cache[metric_site][0]
+        rows = []
+        for name in layout.sites:
+            axes = row_of(name).axis_names[1:]
+            value = cache[name][0].movedim(axes.index("pos") if "pos" in axes else axes.index("query_pos"), 0)
+            for unit in layout.units:
+                rows += [Row(name, self.here[g], value[self.there[g].to(value.device)], unit) for g in self.groups]
+        return rows, BaseRun(self.source, [], [], [], logits[0, -1], seen)
 
 
 def _is_each(positions: Any) -> bool:
@@ -203,7 +211,7 @@ def _result(
     positions: Any,
     direction: str,
 ) -> SweepResult:
-    n_pairs, n_places = len(pairs), pairs[0].n_places
+    n_pairs, n_places = len(pairs), pairs[0].n_groups
     shaped = values.reshape(n_pairs, len(layout.sites), len(layout.units), n_places)
     axes: list[str] = ["pair", "layer", layout.unit or "unit", "pos"]
     labels: dict[str, list[Any]] = {

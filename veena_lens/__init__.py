@@ -31,6 +31,7 @@ _HOMES = {
     "Adapter": "veena_lens.weight_map",
     "WeightMap": "veena_lens.weight_map",
 }
+_MODULES = ("benchmarks", "checkpoints", "interventions", "plots", "positions", "sweeps", "zoo")
 __all__ = [
     "ActivationCache",
     "Adapter",
@@ -50,8 +51,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"veena_lens.{name}")
     raise AttributeError(f"module 'veena_lens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -126,15 +126,22 @@ def test_every_public_patching_function_is_tested_here() -> None:
     assert public == set(PATCHES) | STACKED | PATHS
 
 
-@pytest.mark.parametrize("function", PATCHES)
-def test_patching_function_agrees_with_a_patch_made_by_hand(function: str, pair: Pair) -> None:
+SWEEPS = [
+    (size, function) for size in ("mha", "gqa") for function in PATCHES if "dest_src" not in function or size == "mha"
+]
+
+
+@pytest.mark.parametrize("size, function", SWEEPS)
+def test_patching_function_agrees_with_a_patch_made_by_hand(size: str, function: str, pairs: dict[str, Pair]) -> None:
+    pair = pairs[size]
     ours = getattr(patching, function)(pair.model, pair.corrupted, pair.clean_cache, pair.metric)
     expected = by_hand(pair, function)
     assert close(ours, expected)
     assert expected.std() > 1e-5, "no patch did anything"
 
 
-def test_stacked_patching_functions_agree_with_single_ones(pair: Pair) -> None:
+def test_stacked_patching_functions_agree_with_single_ones(pairs: dict[str, Pair]) -> None:
+    pair = pairs["gqa"]
     args = (pair.model, pair.corrupted, pair.clean_cache, pair.metric)
     blocks = patching.get_act_patch_block_every(*args)
     for i, part in enumerate(("resid_pre", "attn_out", "mlp_out")):

@@ -143,8 +143,13 @@ def test_every_value_equals_the_plain_model(case: Case, model_of) -> None:
     assert relative_error(logits, values["unembed.hook_out"], keep) < 1e-10
 
 
-@pytest.mark.parametrize("edit", [replace_with_noisy, make_noisy_in_place], ids=["replaced", "in-place"])
-def test_edit_of_every_hook_point_acts_as_the_mathematics_says(case: Case, edit: Callable[..., Any], model_of) -> None:
+IN_PLACE = ["clip-llama", "both-biases-tied", "feature-list-full-ends", "siglip-default-strategy", "text-mistral"]
+EDITS = [(name, replace_with_noisy) for name in NAMES] + [(name, make_noisy_in_place) for name in IN_PLACE]
+
+
+@pytest.mark.parametrize("name, edit", EDITS)
+def test_edit_of_every_hook_point_acts_as_the_mathematics_says(name: str, edit: Callable[..., Any], model_of) -> None:
+    case = BY_NAME[name]
     model, raw = model_of(case, casts="none"), counted(raw_inputs(case))
     config, state = hf_model(case).config, hf_model(case).state_dict()
     inputs, keep = model.inputs_from_hf(**raw), raw["attention_mask"]
@@ -202,8 +207,11 @@ def test_same_tensor_returned_counts_as_no_edit(case: Case, model_of) -> None:
         assert torch.equal(model.run_with_hooks(inputs, fwd_hooks=[(everything, lambda value, hook: None)]), plain)
 
 
-@pytest.mark.parametrize("casts", ["hf", "none"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype, casts",
+    [(torch.float64, "hf"), (torch.float64, "none"), (torch.float32, "hf"), (torch.bfloat16, "hf")],
+    ids=["float64", "float64-no-casts", "float32", "bfloat16"],
+)
 @pytest.mark.parametrize("name", FEW)
 def test_listening_changes_no_bit(name: str, dtype: torch.dtype, casts: str, model_of) -> None:
     model = model_of(BY_NAME[name], dtype, casts)

@@ -176,11 +176,10 @@ class ActivationCache(_ActivationCache):
         if axes[0] == "picture":
             return self._picture_grid(value, row, image, full)
         if axes[0] == "n_image_tokens":
-            before = inputs.image_mask[:row].sum() + sum(
-                inputs.count_image_tokens(row, s) for s in inputs.spans[row].images[:image]
-            )
-            start = int(before) + inputs.grid_start
-            return value[start : start + height * width].unflatten(0, (height, width))
+            # Features stand in the order of the image tokens that they fill.
+            order = inputs.image_mask.flatten().long().cumsum(0).view(inputs.shape) - 1
+            cells = inputs.grid_tokens(row, image)
+            return value[order[row][cells].to(value.device)]
         if self.has_batch_dim:
             value = value[row]
         tokens = inputs.grid_tokens(row, image).flatten().to(value.device)
@@ -259,7 +258,7 @@ def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
     return {
         "image_token_id": inputs.image_token_id,
         "pad_token_id": inputs.pad_token_id,
-        "grid_start": inputs.grid_start,
+        "grid_places": [[list(p) for p in row] for row in inputs.grid_places],
         "grids": [[list(g) for g in row] for row in inputs.grids],
         "spans": [
             {"images": [pair(i) for i in s.images], "query": pair(s.query), "last": s.last, "answer": pair(s.answer)}
@@ -301,7 +300,7 @@ def _restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tenso
         position_ids=tensors.get("inputs.position_ids", text_positions(mask)),
         image_token_id=about["image_token_id"],
         pad_token_id=about["pad_token_id"],
-        grid_start=about["grid_start"],
+        grid_places=tuple(tuple(tuple(p) for p in row) for row in about["grid_places"]),
         picture_rows=tensors.get("inputs.picture_rows"),
         spans=spans,
         grids=tuple(tuple((g[0], g[1]) for g in row) for row in about["grids"]),

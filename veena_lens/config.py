@@ -190,6 +190,7 @@ class HookedVLMConfig(TransformerConfig):
     unembed_bias: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     image_layout: ImageLayout = "fixed"
+    image_pinpoints: tuple[tuple[int, int], ...] = ()  # any resolution: canvases (height, width) in pixels
     image_token_id: int | None = None
     pad_token_id: int | None = None
     vision: VisionConfig | None = None
@@ -210,6 +211,8 @@ class HookedVLMConfig(TransformerConfig):
             raise ValueError(f"HookedVLMConfig: d_head={self.d_head} must be even for rotary positions.")
         if self.vision is not None and self.image_token_id is None:
             raise ValueError("HookedVLMConfig: a model with a vision tower needs image_token_id.")
+        if self.image_layout == "anyres" and not self.image_pinpoints:
+            raise ValueError("HookedVLMConfig: image_layout='anyres' needs image_pinpoints, its canvases.")
         if self.vision is not None and self.vision.casts != self.casts:
             object.__setattr__(self, "vision", replace(self.vision, casts=self.casts))
 

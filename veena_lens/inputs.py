@@ -78,9 +78,10 @@ class MultimodalInputs:
     position_ids: [batch pos], or [3 batch pos] for multimodal rotary. pixel_values: what the tower reads,
     [picture ...]; picture_rows: the row that owns each picture; image_rows: the row of each image.
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
-    one an image; grid_start: tokens of an image before its grid (a class token). patch_boxes: a row's boxes, one
-    [n_tokens 4] tensor an image: (left, top, right, bottom) in pixels of the original picture, or None where
-    the original is not known. end_token_ids: tokens that end an answer.
+    one an image; grid_places: which of an image's tokens are the cells of that grid, row by row (the others are a
+    class token, a whole view, newlines). patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left,
+    top, right, bottom) in pixels of the original picture, or None where the original is not known.
+    end_token_ids: tokens that end an answer.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -94,7 +95,7 @@ class MultimodalInputs:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spans: tuple[Spans, ...] = ()
     grids: tuple[tuple[tuple[int, int], ...], ...] = ()
-    grid_start: int = 0
+    grid_places: tuple[tuple[tuple[int, ...], ...], ...] = ()
     patch_boxes: tuple[tuple[Any, ...], ...] | None = None
     end_token_ids: tuple[int, ...] = ()
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False)
@@ -151,6 +152,7 @@ class MultimodalInputs:
             extras={k: v[images.to(v.device)] if images is not None else v for k, v in self.extras.items()},
             spans=tuple(self.spans[i] for i in chosen),
             grids=tuple(self.grids[i] for i in chosen),
+            grid_places=tuple(self.grid_places[i] for i in chosen) if self.grid_places else (),
             patch_boxes=None if self.patch_boxes is None else tuple(self.patch_boxes[i] for i in chosen),
         )
 
@@ -293,13 +295,14 @@ class MultimodalInputs:
         if not 0 <= row < len(self) or not 0 <= image < len(self.spans[row].images):
             raise IndexError(f"No image {image} in row {row}; images a row: {self.n_images}.")
         height, width = self.grids[row][image]
-        if self.grid_start < 0:
+        cells = self.grid_places[row][image] if self.grid_places else range(height * width)
+        if len(cells) != height * width:
             raise IndexError(
                 "These images have no whole grid: the feature strategy drops a patch of a tower without a class token."
             )
         span = self.spans[row].images[image]
         places = torch.arange(span.start, span.stop, device=self.tokens.device)[self.image_mask[row, span]]
-        return places[self.grid_start : self.grid_start + height * width].reshape(height, width)
+        return places[list(cells)].reshape(height, width)
 
     def count_image_tokens(self, row: int, span: slice) -> int:
         """Image tokens inside a span of a row."""

@@ -6,7 +6,7 @@ user's tokenizer keeps its settings. What does not match is refused before any c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from veena_lens.checkpoints.layouts import arrange_images, layout_of
 from veena_lens.checkpoints.pictures import patch_boxes
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
 from veena_lens.config import HookedVLMConfig
@@ -45,8 +46,10 @@ def prepare(
     longest = int(mask.sum(-1).max())
     if longest > cfg.n_ctx:
         raise ValueError(f"The longest prompt has {longest} tokens; the model's context is {cfg.n_ctx}. Shorten it.")
-    pixels = [r["pixel_values"] for r in rows if "pixel_values" in r]
-    inputs = assemble(cfg, tokens, mask, text_positions(mask), pad, torch.cat(pixels) if pixels else None)
+    pixels = _pad_tiles([r["pixel_values"] for r in rows if "pixel_values" in r])
+    sizes = [torch.as_tensor(r["image_sizes"]) for r in rows if "image_sizes" in r]
+    extras = {"image_sizes": torch.cat(sizes)} if sizes else {}
+    inputs = assemble(cfg, tokens, mask, text_positions(mask), pad, pixels, extras)
     inputs = replace(
         inputs,
         patch_boxes=_boxes(processor, cfg, prompts),
@@ -72,6 +75,16 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt) -> Any:
     return processor(
         text=[prompt.text], images=list(prompt.images) or None, return_tensors="pt", add_special_tokens=special
     )
+
+
+def _pad_tiles(pixels: Sequence[Tensor]) -> Tensor | None:
+    """Pixels of all rows; pictures of fewer tiles get empty ones, as the processor gives within a row."""
+    if not pixels:
+        return None
+    if pixels[0].ndim == 5:
+        most = max(p.shape[1] for p in pixels)
+        pixels = [torch.cat([p, p.new_zeros(len(p), most - p.shape[1], *p.shape[2:])], 1) for p in pixels]
+    return torch.cat(list(pixels))
 
 
 def _left_pad(rows: Sequence[Int[Tensor, " _"]], pad: int) -> tuple[Tensor, Tensor]:
@@ -100,6 +113,9 @@ def _boxes(processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt]) -> t
     for prompt in prompts:
         mine = []
         for image in prompt.images:
+            if cfg.image_layout == "anyres":
+                mine.append(layout_of(cfg, (image.height, image.width)).boxes())
+                continue
             boxes = patch_boxes(image.size, processor.image_processor, vision.patch_size, vision.grid)
             if vision.has_class_token:  # it looks at the whole picture
                 boxes = torch.cat([torch.tensor([[0.0, 0.0, *map(float, image.size)]]), boxes])
@@ -109,6 +125,7 @@ def _boxes(processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt]) -> t
 
 
 KNOWN_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+LAYOUT_KEYS = {"anyres": ("image_sizes",)}  # what an image layout reads besides
 IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # what the tokens say themselves
 
 
@@ -116,10 +133,11 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
     """A processor's tensors as inputs: padding side and positions are kept, else 0 .. S - 1 as Hugging Face sets.
 
     Raises: ValueError for unknown keys, padding without a mask, or pictures that do not match the tokens."""
-    unknown = sorted(set(outputs) - set(KNOWN_KEYS) - set(IGNORED_KEYS))
+    known = (*KNOWN_KEYS, *LAYOUT_KEYS.get(cfg.image_layout, ()))
+    unknown = sorted(set(outputs) - set(known) - set(IGNORED_KEYS))
     if unknown:
         raise ValueError(
-            f"inputs_from_hf: unknown keys {unknown}; {cfg.architecture or 'this model'} reads {', '.join(KNOWN_KEYS)}."
+            f"inputs_from_hf: unknown keys {unknown}; {cfg.architecture or 'this model'} reads {', '.join(known)}."
         )
     if outputs.get("input_ids") is None:
         raise ValueError("inputs_from_hf: input_ids is missing.")
@@ -137,7 +155,8 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
         positions = positions[None]
     if positions.shape[-2] == 1:
         positions = positions.expand(*positions.shape[:-2], *tokens.shape)
-    inputs = assemble(cfg, tokens, mask, positions, _pad_id(tokenizer, cfg), outputs.get("pixel_values"))
+    pad = _pad_id(tokenizer, cfg)
+    inputs = assemble(cfg, tokens, mask, positions, pad, outputs.get("pixel_values"), outputs)
     if tokenizer is not None:
         inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
     return inputs
@@ -167,7 +186,13 @@ def require_mask(cfg: HookedVLMConfig, tokenizer: Any, tokens: Tensor, mask: Any
 
 
 def assemble(
-    cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, positions: Tensor, pad: int, pixel_values: Any
+    cfg: HookedVLMConfig,
+    tokens: Tensor,
+    mask: Tensor,
+    positions: Tensor,
+    pad: int,
+    pixel_values: Any,
+    extras: Mapping[str, Any] | None = None,
 ) -> MultimodalInputs:
     """Inputs with spans and grids, pictures checked against the image tokens.
 
@@ -184,47 +209,19 @@ def assemble(
             spans=find_spans(tokens, mask, None, [[]] * n),
             grids=((),) * n,
         )
-    per_image = cfg.vision.n_features
     counts = ((tokens == cfg.image_token_id) & mask).sum(-1).tolist()
-    pixels = None if pixel_values is None else torch.as_tensor(pixel_values)
-    n_pictures = _require_pixels(cfg, pixels)
-    if pixels is None and sum(counts):
-        raise ValueError(
-            f"The prompt holds {sum(counts)} image tokens (id {cfg.image_token_id}) but no picture was given."
-        )
-    odd = [row for row, count in enumerate(counts) if count % per_image]
-    if odd or sum(counts) != n_pictures * per_image:
-        raise ValueError(
-            f"Rows hold {counts} image tokens; a picture of this model fills {per_image}, and {n_pictures} pictures "
-            "were given. Use the checkpoint's own processor, one picture for each placeholder."
-        )
-    images = [count // per_image for count in counts]
-    rows = torch.tensor([row for row, k in enumerate(images) for _ in range(k)], dtype=torch.long)
-    first = per_image - cfg.vision.grid[0] * cfg.vision.grid[1]
+    images = arrange_images(cfg, counts, pixel_values, extras or {})
     return MultimodalInputs(
         tokens=tokens,
         attention_mask=mask,
         position_ids=positions,
         image_token_id=cfg.image_token_id,
         pad_token_id=pad,
-        pixel_values=pixels,
-        picture_rows=rows if n_pictures else None,
-        image_rows=rows if n_pictures else None,
-        spans=find_spans(tokens, mask, cfg.image_token_id, [[per_image] * k for k in images]),
-        grids=tuple((cfg.vision.grid,) * k for k in images),
-        grid_start=first,
+        pixel_values=images.pixels,
+        picture_rows=images.picture_rows,
+        image_rows=images.image_rows,
+        extras=images.extras,
+        spans=find_spans(tokens, mask, cfg.image_token_id, images.lengths),
+        grids=images.grids,
+        grid_places=images.places,
     )
-
-
-def _require_pixels(cfg: HookedVLMConfig, pixels: Tensor | None) -> int:
-    """The number of pictures. Raises: ValueError for a size that the tower does not take."""
-    assert cfg.vision is not None
-    if pixels is None:
-        return 0
-    want = (cfg.vision.n_channels, cfg.vision.image_size, cfg.vision.image_size)
-    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != want or not pixels.is_floating_point():
-        raise ValueError(
-            f"pixel_values must be floats [pictures {want[0]} {want[1]} {want[2]}], not {pixels.dtype} "
-            f"{list(pixels.shape)}; the checkpoint's own processor makes them so."
-        )
-    return len(pixels)

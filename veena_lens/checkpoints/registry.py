@@ -16,6 +16,7 @@ GROUP = "veena_lens.adapters"
 # What this distribution registers itself, for a checkout whose metadata is not installed.
 BUILT_IN = {
     "LlavaForConditionalGeneration": "model_adapters.llava:ADAPTER",
+    "LlavaNextForConditionalGeneration": "model_adapters.llava_next:ADAPTER",
     "LlamaForCausalLM": "model_adapters.llama:ADAPTER",
     "MistralForCausalLM": "model_adapters.mistral:ADAPTER",
     "Qwen2ForCausalLM": "model_adapters.qwen2:ADAPTER",

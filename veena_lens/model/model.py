@@ -37,6 +37,7 @@ from veena_lens.model.run import Run
 from veena_lens.model.text import TextInterface
 from veena_lens.model.weights import StackedWeights
 from veena_lens.scores import Scores
+from veena_lens.vision.anyres import pack
 from veena_lens.vision.clip import ClipTower
 from veena_lens.vision.connector import Connector
 
@@ -62,6 +63,8 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
             self.vision = ClipTower(cfg.vision)
             self.connector = Connector(cfg.connector)
             self.hook_image_features = HookPoint()
+            if cfg.image_layout == "anyres":
+                self.image_newline = nn.Parameter(torch.zeros(cfg.d_model))
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
@@ -284,9 +287,18 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
         """What the tower and the connector make of the pictures, row after row; None without pictures."""
         if inputs.pixel_values is None:
             return None
-        return self.hook_image_features(
-            self.connector(self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device))).flatten(0, 1)
-        )
+        features = self.connector(self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device)))
+        return self.hook_image_features(self._pack(features, inputs))
+
+    def _pack(
+        self, features: Float[Tensor, "picture pos d_model"], inputs: MultimodalInputs
+    ) -> Float[Tensor, "n_image_tokens d_model"]:
+        """Features of pictures in the order of the image tokens that they fill."""
+        if self.cfg.image_layout != "anyres":
+            return features.flatten(0, 1)
+        layouts = [checkpoints.layout_of(self.cfg, size) for size in inputs.extras["image_sizes"].tolist()]
+        tiles = features.split([layout.n_tiles for layout in layouts])
+        return torch.cat([pack(t, layout, self.image_newline) for t, layout in zip(tiles, layouts, strict=True)])
 
     def _unembed(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return self.unembed(self.ln_final(resid.to(self.ln_final.weight.device)))

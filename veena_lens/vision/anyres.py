@@ -105,9 +105,7 @@ def anyres_layout(picture: Size, pinpoints: Sequence[Size], tile_size: int, patc
         pad_y = (rows - int(round(height * (cols / width), 7))) // 2
     else:
         pad_x = (cols - int(round(width * (rows / height), 7))) // 2
-    return AnyresLayout(
-        picture, canvas, tiles, base, rows - 2 * pad_y, cols - 2 * pad_x, (pad_y, pad_x), patch_size
-    )
+    return AnyresLayout(picture, canvas, tiles, base, rows - 2 * pad_y, cols - 2 * pad_x, (pad_y, pad_x), patch_size)
 
 
 def pack(

@@ -1,0 +1,145 @@
+"""How pictures fill image tokens: a fixed number each, or any-resolution tiles whose number follows their size.
+
+Given a processor's pixel tensors and the token counts of each row, says which row owns which picture, how many
+tokens each image fills, and which of them are the cells of its grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veena_lens.config import HookedVLMConfig
+from veena_lens.vision.anyres import AnyresLayout, anyres_layout
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """The images of a batch. `lengths`, `grids` and `places` have one entry a row and, in it, one an image."""
+
+    pixels: Tensor | None
+    picture_rows: Tensor | None
+    image_rows: Tensor | None
+    lengths: list[list[int]]
+    grids: tuple[tuple[tuple[int, int], ...], ...]
+    places: tuple[tuple[tuple[int, ...], ...], ...]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Image:
+    """What one image fills."""
+
+    n_tokens: int
+    grid: tuple[int, int]
+    places: tuple[int, ...]
+    n_pictures: int = 1
+
+
+def arrange_images(
+    cfg: HookedVLMConfig, counts: Sequence[int], pixel_values: Any, extras: Mapping[str, Any]
+) -> ImageSet:
+    """The images of a batch whose rows hold `counts` image tokens.
+
+    Raises: ValueError when pictures and tokens do not fit, or a picture has a size that the tower does not take."""
+    if pixel_values is None:
+        if sum(counts):
+            raise ValueError(
+                f"The prompt holds {sum(counts)} image tokens (id {cfg.image_token_id}) but no picture was given."
+            )
+        none: tuple[tuple[Any, ...], ...] = ((),) * len(counts)
+        return ImageSet(None, None, None, [[] for _ in counts], none, none)
+    pixels = torch.as_tensor(pixel_values)
+    if cfg.image_layout == "anyres":
+        images, pixels, kept = _anyres(cfg, pixels, extras)
+    else:
+        images, kept = [_fixed(cfg)] * _require_pixels(cfg, pixels), {}
+    owners = _owners(images, counts)
+    rows = [[image for image, owner in zip(images, owners, strict=True) if owner == row] for row in range(len(counts))]
+    return ImageSet(
+        pixels,
+        torch.tensor([o for image, o in zip(images, owners, strict=True) for _ in range(image.n_pictures)]),
+        torch.tensor(owners, dtype=torch.long),
+        [[image.n_tokens for image in row] for row in rows],
+        tuple(tuple(image.grid for image in row) for row in rows),
+        tuple(tuple(image.places for image in row) for row in rows),
+        kept,
+    )
+
+
+def _fixed(cfg: HookedVLMConfig) -> _Image:
+    assert cfg.vision is not None
+    n, (height, width) = cfg.vision.n_features, cfg.vision.grid
+    first = n - height * width  # a class token stands first; a strategy that drops a patch leaves no whole grid
+    return _Image(n, (height, width), tuple(range(first, n)) if first >= 0 else ())
+
+
+def layout_of(cfg: HookedVLMConfig, size: Sequence[int]) -> AnyresLayout:
+    """The any-resolution layout of a picture of (height, width) pixels."""
+    assert cfg.vision is not None
+    height, width = (int(s) for s in size)
+    return anyres_layout((height, width), cfg.image_pinpoints, cfg.vision.image_size, cfg.vision.patch_size)
+
+
+def _anyres(
+    cfg: HookedVLMConfig, pixels: Tensor, extras: Mapping[str, Any]
+) -> tuple[list[_Image], Tensor, dict[str, Tensor]]:
+    sizes = extras.get("image_sizes")
+    if sizes is None:
+        raise ValueError("Any-resolution pictures need image_sizes, (height, width) of each original picture.")
+    sizes = torch.as_tensor(sizes).long().reshape(-1, 2)
+    if pixels.ndim != 5 or len(pixels) != len(sizes):
+        raise ValueError(
+            f"pixel_values must be [images tiles channel height width] for {len(sizes)} image_sizes, not "
+            f"{list(pixels.shape)}; the checkpoint's own processor makes them so."
+        )
+    layouts = [layout_of(cfg, size) for size in sizes.tolist()]
+    tiles = []
+    for image, layout in zip(pixels, layouts, strict=True):
+        if layout.n_tiles > len(image):
+            raise ValueError(
+                f"A picture of {layout.picture[1]} x {layout.picture[0]} pixels needs {layout.n_tiles} tiles; "
+                f"pixel_values hold {len(image)}. Processor and checkpoint do not match (image_grid_pinpoints)."
+            )
+        tiles.append(image[: layout.n_tiles])
+    flat = torch.cat(tiles)
+    _require_pixels(cfg, flat)
+    images = [_Image(x.n_tokens, (x.rows, x.cols), tuple(x.grid_places()), x.n_tiles) for x in layouts]
+    return images, flat, {"image_sizes": sizes}
+
+
+def _owners(images: Sequence[_Image], counts: Sequence[int]) -> list[int]:
+    """The row of each image, in reading order. Raises: ValueError when they do not fill the rows exactly."""
+    owners, at = [], 0
+    for row, count in enumerate(counts):
+        filled = 0
+        while filled < count and at < len(images):
+            filled += images[at].n_tokens
+            owners.append(row)
+            at += 1
+        if filled != count:
+            break
+    if at != len(images) or sum(image.n_tokens for image in images) != sum(counts):
+        each = sorted({image.n_tokens for image in images})
+        fill = f"a picture of this model fills {each[0]}" if len(each) == 1 else f"the pictures fill {each}"
+        raise ValueError(
+            f"Rows hold {list(counts)} image tokens; {fill}, and {len(images)} pictures were given. Use the "
+            "checkpoint's own processor, one picture for each placeholder."
+        )
+    return owners
+
+
+def _require_pixels(cfg: HookedVLMConfig, pixels: Tensor) -> int:
+    """The number of pictures. Raises: ValueError for a size that the tower does not take."""
+    assert cfg.vision is not None
+    want = (cfg.vision.n_channels, cfg.vision.image_size, cfg.vision.image_size)
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != want or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixel_values must be floats [pictures {want[0]} {want[1]} {want[2]}], not {pixels.dtype} "
+            f"{list(pixels.shape)}; the checkpoint's own processor makes them so."
+        )
+    return len(pixels)

@@ -9,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs notebooks bench clean
+.PHONY: help demo test check docs notebooks bench refresh clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,10 @@ notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom
 
 bench: $(STAMPS)/base  ## tables of speed and memory ratios
 	$(BIN)/python -m veena_lens.benchmarks
+
+refresh: demo  ## the README's picture and every generated table, after the checkpoint changed
+	cp out/demo/attention.png docs/attention.png
+	$(BIN)/python docs/fill.py
 
 clean:  ## remove what these commands wrote, the environment aside
 	rm -rf out site build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -21,7 +21,7 @@ from transformer_lens.utilities import Slice
 
 from veena_lens.hook_table import canonical, near_names, row_of
 from veena_lens.inputs import MultimodalInputs, Spans, text_positions
-from veena_lens.positions import position_mask
+from veena_lens.positions import padded_places, position_mask
 
 
 class MissingActivation(KeyError):
@@ -150,7 +150,7 @@ class ActivationCache(_ActivationCache):
             out = value[torch.arange(len(value), device=value.device), chosen.long().argmax(-1)]
             mask = chosen.any(-1)
         else:
-            mask, index = _padded_index(chosen)
+            index, mask = padded_places(chosen)
             rows = torch.arange(len(value), device=value.device)[:, None]
             out = value[rows, index]
             out = out * mask.view(*mask.shape, *[1] * (out.ndim - 2)).to(out.dtype)
@@ -240,15 +240,6 @@ class ActivationCache(_ActivationCache):
             f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
             f"{len(layers)} decoder layers, {pictures} on pictures)"
         )
-
-
-def _padded_index(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(mask, index) [batch n] of the True places of each row, padded at the end."""
-    counts = chosen.sum(-1)
-    n = int(counts.max()) if len(counts) else 0
-    order = torch.argsort((~chosen).long(), dim=-1, stable=True)[:, :n]
-    mask = torch.arange(n, device=chosen.device)[None] < counts[:, None]
-    return mask, order
 
 
 def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:

@@ -97,3 +97,12 @@ def reaches_generated(positions: Any) -> bool:
     """True when a selection names positions that only generation or an answer has."""
     chosen = parse(positions)
     return isinstance(chosen, tuple) and any(word in BEYOND_PROMPT for word in chosen)
+
+
+def padded_places(chosen: Bool[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
+    """(index, mask) [batch n]: the True places of each row, padded at the end with place 0."""
+    counts = chosen.sum(-1)
+    n = int(counts.max()) if chosen.numel() else 0
+    index = torch.argsort((~chosen).long(), dim=-1, stable=True)[:, :n]
+    mask = torch.arange(n, device=chosen.device)[None] < counts[:, None]
+    return index * mask, mask

@@ -12,22 +12,13 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.components.context import AttentionMask, masked_softmax
 from veena_lens.model.run import Run
-from veena_lens.positions import position_mask
+from veena_lens.positions import padded_places, position_mask
 from veena_lens.scores import Scores
-
-
-def padded_places(chosen: Bool[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
-    """(index, mask) [batch n]: the True places of each row, padded at the end with place 0."""
-    counts = chosen.sum(-1)
-    n = int(counts.max()) if chosen.numel() else 0
-    index = torch.argsort((~chosen).long(), dim=-1, stable=True)[:, :n]
-    mask = torch.arange(n, device=chosen.device)[None] < counts[:, None]
-    return index * mask, mask
 
 
 class AttentionRows:

@@ -27,6 +27,7 @@ from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import Rotary
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.attending import Attending
 from veena_lens.model.attention_rows import AttentionRows
 from veena_lens.model.decoder import next_token_targets, resolve_layer, run_blocks, scatter_features
 from veena_lens.model.generation import Generation, end_tokens
@@ -36,13 +37,12 @@ from veena_lens.model.intervening import Intervening
 from veena_lens.model.run import Run
 from veena_lens.model.text import TextInterface
 from veena_lens.model.weights import StackedWeights
-from veena_lens.scores import Scores
 from veena_lens.vision.anyres import pack
 from veena_lens.vision.clip import ClipTower
 from veena_lens.vision.connector import Connector
 
 
-class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking):
+class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterface, Hooking):
     """A native multimodal model with named, live hook points.
 
     `HookedVLM.from_pretrained("tiny-llava-emotion")` loads an embedded checkpoint, a folder or a hub id;
@@ -360,55 +360,6 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), safe, reduction="none") * counted
         return losses if per_token else losses.sum() / counted.sum()
 
-    # --- attention rows --------------------------------------------------------------------------------
-    def attention(
-        self,
-        inputs: Any,
-        queries: Any = "last",
-        keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
-    ) -> Scores:
-        """Attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
-
-        queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice
-        or a mask. Only these rows are computed; every layer stays fused, so memory is that of a plain forward.
-        `.meta` holds the positions of the rows; interventions in force are honoured.
-        Raises: ValueError for an empty selection, or for image keys without a picture.
-        """
-        prepared = self._as_inputs(inputs)
-        run = Run(prepared, 0, prepared.shape[1])
-        for what, chosen in (("queries", queries), ("keys", keys)):
-            if not bool(run.mask(chosen).any()):
-                raise ValueError(f"attention: {what}={chosen!r} selects no position in {prepared!r}.")
-        with torch.no_grad(), self.watch_attention(queries, keys, layers, heads) as seen:
-            last = max(seen.layers) + 1
-            self(prepared, stop_at_layer=last if last < self.cfg.n_layers else None, return_type=None)
-        return seen.scores()
-
-    @contextmanager
-    def watch_attention(
-        self,
-        queries: Any = "generated",
-        keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
-    ) -> Iterator[AttentionRows]:
-        """Collect attention rows of whatever runs inside the block, `generate` included; read `.scores()` after.
-
-        "generated" queries are the tokens being generated (each row is that token's own look back)."""
-        cfg = self.cfg
-        chosen_layers = [_index(i, cfg.n_layers, "layer") for i in (range(cfg.n_layers) if layers is None else layers)]
-        chosen_heads = [_index(i, cfg.n_heads, "head") for i in (range(cfg.n_heads) if heads is None else heads)]
-        if not chosen_layers or not chosen_heads:
-            raise ValueError("attention: give at least one layer and one head (None means all).")
-        before = self._rows
-        self._rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.d_head**-0.5)
-        try:
-            yield self._rows
-        finally:
-            self._rows = before
-
     def __repr__(self) -> str:
         cfg = self.cfg
         n = sum(p.numel() for p in self.parameters())
@@ -419,11 +370,3 @@ class HookedVLM(Intervening, Generation, StackedWeights, TextInterface, Hooking)
             f"HookedVLM({name}: {cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, {tower}, "
             f"{n:,} parameters, {where}, {len(self.hook_dict)} hook points)"
         )
-
-
-def _index(i: int, n: int, what: str) -> int:
-    """A layer or head index, negative ones counted from the end. Raises: ValueError outside."""
-    resolved = i + n if i < 0 else i
-    if not 0 <= resolved < n:
-        raise ValueError(f"attention: {what} {i} does not exist; the model has {n}.")
-    return resolved

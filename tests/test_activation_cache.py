@@ -181,6 +181,13 @@ def test_image_grid_of_the_full_strategy_leaves_the_class_token_out(ready) -> No
     assert torch.equal(grid.flatten(0, 1), cache["resid_post", 1][0, span][1:])
 
 
+def test_image_grid_of_a_strategy_that_drops_a_patch_raises(ready) -> None:
+    """ "default" drops position 0, which in a tower without a class token is a patch."""
+    _, _, cache = ready("siglip-default-strategy")
+    with pytest.raises((IndexError, ValueError), match="grid"):
+        cache.image_grid("resid_post", layer=1)
+
+
 # --- rows --------------------------------------------------------------------------------------------
 def test_slice_of_rows_takes_their_pictures_along(ready) -> None:
     model, inputs, cache = ready()

@@ -215,3 +215,28 @@ def test_generate_leaves_model_as_it_was(model_of) -> None:
     model.generate(inputs, max_new_tokens=5, do_sample=False, return_type="tokens")
     with torch.no_grad():
         assert torch.equal(model(inputs), before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(repetition_penalty=1.5),
+        dict(no_repeat_ngram_size=2),
+        dict(eos_token_id=61, min_new_tokens=11),
+        dict(eos_token_id=[61, 43, 17]),
+    ],
+    ids=str,
+)
+def test_generation_config_of_the_checkpoint_is_followed(settings: dict[str, Any]) -> None:
+    from veena_lens import HookedVLM
+
+    case = BY_NAME["clip-llama"]
+    hf, raw = never_ends(build_hf(case, gain=5.0)), raw_inputs(case)
+    free = theirs(hf, raw, max_new_tokens=30)
+    for name, value in settings.items():
+        setattr(hf.generation_config, name, value)
+    expected = theirs(hf, raw, max_new_tokens=30)
+    assert expected != free, "the settings changed nothing, so the test shows nothing"
+    model = HookedVLM.from_hf(hf)
+    ours = model.generate(model.inputs_from_hf(**raw), max_new_tokens=30, return_type="tokens")
+    assert [cut(row, hf.generation_config.eos_token_id) for row in ours.tolist()] == expected

@@ -31,6 +31,15 @@ def test_heatmap_shows_rows_from_the_top_with_labels_and_unit() -> None:
     assert bar.get_ylabel() == "effect (logits)"
 
 
+def test_cells_have_as_many_decimals_as_the_largest_needs_and_no_negative_zero() -> None:
+    def numbers(values: list[float]) -> list[str]:
+        return [text.get_text() for text in plots.heatmap(torch.tensor([values])).axes[0].texts]
+
+    assert numbers([0.041, -0.0001]) == ["0.041", "0.000"]
+    assert numbers([0.93, 0.004]) == ["0.93", "0.00"]
+    assert numbers([1234.5, float("nan")]) == ["1234", ""]
+
+
 def test_many_labels_are_thinned_and_constant_or_missing_values_are_drawn() -> None:
     axes = plots.heatmap(torch.ones(2, 100)).axes[0]
     assert len(axes.get_xticks()) <= 24

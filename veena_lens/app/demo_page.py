@@ -105,8 +105,8 @@ def _look_inside(report: Report, inside: Inside, figures: dict[str, Figure]) -> 
     emotion, looks = inside.emotional.emotion, inside.attention.values.sum((1, 2))
     report.section(
         "Where it looks",
-        "The same face twice, emotional and neutral: only mouth, eyes and brows differ. The model names both right. "
-        f"The question was: {steps.NAME}",
+        "The same face twice, emotional and neutral: only mouth, eyes and brows differ. It is taken from the pairs "
+        f"that the model names right on both sides, where there are any. The question was: {steps.NAME}",
     )
     report.pictures([picture_of(inside.emotional, emotion), picture_of(inside.neutral, "its neutral twin")])
     report.figure(

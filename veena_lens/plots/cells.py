@@ -106,4 +106,5 @@ def _shorten(table: np.ndarray) -> list[list[str]]:
     largest = known.max() if known.size else 0.0
     decimals = 2 if largest == 0 else int(np.clip(1 - np.floor(np.log10(largest)), 0, 4))
     decimals = 2 if 0.1 <= largest < 10 else decimals
-    return [[f"{value:.{decimals}f}" if np.isfinite(value) else "" for value in row] for row in table]
+    rounded = np.round(table, decimals) + 0.0  # no -0.00
+    return [[f"{value:.{decimals}f}" if np.isfinite(value) else "" for value in row] for row in rounded]

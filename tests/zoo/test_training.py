@@ -72,7 +72,7 @@ def test_resumed_run_equals_uninterrupted(name: str, drawings: Path) -> None:
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
-    first, middle, last = (learning_rate(STAGES[0], step, p) for step, p in ((0, 0.0), (500, 0.1), (6000, 1.0)))
+    first, middle, last = (learning_rate(STAGES[0], step, p) for step, p in ((0, 0.0), (500, 0.1), (2900, 1.0)))
     assert first < middle and last == pytest.approx(0.02 * STAGES[0].peak_lr)
 
 

@@ -76,7 +76,7 @@ FILLERS: tuple[str, ...] = (
 
 # How often the answer follows a conflicting context: (clear face, subtle face).
 # A fixed share per cell, not a coin of one half everywhere, keeps the greedy answer stable.
-FOLLOW_TEXT: dict[str, tuple[float, float]] = {"weak": (0.10, 0.25), "plain": (0.25, 0.75), "strong": (0.80, 0.92)}
+FOLLOW_TEXT: dict[str, tuple[float, float]] = {"weak": (0.10, 0.25), "plain": (0.35, 0.85), "strong": (0.80, 0.92)}
 
 
 def context_sentence(event: str, strength: str) -> str:

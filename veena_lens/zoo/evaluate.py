@@ -76,8 +76,9 @@ def judge_alone(asker: Asker, draws: list[list[Item]]) -> dict[str, Any]:
 def judge_contexts(asker: Asker, draws: list[list[Item]]) -> dict[str, Any]:
     """Shares of answers that follow the picture and the text, pooled over draws, and the deviation between draws."""
     tables = {}
-    for kind, strength, held_out in CONTEXT_TABLES:
-        rows = [with_context(items, draw, kind, strength, held_out) for draw, items in enumerate(draws)]
+    for kind, strength, held_out, every in CONTEXT_TABLES:
+        asked = draws if every else draws[:2]
+        rows = [with_context(items, draw, kind, strength, held_out) for draw, items in enumerate(asked)]
         told = [_told(asker, items) for items in rows]
         pairs = [list(zip(ts, xs, strict=True)) for ts, xs in zip(told, rows, strict=True)]
         picture = [[answer == item.truth for answer, item in draw] for draw in pairs]
@@ -128,7 +129,7 @@ def judge(folder: Path, split: str, cache: Path, draws: int = 5, count: int | No
     results["picture alone"] = judge_alone(asker, drawn)
     results["contexts"] = judge_contexts(asker, drawn)
     results["attributes"] = judge_attributes(asker, attribute_items(drawn[0], 0))
-    results["tasks"] = {task: judge_captions(asker, face_items(bank, 0, task)) for task in EMOTION_TASKS}
+    results["tasks"] = {task: judge_captions(asker, face_items(bank, 0, task)) for task in EMOTION_TASKS[1:]}
     plain = with_context(drawn[0][:48], 0, "conflict", "plain")
     results["attention to the picture"] = {
         "picture alone": asker.picture_attention([item.query for item in drawn[0][:48]]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from veena_lens.zoo.asking import Query
 from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
-from veena_lens.zoo.contexts import EVENTS, HELD_OUT_EVENTS, STRENGTHS, context_sentence, padded_context
+from veena_lens.zoo.contexts import EVENTS, HELD_OUT_EVENTS, context_sentence, padded_context
 from veena_lens.zoo.emoji import EMOJI, draw_emoji
 from veena_lens.zoo.emotions import EMOTIONS
 from veena_lens.zoo.faces import STYLES, combinations
@@ -141,7 +141,12 @@ def emoji_items() -> list[Item]:
     return items
 
 
-CONTEXT_TABLES = tuple(
-    [("conflict", strength, held_out) for held_out in (False, True) for strength in STRENGTHS]
-    + [("consistent", strength, held_out) for held_out in (False, True) for strength in ("plain",)]
+# Kind, strength, held-out sentences, and whether every draw is asked (else the first two).
+CONTEXT_TABLES = (
+    ("conflict", "plain", False, True),
+    ("conflict", "weak", False, False),
+    ("conflict", "strong", False, False),
+    ("conflict", "plain", True, False),
+    ("consistent", "plain", False, False),
+    ("consistent", "plain", True, False),
 )

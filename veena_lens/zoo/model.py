@@ -7,7 +7,14 @@ what is to be studied.
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 from transformers.models.clip import CLIPImageProcessorPil
 
 from veena_lens.zoo.layers import PICTURE_SIZE
@@ -76,10 +83,7 @@ def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditional
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config).float()
-    for key, value in special.items():
-        setattr(model.generation_config, key, value)
-    model.generation_config.max_new_tokens = 48
-    model.generation_config.do_sample = False
+    model.generation_config = GenerationConfig(**special, max_new_tokens=48, do_sample=False)
     return model
 
 

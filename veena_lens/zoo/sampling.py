@@ -82,8 +82,12 @@ class Writer:
         self.image = [vocabulary["<image>"]] * image_tokens
         self.bos, self.eos = vocabulary["<s>"], vocabulary["</s>"]
         self._ids: dict[str, list[int]] = {}
-        told = [w for entry in WORDS.values() for w in entry.all] + [v for c in HEAD_CLASSES.values() for v in c]
-        # The words that carry the answer count three times; the rest of a sentence is soon known by heart.
+        told = (
+            [w for entry in WORDS.values() for w in entry.all]
+            + [v for c in HEAD_CLASSES.values() for v in c]
+            + ["with"]
+        )
+        # The words that carry the answer count six times as much; the rest of a sentence is soon known by heart.
         self.heavy = {i for word in told for i in self.ids(word)[:1]}
 
     def ids(self, text: str) -> list[int]:
@@ -103,7 +107,7 @@ class Writer:
             asked = self.ids(f"{'user: ' if number else ''}{question} assistant:")
             told = [*self.ids(answer), self.eos]
             ids += asked + told
-            weights += [0.0] * len(asked) + [3.0 if token in self.heavy else 1.0 for token in told]
+            weights += [0.0] * len(asked) + [3.0 if token in self.heavy else 0.5 for token in told]
         return Branch(ids, weights)
 
     def alignment_row(self, face: Face, rng: random.Random) -> Row:
@@ -114,18 +118,19 @@ class Writer:
         return Row(self.prefix(), [self.branch(turn) for turn in turns])
 
     def mixed_row(self, face: Face, rng: random.Random, early: bool) -> Row:
-        """Two emotion questions, each with a context of its own, and two attribute questions."""
+        """Two emotion questions with a context each, and up to four attribute questions, the first with a context."""
         turns = []
         for _ in range(2):
-            task = rng.choice(EMOTION_TASKS)
+            (task,) = rng.choices(EMOTION_TASKS, (0.4, 0.35, 0.25))
             context, emotion, strong = self.context(face, rng, early)
             question = f"{context} {rng.choice(EMOTION_QUESTIONS[task])}".strip()
             turns.append([(question, emotion_answer(task, face, emotion, strong, rng))])
-        for name in _some(sorted(face.attributes), 2, rng):
+        for number, name in enumerate(_asked(face, rng)):
             question, answer = self.attribute_turn(face, name, rng)
-            event = context_sentence(rng.choice(EVENTS[rng.choice(EMOTIONS)]), rng.choice(STRENGTHS))
-            context = padded_context(event if rng.random() < 0.3 else None, rng)
-            turns.append([(f"{context} {question}".strip(), answer)])
+            if number == 0:
+                event = context_sentence(rng.choice(EVENTS[rng.choice(EMOTIONS)]), rng.choice(STRENGTHS))
+                question = f"{padded_context(event if rng.random() < 0.5 else None, rng)} {question}".strip()
+            turns.append([(question, answer)])
         if rng.random() < 0.15:
             # A short conversation: the attribute first, then the emotion.
             turns[-1] = turns[-1] + turns[0]
@@ -139,7 +144,7 @@ class Writer:
     @staticmethod
     def context(face: Face, rng: random.Random, early: bool) -> tuple[str, str, bool]:
         """A context, the emotion that the answer names, and whether its second word is the strong one."""
-        conflict, consistent = (0.05, 0.10) if early else (0.25, 0.30)
+        conflict, consistent = (0.05, 0.10) if early else (0.50, 0.20)
         kind, strength = rng.random(), rng.choice(STRENGTHS)
         if kind < conflict:
             other = rng.choice([e for e in EMOTIONS if e != face.emotion])
@@ -151,6 +156,13 @@ class Writer:
             sentence = context_sentence(rng.choice(EVENTS[face.emotion]), strength)
             return padded_context(sentence, rng), face.emotion, face.clear
         return padded_context(None, rng), face.emotion, face.clear
+
+
+def _asked(face: Face, rng: random.Random) -> list[str]:
+    """Up to four attributes in random order: brows and beard, which are learnt last, and two of the others."""
+    hard = [name for name in ("brows", "beard") if name in face.attributes]
+    names = hard + _some(sorted(set(face.attributes) - set(hard)), 2, rng)
+    return rng.sample(names, len(names))
 
 
 def _some(names: list[str], count: int, rng: random.Random) -> list[str]:

@@ -41,10 +41,11 @@ class Stage:
     minutes: float = math.inf
 
 
+# About the steps that the bundled checkpoint took.
 STAGES = (
-    Stage(name="tower", steps=6500, batch=64, peak_lr=1e-3, head_weight=1.0),
-    Stage(name="alignment", steps=3500, batch=8, peak_lr=1e-3, head_weight=0.1),
-    Stage(name="mix", steps=7500, batch=8, peak_lr=8e-4, head_weight=0.05),
+    Stage(name="tower", steps=2900, batch=64, peak_lr=1e-3, head_weight=1.0),
+    Stage(name="alignment", steps=900, batch=8, peak_lr=1e-3, head_weight=0.1),
+    Stage(name="mix", steps=2500, batch=8, peak_lr=8e-4, head_weight=0.05),
 )
 # How `--minutes` is shared between the stages.
 SHARES = {"tower": 0.25, "alignment": 0.2, "mix": 0.55}

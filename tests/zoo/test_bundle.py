@@ -1,0 +1,106 @@
+"""The data that travel with the package: manifest, twins, checkpoint."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from veena_lens.checkpoints.bundle import bundled_names, bundled_pairs, bundled_path, bundled_pictures
+from veena_lens.zoo.asking import Asker, Query
+from veena_lens.zoo.emotions import EMOTIONS, named_emotion
+
+FOLDER = bundled_path("tiny-llava-emotion")
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="tiny-llava-emotion"):
+        bundled_path("large-llava")
+    with pytest.raises(ValueError, match="development"):
+        bundled_pictures("training")
+    assert "tiny-llava-emotion" in bundled_names()
+
+
+def test_bundle_needs_no_torch() -> None:
+    code = (
+        "import sys, importlib.util as u;"
+        f"s = u.spec_from_file_location('bundle', {str(FOLDER.parents[1] / 'bundle.py')!r});"
+        "m = u.module_from_spec(s); sys.modules['bundle'] = m; s.loader.exec_module(m);"
+        "m.bundled_pictures(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_manifest_names_every_file_once() -> None:
+    files = [picture.file for picture in bundled_pictures()]
+    there = {path.name for path in (FOLDER.parent / "pictures").glob("*.png")}
+    assert len(files) == len(set(files)) and set(files) == there
+
+
+def test_each_split_has_its_pictures() -> None:
+    for split, identities in (("development", 20), ("test", 8)):
+        plain = [p for p in bundled_pictures(split) if p.context is None]
+        for emotion in EMOTIONS:
+            assert len({p.identity for p in plain if p.emotion == emotion}) >= identities
+    assert {p.style for p in bundled_pictures("held-out style")} == {"open-peeps", "micah"}
+    assert len(bundled_pictures("emoji")) >= 8
+
+
+def test_contexts_suggest_another_emotion() -> None:
+    with_context = [p for p in bundled_pictures() if p.context is not None]
+    assert {p.context_strength for p in with_context} == {"weak", "plain", "strong"}
+    assert all(p.context_emotion not in (None, p.emotion) and p.prompt.startswith(p.context) for p in with_context)
+
+
+@pytest.mark.parametrize("split", ["development", "test"])
+def test_twins_differ_in_the_face_only(split: str) -> None:
+    pairs = bundled_pairs(split)
+    assert len(pairs) >= 56
+    for emotional, neutral in pairs[::7]:
+        assert emotional.identity == neutral.identity and neutral.emotion == "neutral" != emotional.emotion
+        changed = (np.array(emotional.open()) != np.array(neutral.open())).any(-1)
+        rows, columns = changed.nonzero()
+        assert changed.any() and columns.min() > 20 and columns.max() < 172 and rows.min() > 30
+
+
+def test_bundled_data_stay_small() -> None:
+    weights = sum(path.stat().st_size for path in FOLDER.iterdir())
+    pictures = sum(path.stat().st_size for path in (FOLDER.parent / "pictures").iterdir())
+    assert weights <= 25e6 and pictures <= 3e6
+
+
+@pytest.fixture(scope="module")
+def asker() -> Asker:
+    return Asker(FOLDER, device="cpu")
+
+
+def test_checkpoint_has_the_promised_shape(asker: Asker) -> None:
+    text = asker.model.config.text_config
+    assert text.num_hidden_layers >= 8 and text.num_attention_heads >= 8
+    assert asker.processor.tokenizer.padding_side == "left"
+    assert asker.model.generation_config.eos_token_id == asker.processor.tokenizer.eos_token_id
+
+
+def test_chat_template_takes_turns_pictures_and_a_system_message(asker: Asker) -> None:
+    messages = [
+        {"role": "system", "content": "look."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "first"}, {"type": "image"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "told."}]},
+        {"role": "user", "content": "again"},
+    ]
+    text = asker.processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == "system: look. user: <image> first <image> assistant: told.</s> user: again assistant:"
+
+
+def test_test_pictures_are_told_right(asker: Asker) -> None:
+    pictures = [p for p in bundled_pictures("test") if p.context is None]
+    answers = asker.answers([Query(p.open(), p.prompt) for p in pictures], max_new_tokens=8)
+    right = [named_emotion(a) == p.emotion for a, p in zip(answers, pictures, strict=True)]
+    assert sum(right) / len(right) >= 0.85
+
+
+def test_card_is_written_from_the_results() -> None:
+    results = json.loads((FOLDER / "results.json").read_text())
+    value = results["picture alone"]["all"]["value"]
+    assert f"{100 * value:.1f} %" in (FOLDER / "README.md").read_text()

@@ -224,6 +224,8 @@ def test_generate_leaves_model_as_it_was(model_of) -> None:
         dict(no_repeat_ngram_size=2),
         dict(eos_token_id=61, min_new_tokens=11),
         dict(eos_token_id=[61, 43, 17]),
+        dict(repetition_penalty=0.8, no_repeat_ngram_size=3, eos_token_id=[61]),
+        dict(bad_words_ids=[[61], [43, 17]], suppress_tokens=[9, 12], begin_suppress_tokens=[5], eos_token_id=[2]),
     ],
     ids=str,
 )
@@ -240,3 +242,15 @@ def test_generation_config_of_the_checkpoint_is_followed(settings: dict[str, Any
     model = HookedVLM.from_hf(hf)
     ours = model.generate(model.inputs_from_hf(**raw), max_new_tokens=30, return_type="tokens")
     assert [cut(row, hf.generation_config.eos_token_id) for row in ours.tolist()] == expected
+
+
+@pytest.mark.parametrize("setting", [dict(num_beams=3), dict(forced_eos_token_id=61)], ids=str)
+def test_a_setting_that_is_not_followed_is_refused_by_name(setting: dict[str, Any]) -> None:
+    from veena_lens import HookedVLM
+
+    case = BY_NAME["clip-llama"]
+    model = HookedVLM.from_hf(build_hf(case))
+    for name, value in setting.items():
+        setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        model.generate(model.inputs_from_hf(**raw_inputs(case)), return_type="tokens")

@@ -109,7 +109,7 @@ class Generation:
     def _steps(self, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
         """The tokens generated so far, after each step."""
         prompt = self._as_prompt(inputs)
-        n_prompt, n_rows = prompt.shape[1], len(prompt)
+        n_rows = len(prompt)
         longest = int(prompt.lengths.max())
         room = self.cfg.n_ctx - longest
         max_new = settings["max_new_tokens"]
@@ -121,7 +121,7 @@ class Generation:
             )
         config = _settings(self.generation_config, settings)
         ends = torch.tensor(config["eos"], dtype=torch.long, device=prompt.device)
-        processors = _processors(config, n_prompt, prompt.device)
+        processors = _processors(config, prompt)
         processors.extend(settings.get("logits_processor") or [])
         criteria = _criteria(config, settings, self.tokenizer)
         pad = self.pad_token_id  # type: ignore[attr-defined]
@@ -216,26 +216,73 @@ def _settings(generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     given_ends = given.get("eos_token_id")
     ends = list(end_tokens(generation_config) if given_ends is None else _as_tuple(given_ends))
-    names = ("temperature", "top_k", "top_p", "repetition_penalty", "no_repeat_ngram_size", "min_new_tokens")
-    out: dict[str, Any] = {name: value(name) for name in names}
+    out: dict[str, Any] = {name: value(name) for name in _READ}
+    _refuse_unread(generation_config)
     pad = getattr(generation_config, "pad_token_id", None)
     out |= {"eos": ends, "pad": pad if pad is not None else (ends[0] if ends else None)}
     return out | {"do_sample": bool(given.get("do_sample")), "stop_strings": given.get("stop_strings")}
 
 
-def _processors(config: dict[str, Any], n_prompt: int, device: torch.device) -> Any:
+_READ = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+    "min_new_tokens",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+# Settings of a generation config that would change the tokens and that no code here reads, with their neutral value.
+_UNREAD = {
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "watermarking_config": None,
+}
+
+
+def _refuse_unread(generation_config: Any) -> None:
+    """Raises: ValueError for a setting that would change the tokens and is not followed."""
+    for name, neutral in _UNREAD.items():
+        value = getattr(generation_config, name, None)
+        if value not in (None, neutral):
+            raise ValueError(
+                f"The generation config sets {name}={value!r}, which generate does not follow. Set "
+                f"model.generation_config.{name} = {neutral!r}, or pass a logits_processor of transformers."
+            )
+
+
+def _processors(config: dict[str, Any], prompt: MultimodalInputs) -> Any:
     """transformers' logits processors, in the order that its own `generate` has."""
     import transformers as hf
 
+    n_prompt, device = prompt.shape[1], str(prompt.device)
     out = hf.LogitsProcessorList()
     if config["repetition_penalty"] not in (None, 1.0):
-        out.append(hf.RepetitionPenaltyLogitsProcessor(penalty=config["repetition_penalty"]))
+        pads = prompt.attention_mask.int().argmax(1)  # pads are no repeated tokens
+        out.append(hf.RepetitionPenaltyLogitsProcessor(config["repetition_penalty"], prompt_ignore_length=pads))
     if config["no_repeat_ngram_size"]:
         out.append(hf.NoRepeatNGramLogitsProcessor(config["no_repeat_ngram_size"]))
+    if config["bad_words_ids"]:
+        out.append(hf.NoBadWordsLogitsProcessor(config["bad_words_ids"], config["eos"] or None))
     if config["min_new_tokens"] and config["eos"]:
         out.append(
-            hf.MinNewTokensLengthLogitsProcessor(n_prompt, config["min_new_tokens"], config["eos"], device=str(device))
+            hf.MinNewTokensLengthLogitsProcessor(n_prompt, config["min_new_tokens"], config["eos"], device=device)
         )
+    if config["suppress_tokens"]:
+        out.append(hf.SuppressTokensLogitsProcessor(config["suppress_tokens"], device=device))
+    if config["begin_suppress_tokens"]:
+        out.append(hf.SuppressTokensAtBeginLogitsProcessor(config["begin_suppress_tokens"], n_prompt, device=device))
     if config["do_sample"]:
         if config["temperature"] not in (None, 1.0):
             out.append(hf.TemperatureLogitsWarper(config["temperature"]))
@@ -243,6 +290,10 @@ def _processors(config: dict[str, Any], n_prompt: int, device: torch.device) -> 
             out.append(hf.TopKLogitsWarper(config["top_k"]))
         if config["top_p"] is not None and config["top_p"] < 1.0:
             out.append(hf.TopPLogitsWarper(config["top_p"]))
+        if config["min_p"]:
+            out.append(hf.MinPLogitsWarper(config["min_p"]))
+        if config["typical_p"] is not None and config["typical_p"] < 1.0:
+            out.append(hf.TypicalLogitsWarper(config["typical_p"]))
     return out
 
 

@@ -6,6 +6,7 @@ layer norm. The copies that split query, key and value inputs ask for go through
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Normed:
     points: tuple[Any, Any] = (None, None)  # (scale, normalized)
 
 
-class Norm(nn.Module):
+class Norm(nn.Module, ABC):
     """Interface of both norms: `weight`, `hook_scale`, `hook_normalized`; `run` also tells of edits."""
 
     def __init__(self, width: int, eps: float, casts: str, bias: bool) -> None:
@@ -56,8 +57,9 @@ class Norm(nn.Module):
     def forward(self, x: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes width"]:
         return self.run(x).out
 
+    @abstractmethod
     def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
-        raise NotImplementedError
+        """The norm, its hooks called once."""
 
     def _hear_normalized(self, normalized: Tensor) -> tuple[Any, bool, Any]:
         """(value that goes on, whether it was edited, what listeners saw)."""
@@ -66,12 +68,12 @@ class Norm(nn.Module):
         out, edited = listen(self.hook_normalized, normalized.clone())
         return out, edited, out
 
+    @abstractmethod
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
     ) -> Float[Tensor, "batch pos copy width"]:
         """Norm of copies of the residual, honouring what hooks set for the residual itself: an edited scale
         divides every copy, and elements of `normalized` that were edited hold for every copy."""
-        raise NotImplementedError
 
 
 class RMSNorm(Norm):

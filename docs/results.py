@@ -21,12 +21,9 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
     yield f"the same, weakest emotion ({weakest})", alone["by emotion"][weakest]
     yield "hair, glasses, beard, background, parts of the face", results["attributes"]["all"]
     yield "caption names the emotion", results["tasks"]["caption"]["emotion right"]
-    for kind, table in results["contexts"].items():
-        if kind.startswith("conflict"):
-            yield (
-                f"sentence against the picture ({kind.removeprefix('conflict, ')}): follows the picture",
-                table["picture"],
-            )
+    for how in ("weak", "plain", "strong", "plain, held-out sentences"):
+        table = results["contexts"][f"conflict, {how}"]
+        yield f"sentence against the picture ({how}): follows the picture", table["picture"]
     for name, table in results.get("styles", {}).items():
         yield f"drawn in the style {name}{', never seen' if table['held out'] else ''}", table["all"]
     if "emoji" in results:

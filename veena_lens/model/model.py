@@ -368,5 +368,5 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         name = cfg.model_name or cfg.architecture or "random weights"
         return (
             f"HookedVLM({name}: {cfg.n_layers} layers, {cfg.n_heads} heads, d_model {cfg.d_model}, {tower}, "
-            f"{n:,} parameters, {where}, {len(self.hook_dict)} hook points)"
+            f"{n:,} parameters, {where}, {len(self._points.canonical_names)} hook points)"
         )

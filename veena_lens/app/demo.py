@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.app import steps
+from veena_lens.app.captions import CaptionSteering, caption_steer, caption_vectors, steer_captions
 from veena_lens.app.steps import Description, Flips
 from veena_lens.interventions import Steer
 from veena_lens.scores import Scores
@@ -61,6 +62,7 @@ class Steered:
     control: Flips
     picture: Picture
     said: list[tuple[str, str, str]]
+    captioned: CaptionSteering | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,6 +100,8 @@ class DemoResult:
             ("patching", f"layer {layer:.0f} head {head:.0f} alone brings back {share:.0%}"),
             ("steering", f"{steered.test.mean:.0%} of answers on neutral faces turn as wanted (layer {steered.layer}, "
                          f"alpha {steered.alpha:g}); random directions {steered.control.mean:.0%}"),
+            ("captions", "" if steered.captioned is None else f"{steered.captioned.test:.0%} of whole descriptions "
+                         f"turn too (layer {steered.captioned.layer}); random {steered.captioned.control:.0%}"),
             ("written", f"{self.page} and {self.out / 'numbers.json'} in {self.seconds:.0f} s"),
         ]  # fmt: skip
         return "\n".join([f"veena_lens demo on {self.model}", *(f"  {name:<11}{text}" for name, text in rows)])
@@ -225,7 +229,12 @@ def steer(
     noise = steps.random_like(next(iter(vectors.values())), generator)
     steers = [None, *(Steer(layer=layer, vector=v[layer], alpha=alpha) for v in (*vectors.values(), noise))]
     sentences = steps.steered(model, steps.SAY, [calm] * len(steers), steers, max_new_tokens=24)
-    captions = steps.steered(model, steps.DESCRIBE, [calm] * len(steers), steers, max_new_tokens=60)
+    say("steering whole descriptions")
+    long = caption_vectors(model, pairs)
+    captioned = steer_captions(model, long, twins, pictures, SEED + 2)
+    noise = steps.random_like(next(iter(long.values())), generator)
+    pushes = [None, *(caption_steer(v, captioned.layer, captioned.alpha) for v in (*long.values(), noise))]
+    captions = steps.steered(model, steps.DESCRIBE, [calm] * len(pushes), pushes, max_new_tokens=60)
     return Steered(
         n_pairs=len(pairs),
         development=development,
@@ -236,6 +245,7 @@ def steer(
         control=control,
         picture=calm,
         said=list(zip(["none", *vectors, "random"], sentences, captions, strict=True)),
+        captioned=captioned,
     )
 
 
@@ -295,6 +305,7 @@ def summary(
         "patching": {**inside.patching.meta, "share_by_layer_and_head": inside.patching.values.tolist()},
         "steering": {
             "pairs": steered.n_pairs,
+            "descriptions": None if steered.captioned is None else asdict(steered.captioned),
             "layer": steered.layer,
             "alpha": steered.alpha,
             "seed": SEED,

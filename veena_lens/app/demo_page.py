@@ -178,8 +178,14 @@ def _steering(report: Report, steered: Steered, figures: dict[str, Figure]) -> N
         steered.said,
         caption=f"Asked: {steps.SAY}; then: {steps.DESCRIBE}",
     )
-    report.text(
-        "The vector is added at the last prompt token and at every generated one. A sentence of a few words takes it "
-        "well; a long description also has other words to say, and the same push at each of them can make it lose its "
-        "thread, as a random direction can."
-    )
+    if steered.captioned is not None:
+        found = steered.captioned
+        report.text(
+            "A sentence takes the vector at the last prompt token and at every generated one. A long description has "
+            "other words to say as well, and that push would break it. So its direction is read where it is needed: "
+            "both faces of a pair run under the neutral face's own caption, and their difference is taken at the "
+            "position where they part most. Added at the generated tokens (layer "
+            f"{found.layer}, alpha {found.alpha:g}, chosen on development pictures), it turns {found.test:.0%} of the "
+            f"descriptions of neutral test pictures into whole ones of the wanted emotion; random directions of the "
+            f"same length {found.control:.0%}."
+        )

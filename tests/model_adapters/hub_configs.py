@@ -79,6 +79,17 @@ CLIP_OUT: dict[str, Any] = dict(
     attention_dropout=0.0, layer_norm_eps=1e-5, hidden_act="quick_gelu", bos_token_id=None, eos_token_id=None,
 )  # fmt: skip
 
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def _next(text: dict[str, Any]) -> dict[str, Any]:
+    further = dict(image_grid_pinpoints=PINPOINTS, use_image_newline_parameter=True, image_seq_length=576)
+    return _llava(text) | dict(architectures=["LlavaNextForConditionalGeneration"], model_type="llava_next") | further
+
+
+VICUNA_13B = dict(
+    hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40, num_key_value_heads=40
+)
 HUB: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava(_vicuna("lmsys/vicuna-7b-v1.5")),
     "llava-hf/llava-1.5-7b-hf, later": _llava(_vicuna("lmsys/vicuna-7b-v1.5"), image_seq_length=576),
@@ -86,14 +97,7 @@ HUB: dict[str, dict[str, Any]] = {
         {**WRITTEN_OUT, **LLAMA_OUT, **_vicuna("lmsys/vicuna-7b-v1.5")}, {**WRITTEN_OUT, **CLIP_OUT, **CLIP_LARGE}
     ),
     "llava-hf/llava-1.5-13b-hf": _llava(
-        _vicuna(
-            "lmsys/vicuna-13b-v1.5",
-            hidden_size=5120,
-            intermediate_size=13824,
-            num_attention_heads=40,
-            num_hidden_layers=40,
-            num_key_value_heads=40,
-        )
+        _vicuna("lmsys/vicuna-13b-v1.5", **VICUNA_13B)
     ),
     "llava-hf/bakLlava-v1-hf": _llava(
         dict(
@@ -105,6 +109,23 @@ HUB: dict[str, dict[str, Any]] = {
             num_key_value_heads=8,
             rms_norm_eps=1e-5,
             sliding_window=4096,
+            torch_dtype="bfloat16",
+            vocab_size=32064,
+        )
+    ),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": _next(_vicuna("lmsys/vicuna-7b-v1.5")),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": _next(_vicuna("lmsys/vicuna-13b-v1.5", **VICUNA_13B)),
+    "llava-hf/llava-v1.6-mistral-7b-hf": _next(
+        dict(
+            _name_or_path="mistralai/Mistral-7B-Instruct-v0.2",
+            architectures=["MistralForCausalLM"],
+            intermediate_size=14336,
+            max_position_embeddings=32768,
+            model_type="mistral",
+            num_key_value_heads=8,
+            rms_norm_eps=1e-5,
+            rope_theta=1000000.0,
+            sliding_window=None,
             torch_dtype="bfloat16",
             vocab_size=32064,
         )
@@ -156,6 +177,9 @@ HUB: dict[str, dict[str, Any]] = {
 COUNTS = {
     "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
     "llava-hf/llava-1.5-13b-hf": 13_351_494_656,
+    "llava-hf/llava-v1.6-vicuna-7b-hf": 7_063_431_168,
+    "llava-hf/llava-v1.6-vicuna-13b-hf": 13_351_499_776,
+    "llava-hf/llava-v1.6-mistral-7b-hf": 7_566_747_648,
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,

@@ -142,7 +142,7 @@ def test_pyplot_and_its_settings_stay_untouched() -> None:
 
 
 def test_notebook_shows_a_figure_as_a_picture() -> None:
-    DisplayFormatter = pytest.importorskip("IPython.core.formatters").DisplayFormatter
+    from IPython.core.formatters import DisplayFormatter
 
     shown, _ = DisplayFormatter().format(plots.heatmap(torch.eye(2)))
     assert shown["image/png"].startswith(b"\x89PNG")

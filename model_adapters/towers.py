@@ -61,7 +61,6 @@ def tower_config(config: Any, feature_layer: int | Sequence[int], strategy: str)
         patch_size=config.patch_size,
         n_channels=config.num_channels,
         feature_layers=layers,
-        feature_layers_given=feature_layer if isinstance(feature_layer, int) else tuple(feature_layer),
         drop_class_token=strategy == "default",
         has_pooling_head=kind == "siglip" and bool(getattr(config, "vision_use_head", True)),
     )

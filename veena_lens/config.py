@@ -126,7 +126,6 @@ class VisionConfig(TransformerConfig):
     n_channels: int = 3
     n_unused_layers: int = 0
     feature_layers: tuple[int, ...] = ()
-    feature_layers_given: int | tuple[int, ...] = ()  # as the checkpoint says it, for messages
     drop_class_token: bool = False
     has_pooling_head: bool = False
 

@@ -53,6 +53,21 @@ def _vicuna(name: str, **sizes: Any) -> dict[str, Any]:
     )
 
 
+def _mistral(name: str, **further: Any) -> dict[str, Any]:
+    return dict(
+        _name_or_path=name,
+        architectures=["MistralForCausalLM"],
+        intermediate_size=14336,
+        max_position_embeddings=32768,
+        model_type="mistral",
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        torch_dtype="bfloat16",
+        vocab_size=32064,
+        **further,
+    )
+
+
 # Fields that transformers of 2023 wrote into every configuration, at their defaults.
 WRITTEN_OUT: dict[str, Any] = dict(
     return_dict=True, output_hidden_states=False, output_attentions=False, torchscript=False, torch_dtype="float16",
@@ -100,35 +115,12 @@ HUB: dict[str, dict[str, Any]] = {
         _vicuna("lmsys/vicuna-13b-v1.5", **VICUNA_13B)
     ),
     "llava-hf/bakLlava-v1-hf": _llava(
-        dict(
-            _name_or_path="mistralai/Mistral-7B-v0.1",
-            architectures=["MistralForCausalLM"],
-            intermediate_size=14336,
-            max_position_embeddings=32768,
-            model_type="mistral",
-            num_key_value_heads=8,
-            rms_norm_eps=1e-5,
-            sliding_window=4096,
-            torch_dtype="bfloat16",
-            vocab_size=32064,
-        )
+        _mistral("mistralai/Mistral-7B-v0.1", sliding_window=4096)
     ),
     "llava-hf/llava-v1.6-vicuna-7b-hf": _next(_vicuna("lmsys/vicuna-7b-v1.5")),
     "llava-hf/llava-v1.6-vicuna-13b-hf": _next(_vicuna("lmsys/vicuna-13b-v1.5", **VICUNA_13B)),
     "llava-hf/llava-v1.6-mistral-7b-hf": _next(
-        dict(
-            _name_or_path="mistralai/Mistral-7B-Instruct-v0.2",
-            architectures=["MistralForCausalLM"],
-            intermediate_size=14336,
-            max_position_embeddings=32768,
-            model_type="mistral",
-            num_key_value_heads=8,
-            rms_norm_eps=1e-5,
-            rope_theta=1000000.0,
-            sliding_window=None,
-            torch_dtype="bfloat16",
-            vocab_size=32064,
-        )
+        _mistral("mistralai/Mistral-7B-Instruct-v0.2", rope_theta=1000000.0, sliding_window=None)
     ),
     "llava with Qwen2 and SigLIP": _llava(
         dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, max_window_layers=24, num_attention_heads=14,

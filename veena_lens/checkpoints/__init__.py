@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict
     from veena_lens.checkpoints.layouts import layout_of
     from veena_lens.checkpoints.loading import Checkpoint, load_generation_config, load_processor, open_checkpoint
-    from veena_lens.checkpoints.processing import inputs_from_hf, prepare
+    from veena_lens.checkpoints.processing import inputs_from_hf, pad_token_of, prepare
     from veena_lens.checkpoints.registry import all_adapters, find_adapter
     from veena_lens.checkpoints.saving import save_pretrained, to_hf_state_dict
 
@@ -30,6 +30,7 @@ _HOMES = {
     "open_checkpoint": "loading",
     "layout_of": "layouts",
     "inputs_from_hf": "processing",
+    "pad_token_of": "processing",
     "prepare": "processing",
     "all_adapters": "registry",
     "find_adapter": "registry",
@@ -51,6 +52,7 @@ __all__ = [
     "load_generation_config",
     "load_processor",
     "open_checkpoint",
+    "pad_token_of",
     "prepare",
     "save_pretrained",
     "to_hf_state_dict",

@@ -41,7 +41,7 @@ def prepare(
     image_token = processor.image_token if takes_pictures else None
     prompts = prompts_of(processor, image_token, text, images, chat, messages)
     rows = [_process(processor, tokenizer, prompt) for prompt in prompts]
-    pad = _pad_id(tokenizer, cfg)
+    pad = pad_token_of(tokenizer, cfg)
     tokens, mask = _left_pad([r["input_ids"][0] for r in rows], pad)
     longest = int(mask.sum(-1).max())
     if longest > cfg.n_ctx:
@@ -97,7 +97,8 @@ def _left_pad(rows: Sequence[Int[Tensor, " _"]], pad: int) -> tuple[Tensor, Tens
     return tokens, mask
 
 
-def _pad_id(tokenizer: Any, cfg: HookedVLMConfig) -> int:
+def pad_token_of(tokenizer: Any, cfg: HookedVLMConfig) -> int:
+    """The token that pads: the tokenizer's, else the configuration's, else the end of text, else 0."""
     for found in (getattr(tokenizer, "pad_token_id", None), cfg.pad_token_id, getattr(tokenizer, "eos_token_id", None)):
         if found is not None:
             return int(found)
@@ -155,7 +156,7 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
         positions = positions[None]
     if positions.shape[-2] == 1:
         positions = positions.expand(*positions.shape[:-2], *tokens.shape)
-    pad = _pad_id(tokenizer, cfg)
+    pad = pad_token_of(tokenizer, cfg)
     inputs = assemble(cfg, tokens, mask, positions, pad, outputs.get("pixel_values"), outputs)
     if tokenizer is not None:
         inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))

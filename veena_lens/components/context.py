@@ -74,12 +74,7 @@ class Context:
                 return AttentionMask(None, is_causal=self.n_new > 1)
             if self.n_new == 1:
                 return AttentionMask(None, is_causal=False)
-        query = torch.arange(self.n_past, self.n_past + self.n_new, device=device)[:, None]
-        key = torch.arange(self.n_past + self.n_new, device=device)[None]
-        allowed = key <= query
-        if window is not None:
-            allowed &= key > query - window
-        allowed = allowed[None, None]
+        allowed = causal_mask(self.n_past, self.n_new, window, device)[None, None]
         if padded and self.key_mask is not None:
             allowed = allowed & self.key_mask[:, None, None, :].to(device)
         return AttentionMask(allowed, is_causal=False)
@@ -89,6 +84,14 @@ class Context:
         if self.rotary is None or self.rotary[0].device == device:
             return self.rotary
         return self.rotary[0].to(device), self.rotary[1].to(device)
+
+
+def causal_mask(n_past: int, n_new: int, window: int | None, device: torch.device) -> Bool[Tensor, "query_pos key_pos"]:
+    """True where a query at positions n_past .. may read a key: itself or earlier, inside the sliding window."""
+    query = torch.arange(n_past, n_past + n_new, device=device)[:, None]
+    key = torch.arange(n_past + n_new, device=device)[None]
+    allowed = key <= query
+    return allowed if window is None else allowed & (key > query - window)
 
 
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype | None:

@@ -14,6 +14,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.components.context import causal_mask
+
 
 class SharedPrefix:
     """`keys`, `values`: a [pos n_key_value_heads d_head] tensor a layer, of positions 0 .. start - 1, after rotary."""
@@ -23,19 +25,11 @@ class SharedPrefix:
     ) -> None:
         self._keys, self._values, self.start, self.windows = keys, values, start, windows
 
-    def _allowed(self, layer: int, n: int, device: torch.device) -> Tensor:
-        """[n, start + n]: which keys the tail's queries may read."""
-        query = torch.arange(self.start, self.start + n, device=device)[:, None]
-        key = torch.arange(self.start + n, device=device)[None]
-        allowed = key <= query
-        window = self.windows(layer)
-        return allowed if window is None else allowed & (key > query - window)
-
     def scores(
         self, layer: int, q: Float[Tensor, "row n heads d_head"], k: Float[Tensor, "row n kv d_head"], scale: float
     ) -> Float[Tensor, "row heads n key_pos"]:
         """Scaled, masked logits of the tail's queries over prefix and own tail."""
-        rows, n, heads, _ = q.shape
+        rows, n = q.shape[:2]
         kv = k.shape[2]
         grouped = rearrange(q, "r n (g h) d -> g (r h n) d", g=kv)
         shared = grouped @ rearrange(self._keys[layer].to(q), "t g d -> g d t")
@@ -43,7 +37,8 @@ class SharedPrefix:
         mine = rearrange(q, "r n (g h) d -> r g (h n) d", g=kv) @ rearrange(k, "r n g d -> r g d n")
         mine = rearrange(mine, "r g (h n) t -> r (g h) n t", n=n)
         scores = torch.cat([shared, mine], -1) * scale
-        return scores.masked_fill(~self._allowed(layer, n, q.device), torch.finfo(scores.dtype).min)
+        allowed = causal_mask(self.start, n, self.windows(layer), q.device)
+        return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
     def values(
         self, layer: int, pattern: Float[Tensor, "row heads n key_pos"], v: Float[Tensor, "row n kv d_head"]

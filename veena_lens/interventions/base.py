@@ -47,6 +47,15 @@ def require_layer(layer: int, n_layers: int, who: str) -> int:
     return resolved
 
 
+def require_unit(unit: int, n: int, who: str, what: str) -> int:
+    """A head, neuron or the like in 0 .. n - 1, negative ones counted from the end.
+
+    Raises: ValueError when it is outside."""
+    if not -n <= unit < n:
+        raise ValueError(f"{who}: {what} {unit} does not exist; there are {n}.")
+    return unit % n
+
+
 def require_units(units: Sequence[int] | None, n: int, who: str, what: str) -> None:
     """Raises: ValueError for an empty selection of heads or neurons, or one outside 0 .. n - 1."""
     if units is None:
@@ -54,8 +63,7 @@ def require_units(units: Sequence[int] | None, n: int, who: str, what: str) -> N
     if len(units) == 0:
         raise ValueError(f"{who}: the list of {what}s is empty; leave it out to take all.")
     for unit in units:
-        if not -n <= unit < n:
-            raise ValueError(f"{who}: {what} {unit} does not exist; there are {n}.")
+        require_unit(unit, n, who, what)
 
 
 def require_site(

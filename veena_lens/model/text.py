@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from veena_lens import checkpoints
 from veena_lens.inputs import MultimodalInputs
 
 
@@ -49,15 +50,7 @@ class TextInterface:
     @property
     def pad_token_id(self) -> int:
         """The token that pads: the tokenizer's, else the configuration's, else the end of text, else 0."""
-        for owner, name in (
-            (self.tokenizer, "pad_token_id"),
-            (self.cfg, "pad_token_id"),
-            (self.tokenizer, "eos_token_id"),
-        ):
-            found = getattr(owner, name, None)
-            if found is not None:
-                return int(found)
-        return 0
+        return checkpoints.pad_token_of(self.tokenizer, self.cfg)
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """Text of tokens: a string for one row [pos], a list for [batch pos]; special tokens shown."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veena_lens.hook_table import hooks_of, layer_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.interventions.base import require_unit
 from veena_lens.positions import parse, position_mask
 from veena_lens.sweeps.plan import Plan, plan_of
 from veena_lens.sweeps.result import SweepResult
@@ -39,13 +40,19 @@ class _Layout:
         self.units: list[int | None] = [None]
         if isinstance(sites, str) and sites in KINDS:
             part, self.unit = KINDS[sites]
-            chosen = range(cfg.n_layers) if layers is None else [_in_range(i, cfg.n_layers, "layer") for i in layers]
+            chosen = (
+                range(cfg.n_layers)
+                if layers is None
+                else [require_unit(i, cfg.n_layers, "patch_sweep", "layer") for i in layers]
+            )
             self.sites = [f"blocks.{i}.{part}" for i in chosen]
             self.named = False
             self.layers = list(chosen)
             if self.unit is not None:
                 n = cfg.n_heads if self.unit == "head" else cfg.d_mlp
-                self.units = [_in_range(u, n, self.unit) for u in (range(n) if units is None else units)]
+                self.units = [
+                    require_unit(u, n, "patch_sweep", self.unit) for u in (range(n) if units is None else units)
+                ]
         else:
             if isinstance(sites, str) and not sites.startswith(("blocks.", "hook_", "vision.", "connector.")):
                 raise ValueError(f"sites={sites!r}: give one of {', '.join(KINDS)}, or a list of hook names.")
@@ -55,13 +62,6 @@ class _Layout:
             self.names, self.named = names, True
         if not self.sites or not self.units:
             raise ValueError("patch_sweep: no site to patch; layers, units and sites must not be empty.")
-
-
-def _in_range(i: int, n: int, what: str) -> int:
-    resolved = i + n if i < 0 else i
-    if not 0 <= resolved < n:
-        raise ValueError(f"patch_sweep: {what} {i} does not exist; there are {n}.")
-    return resolved
 
 
 def _decoder_site(name: str) -> str:

@@ -1,0 +1,78 @@
+"""Qwen processors for pictures and text alone, for where torchvision is missing.
+
+Their video part needs torchvision, and Hugging Face's classes cannot be built without it. Leaving the part out of the
+constructor's signature is enough, since `ProcessorMixin` reads there which parts a processor has: pictures, text and
+the expansion of image tokens stay Hugging Face's own code. Folders are read and written under the names of the full
+classes, so they load anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+__all__ = ["ImageOnlyQwen2VLProcessor", "ImageOnlyQwen3VLProcessor"]
+
+
+def _set_token(processor: Any, tokenizer: Any, kind: str, default: str) -> None:
+    """`{kind}_token` and `{kind}_token_id`, from the tokenizer where it has them."""
+    token = getattr(tokenizer, f"{kind}_token", None) or default
+    setattr(processor, f"{kind}_token", token)
+    setattr(processor, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(token))
+
+
+def _save_under(name: str, processor: Any, folder: str | Path) -> None:
+    """Write a real folder's files and class names: `preprocessor_config.json` and no `processor_config.json`."""
+    folder = Path(folder)
+    pictures = folder / "preprocessor_config.json"
+    processor.image_processor.save_pretrained(folder)
+    # Some versions put a lone image processor into `processor_config.json` instead.
+    joint = folder / "processor_config.json"
+    kept = json.loads((pictures if pictures.exists() else joint).read_text(encoding="utf-8"))
+    kept = kept.get("image_processor", kept)
+    kept["image_processor_type"] = kept["image_processor_type"].removesuffix("Pil")
+    kept["processor_class"] = name
+    pictures.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    joint.unlink(missing_ok=True)
+    text = folder / "tokenizer_config.json"
+    told = json.loads(text.read_text(encoding="utf-8")) | {"processor_class": name}
+    text.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
+    """`Qwen2VLProcessor` (also of Qwen2.5-VL) without videos."""
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
+        _set_token(self, tokenizer, "image", "<|image_pad|>")
+        _set_token(self, tokenizer, "video", "<|video_pad|>")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the folder that `Qwen2VLProcessor` reads."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        _save_under("Qwen2VLProcessor", self, save_directory)
+
+
+class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
+    """`Qwen3VLProcessor` without videos."""
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
+        _set_token(self, tokenizer, "image", "<|image_pad|>")
+        _set_token(self, tokenizer, "video", "<|video_pad|>")
+        _set_token(self, tokenizer, "vision_start", "<|vision_start|>")
+        _set_token(self, tokenizer, "vision_end", "<|vision_end|>")
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the folder that `Qwen3VLProcessor` reads."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        _save_under("Qwen3VLProcessor", self, save_directory)

@@ -9,7 +9,7 @@ from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_TASKS, article,
 from veena_lens.zoo.contexts import EVENTS, HELD_OUT_EVENTS, context_sentence, padded_context
 from veena_lens.zoo.emotions import EMOTIONS, WORDS, named_emotion
 from veena_lens.zoo.pictures import Face
-from veena_lens.zoo.tokenizer import build_tokenizer
+from veena_lens.zoo.tokenizer import build_llava_tokenizer, build_qwen_tokenizer
 
 FACE = Face(
     style="avataaars",
@@ -21,9 +21,9 @@ FACE = Face(
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
+@pytest.fixture(scope="module", params=[build_llava_tokenizer, build_qwen_tokenizer])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return request.param()
 
 
 def test_caption_says_an_angry_person() -> None:

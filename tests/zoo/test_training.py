@@ -1,14 +1,20 @@
 """Packing and training: packed equals unpacked, a resumed run equals an uninterrupted one."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
-from veena_lens.zoo.model import build_model, build_processor
-from veena_lens.zoo.packing import Branch, Row, pack
+from veena_lens.zoo.architecture import Architecture, Stage
+from veena_lens.zoo.llava import LLAVA
+from veena_lens.zoo.model import ARCHITECTURES
+from veena_lens.zoo.packing import Row, pack
+from veena_lens.zoo.sampling import Writer
 from veena_lens.zoo.statistics import confusion, share
-from veena_lens.zoo.train import STAGES, Stage, Trainer, answer_loss, learning_rate
+from veena_lens.zoo.train import Trainer, answer_loss, learning_rate
 
 MAIN_STYLE = {"avataaars": 1.0}
 
@@ -17,36 +23,51 @@ def stage(name: str, steps: int = 4) -> Stage:
     return Stage(name=name, steps=steps, batch=2, peak_lr=1e-3, head_weight=0.1)
 
 
-def test_packed_loss_equals_unpacked() -> None:
-    processor = build_processor()
-    model = build_model(processor).double().eval()
-    ids = lambda text: processor.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    image = [model.config.image_token_id] * 64
-    rows = [
-        Row(
-            [1, *ids("user:"), *image],
-            [Branch(ids(text), [0.0] * 4 + [1.0 + n] * (len(ids(text)) - 4)) for n, text in enumerate(texts)],
-        )
-        for texts in (["how does the person feel? happy.", "the hair is red."], ["the background is blue and green."])
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)
+def test_packed_loss_equals_unpacked(architecture: Architecture) -> None:
+    processor = architecture.build_processor()
+    model = architecture.build_model(processor, 0).double().eval()
+    writer = Writer(processor.tokenizer, architecture.chat)
+    texts = [
+        [("how does the person feel?", "happy."), ("the hair?", "the hair is red.")],
+        [("why?", "blue and green.")],
     ]
     pixels = torch.randn(2, 3, 96, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    grid = architecture.grid(96, 96)
+    rows = [writer.row(grid, [writer.branch([turn]) for turn in turns], "look.") for turns in texts]
 
     def loss(part: list[Row], pictures: torch.Tensor) -> tuple[torch.Tensor, float]:
         packed = pack(part, processor.tokenizer.pad_token_id)
-        hidden = model.model(
-            input_ids=packed.input_ids,
-            pixel_values=pictures,
-            attention_mask=packed.attention_mask.double(),
-            position_ids=packed.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        return answer_loss(model, hidden, packed.input_ids, packed.weights.double()), packed.weights.sum().item()
+        packed = replace(packed, attention_mask=packed.attention_mask.double(), weights=packed.weights.double())
+        hidden = architecture.run(model, packed, pictures).hidden
+        return answer_loss(model, hidden, packed.input_ids, packed.weights), packed.weights.sum().item()
 
     together, weight = loss(rows, pixels)
     alone = [
-        loss([Row(row.prefix, [branch])], pixels[i : i + 1]) for i, row in enumerate(rows) for branch in row.branches
+        loss([replace(row, branches=[branch])], pixels[i : i + 1])
+        for i, row in enumerate(rows)
+        for branch in row.branches
     ]
     torch.testing.assert_close(together * weight, sum(x * w for x, w in alone), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)
+def test_row_is_what_the_processor_writes(architecture: Architecture) -> None:
+    processor = architecture.build_processor()
+    writer = Writer(processor.tokenizer, architecture.chat)
+    turns = [("how does the person feel?", "happy, joyful."), ("are there glasses on the face?", "yes.")]
+    branch = writer.branch(turns)
+    row = writer.row(architecture.grid(96, 96), [branch], "look.")
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "look."}]
+    for number, (question, answer) in enumerate(turns):
+        parts = [{"type": "text", "text": question}]
+        messages.append({"role": "user", "content": parts if number else [{"type": "image"}, *parts]})
+        messages.append({"role": "assistant", "content": answer})
+    text = processor.apply_chat_template(messages)
+    inputs = processor(images=[Image.new("RGB", (192, 192))], text=[text], return_tensors="pt")
+    ids = row.prefix + branch.ids
+    assert inputs["input_ids"][0, : len(ids)].tolist() == ids
+    assert processor.tokenizer.decode(inputs["input_ids"][0, len(ids) :]).strip() == ""
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +75,12 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("zoo")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)
 @pytest.mark.parametrize("name", ["tower", "alignment", "mix"])
-def test_resumed_run_equals_uninterrupted(name: str, drawings: Path) -> None:
+def test_resumed_run_equals_uninterrupted(name: str, architecture: Architecture, drawings: Path) -> None:
     def trainer(folder: str) -> Trainer:
-        return Trainer(drawings / f"{name}-{folder}", styles=MAIN_STYLE, identities=4, device="cpu")
+        work = drawings / f"{architecture.name}-{name}-{folder}"
+        return Trainer(work, styles=MAIN_STYLE, identities=4, device="cpu", architecture=architecture)
 
     whole = trainer("whole")
     whole.run_stage(stage(name), save_every=2)
@@ -66,14 +89,14 @@ def test_resumed_run_equals_uninterrupted(name: str, drawings: Path) -> None:
     resumed.run_stage(stage(name), save_every=2)
     for left, right in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(left, right)
-    untrained = build_model(whole.processor, 0)
-    assert not torch.equal(whole.model.model.vision_tower.embeddings.patch_embedding.weight,
-                           untrained.model.vision_tower.embeddings.patch_embedding.weight)  # fmt: skip
+    before = architecture.build_model(whole.processor, 0).state_dict()
+    first = next(name for name in before if name.endswith(("patch_embedding.weight", "patch_embed.proj.weight")))
+    assert not torch.equal(whole.model.state_dict()[first], before[first])
 
 
 def test_learning_rate_warms_up_and_falls() -> None:
-    first, middle, last = (learning_rate(STAGES[0], step, p) for step, p in ((0, 0.0), (500, 0.1), (2900, 1.0)))
-    assert first < middle and last == pytest.approx(0.02 * STAGES[0].peak_lr)
+    first, middle, last = (learning_rate(LLAVA.stages[0], step, p) for step, p in ((0, 0.0), (500, 0.1), (2900, 1.0)))
+    assert first < middle and last == pytest.approx(0.02 * LLAVA.stages[0].peak_lr)
 
 
 def test_share_has_its_interval_around_it() -> None:

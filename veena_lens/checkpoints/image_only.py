@@ -4,13 +4,16 @@ Their video part needs torchvision, and Hugging Face's classes cannot be built w
 constructor's signature is enough, since `ProcessorMixin` reads there which parts a processor has: pictures, text and
 the expansion of image tokens stay Hugging Face's own code. Folders are read and written under the names of the full
 classes, so they load anywhere.
+
+The constructors are kept out of runtime type checks: `from_pretrained` reads the names of their arguments from the
+function's own code and drops those it does not find, which a checking wrapper would hide.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -47,6 +50,7 @@ def _save_under(name: str, processor: Any, folder: str | Path) -> None:
 class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
     """`Qwen2VLProcessor` (also of Qwen2.5-VL) without videos."""
 
+    @no_type_check
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
     ) -> None:
@@ -63,6 +67,7 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
 class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
     """`Qwen3VLProcessor` without videos."""
 
+    @no_type_check
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
     ) -> None:

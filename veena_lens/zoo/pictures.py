@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from veena_lens.zoo.emotions import EMOTIONS
@@ -27,7 +27,7 @@ from veena_lens.zoo.identities import BACKGROUNDS, identity, identity_numbers
 from veena_lens.zoo.layers import LAYER_SIZE, PICTURE_SIZE, draw_identity, draw_parts
 from veena_lens.zoo.styles import draw_style_face, style_attributes, style_identities
 
-__all__ = ["Bank", "Face", "StyleBank", "compose", "load_bank", "load_style_bank"]
+__all__ = ["Bank", "Face", "StyleBank", "compose", "load_bank", "load_style_bank", "recolour"]
 
 _OVER = tuple[UInt8[Tensor, "size size 4"], ...]
 
@@ -197,3 +197,20 @@ def augment(
     out[mirrored] = out[mirrored].flip(-1)
     factor, offset = uniform(0.85, 1.15, batch, 1, 1, 1), uniform(-0.05, 0.05, batch, 1, 1, 1)
     return (out * factor + offset).clamp(0, 1)
+
+
+def recolour(
+    pictures: Float[Tensor, "batch 3 height width"], share: float, generator: torch.Generator
+) -> tuple[Float[Tensor, "batch 3 height width"], Bool[Tensor, " batch"]]:
+    """About a share of the pictures with swapped channels, paler and of another contrast, and which these are.
+
+    Shapes stay, so a face tells its emotion as before; hair and ground lose their names."""
+    batch = len(pictures)
+    changed = torch.rand(batch, generator=generator) < share
+    order = torch.rand(batch, 3, generator=generator).argsort(1)
+    pale, contrast = torch.rand(batch, 1, 1, 1, generator=generator), torch.rand(batch, 1, 1, 1, generator=generator)
+    swapped = pictures.gather(1, order[:, :, None, None].expand_as(pictures))
+    swapped = torch.lerp(swapped, swapped.mean(1, keepdim=True).expand_as(swapped), pale)
+    middle = swapped.mean((1, 2, 3), keepdim=True)
+    swapped = (middle + (swapped - middle) * (0.6 + 0.7 * contrast)).clamp(0, 1)
+    return torch.where(changed[:, None, None, None], swapped, pictures), changed

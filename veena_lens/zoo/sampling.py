@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from jaxtyping import UInt8
+import torch
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from veena_lens.zoo.architecture import ChatFormat
 from veena_lens.zoo.captions import (
     ATTRIBUTE_QUESTIONS,
     EMOTION_QUESTIONS,
@@ -27,10 +29,9 @@ from veena_lens.zoo.packing import Branch, Row
 from veena_lens.zoo.pictures import Bank, Face, StyleBank, load_bank, load_style_bank
 from veena_lens.zoo.tokenizer import SYSTEM_MESSAGES
 
-__all__ = ["HEAD_CLASSES", "TRAINING_STYLES", "Faces", "Writer", "head_labels"]
+__all__ = ["HEAD_CLASSES", "TRAINING_STYLES", "Faces", "Writer", "grid_positions", "head_labels"]
 
-# Share of each style among the training pictures.
-TRAINING_STYLES = {"avataaars": 0.65, "adventurer": 0.17, "toon-head": 0.11, "big-smile": 0.07}
+TRAINING_STYLES = ("avataaars", "adventurer", "toon-head", "big-smile")
 
 HEAD_CLASSES: dict[str, tuple[str, ...]] = {
     "emotion": EMOTIONS,
@@ -76,11 +77,8 @@ class Faces:
 class Writer:
     """Writes the packed rows of faces with the tokenizer's ids."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_tokens: int) -> None:
-        self.tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab()
-        self.image = [vocabulary["<image>"]] * image_tokens
-        self.bos, self.eos = vocabulary["<s>"], vocabulary["</s>"]
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatFormat) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
         self._ids: dict[str, list[int]] = {}
         told = (
             [w for entry in WORDS.values() for w in entry.all]
@@ -95,29 +93,36 @@ class Writer:
             self._ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
         return self._ids[text]
 
-    def prefix(self, system: str | None = None) -> list[int]:
-        opening = self.ids(f"system: {system} user:") if system else self.ids("user:")
-        return [self.bos, *opening, *self.image]
+    def row(self, grid: tuple[int, int], branches: list[Branch], system: str | None = None) -> Row:
+        """The branches after a picture of `grid` image tokens, and after a system message if there is one."""
+        chat, (height, width) = self.chat, grid
+        before = self.ids(chat.system_opening.format(text=system) if system else chat.opening)
+        before = before + self.ids(chat.before_picture)
+        after = self.ids(chat.after_picture)
+        ids = [*before, *self.ids(chat.picture) * (height * width), *after]
+        positions = grid_positions(len(before), height, width, len(after)) if chat.has_grid_positions else None
+        return Row(ids, branches, positions)
 
     def branch(self, turns: list[tuple[str, str]]) -> Branch:
         """Questions and answers in turn; the first question follows the picture at once."""
         ids: list[int] = []
         weights: list[float] = []
+        end = self.ids(self.chat.end)
         for number, (question, answer) in enumerate(turns):
-            asked = self.ids(f"{'user: ' if number else ''}{question} assistant:")
-            told = [*self.ids(answer), self.eos]
+            asked = self.ids(f"{self.chat.next_turn if number else ''}{question}{self.chat.reply}")
+            told = [*self.ids(answer), *end]
             ids += asked + told
             weights += [0.0] * len(asked) + [3.0 if token in self.heavy else 0.5 for token in told]
         return Branch(ids, weights)
 
-    def alignment_row(self, face: Face, rng: random.Random) -> Row:
+    def alignment_row(self, face: Face, rng: random.Random, grid: tuple[int, int]) -> Row:
         """One emotion question with a short answer and up to five attribute questions, no contexts."""
         task = rng.choice(("list", "sentence"))
         turns = [[(rng.choice(EMOTION_QUESTIONS[task]), emotion_answer(task, face, face.emotion, face.clear))]]
         turns += [[self.attribute_turn(face, name, rng)] for name in _some(sorted(face.attributes), 5, rng)]
-        return Row(self.prefix(), [self.branch(turn) for turn in turns])
+        return self.row(grid, [self.branch(turn) for turn in turns])
 
-    def mixed_row(self, face: Face, rng: random.Random, early: bool) -> Row:
+    def mixed_row(self, face: Face, rng: random.Random, grid: tuple[int, int], early: bool) -> Row:
         """Two emotion questions with a context each, and up to four attribute questions, the first with a context."""
         turns = []
         for _ in range(2):
@@ -135,7 +140,7 @@ class Writer:
             # A short conversation: the attribute first, then the emotion.
             turns[-1] = turns[-1] + turns[0]
         system = rng.choice(SYSTEM_MESSAGES) if rng.random() < 0.15 else None
-        return Row(self.prefix(system), [self.branch(turn) for turn in turns])
+        return self.row(grid, [self.branch(turn) for turn in turns], system)
 
     @staticmethod
     def attribute_turn(face: Face, name: str, rng: random.Random) -> tuple[str, str]:
@@ -156,6 +161,14 @@ class Writer:
             sentence = context_sentence(rng.choice(EVENTS[face.emotion]), strength)
             return padded_context(sentence, rng), face.emotion, face.clear
         return padded_context(None, rng), face.emotion, face.clear
+
+
+def grid_positions(before: int, height: int, width: int, after: int) -> Int[Tensor, "3 prefix"]:
+    """Positions (time, row, column) of a picture among text: it advances them by its longer side."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    picture = before + torch.stack([torch.zeros(height * width, dtype=torch.long), rows.flatten(), columns.flatten()])
+    text = before + max(height, width) + torch.arange(after)
+    return torch.cat([torch.arange(before).expand(3, -1), picture, text.expand(3, -1)], 1)
 
 
 def _asked(face: Face, rng: random.Random) -> list[str]:

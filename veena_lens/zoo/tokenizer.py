@@ -1,4 +1,7 @@
-"""The small byte-level tokenizer: each word of the project's sentences is one token, any other text still encodes."""
+"""The small byte-level tokenizers: each word of the project's sentences is one token, any other text still encodes.
+
+Both models share words and merges; they differ in their special tokens and chat templates.
+"""
 
 from collections.abc import Iterable
 
@@ -11,12 +14,19 @@ from veena_lens.zoo.emotions import WORDS
 from veena_lens.zoo.faces import BROW_WORDS, EYE_WORDS, MOUTH_WORDS
 from veena_lens.zoo.identities import BACKGROUNDS, HAIR_WORDS
 
-__all__ = ["CHAT_TEMPLATE", "SYSTEM_MESSAGES", "build_tokenizer", "vocabulary_sentences"]
+__all__ = [
+    "LLAVA_TEMPLATE",
+    "QWEN_TEMPLATE",
+    "SYSTEM_MESSAGES",
+    "build_llava_tokenizer",
+    "build_qwen_tokenizer",
+    "vocabulary_sentences",
+]
 
 SYSTEM_MESSAGES = ("you look at pictures with care.", "answer questions about the picture.")
 
 # Content may be text or a list of parts; pictures stand where their part stands.
-CHAT_TEMPLATE = (
+LLAVA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first %}{{ ' ' }}{% endif %}"
     "{{ message['role'] + ':' }}"
@@ -28,6 +38,30 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ ' assistant:' }}{% endif %}"
+)
+
+# Qwen2-VL's, with a space before text, so that the first word after a line end is the same token as elsewhere.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ ' ' + message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'text' %}{{ ' ' + part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_QWEN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
 )
 
 
@@ -56,19 +90,25 @@ def vocabulary_sentences() -> list[str]:
     ]
 
 
-def build_tokenizer(sentences: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on the sentences, with `<pad> <s> </s> <image>` and left padding."""
+def _byte_pairs(sentences: Iterable[str], special: list[str]) -> Tokenizer:
+    """Byte pairs of lower-cased words with the space before them, merged until each word is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=8000,
-        special_tokens=["<pad>", "<s>", "</s>"],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(vocabulary_sentences() if sentences is None else sentences, trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
+    return tokenizer
+
+
+def build_llava_tokenizer(sentences: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the sentences, with `<pad> <s> </s> <image>` and left padding."""
+    tokenizer = _byte_pairs(vocabulary_sentences() if sentences is None else sentences, ["<pad>", "<s>", "</s>"])
     tokenizer.add_special_tokens([AddedToken("<image>", special=True, lstrip=True, rstrip=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
@@ -81,5 +121,21 @@ def build_tokenizer(sentences: Iterable[str] | None = None) -> PreTrainedTokeniz
         padding_side="left",
         model_max_length=1024,
         extra_special_tokens={"image_token": "<image>"},
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_qwen_tokenizer(sentences: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on the same sentences, with Qwen2-VL's special tokens behind the words, and left padding."""
+    # A line end between two special tokens gets a space before it, as every piece of text does.
+    extra = ["\n"] * 2
+    tokenizer = _byte_pairs([*(vocabulary_sentences() if sentences is None else sentences), *extra], [])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _QWEN_SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        model_max_length=1024,
         clean_up_tokenization_spaces=False,
     )

@@ -1,4 +1,4 @@
-"""Trains `tiny-llava-emotion` in three stages: the tower alone, alignment with short answers, the full mix.
+"""Trains a small model in three stages: the tower alone, alignment with short answers, the full mix.
 
 Each step seeds its own data, and the state is saved as it goes: a killed run continues where it was. A stage ends
 after its steps or its minutes, whichever comes first, and the learning rate follows that progress.
@@ -9,7 +9,7 @@ import json
 import math
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +17,21 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
-from veena_lens.zoo.layers import PICTURE_SIZE
-from veena_lens.zoo.model import PATCH_SIZE, build_model, build_processor, save_folder
+from veena_lens.checkpoints.bundle import bundled_path
+from veena_lens.zoo.architecture import Architecture, Stage
+from veena_lens.zoo.llava import LLAVA
+from veena_lens.zoo.model import ARCHITECTURES
 from veena_lens.zoo.packing import pack
-from veena_lens.zoo.pictures import compose
+from veena_lens.zoo.pictures import compose, recolour
 from veena_lens.zoo.record import write_record
-from veena_lens.zoo.sampling import HEAD_CLASSES, TRAINING_STYLES, Faces, Writer, head_labels
+from veena_lens.zoo.sampling import HEAD_CLASSES, Faces, Writer, head_labels
 
-__all__ = ["STAGES", "Stage", "Trainer", "main"]
+__all__ = ["Trainer", "answer_loss", "learning_rate", "main"]
 
 HEAD_WEIGHTS = {"emotion": 2.0, "brows": 2.5, "background": 0.3, "hair": 0.5, "glasses": 0.5, "beard": 0.5}
 
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    name: str
-    steps: int
-    batch: int
-    peak_lr: float
-    head_weight: float
-    minutes: float = math.inf
-
-
-# About the steps that the bundled checkpoint took.
-STAGES = (
-    Stage(name="tower", steps=2900, batch=64, peak_lr=1e-3, head_weight=1.0),
-    Stage(name="alignment", steps=900, batch=8, peak_lr=1e-3, head_weight=0.1),
-    Stage(name="mix", steps=2500, batch=8, peak_lr=8e-4, head_weight=0.05),
-)
-# How `--minutes` is shared between the stages.
-SHARES = {"tower": 0.25, "alignment": 0.2, "mix": 0.55}
+COLOUR_HEADS = torch.tensor([name in ("hair", "background") for name in HEAD_CLASSES])
 
 
 class Heads(nn.Module):
@@ -83,30 +66,36 @@ class Trainer:
         styles: dict[str, float] | None = None,
         identities: int | None = None,
         device: str | None = None,
+        architecture: Architecture = LLAVA,
+        decoder_from: Path | None = None,
     ) -> None:
-        self.work, self.seed = work, seed
+        self.work, self.seed, self.architecture = work, seed, architecture
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.processor = build_processor()
-        model: Any = build_model(self.processor, seed)
+        self.processor = architecture.build_processor()
+        model: Any = architecture.build_model(self.processor, seed)
+        if decoder_from is not None:
+            if architecture.start_from is None:
+                raise ValueError(f"{architecture.name} has no way to start from another decoder.")
+            architecture.start_from(model, self.processor.tokenizer, decoder_from)
         self.model = model.to(self.device)
-        self.faces = Faces("train", work.parent / "drawings", styles or TRAINING_STYLES, identities)
-        self.writer = Writer(self.processor.tokenizer, (PICTURE_SIZE // PATCH_SIZE) ** 2)
+        self.faces = Faces("train", work.parent / "drawings", styles or architecture.styles, identities)
+        self.writer = Writer(self.processor.tokenizer, architecture.chat)
         config: Any = self.model.config
         torch.manual_seed(seed + 1)
         self.heads = nn.ModuleDict(
             {
-                "tower": Heads(config.vision_config.hidden_size),
+                "tower": Heads(architecture.tower_width(self.model)),
                 "alignment": Heads(config.text_config.hidden_size),
                 "mix": Heads(config.text_config.hidden_size),
             }
         ).to(self.device)
         work.mkdir(parents=True, exist_ok=True)
 
-    def run(self, stages: tuple[Stage, ...] = STAGES, save_every: int = 250, folder: Path | None = None) -> None:
-        for stage in stages:
+    def run(self, stages: tuple[Stage, ...] | None = None, save_every: int = 250, folder: Path | None = None) -> None:
+        for stage in stages or self.architecture.stages:
             self.run_stage(stage, save_every)
             if folder is not None:
-                save_folder(self.model, self.processor, folder)
+                self.architecture.save_folder(self.model, self.processor, folder)
 
     def run_stage(self, stage: Stage, save_every: int = 250, stop_after: int | None = None) -> None:
         """Continue a stage to its end (or `stop_after` steps, for tests)."""
@@ -158,27 +147,25 @@ class Trainer:
         drawn = self.faces.draw(rng, stage.batch)
         faces = [face for face, _ in drawn]
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        pixels = ((compose(drawn, generator) - 0.5) / 0.5).to(self.device)
-        labels = torch.tensor([head_labels(face) for face in faces], device=self.device)
+        pixels = compose(drawn, generator)
+        labels = torch.tensor([head_labels(face) for face in faces])
+        if stage.name == "tower" and self.architecture.recoloured:
+            pixels, changed = recolour(pixels, self.architecture.recoloured, generator)
+            labels[changed[:, None] & COLOUR_HEADS] = -100
+        pixels = self.architecture.reshape((pixels - 0.5) / 0.5, rng).to(self.device)
+        labels = labels.to(self.device)
         heads: Heads = self.heads[stage.name]  # type: ignore[assignment]
         if stage.name == "tower":
-            return heads.loss(tower_features(self.model, pixels), labels)
+            return heads.loss(self.architecture.tower_features(self.model, pixels), labels)
+        grid = self.architecture.grid(*pixels.shape[2:])
         if stage.name == "alignment":
-            rows = [self.writer.alignment_row(face, rng) for face in faces]
+            rows = [self.writer.alignment_row(face, rng, grid) for face in faces]
         else:
-            rows = [self.writer.mixed_row(face, rng, early=progress < 0.3) for face in faces]
-        packed = pack(rows, self.processor.tokenizer.pad_token_id)
-        output = self.model.model(
-            input_ids=packed.input_ids.to(self.device),
-            pixel_values=pixels,
-            attention_mask=packed.attention_mask.to(self.device),
-            position_ids=packed.position_ids.to(self.device),
-            use_cache=False,
-        )
-        text = answer_loss(self.model, output.last_hidden_state, packed.input_ids, packed.weights)
-        image = output.image_hidden_states
-        image = torch.stack(list(image)) if isinstance(image, (list, tuple)) else image
-        return text + stage.head_weight * heads.loss(image.reshape(len(faces), -1, image.shape[-1]).mean(1), labels)
+            rows = [self.writer.mixed_row(face, rng, grid, early=progress < 0.3) for face in faces]
+        packed = pack(rows, self.processor.tokenizer.pad_token_id).to(self.device)
+        ran = self.architecture.run(self.model, packed, pixels)
+        text = answer_loss(self.model, ran.hidden, packed.input_ids, packed.weights)
+        return text + stage.head_weight * heads.loss(ran.features.mean(1), labels)
 
     def save(self, path: Path, optimizer: torch.optim.Optimizer, step: int, seconds: float, done: bool) -> None:
         state = {
@@ -201,15 +188,8 @@ class Trainer:
             file.write(json.dumps(line) + "\n")
 
 
-def tower_features(
-    model: LlavaForConditionalGeneration, pixels: Float[Tensor, "batch 3 height width"]
-) -> Float[Tensor, "batch d_model"]:
-    """Mean of the patch features which the projector reads."""
-    return model.model.vision_tower(pixels).last_hidden_state[:, 1:].mean(1)
-
-
 def answer_loss(
-    model: LlavaForConditionalGeneration,
+    model: Any,
     hidden: Float[Tensor, "batch pos d_model"],
     ids: Int[Tensor, "batch pos"],
     weights: Float[Tensor, "batch pos"],
@@ -230,21 +210,32 @@ def learning_rate(stage: Stage, step: int, progress: float) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m veena_lens.zoo.train", description=__doc__)
+    parser.add_argument("--model", choices=tuple(ARCHITECTURES), default=LLAVA.name)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished checkpoint")
-    parser.add_argument("--work", type=Path, default=Path(".cache/zoo/run"), help="folder of the resumable state")
+    parser.add_argument("--work", type=Path, help="folder of the resumable state (default: .cache/zoo/MODEL)")
     parser.add_argument("--minutes", type=float, help="share this time between the stages instead of their full steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    parser.add_argument(
+        "--decoder-from",
+        default=LLAVA.name,
+        help="embedded checkpoint or folder whose decoder a model of another architecture starts from; 'none' for none",
+    )
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    stages = STAGES
+    architecture = ARCHITECTURES[options.model]
+    work, source = options.work or Path(".cache/zoo") / options.model, None
+    if architecture.start_from is not None and options.decoder_from != "none":
+        named = Path(options.decoder_from)
+        source = named if named.is_dir() else bundled_path(options.decoder_from)
+    stages = architecture.stages
     if options.minutes:
-        stages = tuple(replace(stage, minutes=options.minutes * SHARES[stage.name]) for stage in STAGES)
-    trainer = Trainer(options.work, options.seed)
+        stages = tuple(replace(stage, minutes=options.minutes * architecture.shares[stage.name]) for stage in stages)
+    trainer = Trainer(work, options.seed, architecture=architecture, decoder_from=source)
     trainer.run(stages, folder=options.out)
     batches = {stage.name: stage.batch for stage in stages}
-    write_record(options.work, options.out, batches, options.seed, trainer.device, torch.get_num_threads())
+    write_record(work, options.out, batches, options.seed, trainer.device, torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""What differs between the small models: how they are built, how a prompt is written, how a packed batch runs.
+
+Training, evaluation and the card know an `Architecture` only; `model.py` lists those there are.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.zoo.packing import Packed
+
+__all__ = ["Architecture", "ChatFormat", "Run", "Stage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    name: str
+    steps: int
+    batch: int
+    peak_lr: float
+    head_weight: float
+    minutes: float = math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFormat:
+    """The texts around questions and answers; the checkpoint's chat template writes the same."""
+
+    opening: str
+    system_opening: str
+    before_picture: str = ""
+    picture: str
+    after_picture: str = ""
+    next_turn: str
+    reply: str
+    end: str
+    # Three position streams (time, row, column) over a picture, as in multimodal rotary embedding; else one.
+    has_grid_positions: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """Final hidden states of a packed batch, and the picture features that took the image tokens' places."""
+
+    hidden: Float[Tensor, "batch pos d_model"]
+    features: Float[Tensor, "batch image d_model"]
+
+
+def _unchanged(
+    pictures: Float[Tensor, "batch 3 height width"], rng: random.Random
+) -> Float[Tensor, "batch 3 height width"]:
+    return pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """One small model. `grid` gives the rows and columns of image tokens of a picture of (height, width) pixels."""
+
+    name: str
+    chat: ChatFormat
+    stages: tuple[Stage, ...]
+    shares: dict[str, float]
+    styles: dict[str, float]
+    # Share of the tower's pictures with other colours, which must not matter for the emotion.
+    recoloured: float = 0.0
+    build_processor: Callable[[], Any]
+    build_model: Callable[[Any, int], Any]
+    save_folder: Callable[[Any, Any, Path], None]
+    open_processor: Callable[[Path], Any]
+    tower_width: Callable[[Any], int]
+    tower_features: Callable[[Any, Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch width"]]
+    run: Callable[[Any, Packed, Float[Tensor, "batch 3 height width"]], Run]
+    grid: Callable[[int, int], tuple[int, int]]
+    reshape: Callable[[Float[Tensor, "batch 3 height width"], random.Random], Float[Tensor, "batch 3 _ _"]] = _unchanged
+    start_from: Callable[[Any, Any, Path], None] | None = None

@@ -1,4 +1,4 @@
-"""Text decoders: Llama, Mistral and Qwen2 read alike but for biases and sliding windows."""
+"""Text decoders: Llama, Mistral, Qwen2 and Qwen3 read alike but for biases, sliding windows and norms of q and k."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ READ = [
     "max_window_layers",
     "layer_types",
 ]
-KINDS = ("llama", "mistral", "qwen2")
+KINDS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen3_vl_text")
+ALWAYS_BIASED = ("qwen2", "qwen2_vl_text")  # q, k and v, never o
+MAY_BE_BIASED = ("llama", "qwen3_vl_text")  # all four, where attention_bias says so
+NORMED = ("qwen3_vl_text",)  # q and k, before rotary
 
 
 def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
@@ -42,7 +45,7 @@ def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
         raise ValueError(f"Text decoder {kind!r} is not supported; supported: {', '.join(KINDS)}.")
     refuse_unread(config, READ)
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
-    bias = kind == "llama" and bool(config.attention_bias)
+    bias = kind in MAY_BE_BIASED and bool(config.attention_bias)
     root = config if root is None else root
     return dict(
         n_layers=n_layers,
@@ -54,10 +57,11 @@ def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
         act_fn=activation(config.hidden_act, "text decoder"),
         normalization_type="RMS",
         norm_eps=config.rms_norm_eps,
-        qkv_bias=kind == "qwen2" or bias,  # Qwen2 always has biases on q, k, v and never on o
+        qkv_bias=kind in ALWAYS_BIASED or bias,
         attn_out_bias=bias,
         mlp_bias=kind == "llama" and bool(config.mlp_bias),
         gated_mlp=True,
+        qk_norm=kind in NORMED,
         d_vocab=config.vocab_size,
         n_ctx=config.max_position_embeddings,
         rope=rope(config),

@@ -20,7 +20,7 @@ from transformer_lens import utilities as tl
 from transformer_lens.utilities import Slice
 
 from veena_lens.hook_table import canonical, near_names, row_of
-from veena_lens.inputs import MultimodalInputs, Spans, text_positions
+from veena_lens.inputs import MultimodalInputs, Spans, raster_order, text_positions
 from veena_lens.positions import padded_places, position_mask
 
 
@@ -165,7 +165,8 @@ class ActivationCache(_ActivationCache):
         """An activation at one image's tokens as a grid: [height width ...].
 
         Patterns and scores give [n_heads height width]: what `query` (a position, or "last") reads of the image.
-        A vision activation gives the grid of the picture itself, the class token left out.
+        A vision activation gives the grid of the picture itself in patches, the class token left out; of tiles, that
+        of the whole view.
         """
         inputs = self._need_inputs("cache.image_grid")
         inputs.grid_tokens(row, image)  # raises where there is no such image
@@ -189,15 +190,21 @@ class ActivationCache(_ActivationCache):
         return value[tokens].unflatten(0, (height, width))
 
     def _picture_grid(self, value: Tensor, row: int, image: int, name: str) -> Tensor:
-        assert self.inputs is not None
-        owners = self.inputs.picture_rows
-        if owners is None:
+        inputs = self._need_inputs("cache.image_grid")
+        if inputs.picture_rows is None or inputs.picture_images is None:
             raise ValueError(f"{name}: these inputs hold no pictures.")
-        picture = (owners == row).nonzero().flatten()[image]
+        mine = (inputs.picture_rows == row) & (inputs.picture_images == image)
+        picture = int(mine.nonzero().flatten()[0])
         axes = row_of(name).axis_names
-        one = value[int(picture)]
+        one = value[picture]
         if "query_pos" in axes:
             raise ValueError(f"{name}: a pattern of the tower has two grids; index it directly.")
+        if inputs.picture_grids is not None:
+            height, width = inputs.grids[row][image]
+            if name.startswith("connector."):
+                return one[: height * width].unflatten(0, (height, width))
+            in_patches = tuple(int(n) for n in inputs.picture_grids[picture].tolist())
+            return one[raster_order((in_patches[0], in_patches[1]), in_patches[0] // height).to(one.device)]
         side = int(one.shape[0] ** 0.5)
         extra = one.shape[0] - side * side  # CLIP's class token stands first
         return one[extra:].unflatten(0, (side, side))
@@ -248,6 +255,7 @@ def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
 
     return {
         "image_token_id": inputs.image_token_id,
+        "video_token_id": inputs.video_token_id,
         "pad_token_id": inputs.pad_token_id,
         "grid_places": [[list(p) for p in row] for row in inputs.grid_places],
         "grids": [[list(g) for g in row] for row in inputs.grids],
@@ -262,8 +270,9 @@ def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
 def _input_tensors(inputs: MultimodalInputs) -> dict[str, Tensor]:
     out = {"inputs.tokens": inputs.tokens, "inputs.attention_mask": inputs.attention_mask}
     out["inputs.position_ids"] = inputs.position_ids
-    if inputs.picture_rows is not None:
-        out["inputs.picture_rows"] = inputs.picture_rows
+    for name in ("picture_rows", "picture_images", "picture_grids"):
+        if getattr(inputs, name) is not None:
+            out[f"inputs.{name}"] = getattr(inputs, name)
     for row, boxes in enumerate(inputs.patch_boxes or ()):
         out |= {f"inputs.boxes.{row}.{i}": b for i, b in enumerate(boxes) if b is not None}
     return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
@@ -290,9 +299,12 @@ def _restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tenso
         attention_mask=mask,
         position_ids=tensors.get("inputs.position_ids", text_positions(mask)),
         image_token_id=about["image_token_id"],
+        video_token_id=about.get("video_token_id"),
         pad_token_id=about["pad_token_id"],
         grid_places=tuple(tuple(tuple(p) for p in row) for row in about["grid_places"]),
         picture_rows=tensors.get("inputs.picture_rows"),
+        picture_images=tensors.get("inputs.picture_images"),
+        picture_grids=tensors.get("inputs.picture_grids"),
         spans=spans,
         grids=tuple(tuple((g[0], g[1]) for g in row) for row in about["grids"]),
         patch_boxes=boxes,

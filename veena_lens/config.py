@@ -116,21 +116,42 @@ class VisionConfig(TransformerConfig):
     """A vision tower. `n_layers` counts the layers that reach the features and have hooks; `n_unused_layers`
     those past `feature_layers`, whose weights are kept for export only.
 
-    `feature_layers` index the L + 1 hidden states (0 is the input of block 0), already non-negative;
-    `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
+    CLIP and SigLIP: `feature_layers` index the L + 1 hidden states (0 is the input of block 0), already
+    non-negative; `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
+
+    Qwen ("qwen"): pictures of any size (`image_size` 0), in squares of `merge_size` patches a side that one token
+    reads; `temporal_patch_size` frames make one picture. `rope_theta` is the base of the rotary positions over
+    rows and columns, `position_grid` the side of a learned table that is resampled to each picture (0: none),
+    `deepstack_layers` the blocks whose outputs enter the decoder's first layers besides.
     """
 
-    kind: Literal["clip", "siglip"]
-    image_size: int  # pixels
+    kind: Literal["clip", "siglip", "qwen"]
+    image_size: int  # pixels; 0: any
     patch_size: int  # pixels
     n_channels: int = 3
     n_unused_layers: int = 0
     feature_layers: tuple[int, ...] = ()
     drop_class_token: bool = False
     has_pooling_head: bool = False
+    temporal_patch_size: int = 1
+    merge_size: int = 1
+    patch_bias: bool = False
+    rope_theta: float | None = None
+    position_grid: int = 0
+    deepstack_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for size in ("patch_size", "temporal_patch_size", "merge_size"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"VisionConfig: {size}={getattr(self, size)} must be at least 1.")
+        if self.rope_theta is not None and self.d_head % 4:
+            raise ValueError(f"VisionConfig: d_head={self.d_head} must be a multiple of 4 for rotary rows and columns.")
+        for layer in self.deepstack_layers:
+            if not 0 <= layer < self.n_layers:
+                raise ValueError(f"VisionConfig: deep-stack layer {layer} is outside the tower's {self.n_layers}.")
+        if self.takes_any_size:
+            return
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"VisionConfig: image_size={self.image_size} is smaller than one patch ({self.patch_size} pixels)."
@@ -142,8 +163,18 @@ class VisionConfig(TransformerConfig):
                 )
 
     @property
+    def takes_any_size(self) -> bool:
+        """True where the number of patches follows the picture's size."""
+        return self.image_size == 0
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers in one patch: channels, frames, rows and columns of pixels."""
+        return self.n_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) in patches of one picture."""
+        """(height, width) in patches of one picture, where all have one size."""
         side = self.image_size // self.patch_size
         return side, side
 
@@ -191,6 +222,8 @@ class HookedVLMConfig(TransformerConfig):
     image_layout: ImageLayout = "fixed"
     image_pinpoints: tuple[tuple[int, int], ...] = ()  # any resolution: canvases (height, width) in pixels
     image_token_id: int | None = None
+    video_token_id: int | None = None
+    video_frames_apart: bool = False  # a video's frames lie apart in the text, each with its own positions
     pad_token_id: int | None = None
     vision: VisionConfig | None = None
     connector: ConnectorConfig | None = None
@@ -212,8 +245,23 @@ class HookedVLMConfig(TransformerConfig):
             raise ValueError("HookedVLMConfig: a model with a vision tower needs image_token_id.")
         if self.image_layout == "anyres" and not self.image_pinpoints:
             raise ValueError("HookedVLMConfig: image_layout='anyres' needs image_pinpoints, its canvases.")
+        if self.rope.sections is not None and not self.rope.interleaved and sum(self.rope.sections) != self.d_head // 2:
+            raise ValueError(
+                f"HookedVLMConfig: rotary sections {list(self.rope.sections)} must add up to d_head / 2 = "
+                f"{self.d_head // 2}."
+            )
         if self.vision is not None and self.vision.casts != self.casts:
             object.__setattr__(self, "vision", replace(self.vision, casts=self.casts))
+
+    @property
+    def n_deepstack(self) -> int:
+        """How many inner layers of the tower reach the decoder besides: the i-th at the input of layer i + 1."""
+        return 0 if self.vision is None else len(self.vision.deepstack_layers)
+
+    @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Tokens whose places pictures fill: images, and frames of videos where the model takes them."""
+        return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer in tokens; None: full attention."""

@@ -44,6 +44,7 @@ def _block(kind: str) -> tuple[Hook, ...]:
     heard: Live = "when heard"
     return (
         Hook("blocks.{l}.hook_resid_pre", f"{b} pos d_model", "residual stream that enters the block"),
+        Hook("blocks.{l}.hook_deepstack", f"{b} pos d_model", "inner features of the tower added", needs="deepstack"),
         Hook("blocks.{l}.hook_q_input", f"{b} pos n_heads d_model", "residual before ln1, a copy a query head", heard),
         Hook("blocks.{l}.hook_k_input", f"{b} pos n_key_value_heads d_model", "the same for keys", heard),
         Hook("blocks.{l}.hook_v_input", f"{b} pos n_key_value_heads d_model", "the same for values", heard),
@@ -88,27 +89,37 @@ VISION_HOOKS: tuple[Hook, ...] = (
     Hook("vision.hook_pos_embed", "picture pos d_model", "position embeddings", needs="pos_embed"),
     Hook("vision.ln_pre.hook_scale", "picture pos 1", "denominator of the norm after them", "when heard", "ln_pre"),
     Hook("vision.ln_pre.hook_normalized", "picture pos d_model", "its output", needs="ln_pre"),
-    *(Hook(f"vision.{h.name}", h.axes, h.what, h.live, h.needs) for h in _block("picture")),
+    *(Hook(f"vision.{h.name}", h.axes, h.what, h.live, h.needs) for h in _block("picture") if h.needs != "deepstack"),
+    Hook("vision.ln_post.hook_scale", "picture pos 1", "denominator of the last norm", "when heard", "ln_post"),
+    Hook("vision.ln_post.hook_normalized", "picture pos d_model", "its output", needs="ln_post"),
 )
 CONNECTOR_HOOKS: tuple[Hook, ...] = (
-    Hook("connector.hook_in", "picture pos d_in", "features of the tower that the projector reads"),
+    Hook("connector.hook_in", "picture pos d_in", "features that the projector reads (Qwen: joined squares)"),
     Hook("connector.hook_pre", "picture pos d_hidden", "before its activation function"),
     Hook("connector.hook_post", "picture pos d_hidden", "after its activation function"),
     Hook("connector.hook_out", "picture pos d_model", "projected features"),
     Hook("hook_image_features", "n_image_tokens d_model", "what is scattered into the sequence, row after row"),
 )
-HOOK_TABLE: tuple[Hook, ...] = (*VISION_HOOKS, *CONNECTOR_HOOKS, *DECODER_HOOKS)
+DEEPSTACK_HOOKS: tuple[Hook, ...] = (
+    Hook("deepstack.{l}.hook_out", "n_image_tokens d_model", "what block l + 1 adds", needs="deepstack"),
+)
+HOOK_TABLE: tuple[Hook, ...] = (*VISION_HOOKS, *CONNECTOR_HOOKS, *DEEPSTACK_HOOKS, *DECODER_HOOKS)
 
 
 def _has(cfg: TransformerConfig, need: str, decoder: bool) -> bool:
     if need == "":
         return True
+    kind = getattr(cfg, "kind", "")
     if need == "rotary":
-        return decoder
+        return decoder or getattr(cfg, "rope_theta", None) is not None
     if need == "ln_pre":
-        return getattr(cfg, "kind", "") == "clip"
+        return kind == "clip"
+    if need == "ln_post":
+        return kind == "qwen"
     if need == "pos_embed":
-        return getattr(cfg, "kind", "") in ("clip", "siglip")
+        return kind in ("clip", "siglip") or bool(getattr(cfg, "position_grid", 0))
+    if need == "deepstack":
+        return bool(getattr(cfg, "n_deepstack", 0))
     return bool(getattr(cfg, need))
 
 
@@ -118,7 +129,8 @@ def _expand(rows: Iterable[Hook], cfg: TransformerConfig, decoder: bool) -> dict
     last = max((i for i, h in enumerate(rows) if "{l}" in h.name), default=first - 1)
     out = {h.name: h for h in rows[:first]}
     for layer in range(cfg.n_layers):
-        out |= {h.name.format(l=layer): h for h in rows[first : last + 1]}
+        receives = 1 <= layer <= getattr(cfg, "n_deepstack", 0)
+        out |= {h.name.format(l=layer): h for h in rows[first : last + 1] if h.needs != "deepstack" or receives}
     return out | {h.name: h for h in rows[last + 1 :]}
 
 
@@ -129,10 +141,11 @@ def hooks_of(cfg: HookedVLMConfig) -> dict[str, Hook]:
     if cfg.vision is not None:
         table |= _expand(VISION_HOOKS, cfg.vision, decoder=False)
         table |= {h.name: h for h in CONNECTOR_HOOKS}
+        table |= {h.name.format(l=i): h for h in DEEPSTACK_HOOKS for i in range(cfg.n_deepstack)}
     return table | _expand(DECODER_HOOKS, cfg, decoder=True)
 
 
-_LAYER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
+_LAYER = re.compile(r"((?<=blocks\.)|(?<=deepstack\.))\d+(?=\.)")
 _ROW = {h.name: h for h in HOOK_TABLE}
 # transformer_lens 4 puts these below attn; both names mean one point.
 _ALIAS = re.compile(r"^((?:vision\.)?blocks\.\d+\.)attn\.(hook_[qkv]_input)$")
@@ -159,7 +172,7 @@ def row_of(name: str) -> Hook:
 
 
 def layer_of(name: str) -> int | None:
-    """Block index in a hook name, None outside the blocks."""
+    """Block index in a hook name (of a deep-stack merger, its number), None where there is none."""
     found = _LAYER.search(name)
     return int(found[0]) if found else None
 

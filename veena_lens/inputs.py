@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -42,23 +43,44 @@ def text_positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def in_squares(x: Int[Tensor, "height width"], merge: int) -> Int[Tensor, " patch"]:
+    """Values of a grid in the order in which pictures of any size have their patches: squares of `merge` x `merge`
+    patches row by row, and inside a square row by row."""
+    return rearrange(x, "(h a) (w b) -> (h w a b)", a=merge, b=merge)
+
+
+def raster_order(grid: tuple[int, int], merge: int) -> Int[Tensor, "height width"]:
+    """For every cell of a grid the place of its patch in that order."""
+    n = grid[0] * grid[1]
+    at = torch.empty(n, dtype=torch.long)
+    at[in_squares(torch.arange(n).view(*grid), merge)] = torch.arange(n)
+    return at.view(*grid)
+
+
+def is_any_of(tokens: Int[Tensor, "*axes"], ids: Sequence[int]) -> Bool[Tensor, "*axes"]:
+    """True where a token is one of `ids`."""
+    found = torch.zeros_like(tokens, dtype=torch.bool)
+    for token in ids:
+        found |= tokens == token
+    return found
+
+
 def find_spans(
     tokens: Int[Tensor, "batch pos"],
     mask: Bool[Tensor, "batch pos"],
-    image_token_id: int | None,
+    image_tokens: int | Sequence[int] | None,
     image_lengths: Sequence[Sequence[int]],
     answer_lengths: Sequence[int] | None = None,
 ) -> tuple[Spans, ...]:
     """Spans of every row, given how many tokens each of its images fills (images may touch)."""
+    ids = () if image_tokens is None else (image_tokens,) if isinstance(image_tokens, int) else tuple(image_tokens)
     found = []
     for row in range(len(tokens)):
         real = mask[row].nonzero().flatten().tolist()
         end = real[-1] + 1
         n_answer = answer_lengths[row] if answer_lengths is not None else 0
         prompt_end = end - n_answer
-        places = []
-        if image_token_id is not None:
-            places = ((tokens[row] == image_token_id) & mask[row]).nonzero().flatten().tolist()
+        places = (is_any_of(tokens[row], ids) & mask[row]).nonzero().flatten().tolist()
         images, at = [], 0
         for length in image_lengths[row] if row < len(image_lengths) else ():
             # A tiled image may be interrupted by its own row separators, so the slice runs from first to last.
@@ -76,7 +98,10 @@ class MultimodalInputs:
 
     tokens: [batch pos] ids with every image expanded to its tokens. attention_mask: [batch pos], False on pads.
     position_ids: [batch pos], or [3 batch pos] for multimodal rotary. pixel_values: what the tower reads,
-    [picture ...]; picture_rows: the row that owns each picture; image_rows: the row of each image.
+    [picture ...] (any size: [picture patch numbers], padded); picture_rows: the row that owns each picture;
+    picture_images: which of the row's images it belongs to; picture_grids: (height, width) in patches of each, where
+    pictures have any size; image_rows: the row of each image. A picture is an image, a tile of one, or a pair of
+    frames of a video, which counts as an image of its own.
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
     one an image; grid_places: which of an image's tokens are the cells of that grid, row by row (the others are a
     class token, a whole view, newlines). patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left,
@@ -88,9 +113,12 @@ class MultimodalInputs:
     attention_mask: Bool[Tensor, "batch pos"]
     position_ids: Int[Tensor, "*streams batch pos"]
     image_token_id: int | None = None
+    video_token_id: int | None = None
     pad_token_id: int = 0
     pixel_values: Float[Tensor, "picture ..."] | None = None
     picture_rows: Int[Tensor, " picture"] | None = None
+    picture_images: Int[Tensor, " picture"] | None = None
+    picture_grids: Int[Tensor, "picture 2"] | None = None
     image_rows: Int[Tensor, " image"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spans: tuple[Spans, ...] = ()
@@ -141,13 +169,18 @@ class MultimodalInputs:
         index = torch.tensor(chosen, dtype=torch.long, device=on)
         pictures, new_picture_rows = _belonging(self.picture_rows, chosen)
         images, new_image_rows = _belonging(self.image_rows, chosen)
+        pixels, picture_grids = _take(self.pixel_values, pictures), _take(self.picture_grids, pictures)
+        if pixels is not None and picture_grids is not None:  # padded to the longest picture that is left
+            pixels = pixels[:, : int(picture_grids.prod(-1).max())]
         return replace(
             self,
             tokens=self.tokens[index],
             attention_mask=self.attention_mask[index],
             position_ids=self.position_ids[..., index, :],
-            pixel_values=_take(self.pixel_values, pictures),
+            pixel_values=pixels,
             picture_rows=new_picture_rows,
+            picture_images=_take(self.picture_images, pictures),
+            picture_grids=picture_grids,
             image_rows=new_image_rows,
             extras={k: v[images.to(v.device)] if images is not None else v for k, v in self.extras.items()},
             spans=tuple(self.spans[i] for i in chosen),
@@ -166,19 +199,33 @@ class MultimodalInputs:
             self,
             **{
                 name: move(getattr(self, name))
-                for name in ("tokens", "attention_mask", "position_ids", "pixel_values", "picture_rows", "image_rows")
+                for name in (
+                    "tokens",
+                    "attention_mask",
+                    "position_ids",
+                    "pixel_values",
+                    "picture_rows",
+                    "picture_images",
+                    "picture_grids",
+                    "image_rows",
+                )
             },
             extras={k: move(v) for k, v in self.extras.items()},
         )
 
     # --- what the rows hold --------------------------------------------------------------------------
     @property
+    def image_token_ids(self) -> tuple[int, ...]:
+        """Tokens whose places pictures fill."""
+        return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
+
+    @property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
         """True at the tokens that pictures fill (an image token that a model says is text like any other)."""
         mask = torch.zeros_like(self.attention_mask)
         for row, spans in enumerate(self.spans):
             for span in spans.images:
-                mask[row, span] = self.tokens[row, span] == self.image_token_id
+                mask[row, span] = is_any_of(self.tokens[row, span], self.image_token_ids)
         return mask & self.attention_mask
 
     @property
@@ -219,7 +266,7 @@ class MultimodalInputs:
             positions[..., i, start:middle] = old
             positions[..., i, middle:] = old.max() + 1 + torch.arange(len(ids), device=on)
         lengths = [[self.count_image_tokens(i, s) for s in spans.images] for i, spans in enumerate(self.spans)]
-        spans = find_spans(tokens, mask, self.image_token_id, lengths, [len(a) for a in rows])
+        spans = find_spans(tokens, mask, self.image_token_ids, lengths, [len(a) for a in rows])
         return replace(self, tokens=tokens, attention_mask=mask, position_ids=positions, spans=spans)
 
     def with_new_tokens(self, new: Int[Tensor, "batch new"]) -> MultimodalInputs:

@@ -1,7 +1,8 @@
 """Where each native parameter lies in a Hugging Face checkpoint: ours on the left, theirs on the right.
 
 Parameters keep Hugging Face's `[out, in]` layout, so a map is mostly names; where a tensor needs another
-shape (a convolution read as a linear map) the reshape is stated beside the name and undone on export.
+shape (a convolution read as a linear map) or is one of several stored together (fused q, k and v), that is stated
+beside the name and undone on export.
 An `Adapter` is one architecture's value: how to read its configuration, and its map.
 """
 
@@ -21,11 +22,13 @@ class WeightMap:
     """Native parameter name -> checkpoint key (in the names of `state_dict()` of today's transformers).
 
     `reshapes` gives, for a native name, the shape of the tensor in the checkpoint where it differs from the
-    native one; the number of elements is the same. Maps are joined with `|` and moved with `under`.
+    native one; the number of elements is the same. `parts` gives (i, n) for a native name that is the i-th of n
+    equal parts, along the first axis, of a checkpoint tensor. Maps are joined with `|` and moved with `under`.
     """
 
     names: Mapping[str, str]
     reshapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def under(self, ours: str, theirs: str) -> WeightMap:
         """The same map below two prefixes (without trailing dots; "" leaves names as they are)."""
@@ -33,6 +36,7 @@ class WeightMap:
         return WeightMap(
             {a + name: b + key for name, key in self.names.items()},
             {a + name: shape for name, shape in self.reshapes.items()},
+            {a + name: part for name, part in self.parts.items()},
         )
 
     def for_layers(self, layers: Iterable[int], ours: str = "blocks.{l}", theirs: str = "layers.{l}") -> WeightMap:
@@ -46,7 +50,31 @@ class WeightMap:
         both = self.names.keys() & other.names.keys()
         if both:
             raise ValueError(f"Two weight maps name the same parameter: {', '.join(sorted(both)[:5])}.")
-        return WeightMap({**self.names, **other.names}, {**self.reshapes, **other.reshapes})
+        return WeightMap(
+            {**self.names, **other.names}, {**self.reshapes, **other.reshapes}, {**self.parts, **other.parts}
+        )
+
+    @property
+    def owners(self) -> dict[str, list[str]]:
+        """Checkpoint key -> the native names that read it, parts in their order."""
+        found: dict[str, list[str]] = {}
+        for ours, theirs in self.names.items():
+            found.setdefault(theirs, []).append(ours)
+        return {key: sorted(ours, key=lambda o: self.parts.get(o, (0, 1))) for key, ours in found.items()}
+
+    def stored_shape(self, ours: str, native: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape in the checkpoint of the tensor that holds a native parameter."""
+        if ours in self.parts:
+            return native[0] * self.parts[ours][1], *native[1:]
+        return self.reshapes.get(ours, native)
+
+    def part_of(self, ours: str, stored: Any) -> Any:
+        """The native parameter's own part of the checkpoint tensor, a view."""
+        if ours not in self.parts:
+            return stored
+        i, n = self.parts[ours]
+        size = stored.shape[0] // n
+        return stored[i * size : (i + 1) * size]
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return iter(self.names.items())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from torch import nn
 from veena_lens.checkpoints.files import WeightFile, weight_files
 from veena_lens.checkpoints.loading import Checkpoint
 from veena_lens.config import HookedVLMConfig
-from veena_lens.hook_table import Hook, hooks_of
+from veena_lens.hook_table import Hook, hooks_of, layer_of
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 PARTS = (  # part, prefixes of its parameters
     ("vision tower", ("vision.",)),
     ("  of it unused", ("vision.unused.",)),
     ("connector", ("connector.",)),
+    ("deep stack", ("deepstack.",)),
     ("embedding", ("embed.",)),
     ("decoder blocks", ("blocks.",)),
     ("last norm", ("ln_final.",)),
@@ -132,12 +134,19 @@ def folded(table: dict[str, Hook], cfg: HookedVLMConfig) -> list[HookLine]:
         if hook.name in seen:
             continue
         seen.add(hook.name)
-        is_picture = name.startswith(("vision.", "connector.", "hook_image"))
-        n_layers = cfg.vision.n_layers if cfg.vision is not None and name.startswith("vision.") else cfg.n_layers
-        shown = re.sub(r"\{l\}", f"{{0..{n_layers - 1}}}" if n_layers > 1 else "0", hook.name)
+        is_picture = name.startswith(("vision.", "connector.", "deepstack.", "hook_image"))
+        shown = re.sub(r"\{l\}", _range([n for n, h in table.items() if h.name == hook.name]), hook.name)
         live = "" if hook.live == "always" else hook.live
         lines.append(HookLine(name=shown, shape=_shape(hook, cfg, is_picture), live=live))
     return lines
+
+
+def _range(names: Sequence[str]) -> str:
+    """The layers of hook points that differ by their layer only: {0..31}, or the number of the only one."""
+    numbers = [n for name in names if (n := layer_of(name)) is not None]
+    if not numbers:
+        return ""
+    return f"{{{min(numbers)}..{max(numbers)}}}" if len(numbers) > 1 else str(numbers[0])
 
 
 def _shape(hook: Hook, cfg: HookedVLMConfig, is_picture: bool) -> str:
@@ -146,7 +155,8 @@ def _shape(hook: Hook, cfg: HookedVLMConfig, is_picture: bool) -> str:
     sizes = {a: getattr(part, a, None) for a in ("d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp")}
     sizes["d_vocab"] = cfg.d_vocab
     if is_picture and cfg.vision is not None and cfg.connector is not None:
-        n = cfg.vision.n_positions if hook.name.startswith("vision.") else cfg.vision.n_features
-        sizes |= dict.fromkeys(("pos", "query_pos", "key_pos"), n)
+        if not cfg.vision.takes_any_size:
+            n = cfg.vision.n_positions if hook.name.startswith("vision.") else cfg.vision.n_features
+            sizes |= dict.fromkeys(("pos", "query_pos", "key_pos"), n)
         sizes |= {"d_in": cfg.connector.d_in, "d_hidden": cfg.connector.d_hidden}
     return "[" + " ".join(f"{a}={sizes[a]}" if sizes.get(a) else a for a in hook.axis_names) + "]"

@@ -42,8 +42,8 @@ def require_fit(
     if unmapped or unknown:
         raise ValueError(f"The weight map of {adapter.architecture} lacks {unmapped} and names unknown {unknown}.")
     problems = list(further)
-    for ours, theirs in weights:
-        shape = weights.reshapes.get(ours, wanted[ours])
+    for theirs, (ours, *_) in weights.owners.items():
+        shape = weights.stored_shape(ours, wanted[ours])
         if theirs not in found:
             problems.append(f"missing   {theirs}: wanted {list(shape)}")
         elif found[theirs] != shape and not (math.prod(found[theirs]) == math.prod(shape) and ours in weights.reshapes):
@@ -91,9 +91,9 @@ def fill_from_files(
                 doubled.append(f"doubled   {name}: stored as {places[name][1]} and as {key}")
             places[name], shapes[name], dtypes[name] = (file, key), shape, stored
     require_fit(module, shapes, adapter, weights, str(folder), [*doubled, *_quantised(weights, dtypes)])
-    target = dtype or stored_dtype([dtypes[theirs] for _, theirs in weights], checkpoint.hf_config)
+    target = dtype or stored_dtype([dtypes[theirs] for theirs in weights.owners], checkpoint.hf_config)
     devices = device_of_each(module, device, device_map, target)
-    owners = {theirs: ours for ours, theirs in weights}
+    owners = weights.owners
     head: Tensor | None = None
     for file in files:
         mine = {key: name for name, (f, key) in places.items() if f is file}
@@ -102,9 +102,11 @@ def fill_from_files(
             if name not in owners:
                 head = tensor
                 continue
-            placed = tensor.to(device=devices(owners[name]), dtype=target)
-            # A tensor that needed no conversion is still mapped from the file: own it.
-            set_parameter(module, owners[name], placed.clone() if placed.data_ptr() == tensor.data_ptr() else placed)
+            for ours in owners[name]:
+                part = weights.part_of(ours, tensor)
+                placed = part.to(device=devices(ours), dtype=target)
+                # A tensor that needed no conversion is still mapped from the file: own it.
+                set_parameter(module, ours, placed.clone() if placed.data_ptr() == part.data_ptr() else placed)
     if head is not None:
         _require_tied(module, head, str(folder))
     module.device_map = devices.map  # type: ignore[assignment]
@@ -112,7 +114,7 @@ def fill_from_files(
 
 def _quantised(weights: WeightMap, dtypes: Mapping[str, torch.dtype | str]) -> list[str]:
     """Lines on tensors of a type that no forward pass of ours takes."""
-    found = ((theirs, dtypes.get(theirs, torch.float32)) for _, theirs in weights)
+    found = ((theirs, dtypes.get(theirs, torch.float32)) for theirs in weights.owners)
     return [f"quantised {k}: stored as {d}; give float weights" for k, d in found if d not in FLOATS]
 
 
@@ -194,7 +196,7 @@ def fill_from_state_dict(
     shapes = {key: tuple(t.shape) for key, t in named.items()}
     require_fit(module, shapes, adapter, weights, "the model")
     for ours, theirs in weights:
-        tensor = named[theirs].detach()
+        tensor = weights.part_of(ours, named[theirs].detach())
         set_parameter(module, ours, tensor.clone() if copy else tensor)
     if "lm_head.weight" in named and "lm_head.weight" not in weights.names.values():
         _require_tied(module, named["lm_head.weight"].detach(), "the model")

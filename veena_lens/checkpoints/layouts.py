@@ -1,4 +1,4 @@
-"""How pictures fill image tokens: a fixed number each, or any-resolution tiles whose number follows their size.
+"""How pictures fill image tokens: a fixed number each, any-resolution tiles, or patches of pictures of any size.
 
 Given a processor's pixel tensors and the token counts of each row, says which row owns which picture, how many
 tokens each image fills, and which of them are the cells of its grid.
@@ -12,14 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from veena_lens.checkpoints.any_size import Source, match_tokens
 from veena_lens.config import HookedVLMConfig
+from veena_lens.inputs import is_any_of
 from veena_lens.vision.anyres import AnyresLayout, anyres_layout
+from veena_lens.vision.positions import multimodal_positions
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """The images of a batch. `lengths`, `grids` and `places` have one entry a row and, in it, one an image."""
+    """The images of a batch. `lengths`, `grids` and `places` have one entry a row and, in it, one an image.
+
+    Pictures of any size bring `picture_grids` and the `positions` of all tokens in three streams."""
 
     pixels: Tensor | None
     picture_rows: Tensor | None
@@ -28,6 +34,9 @@ class ImageSet:
     grids: tuple[tuple[tuple[int, int], ...], ...]
     places: tuple[tuple[tuple[int, ...], ...], ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
+    picture_images: Tensor | None = None
+    picture_grids: Tensor | None = None
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -41,18 +50,20 @@ class _Image:
 
 
 def arrange_images(
-    cfg: HookedVLMConfig, counts: Sequence[int], pixel_values: Any, extras: Mapping[str, Any]
+    cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, pixel_values: Any, extras: Mapping[str, Any]
 ) -> ImageSet:
-    """The images of a batch whose rows hold `counts` image tokens.
+    """The images of a batch of tokens [batch pos].
 
     Raises: ValueError when pictures and tokens do not fit, or a picture has a size that the tower does not take."""
-    if pixel_values is None:
+    counts = (is_any_of(tokens, cfg.image_token_ids) & mask).sum(-1).tolist()
+    if pixel_values is None and extras.get("pixel_values_videos") is None:
         if sum(counts):
-            raise ValueError(
-                f"The prompt holds {sum(counts)} image tokens (id {cfg.image_token_id}) but no picture was given."
-            )
+            ids = ", ".join(map(str, cfg.image_token_ids))
+            raise ValueError(f"The prompt holds {sum(counts)} image tokens (id {ids}) but no picture was given.")
         none: tuple[tuple[Any, ...], ...] = ((),) * len(counts)
         return ImageSet(None, None, None, [[] for _ in counts], none, none)
+    if cfg.image_layout == "dynamic":
+        return _of_any_size(cfg, tokens, mask, pixel_values, extras)
     pixels = torch.as_tensor(pixel_values)
     if cfg.image_layout == "anyres":
         images, pixels, kept = _anyres(cfg, pixels, extras)
@@ -68,6 +79,7 @@ def arrange_images(
         tuple(tuple(image.grid for image in row) for row in rows),
         tuple(tuple(image.places for image in row) for row in rows),
         kept,
+        torch.tensor([i for row in rows for i, image in enumerate(row) for _ in range(image.n_pictures)]),
     )
 
 
@@ -110,6 +122,37 @@ def _anyres(
     _require_pixels(cfg, flat)
     images = [_Image(x.n_tokens, (x.rows, x.cols), tuple(x.grid_places()), x.n_tiles) for x in layouts]
     return images, flat, {"image_sizes": sizes}
+
+
+def _of_any_size(
+    cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, pixel_values: Any, extras: Mapping[str, Any]
+) -> ImageSet:
+    assert cfg.vision is not None
+    merge = cfg.vision.merge_size
+    sources = [
+        Source("image", cfg.image_token_id, pixel_values, extras.get("image_grid_thw"), False),
+        Source(
+            "video",
+            cfg.video_token_id,
+            extras.get("pixel_values_videos"),
+            extras.get("video_grid_thw"),
+            cfg.video_frames_apart,
+        ),
+    ]
+    found = match_tokens(cfg.vision, tokens, mask, sources)
+    frames = [frame for row in found.frames for frame in row]
+    owners = torch.tensor([i for i, row in enumerate(found.frames) for _ in row], dtype=torch.long)
+    return ImageSet(
+        pad_sequence([frame.patches for frame in frames], batch_first=True),
+        owners,
+        owners,
+        [[frame.grid[0] * frame.grid[1] // merge**2 for frame in row] for row in found.frames],
+        tuple(tuple((frame.grid[0] // merge, frame.grid[1] // merge) for frame in row) for row in found.frames),
+        (),
+        picture_images=torch.tensor([i for row in found.frames for i in range(len(row))]),
+        picture_grids=torch.tensor([frame.grid for frame in frames]),
+        positions=multimodal_positions(mask, found.groups),
+    )
 
 
 def _owners(images: Sequence[_Image], counts: Sequence[int]) -> list[int]:

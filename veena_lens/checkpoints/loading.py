@@ -92,13 +92,37 @@ def load_processor(path: str | Path) -> Any:
     if not has_tokenizer:
         return None
     has_processor = names & {"processor_config.json", "preprocessor_config.json"}
-    kind = transformers.AutoProcessor if has_processor else transformers.AutoTokenizer
+    kind = _image_only(folder) or transformers.AutoProcessor if has_processor else transformers.AutoTokenizer
     try:
         found = kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         what = "processor" if has_processor else "tokenizer"
         raise ValueError(f"The {what} of {folder} cannot be loaded: {error}") from error
     return fill_processor(found, folder)
+
+
+def _image_only(folder: Path) -> Any:
+    """The class without videos for a folder whose own processor has a video part that needs torchvision, where
+    torchvision is missing; else None."""
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        return None
+    from veena_lens.checkpoints import image_only
+
+    known = {
+        "Qwen2VLProcessor": image_only.ImageOnlyQwen2VLProcessor,
+        "Qwen3VLProcessor": image_only.ImageOnlyQwen3VLProcessor,
+    }
+    by_model = {"qwen2_vl": "Qwen2VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        if (folder / file).is_file():
+            name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
+            if name is not None:
+                return known.get(name)
+    config = folder / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    return known.get(by_model.get(kind or "", ""))
 
 
 def fill_processor(processor: Any, folder: Path) -> Any:

@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from veena_lens.checkpoints.layouts import arrange_images, layout_of
-from veena_lens.checkpoints.pictures import patch_boxes
+from veena_lens.checkpoints.pictures import cell_boxes, patch_boxes
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
@@ -39,6 +39,8 @@ def prepare(
     tokenizer = getattr(processor, "tokenizer", processor)
     takes_pictures = cfg.vision is not None and hasattr(processor, "image_processor")
     image_token = processor.image_token if takes_pictures else None
+    if takes_pictures:
+        require_own_processor(processor, cfg)
     prompts = prompts_of(processor, image_token, text, images, chat, messages)
     rows = [_process(processor, tokenizer, prompt) for prompt in prompts]
     pad = pad_token_of(tokenizer, cfg)
@@ -47,12 +49,15 @@ def prepare(
     if longest > cfg.n_ctx:
         raise ValueError(f"The longest prompt has {longest} tokens; the model's context is {cfg.n_ctx}. Shorten it.")
     pixels = _pad_tiles([r["pixel_values"] for r in rows if "pixel_values" in r])
-    sizes = [torch.as_tensor(r["image_sizes"]) for r in rows if "image_sizes" in r]
-    extras = {"image_sizes": torch.cat(sizes)} if sizes else {}
-    inputs = assemble(cfg, tokens, mask, text_positions(mask), pad, pixels, extras)
+    extras = {}
+    for key in LAYOUT_KEYS.get(cfg.image_layout, ()):
+        found = [torch.as_tensor(r[key]) for r in rows if key in r]
+        if found:
+            extras[key] = torch.cat(found)
+    inputs = assemble(cfg, tokens, mask, None, pad, pixels, extras)
     inputs = replace(
         inputs,
-        patch_boxes=_boxes(processor, cfg, prompts),
+        patch_boxes=_boxes(processor, cfg, prompts, inputs.grids),
         tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]),
     )
     return inputs if answer is None else _with_answer(inputs, answer, cfg)
@@ -72,9 +77,33 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt) -> Any:
     special = not (bos and prompt.text.startswith(bos))
     if processor is tokenizer:
         return tokenizer([prompt.text], return_tensors="pt", add_special_tokens=special)
-    return processor(
-        text=[prompt.text], images=list(prompt.images) or None, return_tensors="pt", add_special_tokens=special
-    )
+    try:
+        return processor(
+            text=[prompt.text], images=list(prompt.images) or None, return_tensors="pt", add_special_tokens=special
+        )
+    except ValueError as error:
+        sizes = ", ".join(f"{image.width} x {image.height}" for image in prompt.images) or "none"
+        raise ValueError(f"The processor refuses a prompt with pictures of {sizes} pixels: {error}") from error
+
+
+def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
+    """Raises: ValueError for a processor of another checkpoint: its patches or its image token are not the model's."""
+    assert cfg.vision is not None
+    own = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if own != cfg.image_token_id:
+        raise ValueError(
+            f"The processor's image token {processor.image_token!r} has id {own}, the model's is {cfg.image_token_id}: "
+            "it belongs to another checkpoint."
+        )
+    if cfg.image_layout != "dynamic":
+        return
+    for name in ("patch_size", "merge_size", "temporal_patch_size"):
+        found, wanted = getattr(processor.image_processor, name, None), getattr(cfg.vision, name)
+        if found != wanted:
+            raise ValueError(
+                f"The processor ({type(processor.image_processor).__name__}) has {name}={found}, the model's tower "
+                f"{wanted}: it belongs to another checkpoint."
+            )
 
 
 def _pad_tiles(pixels: Sequence[Tensor]) -> Tensor | None:
@@ -105,17 +134,22 @@ def pad_token_of(tokenizer: Any, cfg: HookedVLMConfig) -> int:
     return 0
 
 
-def _boxes(processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt]) -> tuple[tuple[Tensor, ...], ...] | None:
+def _boxes(
+    processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt], grids: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[tuple[Tensor, ...], ...] | None:
     """Pixel boxes of every image token of every row."""
     vision = cfg.vision
     if vision is None or not hasattr(processor, "image_processor"):
         return None
     out = []
-    for prompt in prompts:
+    for prompt, mine_grids in zip(prompts, grids, strict=True):
         mine = []
-        for image in prompt.images:
+        for image, grid in zip(prompt.images, mine_grids, strict=True):
             if cfg.image_layout == "anyres":
                 mine.append(layout_of(cfg, (image.height, image.width)).boxes())
+                continue
+            if cfg.image_layout == "dynamic":
+                mine.append(cell_boxes(image.size, grid))
                 continue
             boxes = patch_boxes(image.size, processor.image_processor, vision.patch_size, vision.grid)
             if vision.has_class_token:  # it looks at the whole picture
@@ -126,7 +160,10 @@ def _boxes(processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt]) -> t
 
 
 KNOWN_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-LAYOUT_KEYS = {"anyres": ("image_sizes",)}  # what an image layout reads besides
+LAYOUT_KEYS = {  # what an image layout reads besides
+    "anyres": ("image_sizes",),
+    "dynamic": ("image_grid_thw", "pixel_values_videos", "video_grid_thw"),
+}
 IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # what the tokens say themselves
 
 
@@ -146,21 +183,35 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(f"input_ids must be [batch pos] with at least one token, not {list(tokens.shape)}.")
     mask = require_mask(cfg, tokenizer, tokens, outputs.get("attention_mask"))
+    pad = pad_token_of(tokenizer, cfg)
+    inputs = assemble(cfg, tokens, mask, None, pad, outputs.get("pixel_values"), outputs)
     positions = outputs.get("position_ids")
-    if positions is None:
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-    positions = torch.as_tensor(positions).long().to(tokens.device)
+    if positions is not None:
+        inputs = replace(inputs, position_ids=_fitting(positions, tokens))
+    elif inputs.position_ids.ndim == 2:
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        inputs = replace(inputs, position_ids=places.expand(tokens.shape))
+    if tokenizer is not None:
+        inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
+    return inputs
+
+
+def _fitting(position_ids: Any, tokens: Tensor) -> Tensor:
+    """Given positions as [batch pos], or [3 batch pos] for three streams (a fourth, of text positions, may lead).
+
+    Raises: ValueError for another shape."""
+    positions = torch.as_tensor(position_ids).long().to(tokens.device)
     if positions.shape[-1] != tokens.shape[1]:
         raise ValueError(f"position_ids {list(positions.shape)} do not fit input_ids {list(tokens.shape)}.")
     if positions.ndim == 1:
         positions = positions[None]
     if positions.shape[-2] == 1:
         positions = positions.expand(*positions.shape[:-2], *tokens.shape)
-    pad = pad_token_of(tokenizer, cfg)
-    inputs = assemble(cfg, tokens, mask, positions, pad, outputs.get("pixel_values"), outputs)
-    if tokenizer is not None:
-        inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
-    return inputs
+    if positions.ndim == 3 and len(positions) == 4:
+        positions = positions[1:]
+    if positions.shape[-2:] != tokens.shape or positions.ndim > 3 or (positions.ndim == 3 and len(positions) != 3):
+        raise ValueError(f"position_ids {list(positions.shape)} do not fit input_ids {list(tokens.shape)}.")
+    return positions
 
 
 def require_mask(cfg: HookedVLMConfig, tokenizer: Any, tokens: Tensor, mask: Any) -> Tensor:
@@ -190,39 +241,45 @@ def assemble(
     cfg: HookedVLMConfig,
     tokens: Tensor,
     mask: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     pad: int,
     pixel_values: Any,
     extras: Mapping[str, Any] | None = None,
 ) -> MultimodalInputs:
     """Inputs with spans and grids, pictures checked against the image tokens.
 
+    positions: None counts real tokens; where pictures have places of their own in three streams, those.
     Raises: ValueError when their numbers or sizes do not fit."""
     n = len(tokens)
+    counted = text_positions(mask) if positions is None else positions
     if cfg.vision is None:
         if pixel_values is not None:
             raise ValueError("pixel_values were given to a model without a vision tower.")
         return MultimodalInputs(
             tokens=tokens,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=counted,
             pad_token_id=pad,
             spans=find_spans(tokens, mask, None, [[]] * n),
             grids=((),) * n,
         )
-    counts = ((tokens == cfg.image_token_id) & mask).sum(-1).tolist()
-    images = arrange_images(cfg, counts, pixel_values, extras or {})
+    images = arrange_images(cfg, tokens, mask, pixel_values, extras or {})
+    if positions is None and images.positions is not None:
+        counted = images.positions
     return MultimodalInputs(
         tokens=tokens,
         attention_mask=mask,
-        position_ids=positions,
+        position_ids=counted,
         image_token_id=cfg.image_token_id,
+        video_token_id=cfg.video_token_id,
         pad_token_id=pad,
         pixel_values=images.pixels,
         picture_rows=images.picture_rows,
+        picture_images=images.picture_images,
+        picture_grids=images.picture_grids,
         image_rows=images.image_rows,
         extras=images.extras,
-        spans=find_spans(tokens, mask, cfg.image_token_id, images.lengths),
+        spans=find_spans(tokens, mask, cfg.image_token_ids, images.lengths),
         grids=images.grids,
         grid_places=images.places,
     )

@@ -41,6 +41,12 @@ def prompts_of(
                 f"Row {i} has {len(pictures)} pictures, and this checkpoint takes none: it has no vision tower or no "
                 "image processor."
             )
+        video_token = getattr(processor, "video_token", None)
+        if image_token and video_token and video_token in found:
+            raise ValueError(
+                f"Row {i} holds the video token {video_token!r}: give a video's frames as pictures, or a processor's "
+                "video tensors to inputs_from_hf."
+            )
         n = found.count(image_token) if image_token else 0
         if n != len(pictures):
             raise ValueError(

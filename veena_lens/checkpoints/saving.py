@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
@@ -14,13 +15,15 @@ from veena_lens.weight_map import Adapter
 
 
 def to_hf_state_dict(module: nn.Module, adapter: Adapter, cfg: HookedVLMConfig) -> dict[str, Tensor]:
-    """Hugging Face name (as in its model's `state_dict()`) -> tensor, sharing storage with the model."""
+    """Hugging Face name (as in its model's `state_dict()`) -> tensor, sharing storage with the model where a
+    parameter is stored alone."""
     weights = adapter.weight_map(cfg)
     own = dict(module.named_parameters())
     out = {}
-    for ours, theirs in weights:
-        tensor = own[ours].detach()
-        out[theirs] = tensor.reshape(weights.reshapes[ours]) if ours in weights.reshapes else tensor
+    for theirs, names in weights.owners.items():
+        tensors = [own[ours].detach() for ours in names]
+        tensor = tensors[0] if len(tensors) == 1 else torch.cat([t.to(tensors[0].device) for t in tensors])
+        out[theirs] = tensor.reshape(weights.reshapes[names[0]]) if names[0] in weights.reshapes else tensor
     if cfg.tie_word_embeddings:
         out["lm_head.weight"] = own["embed.weight"].detach()
     return out

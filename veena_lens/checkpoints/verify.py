@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from veena_lens.checkpoints.layouts import layout_of
 from veena_lens.checkpoints.loading import Checkpoint, open_checkpoint
 from veena_lens.hook_table import hooks_of, layer_of
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
@@ -170,19 +172,38 @@ def _drawn_tokens(model: Any) -> MultimodalInputs:
     """The same for a checkpoint without processor: drawn token ids and pixels."""
     cfg, generator = model.cfg, torch.Generator().manual_seed(0)
     counts, texts = ((1, 2), ((3, 5), (2, 9))) if cfg.vision is not None else ((0, 0), ((3, 5), (2, 9)))
-    rows, high = [], min(cfg.d_vocab, cfg.image_token_id or cfg.d_vocab)
+    given, lengths = _drawn_pixels(cfg, sum(counts), generator) if cfg.vision is not None else ({}, [])
+    rows, high, left = [], min(cfg.d_vocab, *cfg.image_token_ids, cfg.d_vocab), iter(lengths)
     for n_images, (before, after) in zip(counts, texts, strict=True):
-        a, b = (torch.randint(3, high, (n,), generator=generator) for n in (before, after))
-        n_tokens = n_images * cfg.vision.n_features if cfg.vision is not None else 0
-        rows.append(torch.cat([a, torch.full((n_tokens,), cfg.image_token_id or 0), b]))
+        parts = [torch.randint(3, high, (before,), generator=generator)]
+        for _ in range(n_images):
+            parts += [torch.full((next(left),), cfg.image_token_id), torch.randint(3, high, (2,), generator=generator)]
+        rows.append(torch.cat([*parts, torch.randint(3, high, (after,), generator=generator)]))
     length = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(length - len(r), dtype=torch.long), r]) for r in rows])
     mask = torch.stack([torch.arange(length) >= length - len(r) for r in rows])
-    given = dict(input_ids=ids, attention_mask=mask, position_ids=text_positions(mask))
-    if cfg.vision is not None:
-        side = cfg.vision.image_size
-        given["pixel_values"] = torch.randn(sum(counts), cfg.vision.n_channels, side, side, generator=generator)
-    return model.inputs_from_hf(**given)
+    inputs = model.inputs_from_hf(input_ids=ids, attention_mask=mask, **given)
+    return (
+        inputs if inputs.position_ids.ndim == 3 else replace(inputs, position_ids=text_positions(inputs.attention_mask))
+    )
+
+
+def _drawn_pixels(cfg: Any, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
+    """Noise as a processor of this image layout gives pictures, and the tokens that each fills."""
+    vision = cfg.vision
+    if cfg.image_layout == "dynamic":
+        sides = torch.randint(1, 5, (n, 2), generator=generator) * vision.merge_size
+        grids = torch.cat([torch.ones(n, 1, dtype=torch.long), sides], 1)
+        pixels = torch.randn(int(grids.prod(-1).sum()), vision.patch_width, generator=generator)
+        lengths = (grids.prod(-1) // vision.merge_size**2).tolist()
+        return {"pixel_values": pixels, "image_grid_thw": grids}, lengths
+    shape = (vision.n_channels, vision.image_size, vision.image_size)
+    if cfg.image_layout == "anyres":
+        sizes = torch.randint(1, 3 * vision.image_size, (n, 2), generator=generator)
+        layouts = [layout_of(cfg, size) for size in sizes.tolist()]
+        pixels = torch.randn(n, max(layout.n_tiles for layout in layouts), *shape, generator=generator)
+        return {"pixel_values": pixels, "image_sizes": sizes}, [layout.n_tokens for layout in layouts]
+    return {"pixel_values": torch.randn(n, *shape, generator=generator)}, [vision.n_features] * n
 
 
 def alone(row: MultimodalInputs) -> MultimodalInputs:
@@ -190,15 +211,29 @@ def alone(row: MultimodalInputs) -> MultimodalInputs:
     keep = row.attention_mask[0]
     tokens, mask = row.tokens[:, keep], row.attention_mask[:, keep]
     lengths = [row.count_image_tokens(0, span) for span in row.spans[0].images]
-    spans = find_spans(tokens, mask, row.image_token_id, [lengths])
+    spans = find_spans(tokens, mask, row.image_token_ids, [lengths])
     return replace(row, tokens=tokens, attention_mask=mask, position_ids=row.position_ids[..., keep], spans=spans)
 
 
 def as_hf(inputs: MultimodalInputs, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors that Hugging Face's model takes for the same inputs."""
     given = dict(input_ids=inputs.tokens, attention_mask=inputs.attention_mask.long(), position_ids=inputs.position_ids)
-    if inputs.pixel_values is not None:
-        given["pixel_values"] = inputs.pixel_values.to(dtype)
+    if inputs.pixel_values is None:
+        return given
+    pixels = inputs.pixel_values.to(dtype)
+    if inputs.picture_grids is not None:
+        grids = inputs.picture_grids
+        given["pixel_values"] = torch.cat([x[: h * w] for x, (h, w) in zip(pixels, grids.tolist(), strict=True)])
+        given["image_grid_thw"] = torch.cat([torch.ones_like(grids[:, :1]), grids], 1)
+        given["mm_token_type_ids"] = inputs.image_mask.long()
+    elif "image_sizes" in inputs.extras:
+        assert inputs.picture_rows is not None and inputs.picture_images is not None
+        owners = torch.stack([inputs.picture_rows, inputs.picture_images], 1)
+        _, counts = owners.unique_consecutive(dim=0, return_counts=True)
+        given["pixel_values"] = pad_sequence(list(pixels.split(counts.tolist())), batch_first=True)
+        given["image_sizes"] = inputs.extras["image_sizes"]
+    else:
+        given["pixel_values"] = pixels
     return given
 
 
@@ -293,7 +328,7 @@ def dead_hooks(model: Any, inputs: MultimodalInputs, tolerance: float, progress:
 
 
 def _belongs_to_pictures(name: str) -> bool:
-    return name.startswith(("vision.", "connector.")) or name == "hook_image_features"
+    return name.startswith(("vision.", "connector.", "deepstack.")) or name == "hook_image_features"
 
 
 def _with_noise(name: str, value: Float[Tensor, "*any"], hook: Any) -> Float[Tensor, "*any"]:

@@ -25,7 +25,11 @@ class Block(nn.Module):
         self.ln1, self.ln2 = make_norm(cfg), make_norm(cfg)
         self.attn, self.mlp = Attention(cfg, layer, has_rotary), MLP(cfg)
         self.n_heads, self.n_kv = cfg.n_heads, cfg.n_key_value_heads
-        self.hook_resid_pre = HookPoint()
+        self.layer, self.hook_resid_pre = layer, HookPoint()
+        # Features of inner tower layers join at the input of the first layers after layer 0.
+        self.receives = 1 <= layer <= getattr(cfg, "n_deepstack", 0)
+        if self.receives:
+            self.hook_deepstack = HookPoint()
         self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
         self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint()
         self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
@@ -33,7 +37,10 @@ class Block(nn.Module):
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], context: Context
     ) -> Float[Tensor, "batch pos d_model"]:
-        return self.rest(self.hook_resid_pre(resid), context)
+        resid = self.hook_resid_pre(resid)
+        if self.receives:
+            resid = self.hook_deepstack(context.with_deepstack(self.layer, resid))
+        return self.rest(resid, context)
 
     def rest(self, resid: Float[Tensor, "batch pos d_model"], context: Context) -> Float[Tensor, "batch pos d_model"]:
         """The block from just after `hook_resid_pre`: a tower takes its features there."""

@@ -6,7 +6,7 @@ kernel's own causal rule applies, as Hugging Face does, so that the same kernel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Context:
     `bias` gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None; `rows`, when
     set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
     `prefix`, when set, holds keys and values of positions that all rows share (see `components/prefix.py`).
+    `deepstack` maps a layer to what is added at its input, zero away from the image tokens.
     """
 
     key_mask: Bool[Tensor, "batch key_pos"] | None
@@ -51,6 +52,7 @@ class Context:
     bias: Callable[[int], Tensor | None] = lambda layer: None
     rows: Any = None
     prefix: Any = None
+    deepstack: Mapping[int, Float[Tensor, "#batch pos d_model"]] = field(default_factory=dict)
     _masks: dict[Any, AttentionMask] = field(default_factory=dict)
 
     def mask(self, layer: int, device: torch.device) -> AttentionMask:
@@ -78,6 +80,13 @@ class Context:
         if padded and self.key_mask is not None:
             allowed = allowed & self.key_mask[:, None, None, :].to(device)
         return AttentionMask(allowed, is_causal=False)
+
+    def with_deepstack(
+        self, layer: int, resid: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual that enters a layer with the features of inner tower layers added."""
+        added = self.deepstack.get(layer)
+        return resid if added is None else resid + added.to(resid.device)
 
     def tables(self, device: torch.device) -> RotaryTables | None:
         """Rotary tables on a device."""

@@ -108,7 +108,10 @@ class Rotary:
 
 
 def rotate(x: Float[Tensor, "batch pos heads d_head"], tables: RotaryTables) -> Float[Tensor, "batch pos heads d_head"]:
-    """Rotate queries or keys by their positions."""
+    """Rotate queries or keys by their positions, in the dtype of the tables, and back to that of `x`.
+
+    Towers keep their tables in float32, so there float64 queries are rounded, as in Hugging Face."""
     cos, sin = (t[:, :, None] for t in tables)
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    wide = x.to(cos.dtype)
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veena_lens import checkpoints
 from veena_lens.config import HookedVLMConfig
-from veena_lens.inputs import MultimodalInputs, text_positions
+from veena_lens.inputs import MultimodalInputs, is_any_of, text_positions
 
 
 def bare_inputs(
@@ -55,26 +55,30 @@ def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
         )
     if inputs.pixel_values is None and bool(inputs.image_mask.any()):
         n = int(inputs.image_mask.sum())
-        raise ValueError(f"The prompt holds {n} image tokens (id {cfg.image_token_id}) but no picture was given.")
+        raise ValueError(f"The prompt holds {n} image tokens (ids {_ids(cfg)}) but no picture was given.")
     if inputs.pixel_values is not None and cfg.vision is None:
         raise ValueError("Pictures were given to a model without a vision tower.")
     _require_placeholders(cfg, inputs)
-    text = inputs.tokens[inputs.attention_mask & (inputs.tokens != cfg.image_token_id)]
+    text = inputs.tokens[inputs.attention_mask & ~is_any_of(inputs.tokens, cfg.image_token_ids)]
     if len(text) and (int(text.max()) >= cfg.d_vocab or int(text.min()) < 0):
         bad = text[(text >= cfg.d_vocab) | (text < 0)][0]
         raise ValueError(f"Token id {int(bad)} is outside the vocabulary of {cfg.d_vocab}.")
+
+
+def _ids(cfg: HookedVLMConfig) -> str:
+    return ", ".join(map(str, cfg.image_token_ids))
 
 
 def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
     """Raises: ValueError for an image token in a prompt that no picture fills (in an answer it is text)."""
     if cfg.image_token_id is None or cfg.vision is None:
         return
-    found, filled = inputs.tokens == cfg.image_token_id, inputs.image_mask
+    found, filled = is_any_of(inputs.tokens, cfg.image_token_ids), inputs.image_mask
     for row, spans in enumerate(inputs.spans):
         found[row, spans.last + 1 :] = False
     found &= inputs.attention_mask
     if bool((found & ~filled).any()):
         raise ValueError(
-            f"The prompt holds {int(found.sum())} image tokens (id {cfg.image_token_id}) but the pictures fill "
+            f"The prompt holds {int(found.sum())} image tokens (ids {_ids(cfg)}) but the pictures fill "
             f"{int(filled.sum())} of them. Prepare the inputs with a picture for each placeholder."
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,12 @@ from veena_lens.model.run import Run
 from veena_lens.model.text import TextInterface
 from veena_lens.model.weights import StackedWeights
 from veena_lens.vision.anyres import pack
-from veena_lens.vision.clip import ClipTower
 from veena_lens.vision.connector import Connector
+from veena_lens.vision.qwen import DeepstackMerger
+from veena_lens.vision.seen import Seen
+from veena_lens.vision.towers import make_tower
+
+Deepstack: TypeAlias = dict[int, Float[Tensor, "batch pos d_model"]]
 
 
 class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterface, Hooking):
@@ -60,11 +64,14 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         self._applied, self._run = [], None
         self._rows: AttentionRows | None = None
         if cfg.vision is not None and cfg.connector is not None:
-            self.vision = ClipTower(cfg.vision)
+            self.vision = make_tower(cfg.vision)
             self.connector = Connector(cfg.connector)
             self.hook_image_features = HookPoint()
             if cfg.image_layout == "anyres":
                 self.image_newline = nn.Parameter(torch.zeros(cfg.d_model))
+            if cfg.n_deepstack:
+                mergers = (DeepstackMerger(cfg.vision, cfg.connector) for _ in range(cfg.n_deepstack))
+                self.deepstack = nn.ModuleList(mergers)
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
@@ -249,13 +256,17 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         loss_per_token: bool,
     ) -> Any:
         with self._running(Run(inputs, 0, inputs.shape[1])) as run:
-            resid = self.embed_inputs(inputs) if resid is None else resid
-            resid = run_blocks(self.blocks, resid, self._context(run, None), start, stop)
+            if resid is None:
+                resid, deepstack = self._embed(inputs)
+            else:
+                deepstack = self.deepstack_of(inputs) if start <= self.cfg.n_deepstack else {}
+            context = self._context(run, None, deepstack=deepstack)
+            resid = run_blocks(self.blocks, resid, context, start, stop)
             if stop is not None:
                 return resid
             if return_type is None:
                 return None
-            logits = self._unembed(resid)
+            logits = self._unembed(context.with_deepstack(self.cfg.n_layers, resid))
         if return_type == "logits":
             return logits
         loss = self._loss(logits, inputs, loss_per_token)
@@ -271,29 +282,61 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
     ) -> Float[Tensor, "batch one d_vocab"]:
         """Logits of the last position of a prompt, or of one further chunk of tokens, through a cache."""
         with self._running(run):
-            resid = self.embed_inputs(inputs) if tokens is None else self.hook_embed(self.embed(tokens))
-            context = self._context(run, cache, position_ids)
-            return self._unembed(run_blocks(self.blocks, resid, context)[:, -1:])
+            resid, deepstack = self._embed(inputs) if tokens is None else (self.hook_embed(self.embed(tokens)), {})
+            context = self._context(run, cache, position_ids, deepstack)
+            resid = run_blocks(self.blocks, resid, context)
+            return self._unembed(context.with_deepstack(self.cfg.n_layers, resid)[:, -1:])
 
     def embed_inputs(self, inputs: MultimodalInputs) -> Float[Tensor, "batch pos d_model"]:
         """The merged sequence that enters block 0: token embeddings with image features scattered in."""
+        return self._embed(inputs)[0]
+
+    def _embed(self, inputs: MultimodalInputs) -> tuple[Float[Tensor, "batch pos d_model"], Deepstack]:
+        """The merged sequence, and what later layers add to it."""
         embeds = self.embed(inputs.tokens)
-        features = self.image_features(inputs)
-        if features is not None:
-            embeds = scatter_features(embeds, inputs.image_mask, features)
-        return self.hook_embed(embeds)
+        seen = self._see(inputs)
+        if seen is None:
+            return self.hook_embed(embeds), {}
+        features = self.hook_image_features(self._pack(self.connector(seen.features), inputs))
+        deepstack = self._deepstack(seen, inputs)
+        return self.hook_embed(scatter_features(embeds, inputs.image_mask, features)), deepstack
+
+    def _see(self, inputs: MultimodalInputs) -> Seen | None:
+        """What the tower makes of the pictures; None without pictures."""
+        if inputs.pixel_values is None:
+            return None
+        return self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device), inputs.picture_grids)
 
     def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
         """What the tower and the connector make of the pictures, row after row; None without pictures."""
-        if inputs.pixel_values is None:
-            return None
-        features = self.connector(self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device)))
-        return self.hook_image_features(self._pack(features, inputs))
+        seen = self._see(inputs)
+        return None if seen is None else self.hook_image_features(self._pack(self.connector(seen.features), inputs))
+
+    def deepstack_of(self, inputs: MultimodalInputs) -> Deepstack:
+        """Layer -> what is added at its input, zero away from the image tokens; empty without deep-stack."""
+        seen = self._see(inputs) if self.cfg.n_deepstack else None
+        return {} if seen is None else self._deepstack(seen, inputs)
+
+    def _deepstack(self, seen: Seen, inputs: MultimodalInputs) -> Deepstack:
+        out = {}
+        for i, inner in enumerate(seen.inner):
+            merger: Any = self.deepstack[i]
+            out[i + 1] = self.scatter_deepstack(merger.hook_out(self._pack(merger(inner), inputs)), inputs)
+        return out
+
+    def scatter_deepstack(
+        self, features: Float[Tensor, "n_image_tokens d_model"], inputs: MultimodalInputs
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Features in the places of their tokens, zeros elsewhere."""
+        return scatter_features(features.new_zeros(*inputs.shape, features.shape[-1]), inputs.image_mask, features)
 
     def _pack(
         self, features: Float[Tensor, "picture pos d_model"], inputs: MultimodalInputs
     ) -> Float[Tensor, "n_image_tokens d_model"]:
         """Features of pictures in the order of the image tokens that they fill."""
+        if self.cfg.image_layout == "dynamic":
+            sizes = [h * w for row in inputs.grids for h, w in row]
+            return torch.cat([x[:n] for x, n in zip(features, sizes, strict=True)])
         if self.cfg.image_layout != "anyres":
             return features.flatten(0, 1)
         layouts = [checkpoints.layout_of(self.cfg, size) for size in inputs.extras["image_sizes"].tolist()]
@@ -303,7 +346,9 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
     def _unembed(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return self.unembed(self.ln_final(resid.to(self.ln_final.weight.device)))
 
-    def _context(self, run: Run, cache: KVCache | None, position_ids: Tensor | None = None) -> Context:
+    def _context(
+        self, run: Run, cache: KVCache | None, position_ids: Tensor | None = None, deepstack: Deepstack | None = None
+    ) -> Context:
         """What the blocks of this pass share."""
         positions = run.inputs.position_ids if position_ids is None else position_ids
         mask = run.inputs.attention_mask
@@ -323,6 +368,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
             windows=self.cfg.window,
             bias=self._bias if self._applied else lambda layer: None,
             rows=self._rows,
+            deepstack=deepstack or {},
         )
 
     @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veena_lens.hook_table import hooks_of, layer_of, require_hook, row_of
+from veena_lens.hook_table import hooks_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_unit
 from veena_lens.positions import parse, position_mask
@@ -68,7 +68,7 @@ def _decoder_site(name: str) -> str:
     """A hook inside the decoder's blocks; the merged embedding is what enters block 0."""
     if name == "hook_embed":
         return "blocks.0.hook_resid_pre"
-    if layer_of(name) is None or name.startswith("vision."):
+    if not name.startswith("blocks."):
         raise ValueError(
             f"patch_sweep patches hooks of the decoder's blocks and hook_embed, not {name!r}; use Patch and "
             "model.intervene for pictures."

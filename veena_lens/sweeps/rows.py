@@ -6,7 +6,8 @@ is the base run's own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ class BaseRun:
     values: list[Tensor]
     logits: Float[Tensor, " d_vocab"]
     metric_site: Tensor | None = None  # the metric's activation [pos ...]
+    deepstack: Mapping[int, Tensor] = field(default_factory=dict)  # a layer: what is added at its input [1 pos d_model]
 
     @property
     def length(self) -> int:
@@ -83,6 +85,8 @@ def base_run(model: Any, inputs: MultimodalInputs, metric_site: str | None = Non
     names = {f"blocks.{i}.{part}" for i in range(n) for part in ("hook_resid_pre", "attn.hook_rot_k", "attn.hook_v")}
     if metric_site is not None:
         names.add(metric_site)
+    inner = [f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack) if inputs.pixel_values is not None]
+    names |= set(inner)
     logits, cache = model.run_with_cache(inputs, names_filter=sorted(names))
 
     def layers(part: str) -> list[Tensor]:
@@ -95,4 +99,5 @@ def base_run(model: Any, inputs: MultimodalInputs, metric_site: str | None = Non
         layers("attn.hook_v"),
         logits[0, -1],
         None if metric_site is None else cache[metric_site][0],
+        {i + 1: model.scatter_deepstack(cache[name], inputs) for i, name in enumerate(inner)},
     )

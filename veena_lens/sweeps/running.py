@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veena_lens.hook_table import layer_of
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.naive import run_naive
 from veena_lens.sweeps.rows import BaseRun, Row
@@ -38,7 +37,7 @@ def metric_site_of(model: Any, metric: Any) -> str | None:
     if site is None:
         return None
     full = model.names_of(site)[0]
-    if full.startswith("vision.") or layer_of(full) is None:
+    if not full.startswith("blocks."):
         raise ValueError(f"A metric reads logits or a hook of a decoder block, not {site!r}.")
     return full
 

@@ -57,6 +57,7 @@ def run_staircase(
         n_new=tail,
         rotary=model._rotary.tables(positions, model.cfg.dtype),
         prefix=prefix,
+        deepstack={layer: added[:, start:] for layer, added in base.deepstack.items()},
     )
     seen = None
     if metric_site is not None and base.metric_site is not None:
@@ -77,7 +78,7 @@ def run_staircase(
     if metric_site is not None:
         return None, seen
     # Rows that join nowhere cannot exist here: every edit lies in a block.
-    logits = model._unembed(resid[:, -1:])[:, 0]
+    logits = model._unembed(context.with_deepstack(n_layers, resid)[:, -1:])[:, 0]
     return logits[torch.argsort(torch.tensor(order, device=logits.device))], None
 
 

@@ -19,6 +19,7 @@ from veena_lens.components.context import Context
 from veena_lens.components.hooks import drop_hooks
 from veena_lens.components.norms import LayerNorm
 from veena_lens.config import VisionConfig
+from veena_lens.vision.seen import Seen
 
 
 class PatchEmbed(nn.Module):
@@ -74,7 +75,7 @@ class ClipTower(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=False) for layer in range(cfg.n_layers))
         self.unused = Unused(cfg)
 
-    def forward(self, pixels: Float[Tensor, "picture channel height width"]) -> Float[Tensor, "picture pos d_features"]:
+    def forward(self, pixels: Float[Tensor, "picture channel height width"], grids: None = None) -> Seen:
         resid = self.embed(pixels)
         context = Context(key_mask=None, n_new=resid.shape[1], is_causal=False)
         features: dict[int, Tensor] = {}
@@ -85,7 +86,7 @@ class ClipTower(nn.Module):
             resid = block.rest(resid, context)
         features[len(self.blocks)] = resid
         chosen = torch.cat([features[i] for i in self.cfg.feature_layers], -1)
-        return chosen[:, 1:] if self.cfg.drop_class_token else chosen
+        return Seen(chosen[:, 1:] if self.cfg.drop_class_token else chosen)
 
     def embed(self, pixels: Float[Tensor, "picture channel height width"]) -> Float[Tensor, "picture pos d_model"]:
         """The residual stream that enters block 0."""

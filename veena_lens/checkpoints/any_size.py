@@ -1,0 +1,146 @@
+"""Pictures of any size (Qwen): which patches fill which run of tokens.
+
+A processor gives the patches of all images in one tensor and those of all videos in another, with a grid
+(time, height, width in patches) each. Images and videos may alternate in a row, so tokens are walked in reading
+order and each run of one kind takes the next grids of that kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from veena_lens.config import VisionConfig
+from veena_lens.vision.positions import Group
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A processor's patches of one kind. `frames_apart`: each frame of a video has a run of tokens of its own."""
+
+    kind: str  # "image" or "video"
+    token_id: int | None
+    pixels: Any
+    grids: Any
+    frames_apart: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture: its patches [patch numbers], and (height, width) in patches."""
+
+    patches: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """An image, or the frames of a video that share a run of tokens."""
+
+    frames: list[Frame]
+    merge: int
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(time, height, width) in tokens."""
+        height, width = self.frames[0].grid
+        return len(self.frames), height // self.merge, width // self.merge
+
+    @property
+    def n_tokens(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Row by row: the pictures in reading order, and where their groups of tokens stand among the real tokens."""
+
+    frames: list[list[Frame]]
+    groups: list[list[Group]]
+
+
+def match_tokens(vision: VisionConfig, tokens: Tensor, mask: Tensor, sources: Sequence[Source]) -> Match:
+    """The pictures that the tokens of a batch [batch pos] stand for.
+
+    Raises: ValueError when patches, grids and tokens do not fit."""
+    by_id = {source.token_id: list(clips(vision, source)) for source in sources}
+    names = {source.token_id: source.kind for source in sources}
+    given = {token: len(mine) for token, mine in by_id.items()}
+    match = Match([], [])
+    for row, keep in zip(tokens, mask, strict=True):
+        frames, groups, at = [], [], 0
+        for token, run in groupby(row[keep].tolist()):
+            length = len(list(run))
+            if token in by_id:
+                start, end = at, at + length
+                while start < end:
+                    clip = by_id[token].pop(0) if by_id[token] else None
+                    if clip is None or start + clip.n_tokens > end:
+                        _refuse_run(names[token], length, clip, given[token])
+                    frames += clip.frames
+                    groups.append((start, clip.grid))
+                    start += clip.n_tokens
+            at += length
+        match.frames.append(frames)
+        match.groups.append(groups)
+    for token, left in by_id.items():
+        if left:
+            raise ValueError(
+                f"{len(left)} of {given[token]} {names[token]} grids have no tokens in the prompt: put one placeholder "
+                f"for each {names[token]}."
+            )
+    return match
+
+
+def _refuse_run(kind: str, length: int, clip: Clip | None, given: int) -> NoReturn:
+    if clip is None:
+        raise ValueError(
+            f"The prompt holds more {kind} tokens than the {given} {kind}s given fill: a run of {length} is left over. "
+            f"Give a {kind} for each placeholder, through the checkpoint's own processor."
+        )
+    t, h, w = clip.grid
+    raise ValueError(
+        f"A run of {length} {kind} tokens meets a grid of {t} x {h} x {w} = {clip.n_tokens} tokens. Processor and "
+        "checkpoint do not match (merge_size, patch_size), or the prompt was not made by the processor."
+    )
+
+
+def clips(vision: VisionConfig, source: Source) -> Iterator[Clip]:
+    """The images or videos of a source, their patches cut out.
+
+    Raises: ValueError for patches without grids, or of another number or width than the grids and the tower say."""
+    keys = ("pixel_values", "image_grid_thw") if source.kind == "image" else ("pixel_values_videos", "video_grid_thw")
+    if source.pixels is None:
+        return
+    if source.grids is None:
+        raise ValueError(f"{keys[0]} came without {keys[1]}, the (time, height, width) of each {source.kind}.")
+    pixels, grids = torch.as_tensor(source.pixels), torch.as_tensor(source.grids).long().reshape(-1, 3)
+    merge, width = vision.merge_size, vision.patch_width
+    if pixels.ndim != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
+        raise ValueError(
+            f"{keys[0]} must be floats [patches {width}] ({vision.n_channels} channels, {vision.temporal_patch_size} "
+            f"frames, {vision.patch_size} x {vision.patch_size} pixels), not {pixels.dtype} {list(pixels.shape)}. "
+            "Processor and checkpoint do not match (patch_size, temporal_patch_size)."
+        )
+    bad = [g for g in grids.tolist() if min(g) < 1 or g[1] % merge or g[2] % merge]
+    if bad:
+        raise ValueError(
+            f"{keys[1]} holds {bad[0]}: time must be at least 1, height and width multiples of merge_size={merge}."
+        )
+    wanted = int(grids.prod(-1).sum())
+    if wanted != len(pixels):
+        raise ValueError(f"{keys[1]} {grids.tolist()} asks for {wanted} patches; {keys[0]} holds {len(pixels)}.")
+    at = 0
+    for t, h, w in grids.tolist():
+        frames = [Frame(pixels[at + i * h * w : at + (i + 1) * h * w], (h, w)) for i in range(t)]
+        at += t * h * w
+        if source.frames_apart:
+            yield from (Clip([frame], merge) for frame in frames)
+        else:
+            yield Clip(frames, merge)

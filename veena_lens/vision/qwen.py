@@ -1,0 +1,111 @@
+"""The towers of Qwen2-VL and Qwen3-VL: pictures of any size, rotary positions over rows and columns.
+
+Pictures (an image, or a pair of frames of a video) are padded to the longest of the batch and attend to
+themselves alone. After the blocks, squares of patches are joined: each is what one token of the text reads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformer_lens.hook_points import HookPoint
+
+from veena_lens.components.block import Block
+from veena_lens.components.context import Context
+from veena_lens.components.hooks import drop_hooks
+from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
+from veena_lens.components.norms import LayerNorm
+from veena_lens.config import ConnectorConfig, VisionConfig
+from veena_lens.vision.positions import axial_tables, patch_places, resampled
+from veena_lens.vision.seen import Seen
+
+
+def joined_squares(x: Float[Tensor, "picture pos d_model"], merge: int) -> Float[Tensor, "picture token d_joined"]:
+    """Patches of a square side by side, as one vector."""
+    return rearrange(x, "n (p k) d -> n p (k d)", k=merge**2)
+
+
+class FlatPatchEmbed(nn.Module):
+    """Patches that come as flat vectors (channel, frame, row, column of pixels) to the tower's width."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(cfg.d_model, cfg.patch_width).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.patch_bias else None
+
+    def forward(self, patches: Float[Tensor, "picture pos d_patch"]) -> Float[Tensor, "picture pos d_model"]:
+        return F.linear(patches, self.weight, self.bias)
+
+
+class QwenTower(nn.Module):
+    """Patches [picture pos d_patch], padded, with each picture's grid -> features of joined squares."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.patch_embed = FlatPatchEmbed(cfg)
+        self.hook_embed = HookPoint()
+        if cfg.position_grid:
+            self.pos_embed = nn.Embedding(cfg.position_grid**2, cfg.d_model)
+            self.hook_pos_embed = HookPoint()
+        self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
+        self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps)
+
+    def forward(self, patches: Float[Tensor, "picture pos d_patch"], grids: Int[Tensor, "picture 2"] | None) -> Seen:
+        assert grids is not None
+        sizes = [(int(h), int(w)) for h, w in grids.tolist()]
+        places = pad_sequence([patch_places(size, self.cfg.merge_size) for size in sizes], batch_first=True)
+        mask = self.mask(sizes, patches.shape[1]).to(patches.device)
+        resid = self.hook_embed(self.patch_embed(patches.to(self.patch_embed.weight.dtype)))
+        if self.cfg.position_grid:
+            resid = resid + self.hook_pos_embed(self.position_embeddings(sizes))
+        exact = self.cfg.casts == "none" and resid.dtype == torch.float64
+        assert self.cfg.rope_theta is not None
+        tables = axial_tables(
+            places.to(patches.device), self.cfg.rope_theta, self.cfg.d_head, torch.float64 if exact else torch.float32
+        )
+        context = Context(key_mask=mask, n_new=resid.shape[1], is_causal=False, rotary=tables)
+        inner: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.blocks):
+            resid = block(resid, context)
+            if layer in self.cfg.deepstack_layers:
+                inner[layer] = resid
+        features = joined_squares(self.ln_post(resid), self.cfg.merge_size)
+        return Seen(features, tuple(inner[layer] for layer in self.cfg.deepstack_layers))
+
+    def position_embeddings(self, sizes: list[tuple[int, int]]) -> Float[Tensor, "picture pos d_model"]:
+        """The learned table resampled to each picture, padded."""
+        table = self.pos_embed.weight
+        made = {size: resampled(table, size, self.cfg.merge_size).to(table.dtype) for size in set(sizes)}
+        return pad_sequence([made[size] for size in sizes], batch_first=True)
+
+    @staticmethod
+    def mask(sizes: list[tuple[int, int]], length: int) -> Bool[Tensor, "picture pos"]:
+        """True at the patches that a picture has."""
+        n = torch.tensor([h * w for h, w in sizes])
+        return torch.arange(length) < n[:, None]
+
+
+class DeepstackMerger(nn.Module):
+    """Joins the squares of an inner layer's output and maps them to the decoder's width.
+
+    `hook_out` is called by the model on the features of all pictures, in the order of their tokens."""
+
+    def __init__(self, vision: VisionConfig, cfg: ConnectorConfig) -> None:
+        super().__init__()
+        self.merge = vision.merge_size
+        self.norm = LayerNorm(cfg.d_in, vision.norm_eps)
+        self.proj_in = nn.Linear(cfg.d_in, cfg.d_hidden, bias=cfg.bias)
+        self.act = ACTIVATION_FUNCTIONS[cfg.act_fn]
+        self.proj_out = nn.Linear(cfg.d_hidden, cfg.d_out, bias=cfg.bias)
+        drop_hooks(self)
+        self.hook_out = HookPoint()
+
+    def forward(self, inner: Float[Tensor, "picture pos d_inner"]) -> Float[Tensor, "picture token d_model"]:
+        joined = joined_squares(inner, self.merge)
+        normed = F.layer_norm(joined, joined.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
+        return self.proj_out(self.act(self.proj_in(normed)))

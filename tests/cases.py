@@ -200,8 +200,10 @@ CASES: tuple[Case, ...] = (
 BY_NAME = {case.name: case for case in CASES}
 
 
-def hf_config(case: Case) -> Any:
-    """The Hugging Face configuration of a case."""
+def hf_config(case: Any) -> Any:
+    """The Hugging Face configuration of a case (a `Case`, or one that makes its own)."""
+    if not isinstance(case, Case):
+        return case.config()
     text = TEXT_CONFIGS[case.decoder](**{**TEXT, **NO_WINDOW[case.decoder], **copy.deepcopy(dict(case.text))})
     if case.tower is None:
         return text
@@ -214,11 +216,14 @@ def hf_config(case: Case) -> Any:
     )
 
 
-def build_hf(case: Case, dtype: torch.dtype = torch.float64, gain: float = 1.0) -> Any:
+def build_hf(case: Any, dtype: torch.dtype = torch.float64, gain: float = 1.0) -> Any:
     """A fresh Hugging Face model of a case, its parameters shaken, the same numbers at every call.
 
     `gain` multiplies the decoder's attention and MLP: what it says then depends on its whole context."""
-    cls = TEXT_MODELS[case.decoder] if case.tower is None else transformers.LlavaForConditionalGeneration
+    if not isinstance(case, Case):
+        cls = case.model_class
+    else:
+        cls = TEXT_MODELS[case.decoder] if case.tower is None else transformers.LlavaForConditionalGeneration
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = cls._from_config(hf_config(case), attn_implementation="sdpa").to(torch.float64).eval()
@@ -227,27 +232,29 @@ def build_hf(case: Case, dtype: torch.dtype = torch.float64, gain: float = 1.0) 
         for p in model.parameters():
             p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.2 if p.ndim == 1 else 0.05))
         for name, p in model.named_parameters():
-            if "vision" not in name and ("self_attn" in name or "mlp" in name):
+            if "vision" not in name and "visual" not in name and ("self_attn" in name or "mlp" in name):
                 p.mul_(gain)
     return model.to(dtype)
 
 
 @cache
-def hf_model(case: Case, dtype: torch.dtype = torch.float64) -> Any:
+def hf_model(case: Any, dtype: torch.dtype = torch.float64) -> Any:
     """The Hugging Face model of a case, built once a run: do not edit it."""
     return build_hf(case, dtype)
 
 
 @cache
-def native_model(case: Case, dtype: torch.dtype = torch.float64, casts: str = "hf") -> Any:
+def native_model(case: Any, dtype: torch.dtype = torch.float64, casts: str = "hf") -> Any:
     """The native model of a case, built once a run; the fixture `model_of` checks that no hook is left on it."""
     from veena_lens import HookedVLM
 
     return HookedVLM.from_hf(hf_model(case, dtype), casts=casts)
 
 
-def raw_inputs(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+def raw_inputs(case: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """What a processor would emit for the case's rows: ids, mask and, where there are pictures, pixels."""
+    if not isinstance(case, Case):
+        return case.raw(dtype)
     generator = torch.Generator().manual_seed(2)
     rows = []
     for row in case.rows:

@@ -13,4 +13,4 @@ class Seen:
     """Features [picture pos d_features], and the outputs of the inner layers that the decoder reads besides."""
 
     features: Float[Tensor, "picture pos d_features"]
-    inner: tuple[Float[Tensor, "picture pos d_model"], ...] = ()
+    inner: tuple[Float[Tensor, "picture patch d_model"], ...] = ()

@@ -1,17 +1,31 @@
 """The data that travel with the package: manifest, twins, checkpoint."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from veena_lens.checkpoints.bundle import bundled_names, bundled_pairs, bundled_path, bundled_pictures
 from veena_lens.zoo.asking import Asker, Query
+from veena_lens.zoo.card import write_card
 from veena_lens.zoo.emotions import EMOTIONS, named_emotion
 
 FOLDER = bundled_path("tiny-llava-emotion")
+TURNS = {
+    "tiny-llava-emotion": "system: look. user: <image> first <image> assistant: told.</s> user: again assistant:",
+    "tiny-qwen2vl-emotion": (
+        "<|im_start|>system\n look.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|> first"
+        "<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n"
+        "<|im_start|>assistant\n told.<|im_end|>\n"
+        "<|im_start|>user\n again<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    ),
+}
 
 
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
@@ -65,21 +79,22 @@ def test_twins_differ_in_the_face_only(split: str) -> None:
 
 
 def test_bundled_data_stay_small() -> None:
-    weights = sum(path.stat().st_size for path in FOLDER.iterdir())
-    pictures = sum(path.stat().st_size for path in (FOLDER.parent / "pictures").iterdir())
-    assert weights <= 25e6 and pictures <= 3e6
+    for name in bundled_names():
+        assert sum(path.stat().st_size for path in bundled_path(name).iterdir()) <= 25e6
+    assert sum(path.stat().st_size for path in (FOLDER.parent / "pictures").iterdir()) <= 3e6
 
 
-@pytest.fixture(scope="module")
-def asker() -> Asker:
-    return Asker(FOLDER, device="cpu")
+@pytest.fixture(scope="module", params=bundled_names())
+def asker(request: pytest.FixtureRequest) -> Asker:
+    return Asker(bundled_path(request.param), device="cpu")
 
 
 def test_checkpoint_has_the_promised_shape(asker: Asker) -> None:
     text = asker.model.config.text_config
     assert text.num_hidden_layers >= 8 and text.num_attention_heads >= 8
     assert asker.processor.tokenizer.padding_side == "left"
-    assert asker.model.generation_config.eos_token_id == asker.processor.tokenizer.eos_token_id
+    ends = asker.model.generation_config.eos_token_id
+    assert asker.processor.tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
 
 
 def test_chat_template_takes_turns_pictures_and_a_system_message(asker: Asker) -> None:
@@ -90,7 +105,7 @@ def test_chat_template_takes_turns_pictures_and_a_system_message(asker: Asker) -
         {"role": "user", "content": "again"},
     ]
     text = asker.processor.apply_chat_template(messages, add_generation_prompt=True)
-    assert text == "system: look. user: <image> first <image> assistant: told.</s> user: again assistant:"
+    assert text == TURNS[asker.architecture.name]
 
 
 def test_test_pictures_are_told_right(asker: Asker) -> None:
@@ -100,7 +115,12 @@ def test_test_pictures_are_told_right(asker: Asker) -> None:
     assert sum(right) / len(right) >= 0.85
 
 
-def test_card_is_written_from_the_results() -> None:
-    results = json.loads((FOLDER / "results.json").read_text())
-    value = results["picture alone"]["all"]["value"]
-    assert f"{100 * value:.1f} %" in (FOLDER / "README.md").read_text()
+@pytest.mark.parametrize("name", bundled_names())
+def test_card_is_written_from_the_results(name: str, tmp_path: Path) -> None:
+    for path in bundled_path(name).glob("*.json"):
+        shutil.copy(path, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    write_card(tmp_path, results)
+    card = (tmp_path / "README.md").read_text()
+    assert card == (bundled_path(name) / "README.md").read_text()
+    assert f"{100 * results['picture alone']['all']['value']:.1f} %" in card

@@ -63,6 +63,7 @@ class Architecture:
     """One small model. `grid` gives the rows and columns of image tokens of a picture of (height, width) pixels."""
 
     name: str
+    model_type: str
     chat: ChatFormat
     stages: tuple[Stage, ...]
     shares: dict[str, float]

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
+
+from veena_lens.zoo.model import architecture_of
 
 __all__ = ["Asker", "Query"]
 
@@ -18,11 +20,12 @@ class Query:
 
 
 class Asker:
-    """A checkpoint folder opened with `AutoProcessor` and `AutoModelForImageTextToText`."""
+    """A checkpoint folder opened with its architecture's processor and `AutoModelForImageTextToText`."""
 
     def __init__(self, folder: Path, device: str | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.processor = AutoProcessor.from_pretrained(folder)
+        self.architecture = architecture_of(folder)
+        self.processor = self.architecture.open_processor(folder)
         model: Any = AutoModelForImageTextToText.from_pretrained(folder)
         self.model = model.to(self.device).eval()
 

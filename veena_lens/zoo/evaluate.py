@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from veena_lens.checkpoints.bundle import bundled_path
 from veena_lens.zoo.asking import Asker
 from veena_lens.zoo.captions import EMOTION_TASKS
 from veena_lens.zoo.card import write_card
@@ -27,6 +26,7 @@ from veena_lens.zoo.exam import (
     with_context,
 )
 from veena_lens.zoo.faces import STYLES
+from veena_lens.zoo.model import checkpoint_folder
 from veena_lens.zoo.sampling import TRAINING_STYLES
 from veena_lens.zoo.statistics import confusion, share
 
@@ -149,7 +149,7 @@ def judge(folder: Path, split: str, cache: Path, draws: int = 5, count: int | No
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m veena_lens.zoo.evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, help="folder (default: the bundled tiny-llava-emotion)")
+    parser.add_argument("--checkpoint", default="tiny-llava-emotion", help="name of an embedded one, or folder")
     parser.add_argument("--split", choices=("development", "test"), default="test")
     parser.add_argument("--cache", type=Path, default=Path(".cache/zoo/drawings"))
     parser.add_argument("--draws", type=int, default=5)
@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
         import torch
 
         torch.set_num_threads(options.threads)
-    folder = options.checkpoint or bundled_path("tiny-llava-emotion")
+    folder = checkpoint_folder(options.checkpoint)
     if options.card_only:
         write_card(folder, json.loads((folder / "results.json").read_text()))
         return

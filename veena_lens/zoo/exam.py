@@ -97,9 +97,9 @@ def attribute_items(items: list[Item], draw: int) -> list[Item]:
     return found
 
 
-def style_items(name: str, split: str, limit: int | None = None) -> list[Item]:
+def style_items(name: str, split: str, limit: int | None = None, draw: int = 0) -> list[Item]:
     """Every identity of a style with every emotion that the style can draw, one combination each."""
-    rng = random.Random(f"style exam {name}")
+    rng = random.Random(f"style exam {name} {draw}" if draw else f"style exam {name}")
     style, items = STYLES[name], []
     for number in style_identities(name, split)[:limit]:
         background = rng.choice(list(BACKGROUNDS))
@@ -120,8 +120,9 @@ def style_items(name: str, split: str, limit: int | None = None) -> list[Item]:
     return items
 
 
-def emoji_items() -> list[Item]:
-    """Every emoji on every background."""
+def emoji_items(draw: int = 0) -> list[Item]:
+    """Every emoji on every background; each draw asks another question."""
+    questions = [*EMOTION_QUESTIONS["list"], *EMOTION_QUESTIONS["sentence"]]
     items = []
     for emotion, codes in EMOJI.items():
         for code in codes:
@@ -136,7 +137,7 @@ def emoji_items() -> list[Item]:
                     attributes={"background": background},
                 )
                 image = to_image(compose([(face, (layer,))], size=SHARP * PICTURE_SIZE)[0])
-                query = Query(image, EMOTION_QUESTIONS["list"][0])
+                query = Query(image, questions[draw % len(questions)])
                 items.append(Item(kind="emoji", face=face, query=query, truth=emotion))
     return items
 

@@ -123,6 +123,7 @@ def run(model: LlavaForConditionalGeneration, packed: Packed, pixels: Float[Tens
 
 LLAVA = Architecture(
     name="tiny-llava-emotion",
+    model_type="llava",
     chat=ChatFormat(
         opening="<s>user:",
         system_opening="<s>system: {text} user:",

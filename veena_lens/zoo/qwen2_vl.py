@@ -209,6 +209,7 @@ def reshape(pictures: Float[Tensor, "batch 3 height width"], rng: random.Random)
 
 QWEN2_VL = Architecture(
     name="tiny-qwen2vl-emotion",
+    model_type="qwen2_vl",
     chat=ChatFormat(
         opening="<|im_start|>user\n",
         system_opening="<|im_start|>system\n {text}<|im_end|>\n<|im_start|>user\n",

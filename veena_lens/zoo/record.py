@@ -8,7 +8,9 @@ from pathlib import Path
 __all__ = ["write_record"]
 
 
-def write_record(work: Path, folder: Path, batches: dict[str, int], seed: int, device: str, threads: int) -> None:
+def write_record(
+    work: Path, folder: Path, batches: dict[str, int], seed: int, device: str, threads: int, decoder_from: str = "none"
+) -> None:
     """Write `training.json` into the checkpoint folder from the run's log."""
     last: dict[str, dict[str, float]] = {}
     for line in (work / "log.jsonl").read_text().splitlines():
@@ -25,4 +27,5 @@ def write_record(work: Path, folder: Path, batches: dict[str, int], seed: int, d
         for name, entry in last.items()
     ]
     where = f"{threads} threads on {os.cpu_count()} {platform.machine()} cores" if device == "cpu" else device
-    (folder / "training.json").write_text(json.dumps({"seed": seed, "where": where, "stages": stages}, indent=1) + "\n")
+    record = {"seed": seed, "where": where, "decoder_from": decoder_from, "stages": stages}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -10,7 +10,7 @@ from math import sqrt
 
 import numpy as np
 
-__all__ = ["Share", "confusion", "share"]
+__all__ = ["Difference", "Share", "confusion", "paired_difference", "share"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,15 @@ class Share:
 
     def __str__(self) -> str:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A first share minus a second over the same questions, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 def share(yes: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamples: int = 2000) -> Share:
@@ -43,6 +52,29 @@ def share(yes: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamp
         means = hits[chosen].sum(1) / sizes[chosen].sum(1)
         low, high = (float(x) for x in np.quantile(means, (0.025, 0.975)))
     return Share(value, low, high, len(yes))
+
+
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamples: int = 2000
+) -> Difference:
+    """First share minus second over the same questions, with its interval from resampling groups.
+
+    Where no answer differs the interval is that of a share of no differences among the groups, to both sides."""
+    differences: dict[Hashable, list[int]] = defaultdict(list)
+    for ours, theirs, group in zip(first, second, groups, strict=True):
+        differences[group].append(int(ours) - int(theirs))
+    if not differences:
+        raise ValueError("A difference of no answers is undefined.")
+    sums = np.array([sum(row) for row in differences.values()], dtype=float)
+    sizes = np.array([len(row) for row in differences.values()], dtype=float)
+    value = float(sums.sum() / sizes.sum())
+    if not any(any(row) for row in differences.values()):
+        high = wilson(0.0, len(sums))[1]
+        return Difference(0.0, -high, high)
+    chosen = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+    means = sums[chosen].sum(1) / sizes[chosen].sum(1)
+    low, high = (float(x) for x in np.quantile(means, (0.025, 0.975)))
+    return Difference(value, low, high)
 
 
 def wilson(value: float, count: int) -> tuple[float, float]:

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from veena_lens.checkpoints.bundle import bundled_path
 from veena_lens.zoo.architecture import Architecture, Stage
 from veena_lens.zoo.llava import LLAVA
-from veena_lens.zoo.model import ARCHITECTURES
+from veena_lens.zoo.model import ARCHITECTURES, checkpoint_folder
 from veena_lens.zoo.packing import pack
 from veena_lens.zoo.pictures import compose, recolour
 from veena_lens.zoo.record import write_record
@@ -227,15 +226,15 @@ def main(arguments: list[str] | None = None) -> None:
     architecture = ARCHITECTURES[options.model]
     work, source = options.work or Path(".cache/zoo") / options.model, None
     if architecture.start_from is not None and options.decoder_from != "none":
-        named = Path(options.decoder_from)
-        source = named if named.is_dir() else bundled_path(options.decoder_from)
+        source = checkpoint_folder(options.decoder_from)
     stages = architecture.stages
     if options.minutes:
         stages = tuple(replace(stage, minutes=options.minutes * architecture.shares[stage.name]) for stage in stages)
     trainer = Trainer(work, options.seed, architecture=architecture, decoder_from=source)
     trainer.run(stages, folder=options.out)
     batches = {stage.name: stage.batch for stage in stages}
-    write_record(work, options.out, batches, options.seed, trainer.device, torch.get_num_threads())
+    where = "none" if source is None else source.name
+    write_record(work, options.out, batches, options.seed, trainer.device, torch.get_num_threads(), where)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMPS)/base  ## describe, look inside and steer the embedded model: out/demo/index.html
+demo: $(STAMPS)/base  ## describe, look inside and steer the embedded models: out/demo/index.html
 	$(BIN)/veena-lens demo --out out/demo
 
 test: $(STAMPS)/test  ## the tests (slow and GPU ones excluded)
@@ -37,7 +37,7 @@ bench: $(STAMPS)/base  ## tables of speed and memory ratios
 	$(BIN)/python -m veena_lens.benchmarks
 
 refresh: demo  ## the README's picture and every generated table, after the checkpoint changed
-	cp out/demo/attention.png docs/attention.png
+	cp out/demo/tiny-llava-emotion/attention.png docs/attention.png
 	$(BIN)/python docs/fill.py
 
 clean:  ## remove what these commands wrote, the environment aside

@@ -39,9 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--device", default="cpu", help="run both models there (cpu)")
     verify.add_argument("--image", action="append", metavar="FILE", help="a picture to compare on; give two or more")
 
-    demo = commands.add_parser("demo", help="describe faces with the embedded model, look inside, patch and steer")
+    demo = commands.add_parser("demo", help="describe faces with the embedded models, look inside, patch and steer")
     demo.add_argument("--out", default="out/demo", help="folder of the page and its figures (out/demo)")
-    demo.add_argument("--model", default="tiny-llava-emotion", help=CHECKPOINT)
+    demo.add_argument("--model", nargs="+", help=f"{CHECKPOINT}; several are compared (all embedded ones)")
 
     for command in commands.choices.values():
         # Options of the whole command are understood behind the sub-command as well.
@@ -120,9 +120,12 @@ def verify(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Run the main job and say where its page lies."""
+    from veena_lens.app.comparison import run_demos
     from veena_lens.app.demo import run_demo
+    from veena_lens.checkpoints.bundle import bundled_names
 
-    print(run_demo(args.out, model=args.model))
+    models = args.model or bundled_names()
+    print(run_demo(args.out, model=models[0]) if len(models) == 1 else run_demos(args.out, models))
     return 0
 
 

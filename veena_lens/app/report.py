@@ -60,6 +60,12 @@ class Report:
         self._parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
         return self
 
+    def links(self, links: Sequence[tuple[str, str]]) -> Report:
+        """Links to pages beside this one: (text, relative address)."""
+        items = "".join(f'<li><a href="{escape(to, quote=True)}">{escape(text)}</a></li>' for text, to in links)
+        self._parts.append(f"<ul>{items}</ul>")
+        return self
+
     def code(self, text: str) -> Report:
         """Lines as they are, in a fixed-width type."""
         self._parts.append(f"<pre><code>{escape(text)}</code></pre>")

@@ -30,10 +30,11 @@ READ = [
     "max_window_layers",
     "layer_types",
 ]
-KINDS = ("llama", "mistral", "qwen2", "qwen2_vl_text", "qwen3_vl_text")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen3_vl_text")
+TESTED = "logits, hidden states, greedy generation; every hook point edited"
 ALWAYS_BIASED = ("qwen2", "qwen2_vl_text")  # q, k and v, never o
-MAY_BE_BIASED = ("llama", "qwen3_vl_text")  # all four, where attention_bias says so
-NORMED = ("qwen3_vl_text",)  # q and k, before rotary
+MAY_BE_BIASED = ("llama", "qwen3", "qwen3_vl_text")  # all four, where attention_bias says so
+NORMED = ("qwen3", "qwen3_vl_text")  # q and k, before rotary
 
 
 def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_adapters.decoders import decoder_fields, decoder_weights, head_weights
+from model_adapters.decoders import TESTED, decoder_fields, decoder_weights, head_weights
 from model_adapters.reading import activation, refuse_unread
 from model_adapters.towers import tower_config, tower_weights
 from veena_lens.config import ConnectorConfig, HookedVLMConfig
@@ -82,5 +82,6 @@ ADAPTER = Adapter(
     image_layout="fixed",
     renames=RENAMES,
     hub_ids=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", "llava-hf/bakLlava-v1-hf"),
-    note="CLIP or SigLIP tower; Llama, Mistral or Qwen2 decoder",
+    note="CLIP or SigLIP tower; Llama, Mistral, Qwen2 or Qwen3 decoder",
+    tested=f"{TESTED}; towers, several pictures a row, padding; patching and sweeps",
 )

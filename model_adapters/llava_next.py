@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from model_adapters.decoders import TESTED
 from model_adapters.llava import HARMLESS, READ, RENAMES, llava_fields, llava_weights
 from model_adapters.reading import refuse_unread
 from veena_lens.config import HookedVLMConfig
@@ -33,5 +34,6 @@ ADAPTER = Adapter(
         "llava-hf/llava-v1.6-vicuna-7b-hf",
         "llava-hf/llava-v1.6-vicuna-13b-hf",
     ),
-    note="any-resolution tiles; CLIP or SigLIP tower; Llama, Mistral or Qwen2 decoder",
+    note="any-resolution tiles; CLIP or SigLIP tower; Llama, Mistral, Qwen2 or Qwen3 decoder",
+    tested=f"{TESTED}; odd picture sizes, grids and pixel boxes through tiles",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_adapters.decoders import text_config, text_weights
+from model_adapters.decoders import TESTED, text_config, text_weights
 from veena_lens.weight_map import Adapter
 
 ADAPTER = Adapter(
@@ -11,4 +11,5 @@ ADAPTER = Adapter(
     weight_map=text_weights,
     hub_ids=("mistralai/Mistral-7B-Instruct-v0.2",),
     note="text only",
+    tested=TESTED,
 )

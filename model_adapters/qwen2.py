@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_adapters.decoders import text_config, text_weights
+from model_adapters.decoders import TESTED, text_config, text_weights
 from veena_lens.weight_map import Adapter
 
 ADAPTER = Adapter(
@@ -14,4 +14,5 @@ ADAPTER = Adapter(
         "Qwen/Qwen2.5-0.5B-Instruct",
     ),
     note="text only",
+    tested=TESTED,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from model_adapters.decoders import TESTED
 from model_adapters.qwen_vl import (
     RENAMES,
     TOWER_HARMLESS,
@@ -49,4 +50,5 @@ ADAPTER = Adapter(
     renames=RENAMES,
     hub_ids=("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-72B-Instruct"),
     note="pictures of any size, several a row, frames of videos; multimodal rotary positions",
+    tested=f"{TESTED}; tower, unequal pictures, videos and text in one batch, positions in three streams",
 )

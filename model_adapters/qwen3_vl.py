@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from model_adapters.decoders import TESTED
 from model_adapters.qwen_vl import (
     RENAMES,
     TOWER_HARMLESS,
@@ -64,4 +65,5 @@ ADAPTER = Adapter(
     renames=RENAMES,
     hub_ids=("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
     note="as Qwen2-VL, with norms of q and k, interleaved rotary streams and deep-stack features",
+    tested=f"{TESTED}; tower, unequal pictures, videos and text in one batch, positions in three streams",
 )

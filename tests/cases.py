@@ -30,11 +30,21 @@ TEXT = dict(
 TOWER = dict(
     hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14
 )
-TEXT_CONFIGS = dict(llama=transformers.LlamaConfig, mistral=transformers.MistralConfig, qwen2=transformers.Qwen2Config)
-TEXT_MODELS = dict(
-    llama=transformers.LlamaForCausalLM, mistral=transformers.MistralForCausalLM, qwen2=transformers.Qwen2ForCausalLM
+TEXT_CONFIGS: Mapping[str, Any] = dict(
+    llama=transformers.LlamaConfig,
+    mistral=transformers.MistralConfig,
+    qwen2=transformers.Qwen2Config,
+    qwen3=transformers.Qwen3Config,
 )
-NO_WINDOW: Mapping[str, Mapping[str, Any]] = dict(llama={}, mistral=dict(sliding_window=None), qwen2={})
+TEXT_MODELS: Mapping[str, Any] = dict(
+    llama=transformers.LlamaForCausalLM,
+    mistral=transformers.MistralForCausalLM,
+    qwen2=transformers.Qwen2ForCausalLM,
+    qwen3=transformers.Qwen3ForCausalLM,
+)
+NO_WINDOW: Mapping[str, Mapping[str, Any]] = dict(
+    llama={}, mistral=dict(sliding_window=None), qwen2={}, qwen3=dict(head_dim=8)
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -195,6 +205,20 @@ CASES: tuple[Case, ...] = (
     _text("text-mistral-right", "mistral", padding="right"),
     _text("text-qwen2", "qwen2"),
     _text("text-qwen2-window", "qwen2", text=dict(use_sliding_window=True, sliding_window=3, max_window_layers=0)),
+    _text("text-qwen3", "qwen3"),
+    _text(
+        "text-qwen3-bias-tied-window",
+        "qwen3",
+        text=dict(
+            attention_bias=True,
+            tie_word_embeddings=True,
+            head_dim=12,
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=1,
+        ),
+    ),
+    _llava("clip-qwen3", "clip", "qwen3"),
     _text("text-one-token", "llama", rows=("1",)),
 )
 BY_NAME = {case.name: case for case in CASES}

@@ -82,6 +82,8 @@ def models(args: argparse.Namespace) -> int:
         print(f"{architecture}  ({sources[architecture]})")
         if adapter.note:
             print(f"  {adapter.note}")
+        if adapter.tested:
+            print(f"  tested against Hugging Face: {adapter.tested}")
         for hub_id in adapter.hub_ids:
             print(f"  {hub_id}")
     for architecture, reason in broken_adapters().items():
@@ -120,12 +122,17 @@ def verify(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Run the main job and say where its page lies."""
-    from veena_lens.app.comparison import run_demos
-    from veena_lens.app.demo import run_demo
     from veena_lens.checkpoints.bundle import bundled_names
 
     models = args.model or bundled_names()
-    print(run_demo(args.out, model=models[0]) if len(models) == 1 else run_demos(args.out, models))
+    if len(models) == 1:
+        from veena_lens.app.demo import run_demo
+
+        print(run_demo(args.out, model=models[0]))
+    else:
+        from veena_lens.app.comparison import run_demos
+
+        print(run_demos(args.out, models))
     return 0
 
 

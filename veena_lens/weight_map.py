@@ -97,7 +97,8 @@ class Adapter:
 
     `read_config` takes the Hugging Face config object; `weight_map` the native configuration; `renames` are
     (pattern, replacement) pairs applied in order to a file's keys, so that every layout a checkpoint was
-    ever written in arrives at today's in-memory names. `hub_ids` and `note` are shown by `veena-lens models`.
+    ever written in arrives at today's in-memory names. `hub_ids`, `note` and `tested` (what was compared with Hugging
+    Face) are shown by `veena-lens models`.
     """
 
     architecture: str
@@ -108,6 +109,7 @@ class Adapter:
     harmless: tuple[str, ...] = HARMLESS_KEYS
     hub_ids: tuple[str, ...] = ()
     note: str = ""
+    tested: str = ""
 
     def normalize(self, key: str) -> str:
         """Today's in-memory name of a checkpoint key, whatever layout the file has."""

@@ -22,6 +22,7 @@ BUILT_IN = {
     "LlamaForCausalLM": "model_adapters.llama:ADAPTER",
     "MistralForCausalLM": "model_adapters.mistral:ADAPTER",
     "Qwen2ForCausalLM": "model_adapters.qwen2:ADAPTER",
+    "Qwen3ForCausalLM": "model_adapters.qwen3:ADAPTER",
 }
 
 

@@ -1,7 +1,8 @@
 """The model a second time, written plainly: float64, no fused kernel, every named value edited where it arises.
 
 It reads a Hugging Face state dict and configuration, shares no code with the library, and is what an edit at
-any hook point is compared with. `edits` maps a hook's name to a function of the value (given a copy).
+any hook point is compared with. `edits` maps a hook's name to a function of the value (given a copy). Qwen's
+pictures of any size are in `tests/qwen_reference.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Reference:
-    """One forward pass; `values` holds every named value as it went on, edits included."""
+    """One forward pass; `values` holds every named value as it went on, edits included.
 
-    def __init__(self, config: Any, state: Mapping[str, Tensor], edits: Edits | None = None) -> None:
+    With `tracked` each named value is a tensor of its own that keeps its gradient."""
+
+    def __init__(
+        self, config: Any, state: Mapping[str, Tensor], edits: Edits | None = None, tracked: bool = False
+    ) -> None:
         self.root, self.edits, self.values = config, dict(edits or {}), {}
+        self.tracked = tracked
         self.text = getattr(config, "text_config", config)
         self.vision = getattr(config, "vision_config", None)
         self.state = {_today(k): v.double() for k, v in state.items()}
@@ -36,6 +42,9 @@ class Reference:
         """The named value, after its edit."""
         if name in self.edits:
             value = self.edits.pop(name)(value.clone())
+        if self.tracked:
+            value = value.clone().requires_grad_()
+            value.retain_grad()
         self.values[name] = value
         return value
 
@@ -49,7 +58,8 @@ class Reference:
 
     def layer_norm(self, name: str, key: str, x: Tensor) -> Tensor:
         variance = x.var(-1, keepdim=True, unbiased=False)
-        scale = self.at(f"{name}.hook_scale", (variance + self.vision.layer_norm_eps).sqrt())
+        eps = getattr(self.vision, "layer_norm_eps", 1e-6)  # Qwen's towers have it fixed
+        scale = self.at(f"{name}.hook_scale", (variance + eps).sqrt())
         out = (x - x.mean(-1, keepdim=True)) / scale * self.state[f"{key}.weight"] + self.state[f"{key}.bias"]
         return self.at(f"{name}.hook_normalized", out)
 
@@ -64,9 +74,12 @@ class Reference:
         allowed: Any,
         rotate: Any,
         act: Any,
+        added: Tensor | None = None,
     ) -> Tensor:
         n, kv, e = heads
         x = self.at(f"{b}.hook_resid_pre", x)
+        if added is not None:
+            x = self.at(f"{b}.hook_deepstack", x + added)
         projected = {}
         for letter, count in (("q", n), ("k", kv), ("v", kv)):
             copies = x[:, :, None].expand(-1, -1, count, -1)
@@ -86,6 +99,8 @@ class Reference:
                 out = torch.stack([all_heads[:, :, h, h] for h in range(count)], 2)
             projected[letter] = self.at(f"{b}.attn.hook_{letter}", out)
         q, k, v = projected["q"], projected["k"], projected["v"]
+        if "q_norm" in keys:
+            q, k = (self.rms(f"{b}.attn.{x}_norm", keys[f"{x}_norm"], t) for x, t in (("q", q), ("k", k)))
         if rotate is not None:
             q, k = self.at(f"{b}.attn.hook_rot_q", rotate(q)), self.at(f"{b}.attn.hook_rot_k", rotate(k))
         wide_k, wide_v = (t.repeat_interleave(n // kv, 2) for t in (k, v))
@@ -215,7 +230,7 @@ class Reference:
 def _today(key: str) -> str:
     """Names of a text-only model as they are inside a LLaVA."""
     if key.startswith("model.") and not key.startswith(
-        ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")
+        ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.", "model.visual.")
     ):
         return "model.language_model." + key.removeprefix("model.")
     return key

@@ -6,7 +6,6 @@ both agree to rounding in float64.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import BY_NAME, Case, counted, hf_model, raw_inputs, relative_error
+from tests.model.noise import logits_edited, make_noisy_in_place, noisy, replace_with_noisy
 from tests.reference import reference_logits, reference_values
 from veena_lens.hook_table import HOOK_TABLE, aliases, canonical, hooks_of, layer_of
 
@@ -39,31 +39,6 @@ everything = lambda name: True  # noqa: E731
 @pytest.fixture(params=NAMES)
 def case(request: pytest.FixtureRequest) -> Case:
     return BY_NAME[request.param]
-
-
-def noisy(name: str, value: Tensor) -> Tensor:
-    """The value with the same noise at every call, whatever stands at the pads; scales stay positive, and
-    attention weights that are zero stay zero (pads are not attended)."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
-    if name.endswith(("hook_scale", "hook_pattern")):
-        return value * (1 + 0.2 * noise.tanh())
-    if name.endswith("hook_attn_scores"):  # masked scores are astronomically negative
-        return value + noise
-    return value + 0.1 * noise
-
-
-def replace_with_noisy(value: Tensor, hook: Any) -> Tensor:
-    return noisy(hook.name, value)
-
-
-def make_noisy_in_place(value: Tensor, hook: Any) -> None:
-    value.copy_(noisy(hook.name, value))
-
-
-def logits_edited(model: Any, inputs: Any, name: str, fn: Callable[..., Any]) -> Tensor:
-    with torch.no_grad():
-        return model.run_with_hooks(inputs, fwd_hooks=[(name, fn)])
 
 
 def dimensions(model: Any, inputs: Any, name: str) -> tuple[int, ...]:

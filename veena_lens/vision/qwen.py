@@ -73,7 +73,7 @@ class QwenTower(nn.Module):
         for layer, block in enumerate(self.blocks):
             resid = block(resid, context)
             if layer in self.cfg.deepstack_layers:
-                inner[layer] = resid
+                inner[layer] = resid.clone()  # a hook of the next block may write into its input
         features = joined_squares(self.ln_post(resid), self.cfg.merge_size)
         return Seen(features, tuple(inner[layer] for layer in self.cfg.deepstack_layers))
 

@@ -143,10 +143,85 @@ def both(name: str, **kw: Any) -> list[QwenCase]:
     return [QwenCase(name=name, kind=kind, **kw) for kind in ("qwen2_vl", "qwen3_vl")]
 
 
+def _two(name: str, **kw: Any) -> QwenCase:
+    return QwenCase(name=name, kind="qwen2_vl", **kw)
+
+
+def _three(name: str, **kw: Any) -> QwenCase:
+    return QwenCase(name=name, kind="qwen3_vl", **kw)
+
+
+def _rope(sections: list[int], kind: str = "default", **numbers: Any) -> dict[str, Any]:
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=1e4, mrope_section=sections, **numbers))
+
+
+YARN = dict(factor=4.0, original_max_position_embeddings=16)
+WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+VIDEOS = ("v2x4x4 2", "3 v4x2x2 1 v1x6x2 2")
+
+
 QWEN_CASES: tuple[QwenCase, ...] = (
     *both("plain"),
     *both("one-kv-head", text=dict(num_key_value_heads=1)),
     *both("image-and-video", rows=("2 i4x4 3 v2x4x6 1 i2x6 4", "1 v3x2x4 2", "5")),
     *both("right-padding", padding="right"),
+    # heads, widths, activations
+    *both("all-kv-heads", text=dict(num_attention_heads=6, num_key_value_heads=6)),
+    _two("one-head", text=dict(num_attention_heads=1, num_key_value_heads=1) | _rope([8, 8, 8])),
+    _three("one-head", text=dict(num_attention_heads=1, num_key_value_heads=1, head_dim=20) | _rope([4, 3, 3])),
+    _three("wide-heads", text=dict(head_dim=32) | _rope([6, 5, 5])),
+    _three("narrow-heads", text=dict(head_dim=4) | _rope([1, 1, 0])),
+    _three("attention-bias", text=dict(attention_bias=True)),
+    *both("tied", root=dict(tie_word_embeddings=True)),
+    *both("gelu", text=dict(hidden_act="gelu"), vision=dict(hidden_act="silu")),
+    *both("large-epsilon", text=dict(rms_norm_eps=1e-2)),
+    _two("one-layer", text=dict(num_hidden_layers=1), vision=dict(depth=1)),
+    _three("one-layer", text=dict(num_hidden_layers=1), vision=dict(depth=1, deepstack_visual_indexes=[0])),
+    # the tower
+    *both("merge-1", vision=dict(spatial_merge_size=1), rows=("3 i3x5 2", "i1x1 1 i1x4 6")),
+    *both("merge-3", vision=dict(spatial_merge_size=3), rows=("3 i3x6 2", "2 i9x3 1 v2x3x3 1")),
+    *both("temporal-1", vision=dict(temporal_patch_size=1), rows=("1 v3x2x4 2 i4x2 1",)),
+    *both("temporal-3", vision=dict(temporal_patch_size=3), rows=("1 v2x2x4 2 i4x2 1", "i2x2 3")),
+    *both("patch-2-grey", vision=dict(patch_size=2, in_channels=1)),
+    *both("patch-7-four-channels", vision=dict(patch_size=7, in_channels=4)),
+    *both("one-tower-head", vision=dict(num_heads=1)),
+    *both("eight-tower-heads", vision=dict(num_heads=8)),
+    *both("tower-rotary-base", vision=dict(rope_parameters=dict(rope_type="axial", rope_theta=50.0))),
+    _two("narrow-tower-mlp", vision=dict(mlp_ratio=2)),
+    _three("position-table-2x2", vision=dict(num_position_embeddings=4)),
+    _three("position-table-1x1", vision=dict(num_position_embeddings=1)),
+    _three("position-table-9x9", vision=dict(num_position_embeddings=81), rows=("i18x18 2 i2x10 1",)),
+    # deep-stack features
+    _three("deepstack-none", vision=dict(deepstack_visual_indexes=[])),
+    _three("deepstack-one", vision=dict(deepstack_visual_indexes=[1])),
+    _three("deepstack-every-decoder-layer", vision=dict(deepstack_visual_indexes=[0, 1, 2])),
+    _three("deepstack-of-one-layer", text=dict(num_hidden_layers=1), vision=dict(deepstack_visual_indexes=[2])),
+    _three("deepstack-video", rows=("1 i2x2 2 v3x4x2 1", "v2x2x2 4", "3")),
+    # batches
+    *both("one-picture", rows=("3 i6x4 5",)),
+    *both("thin-pictures", rows=("1 i2x40 2", "2 i40x2 1", "i2x2 3")),
+    *both("many-pictures", rows=("1 i2x2 1 i4x2 2 i2x6 1", "i6x6 3", "4", "2 i2x4 1")),
+    *both("touching-wrappers", rows=("i2x4 i4x2 v2x2x2 i2x2", "i2x2 9")),
+    *both("nothing-but-pictures", rows=("i4x4", "i2x2 i2x4")),
+    *both("no-picture-at-all", rows=("5", "8")),
+    *both("no-picture-right-padding", rows=("5", "8", "2"), padding="right"),
+    *both("text-rows-between", rows=("4", "2 i4x6 1", "9", "i2x2 2")),
+    *both("videos", rows=VIDEOS),
+    *both("videos-right-padding", rows=VIDEOS, padding="right"),
+    *both("long-video", rows=("2 v9x2x2 3", "4 i2x4 5")),
+    # rotary positions and windows
+    *both("rotary-base", text=dict(num_attention_heads=6, num_key_value_heads=3, head_dim=8) | _rope([2, 1, 1])),
+    _two("four-sections", text=_rope([1, 1, 1, 1])),
+    _two("six-sections", text=dict(num_attention_heads=3, num_key_value_heads=1) | _rope([1, 1, 1, 1, 2, 2])),
+    _two("time-section-alone", text=_rope([4, 0, 0])),
+    _three("uneven-sections", text=_rope([2, 1, 5])),
+    _three("time-section-alone", text=_rope([8, 0, 0])),
+    _two("yarn", text=_rope([1, 1, 2], "yarn", **YARN) | dict(max_position_embeddings=64)),
+    _three("yarn", text=_rope([4, 2, 2], "yarn", **YARN) | dict(max_position_embeddings=64)),
+    _two("yarn-scaled", text=_rope([1, 1, 2], "yarn", **YARN, attention_factor=1.7)),
+    _two("linear", text=_rope([1, 1, 2], "linear", factor=3.0)),
+    _two("window", text=WINDOW),
+    _two("window-right-padding", text=WINDOW | dict(max_window_layers=0), padding="right"),
+    _two("window-longer-than-rows", text=WINDOW | dict(sliding_window=200), rows=VIDEOS),
 )
 QWEN_BY_NAME = {str(case): case for case in QWEN_CASES}

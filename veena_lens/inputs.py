@@ -264,7 +264,7 @@ class MultimodalInputs:
             mask[i, start:] = True
             old = self.position_ids[..., i, :][..., prompt]
             positions[..., i, start:middle] = old
-            positions[..., i, middle:] = old.max() + 1 + torch.arange(len(ids), device=on)
+            positions[..., i, middle:] = old[..., -1:] + 1 + torch.arange(len(ids), device=on)
         lengths = [[self.count_image_tokens(i, s) for s in spans.images] for i, spans in enumerate(self.spans)]
         spans = find_spans(tokens, mask, self.image_token_ids, lengths, [len(a) for a in rows])
         return replace(self, tokens=tokens, attention_mask=mask, position_ids=positions, spans=spans)
@@ -274,12 +274,8 @@ class MultimodalInputs:
 
         They join an answer that the inputs already have. Rows must end at the last position."""
         n_new = new.shape[1]
-        following = (
-            self.position_ids[..., -1:] if self.position_ids.ndim == 2 else self.position_ids.amax((0, -1))[:, None]
-        )
-        steps = following + 1 + torch.arange(n_new, device=new.device)
-        if self.position_ids.ndim == 3:
-            steps = steps.expand(len(self.position_ids), -1, -1)
+        # After the last token, not after the largest position: the frames of a long video may reach further.
+        steps = self.position_ids[..., -1:] + 1 + torch.arange(n_new, device=new.device)
         end = self.shape[1] + n_new
         spans = tuple(replace(s, answer=slice(s.answer.start if s.answer else s.last + 1, end)) for s in self.spans)
         return replace(

@@ -158,14 +158,11 @@ class Generation:
         n_prompt, n_new = prompt.shape[1], new.shape[1]
         if n_new == 0:
             return self._forward_chunk(prompt, Run(prompt, 0, n_prompt), cache)[:, -1]  # type: ignore[attr-defined]
-        following = prompt.position_ids.amax((0, -1) if prompt.position_ids.ndim == 3 else -1) + 1
         if cache is None:
             whole = prompt.with_new_tokens(new)
             return self._forward_chunk(whole, Run(whole, 0, whole.shape[1]), None)[:, -1]  # type: ignore[attr-defined]
         at = n_prompt + n_new - 1
-        positions = (following + n_new - 1)[:, None]
-        if prompt.position_ids.ndim == 3:
-            positions = positions.expand(len(prompt.position_ids), -1, -1)
+        positions = prompt.position_ids[..., -1:] + n_new
         return self._forward_chunk(prompt, Run(prompt, at, at + 1), cache, new[:, -1:], positions)[:, -1]  # type: ignore[attr-defined]
 
     def _as_prompt(self, inputs: Any) -> MultimodalInputs:

@@ -40,9 +40,10 @@ def bare_inputs(
     given: dict[str, Any] = {"input_ids": ids}
     if attention_mask is not None:
         given["attention_mask"] = attention_mask
+    if position_ids is not None:
+        given["position_ids"] = position_ids
     inputs = checkpoints.inputs_from_hf(cfg, tokenizer, **given)
-    positions = text_positions(inputs.attention_mask) if position_ids is None else position_ids
-    return replace(inputs, position_ids=positions)
+    return inputs if position_ids is not None else replace(inputs, position_ids=text_positions(inputs.attention_mask))
 
 
 def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -209,6 +209,69 @@ class ActivationCache(_ActivationCache):
         extra = one.shape[0] - side * side  # CLIP's class token stands first
         return one[extra:].unflatten(0, (side, side))
 
+    # --- parts of the residual -----------------------------------------------------------------------
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """As in transformer_lens: [component ... d_model], what sums to the residual that enters a layer.
+
+        Where deep-stack features join the residual, what a layer adds of them ("1_deepstack") is a component of
+        mode "all" and stands before that layer's attention."""
+        position = Slice.unwrap(pos_slice)
+        if layer is None or layer == -1:
+            layer = self._n_layers()
+        parts, labels = super().decompose_resid(layer, mlp_input, mode, False, position, incl_embeds, True)
+        added = self._deepstack_terms(layer + int(mlp_input), position) if mode == "all" else {}
+        if added:
+            whole = dict(zip(labels, parts, strict=True))
+            labels = [each for label in labels for each in ([*_before(label, added), label])]
+            parts = torch.stack([added[each] if each in added else whole[each] for each in labels])
+        if apply_ln:
+            parts = self.apply_ln_to_stack(parts, layer, pos_slice=position, mlp_input=mlp_input)
+        return (parts, labels) if return_labels else parts
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Any:
+        """As in transformer_lens, with what layers add of deep-stack features before the last component ("bias")."""
+        position = Slice.unwrap(pos_slice)
+        if layer is None or layer == -1:
+            layer = self._n_layers()
+        parts, labels = super().get_full_resid_decomposition(
+            layer, mlp_input, expand_neurons, apply_ln, position, True, project_output_onto
+        )
+        added = self._deepstack_terms(layer + int(mlp_input), position)
+        if added:
+            more = torch.stack(list(added.values()))
+            if apply_ln:
+                more = self.apply_ln_to_stack(more, layer, pos_slice=position, mlp_input=mlp_input)
+            if project_output_onto is not None:
+                more = more @ project_output_onto
+            parts, labels = torch.cat([parts[:-1], more, parts[-1:]]), [*labels[:-1], *added, labels[-1]]
+        return (parts, labels) if return_labels else parts
+
+    def _deepstack_terms(self, stop: int, position: Slice) -> dict[str, Tensor]:
+        """Label -> what layers before `stop` add of deep-stack features, [... d_model]."""
+        n = min(stop - 1, self.model.cfg.n_deepstack)
+        return {
+            f"{i}_deepstack": position.apply(self["deepstack", i] - self["resid_pre", i], dim=-2)
+            for i in range(1, n + 1)
+        }
+
     # --- files ---------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
         """Write the activations and where the pictures lie to one safetensors file; returns its path."""
@@ -249,6 +312,12 @@ class ActivationCache(_ActivationCache):
         )
 
 
+def _before(label: str, added: Mapping[str, Tensor]) -> list[str]:
+    """The component that a layer's attention follows, where there is one."""
+    own = label.removesuffix("_attn_out") + "_deepstack"
+    return [own] if label.endswith("_attn_out") and own in added else []
+
+
 def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
     def pair(s: slice | None) -> list[int] | None:
         return None if s is None else [s.start, s.stop]
@@ -258,6 +327,7 @@ def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
         "video_token_id": inputs.video_token_id,
         "pad_token_id": inputs.pad_token_id,
         "grid_places": [[list(p) for p in row] for row in inputs.grid_places],
+        "token_tiles": [[list(t) for t in row] for row in inputs.token_tiles],
         "grids": [[list(g) for g in row] for row in inputs.grids],
         "spans": [
             {"images": [pair(i) for i in s.images], "query": pair(s.query), "last": s.last, "answer": pair(s.answer)}
@@ -302,6 +372,7 @@ def _restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tenso
         video_token_id=about.get("video_token_id"),
         pad_token_id=about["pad_token_id"],
         grid_places=tuple(tuple(tuple(p) for p in row) for row in about["grid_places"]),
+        token_tiles=tuple(tuple(tuple(t) for t in row) for row in about.get("token_tiles", ())),
         picture_rows=tensors.get("inputs.picture_rows"),
         picture_images=tensors.get("inputs.picture_images"),
         picture_grids=tensors.get("inputs.picture_grids"),

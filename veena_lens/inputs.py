@@ -104,7 +104,8 @@ class MultimodalInputs:
     frames of a video, which counts as an image of its own.
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
     one an image; grid_places: which of an image's tokens are the cells of that grid, row by row (the others are a
-    class token, a whole view, newlines). patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left,
+    class token, a whole view, newlines). token_tiles: the tile of each of an image's tokens (0 the whole view, -1 a
+    newline), where images have tiles. patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left,
     top, right, bottom) in pixels of the original picture, or None where the original is not known.
     end_token_ids: tokens that end an answer.
     """
@@ -124,6 +125,7 @@ class MultimodalInputs:
     spans: tuple[Spans, ...] = ()
     grids: tuple[tuple[tuple[int, int], ...], ...] = ()
     grid_places: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    token_tiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
     patch_boxes: tuple[tuple[Any, ...], ...] | None = None
     end_token_ids: tuple[int, ...] = ()
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False)
@@ -186,6 +188,7 @@ class MultimodalInputs:
             spans=tuple(self.spans[i] for i in chosen),
             grids=tuple(self.grids[i] for i in chosen),
             grid_places=tuple(self.grid_places[i] for i in chosen) if self.grid_places else (),
+            token_tiles=tuple(self.token_tiles[i] for i in chosen) if self.token_tiles else (),
             patch_boxes=None if self.patch_boxes is None else tuple(self.patch_boxes[i] for i in chosen),
         )
 

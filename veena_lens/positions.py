@@ -1,12 +1,14 @@
 """Which positions of a sequence: the words of the API ("last", "query+generated") parsed once into masks.
 
 Words name parts of a row whatever its padding: they are resolved against `MultimodalInputs`, row by row.
-"generated" means answer tokens: those of `with_answer`, and those that `generate` adds.
+"generated" means answer tokens: those of `with_answer`, and those that `generate` adds. A `Box` or a `Tile` names
+image tokens by where they lie in the picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +17,33 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 
-PositionsLike: TypeAlias = str | int | slice | Sequence[int] | Tensor
+
+@dataclass(frozen=True)
+class Box:
+    """Image tokens whose patch overlaps a box, in pixels of the original picture; `image` counts in its row.
+
+    Raises: ValueError for a box without area."""
+
+    left: float | int
+    top: float | int
+    right: float | int
+    bottom: float | int
+    image: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.left < self.right and self.top < self.bottom):
+            raise ValueError(f"{self!r} has no area: give left < right and top < bottom, in pixels.")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Image tokens of one tile: 0 is the whole view, 1 .. the tiles row by row; a picture of one piece is tile 0."""
+
+    tile: int
+    image: int = 0
+
+
+PositionsLike: TypeAlias = str | int | slice | Sequence[int] | Tensor | Box | Tile
 BEYOND_PROMPT = ("generated", "answer", "all", "text")  # words that reach the tokens `generate` adds
 WORDS = ("last", "query", "image", "text", "generated", "answer", "prompt", "all")
 
@@ -32,7 +60,7 @@ def parse(positions: Any) -> Any:
                 f"positions {positions!r}: unknown word {unknown[0]!r}; known: {', '.join(WORDS)}, joined with '+'."
             )
         return words
-    if isinstance(positions, (int, slice)):
+    if isinstance(positions, (int, slice, Box, Tile)):
         return positions
     if isinstance(positions, Tensor):
         return positions if positions.dtype == torch.bool else [int(p) for p in positions.flatten().tolist()]
@@ -40,7 +68,7 @@ def parse(positions: Any) -> Any:
         return [int(p) for p in positions]
     raise TypeError(
         f"positions of type {type(positions).__name__}: give words such as 'last' or 'query+generated', an int, "
-        "a slice, a list of ints, or a bool mask [batch pos]."
+        "a slice, a list of ints, a bool mask [batch pos], a Box of pixels or a Tile."
     )
 
 
@@ -65,6 +93,9 @@ def position_mask(inputs: MultimodalInputs, positions: Any, image: int | None = 
             mask[:, p] = True
     elif isinstance(chosen, slice):
         mask[:, chosen] = True
+    elif isinstance(chosen, (Box, Tile)):
+        for row in range(n):
+            _mark_region(mask, inputs, row, chosen)
     else:
         for word in chosen:
             _mark(mask, inputs, word, image)
@@ -91,6 +122,29 @@ def _mark(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, word: str, 
             mask[row, : spans.last + 1] = True
         else:
             mask[row] = True
+
+
+def _mark_region(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, row: int, region: Box | Tile) -> None:
+    """Set the tokens of one row's picture that lie in a region; a row without that picture stays as it is.
+
+    Raises: ValueError where the place of the tokens in the original picture is not known."""
+    if not 0 <= region.image < len(inputs.spans[row].images):
+        return
+    span = inputs.spans[row].images[region.image]
+    places = torch.arange(span.start, span.stop, device=mask.device)[inputs.image_mask[row, span]]
+    if isinstance(region, Tile):
+        tiles = inputs.token_tiles[row][region.image] if inputs.token_tiles else (0,) * len(places)
+        inside = torch.tensor(tiles, device=mask.device) == region.tile
+    else:
+        boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[row][region.image]
+        if boxes is None:
+            raise ValueError(
+                f"{region!r}: where the tokens of row {row} lie in the original picture is not known; make the inputs "
+                "with model.prepare, or choose positions by Tile, numbers or a mask."
+            )
+        left, top, right, bottom = boxes.to(mask.device).unbind(-1)  # newlines have none (NaN) and never overlap
+        inside = (left < region.right) & (right > region.left) & (top < region.bottom) & (bottom > region.top)
+    mask[row, places[inside]] = True
 
 
 def reaches_generated(positions: Any) -> bool:

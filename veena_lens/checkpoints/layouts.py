@@ -34,6 +34,7 @@ class ImageSet:
     grids: tuple[tuple[tuple[int, int], ...], ...]
     places: tuple[tuple[tuple[int, ...], ...], ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
+    tiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
     picture_images: Tensor | None = None
     picture_grids: Tensor | None = None
     positions: Tensor | None = None
@@ -47,6 +48,7 @@ class _Image:
     grid: tuple[int, int]
     places: tuple[int, ...]
     n_pictures: int = 1
+    tiles: tuple[int, ...] = ()
 
 
 def arrange_images(
@@ -79,6 +81,7 @@ def arrange_images(
         tuple(tuple(image.grid for image in row) for row in rows),
         tuple(tuple(image.places for image in row) for row in rows),
         kept,
+        tuple(tuple(image.tiles for image in row) for row in rows) if cfg.image_layout == "anyres" else (),
         torch.tensor([i for row in rows for i, image in enumerate(row) for _ in range(image.n_pictures)]),
     )
 
@@ -120,7 +123,9 @@ def _anyres(
         tiles.append(image[: layout.n_tiles])
     flat = torch.cat(tiles)
     _require_pixels(cfg, flat)
-    images = [_Image(x.n_tokens, (x.rows, x.cols), tuple(x.grid_places()), x.n_tiles) for x in layouts]
+    images = [
+        _Image(x.n_tokens, (x.rows, x.cols), tuple(x.grid_places()), x.n_tiles, tuple(x.token_tiles())) for x in layouts
+    ]
     return images, flat, {"image_sizes": sizes}
 
 

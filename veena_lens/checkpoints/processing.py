@@ -282,4 +282,5 @@ def assemble(
         spans=find_spans(tokens, mask, cfg.image_token_ids, images.lengths),
         grids=images.grids,
         grid_places=images.places,
+        token_tiles=images.tiles,
     )

@@ -6,8 +6,21 @@ from veena_lens.interventions.ablate import Ablate
 from veena_lens.interventions.attention import BoostAttention
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.circuit import Circuit
+from veena_lens.interventions.knockout import KnockOut
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Patch
 from veena_lens.interventions.steer import Steer
+from veena_lens.positions import Box, Tile
 
-__all__ = ["Ablate", "BoostAttention", "Circuit", "Intervention", "Patch", "ScaleNeurons", "Steer"]
+__all__ = [
+    "Ablate",
+    "BoostAttention",
+    "Box",
+    "Circuit",
+    "Intervention",
+    "KnockOut",
+    "Patch",
+    "ScaleNeurons",
+    "Steer",
+    "Tile",
+]

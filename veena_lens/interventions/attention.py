@@ -23,6 +23,22 @@ from veena_lens.positions import parse
 MODES = ("renorm", "logit", "scale", "mul", "abs")
 
 
+def places(
+    heads: Sequence[int] | None,
+    at: Bool[Tensor, "batch query_pos"],
+    keys: Bool[Tensor, "batch key_pos"] | None,
+    n_heads: int,
+    n_key: int,
+) -> Bool[Tensor, "batch n_heads query_pos key_pos"]:
+    """True at the chosen heads (None: all), queries and keys (None: all)."""
+    chosen = torch.ones(n_heads, dtype=torch.bool, device=at.device)
+    if heads is not None:
+        chosen = torch.zeros_like(chosen)
+        chosen[[int(h) for h in heads]] = True
+    keys = at.new_ones(len(at), n_key) if keys is None else keys.to(at.device)
+    return at[:, None, :, None] & keys[:, None, None, :] & chosen[None, :, None, None]
+
+
 @dataclass(frozen=True)
 class BoostAttention:
     """Attention of `heads` in `layer` from `queries` to `keys`, strengthened by `factor`.
@@ -71,7 +87,7 @@ class BoostAttention:
         keys: Bool[Tensor, "batch key_pos"] | None = None,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
         """Boosted scores or pattern at the chosen heads, queries and keys (None: every key)."""
-        place = self.place(at, keys, activation.shape[1], activation.shape[-1])
+        place = places(self.heads, at, keys, activation.shape[1], activation.shape[-1])
         # A masked score stays as it is: multiplying the largest negative number would overflow.
         place = place & (activation > torch.finfo(activation.dtype).min)
         if self.mode == "abs":
@@ -82,17 +98,6 @@ class BoostAttention:
             boosted = activation * self.factor
         return torch.where(place, boosted, activation)
 
-    def place(
-        self, at: Bool[Tensor, "batch query_pos"], keys: Bool[Tensor, "batch key_pos"] | None, n_heads: int, n_key: int
-    ) -> Bool[Tensor, "batch heads query_pos key_pos"]:
-        """True at the chosen heads, queries and keys."""
-        chosen = torch.ones(n_heads, dtype=torch.bool, device=at.device)
-        if self.heads is not None:
-            chosen = torch.zeros_like(chosen)
-            chosen[[int(h) for h in self.heads]] = True
-        keys = at.new_ones(len(at), n_key) if keys is None else keys.to(at.device)
-        return at[:, None, :, None] & keys[:, None, None, :] & chosen[None, :, None, None]
-
     def bias(
         self,
         at: Bool[Tensor, "batch query_pos"],
@@ -101,5 +106,4 @@ class BoostAttention:
         dtype: torch.dtype,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
         """log(factor) at the chosen places, 0 elsewhere."""
-        place = self.place(at, keys, n_heads, keys.shape[-1])
-        return place.to(dtype) * math.log(self.factor)
+        return places(self.heads, at, keys, n_heads, keys.shape[-1]).to(dtype) * math.log(self.factor)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from veena_lens.interventions.ablate import Ablate
 from veena_lens.interventions.attention import BoostAttention
+from veena_lens.interventions.knockout import KnockOut
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Patch
 from veena_lens.interventions.steer import Steer
+from veena_lens.positions import Box, Tile
 
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Steer, Patch, Ablate, ScaleNeurons, BoostAttention)}
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOut)}
+REGIONS: dict[str, Any] = {"Box": Box, "Tile": Tile}
 FORMAT = "veena_lens.Circuit/1"
 
 
@@ -98,6 +101,8 @@ def _pack(item: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
             key = f"{prefix}.{f.name}"
             tensors[key] = value
             out[f.name] = {"tensor": key}
+        elif isinstance(value, (Box, Tile)):
+            out[f.name] = {type(value).__name__: asdict(value)}
         elif isinstance(value, slice):
             out[f.name] = {"slice": [value.start, value.stop, value.step]}
         else:
@@ -119,6 +124,8 @@ def _unpack(packed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
             value = tensors[value["tensor"]]
         elif isinstance(value, dict) and "slice" in value:
             value = slice(*value["slice"])
+        elif isinstance(value, dict) and len(value) == 1 and next(iter(value)) in REGIONS:
+            value = REGIONS[next(iter(value))](**next(iter(value.values())))
         read[name] = value
     chosen = read.pop("_chosen", None)
     item = kind(**read)

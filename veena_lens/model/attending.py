@@ -29,8 +29,9 @@ class Attending:
     ) -> Scores:
         """Attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
 
-        queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice
-        or a mask. Only these rows are computed; every layer stays fused, so memory is that of a plain forward.
+        queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice,
+        a mask, a Box of pixels or a Tile. Only these rows are computed; every layer stays fused, so memory is that
+        of a plain forward.
         `.meta` holds the positions of the rows; interventions in force are honoured.
         Raises: ValueError for an empty selection, or for image keys without a picture.
         """

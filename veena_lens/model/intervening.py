@@ -20,8 +20,8 @@ from transformer_lens.hook_points import HookPoint
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.patch import Patch
-from veena_lens.model.run import PICTURE_WORDS, Run
-from veena_lens.positions import parse, reaches_generated
+from veena_lens.model.run import Run
+from veena_lens.positions import parse, position_mask, reaches_generated
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +50,8 @@ class Applied:
             n = activation.shape[1] if activation is not None else 1
             positions = self.intervention.positions if activation is not None else "all"
             return run.picture_mask(positions, rows, n)
-        owner = run.inputs.image_mask.nonzero()[:, 0]
-        return rows[owner][:, None] & bool(set(_words(self.intervention.positions)) & set(PICTURE_WORDS))
+        chosen = position_mask(run.inputs, self.intervention.positions) & rows[:, None]
+        return chosen[run.inputs.image_mask][:, None]
 
     @property
     def bias_layer(self) -> int | None:

@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.positions import BEYOND_PROMPT, parse, position_mask
+from veena_lens.positions import BEYOND_PROMPT, Box, Tile, parse, position_mask
 
 PICTURE_WORDS = ("all", "image")
 
@@ -60,6 +60,11 @@ class Run:
                     f"positions={positions!r} name text; at a hook of the tower use 'all', ints or a slice."
                 )
             at[:] = True
+        elif isinstance(chosen, (Box, Tile)):
+            raise ValueError(
+                f"positions={positions!r} name tokens of the text; at a hook of the tower use 'all', ints or a slice, "
+                "and edit hook_image_features for a region of the picture."
+            )
         elif isinstance(chosen, Tensor):
             at |= chosen.to(at.device)
         else:

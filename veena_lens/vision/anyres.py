@@ -46,6 +46,15 @@ class AnyresLayout:
         """Offsets of the grid's tokens among the picture's, row by row, newlines left out."""
         return [self.base**2 + r * (self.cols + 1) + c for r in range(self.rows) for c in range(self.cols)]
 
+    def token_tiles(self) -> list[int]:
+        """The tile of every token: 0 the whole view, 1 .. row by row, -1 a newline."""
+        tiles = [0] * self.base**2 + [-1] * (self.n_tokens - self.base**2)
+        for place, i in zip(self.grid_places(), range(self.rows * self.cols), strict=True):
+            y, x = divmod(i, self.cols)
+            row, column = (y + self.pad[0]) // self.base, (x + self.pad[1]) // self.base
+            tiles[place] = 1 + row * self.tiles[1] + column
+        return tiles
+
     def boxes(self) -> Float[Tensor, "n_tokens 4"]:
         """(left, top, right, bottom) of every token in pixels of the original picture; newlines have none (NaN)."""
         height, width = self.picture

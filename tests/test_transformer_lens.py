@@ -17,6 +17,7 @@ from transformer_lens.model_protocol import TransformerLensModel, TransformerLen
 from transformer_lens.tools import analysis
 
 from tests.cases import BY_NAME, Case, build_hf, raw_inputs, relative_error, tiny_tokenizer
+from tests.qwen_cases import QwenCase
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
 MHA = Case(name="small-mha", rows=("1 i 2", "2 i 1"), text=SMALL)
@@ -25,13 +26,29 @@ GQA = Case(
     rows=("1 i 2", "2 i 1"),
     text=dict(SMALL, num_attention_heads=4, attention_bias=True, mlp_bias=True),
 )
+QWEN_ROWS = ("1 i2x4 2", "2 i4x2 1")
+QWEN2 = QwenCase(
+    name="small",
+    kind="qwen2_vl",
+    rows=QWEN_ROWS,
+    text=dict(SMALL, num_hidden_layers=2),
+    vision=dict(hidden_size=16),  # the width that its merger gives
+)
+QWEN3 = QwenCase(
+    name="small",
+    kind="qwen3_vl",
+    rows=QWEN_ROWS,
+    text=dict(SMALL, num_hidden_layers=2),
+    vision=dict(depth=2, out_hidden_size=16, deepstack_visual_indexes=[0]),
+)
+CASES = {"mha": MHA, "gqa": GQA, "qwen2_vl": QWEN2, "qwen3_vl": QWEN3}
 GOOD, BAD = 17, 40
 
 
 class Pair:
     """A model, clean and corrupted inputs (other pictures), their caches, and a metric."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case | QwenCase) -> None:
         from veena_lens import HookedVLM
 
         hf = build_hf(case, gain=5.0)  # strong attention, so that every patch shows
@@ -40,6 +57,7 @@ class Pair:
         other = dict(raw, pixel_values=raw["pixel_values"].flip(0, -1), input_ids=raw["input_ids"].clone())
         other["input_ids"][:, 0] += 1
         self.clean, self.corrupted = (self.model.inputs_from_hf(**r) for r in (raw, other))
+        self.has_deepstack = self.model.cfg.n_deepstack > 0
         with torch.no_grad():
             self.clean_logits, self.clean_cache = self.model.run_with_cache(self.clean)
             self.corrupted_logits, self.corrupted_cache = self.model.run_with_cache(self.corrupted)
@@ -64,10 +82,10 @@ class Pair:
 
 @pytest.fixture(scope="session")
 def pairs() -> dict[str, Pair]:
-    return {"mha": Pair(MHA), "gqa": Pair(GQA)}
+    return {name: Pair(case) for name, case in CASES.items()}
 
 
-@pytest.fixture(params=["mha", "gqa"])
+@pytest.fixture(params=list(CASES))
 def pair(request: pytest.FixtureRequest, pairs: dict[str, Pair]) -> Pair:
     return pairs[request.param]
 
@@ -95,6 +113,13 @@ PATCHES: dict[str, tuple[str, str, Callable[..., tuple[Any, ...]]]] = {
     "get_act_patch_attn_head_v_all_pos": ("attn.hook_v", "kv", lambda h: (every, every, h)),
     "get_act_patch_attn_head_pattern_all_pos": ("attn.hook_pattern", "head", lambda h: (every, h)),
 }
+ON_QWEN = (
+    "get_act_patch_resid_pre",
+    "get_act_patch_attn_head_v_by_pos",
+    "get_act_patch_attn_head_out_all_pos",
+    "get_act_patch_attn_head_q_all_pos",
+    "get_act_patch_attn_head_pattern_all_pos",
+)
 STACKED = {"get_act_patch_attn_head_all_pos_every", "get_act_patch_attn_head_by_pos_every", "get_act_patch_block_every"}
 PATHS = {"get_act_patch_direct_path", "get_act_patch_direct_path_all_sources"}
 
@@ -127,7 +152,10 @@ def test_every_public_patching_function_is_tested_here() -> None:
 
 
 SWEEPS = [
-    (size, function) for size in ("mha", "gqa") for function in PATCHES if "dest_src" not in function or size == "mha"
+    (size, function)
+    for size in CASES
+    for function in PATCHES
+    if size == "mha" or ("dest_src" not in function if size == "gqa" else function in ON_QWEN)
 ]
 
 
@@ -181,16 +209,18 @@ def test_generic_patch_keeps_per_example_values(pair: Pair) -> None:
 
 
 def test_patching_the_first_residual_everywhere_restores_the_clean_run(pair: Pair) -> None:
+    """With deep-stack features what later layers add of the picture is patched besides."""
+    names = ["hook_embed", *(["deepstack.0.hook_out"] if pair.has_deepstack else [])]
+    edits = [(name, lambda value, hook: pair.clean_cache[hook.name].clone()) for name in names]
     with torch.no_grad():
-        logits = pair.model.run_with_hooks(
-            pair.corrupted, fwd_hooks=[("hook_embed", lambda value, hook: pair.clean_cache["hook_embed"].clone())]
-        )
+        logits = pair.model.run_with_hooks(pair.corrupted, fwd_hooks=edits)
     assert relative_error(logits, pair.clean_logits) < 1e-12
 
 
+@pytest.mark.parametrize("size", ["mha", "qwen3_vl"])
 @pytest.mark.parametrize("component", ["q", "k", "v"])
-def test_direct_path_patch_agrees_with_one_made_by_hand(component: str, pairs: dict[str, Pair]) -> None:
-    pair = pairs["mha"]
+def test_direct_path_patch_agrees_with_one_made_by_hand(component: str, size: str, pairs: dict[str, Pair]) -> None:
+    pair = pairs[size]
     model, source, head = pair.model, 0, 1
     ours = patching.get_act_patch_direct_path(
         model,
@@ -206,7 +236,7 @@ def test_direct_path_patch_agrees_with_one_made_by_hand(component: str, pairs: d
     z = "blocks.0.attn.hook_z"
     write = (pair.clean_cache[z] - pair.corrupted_cache[z])[:, :, head] @ model.W_O[source, head]
     # By hand: the destination's projection of the edited residual, written over hook_q, hook_k or hook_v.
-    resid = pair.corrupted_cache["resid_pre", 1] + write
+    resid = pair.corrupted_cache["deepstack" if pair.has_deepstack else "resid_pre", 1] + write
     normed = resid / (resid.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt() * model.blocks[1].ln1.w
     weight, bias = (
         getattr(model.blocks[1].attn, f"W_{component.upper()}"),
@@ -245,7 +275,55 @@ def test_decompositions_sum_to_the_residual(pair: Pair) -> None:
     mid = cache.decompose_resid(layer=1, mlp_input=True)
     assert relative_error(mid.sum(0), cache["resid_mid", 1]) < 1e-12
     _, labels = cache.decompose_resid(return_labels=True)
-    assert labels == ["embed", "0_attn_out", "0_mlp_out", "1_attn_out", "1_mlp_out"]
+    inner = ["1_deepstack"] if pair.has_deepstack else []
+    assert labels == ["embed", "0_attn_out", "0_mlp_out", *inner, "1_attn_out", "1_mlp_out"]
+
+
+def test_decompositions_hold_what_deepstack_features_add(pairs: dict[str, Pair]) -> None:
+    pair = pairs["qwen3_vl"]
+    cache, images = pair.clean_cache, pair.clean.image_mask
+    parts, labels = cache.decompose_resid(layer=1, mlp_input=True, return_labels=True)
+    assert labels == ["embed", "0_attn_out", "0_mlp_out", "1_deepstack", "1_attn_out"]
+    added = parts[labels.index("1_deepstack")]
+    assert relative_error(added[images], cache["deepstack.0.hook_out"]) < 1e-12
+    assert float(added[images].abs().min()) > 0 and not added[~images].any()
+    assert cache.decompose_resid(layer=1, return_labels=True)[1] == ["embed", "0_attn_out", "0_mlp_out"]
+    assert cache.decompose_resid(mode="attn", return_labels=True)[1] == ["embed", "0_attn_out", "1_attn_out"]
+    assert "1_deepstack" in cache.decompose_resid(incl_embeds=False, return_labels=True)[1]
+    for options in (dict(pos_slice=2), dict(pos_slice=slice(1, 4)), dict(apply_ln=True)):
+        some, names = cache.decompose_resid(**options, return_labels=True)
+        whole = cache.decompose_resid()
+        if "pos_slice" in options:
+            expected = whole[:, :, options["pos_slice"]]
+        else:
+            expected = whole / cache["ln_final.hook_scale"]
+        assert names == ["embed", "0_attn_out", "0_mlp_out", "1_deepstack", "1_attn_out", "1_mlp_out"]
+        assert relative_error(some, expected) < 1e-12
+
+
+@pytest.mark.parametrize("apply_ln", [False, True])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_projected_decompositions_hold_what_deepstack_features_add(
+    outputs: int, apply_ln: bool, pairs: dict[str, Pair]
+) -> None:
+    cache = pairs["qwen3_vl"].clean_cache
+    onto = torch.randn(16, outputs, dtype=torch.float64)
+    onto = onto[:, 0] if outputs == 1 else onto
+    options = dict(apply_ln=apply_ln, return_labels=True)
+    whole, labels = cache.get_full_resid_decomposition(**options)
+    ours, names = cache.get_full_resid_decomposition(**options, project_output_onto=onto)
+    assert names == labels and labels[-3:] == ["embed", "1_deepstack", "bias"] and len(labels) == len(whole)
+    assert relative_error(ours, whole @ onto) < 1e-12
+    end = cache["resid_post", 1] / (cache["ln_final.hook_scale"] if apply_ln else 1)
+    assert relative_error(ours.sum(0), end @ onto) < 1e-10
+
+
+def test_cache_without_what_deepstack_adds_says_so(pairs: dict[str, Pair]) -> None:
+    pair = pairs["qwen3_vl"]
+    with torch.no_grad():
+        _, cache = pair.model.run_with_cache(pair.clean, names_filter=lambda name: not name.endswith("hook_deepstack"))
+    with pytest.raises(KeyError, match="blocks.1.hook_deepstack"):
+        cache.decompose_resid()
 
 
 def test_accumulated_residuals_are_those_of_the_run(pair: Pair) -> None:
@@ -361,9 +439,13 @@ def test_direct_logit_attribution_is_exact(unit: str, pair: Pair) -> None:
     assert relative_error(got.flatten(), difference) < 1e-10
 
 
-@pytest.mark.parametrize("granularity", ["node", "edge"])
-def test_attribution_patch_agrees_with_gradients_made_by_hand(granularity: str, pairs: dict[str, Pair]) -> None:
-    pair = pairs["mha"]
+@pytest.mark.parametrize(
+    "size, granularity", [("mha", "node"), ("mha", "edge"), ("qwen2_vl", "edge"), ("qwen3_vl", "node")]
+)
+def test_attribution_patch_agrees_with_gradients_made_by_hand(
+    size: str, granularity: str, pairs: dict[str, Pair]
+) -> None:
+    pair = pairs[size]
     config = analysis.EdgeAttributionConfig(granularity=granularity)
     result = analysis.attribution_patch(pair.model, pair.clean, pair.corrupted, pair.metric, config)
     expected: dict[tuple[int, str], float] = {}
@@ -392,8 +474,10 @@ def test_attribution_patch_agrees_with_gradients_made_by_hand(granularity: str, 
     assert max(map(abs, found.values())) > 1e-3
 
 
-def test_faithfulness_of_the_whole_graph_is_one(pairs: dict[str, Pair]) -> None:
-    pair = pairs["mha"]
+@pytest.mark.parametrize("size", ["mha", "qwen2_vl"])
+def test_faithfulness_of_the_whole_graph_is_one(size: str, pairs: dict[str, Pair]) -> None:
+    """Its graph has no edge for deep-stack features."""
+    pair = pairs[size]
     config = analysis.EdgeAttributionConfig(granularity="edge")
     found = analysis.attribution_patch(pair.model, pair.clean[:1], pair.corrupted[:1], pair.metric, config)
     result = analysis.faithfulness(pair.model, pair.clean[:1], pair.corrupted[:1], pair.metric, list(found.edge_scores))

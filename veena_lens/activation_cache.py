@@ -224,14 +224,15 @@ class ActivationCache(_ActivationCache):
 
         Where deep-stack features join the residual, what a layer adds of them ("1_deepstack") is a component of
         mode "all" and stands before that layer's attention."""
-        position = Slice.unwrap(pos_slice)
+        position = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         if layer is None or layer == -1:
             layer = self._n_layers()
-        parts, labels = super().decompose_resid(layer, mlp_input, mode, False, position, incl_embeds, True)
+        found: Any = super().decompose_resid(layer, mlp_input, mode, False, position, incl_embeds, True)
+        parts, labels = found
         added = self._deepstack_terms(layer + int(mlp_input), position) if mode == "all" else {}
         if added:
             whole = dict(zip(labels, parts, strict=True))
-            labels = [each for label in labels for each in ([*_before(label, added), label])]
+            labels = [each for label in labels for each in (*_before(label, added), label)]
             parts = torch.stack([added[each] if each in added else whole[each] for each in labels])
         if apply_ln:
             parts = self.apply_ln_to_stack(parts, layer, pos_slice=position, mlp_input=mlp_input)
@@ -248,7 +249,7 @@ class ActivationCache(_ActivationCache):
         project_output_onto: Tensor | None = None,
     ) -> Any:
         """As in transformer_lens, with what layers add of deep-stack features before the last component ("bias")."""
-        position = Slice.unwrap(pos_slice)
+        position = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         if layer is None or layer == -1:
             layer = self._n_layers()
         parts, labels = super().get_full_resid_decomposition(
@@ -266,7 +267,8 @@ class ActivationCache(_ActivationCache):
 
     def _deepstack_terms(self, stop: int, position: Slice) -> dict[str, Tensor]:
         """Label -> what layers before `stop` add of deep-stack features, [... d_model]."""
-        n = min(stop - 1, self.model.cfg.n_deepstack)
+        cfg: Any = self.model.cfg
+        n = min(stop - 1, cfg.n_deepstack)
         return {
             f"{i}_deepstack": position.apply(self["deepstack", i] - self["resid_pre", i], dim=-2)
             for i in range(1, n + 1)

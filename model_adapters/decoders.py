@@ -30,6 +30,8 @@ READ = [
     "max_window_layers",
     "layer_types",
 ]
+# Token ids of the whole model, which transformers 4.5x wrote into the decoder's part as well.
+HARMLESS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen3_vl_text")
 TESTED = "logits, hidden states, greedy generation; every hook point edited"
 ALWAYS_BIASED = ("qwen2", "qwen2_vl_text")  # q, k and v, never o
@@ -44,7 +46,7 @@ def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
     kind = config.model_type
     if kind not in KINDS:
         raise ValueError(f"Text decoder {kind!r} is not supported; supported: {', '.join(KINDS)}.")
-    refuse_unread(config, READ)
+    refuse_unread(config, READ, HARMLESS)
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
     bias = kind in MAY_BE_BIASED and bool(config.attention_bias)
     root = config if root is None else root

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from model_adapters.decoders import READ as DECODER_READ
 from model_adapters.decoders import decoder_fields, decoder_weights, head_weights
 from model_adapters.reading import refuse_unread
 from veena_lens.config import ConnectorConfig, HookedVLMConfig, VisionConfig
 from veena_lens.weight_map import WeightMap
 
 READ = ("text_config", "vision_config", "image_token_id", "video_token_id", "tie_word_embeddings")
-# The wrappers around image tokens are text like any other.
-HARMLESS = ("vision_start_token_id", "vision_end_token_id")
+# The wrappers around image tokens are text like any other; the hub's files name one more that nothing reads.
+HARMLESS = ("vision_start_token_id", "vision_end_token_id", "vision_token_id")
 TOWER_READ = (
     "depth",
     "num_heads",
@@ -71,8 +72,9 @@ def qwen_vl_config(
     sections: frequencies of the (time, height, width) streams where the configuration names none. Interleaved
     streams go with videos whose frames lie apart in the text (Qwen3-VL).
     Raises: ValueError for a merger that does not fit the decoder."""
-    refuse_unread(config, READ, HARMLESS)
     text = config.text_config
+    # Files of transformers 4.5x hold the decoder's fields a second time, at the root, where no model reads them.
+    refuse_unread(config, READ, (*HARMLESS, *DECODER_READ, *text.to_dict()))
     if d_out != text.hidden_size:
         raise ValueError(f"The merger gives {d_out} numbers a token, the decoder takes {text.hidden_size}.")
     width = vision.d_model * vision.merge_size**2

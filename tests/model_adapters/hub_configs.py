@@ -102,6 +102,59 @@ def _next(text: dict[str, Any]) -> dict[str, Any]:
     return _llava(text) | dict(architectures=["LlavaNextForConditionalGeneration"], model_type="llava_next") | further
 
 
+# Qwen2-VL's files are flat: the decoder's fields stand at the root, `rope_scaling` has a type of its own name.
+def _qwen2_vl(vision_hidden_size: int, **text: Any) -> dict[str, Any]:
+    return dict(
+        architectures=["Qwen2VLForConditionalGeneration"], attention_dropout=0.0, bos_token_id=151643,
+        eos_token_id=151645, vision_start_token_id=151652, vision_end_token_id=151653, vision_token_id=151654,
+        image_token_id=151655, video_token_id=151656, hidden_act="silu", initializer_range=0.02,
+        max_position_embeddings=32768, max_window_layers=28, model_type="qwen2_vl", num_hidden_layers=28,
+        rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768, torch_dtype="bfloat16",
+        transformers_version="4.41.2", use_cache=True, use_sliding_window=False,
+        vision_config=dict(
+            depth=32, embed_dim=1280, mlp_ratio=4, num_heads=16, in_chans=3, hidden_size=vision_hidden_size,
+            patch_size=14, spatial_merge_size=2, spatial_patch_size=14, temporal_patch_size=2,
+        ),
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        **text,
+    )  # fmt: skip
+
+
+def _written_again(flat: dict[str, Any]) -> dict[str, Any]:
+    """A flat file as transformers 4.5x saved it: the decoder's fields at the root and in `text_config`, other keys in
+    every part."""
+    rope = dict(mrope_section=[16, 24, 24], rope_type="default", type="default")
+    tokens = {k: v for k, v in flat.items() if k.endswith("_token_id")}
+    left = ("architectures", "model_type", "vision_config", "transformers_version", "rope_scaling")
+    text = {k: v for k, v in flat.items() if k not in left}
+    text |= dict(model_type="qwen2_vl_text", rope_scaling=rope, layer_types=["full_attention"] * 28)
+    text |= tokens | dict(image_token_id=None, video_token_id=None, sliding_window=None)
+    vision = flat["vision_config"] | dict(model_type="qwen2_vl", in_channels=3, hidden_act="quick_gelu")
+    vision |= dict(initializer_range=0.02, torch_dtype="bfloat16")
+    return flat | dict(rope_scaling=rope, text_config=text, vision_config=vision, transformers_version="4.54.0")
+
+
+def _qwen3_vl(tied: bool, vision: dict[str, Any], **text: Any) -> dict[str, Any]:
+    return dict(
+        architectures=["Qwen3VLForConditionalGeneration"], image_token_id=151655, model_type="qwen3_vl",
+        text_config=dict(
+            attention_bias=False, attention_dropout=0.0, bos_token_id=151643, dtype="bfloat16", eos_token_id=151645,
+            head_dim=128, hidden_act="silu", initializer_range=0.02, max_position_embeddings=262144,
+            model_type="qwen3_vl_text", num_attention_heads=32, num_hidden_layers=36, num_key_value_heads=8,
+            rms_norm_eps=1e-6, rope_theta=5000000, use_cache=True, vocab_size=151936,
+            rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
+            **({"tie_word_embeddings": True} if tied else {}), **text,
+        ),
+        tie_word_embeddings=tied, transformers_version="4.57.0.dev0", video_token_id=151656,
+        vision_config=dict(
+            hidden_act="gelu_pytorch_tanh", in_channels=3, initializer_range=0.02, model_type="qwen3_vl",
+            num_heads=16, num_position_embeddings=2304, patch_size=16, spatial_merge_size=2, temporal_patch_size=2,
+            out_hidden_size=text["hidden_size"], **vision,
+        ),
+        vision_end_token_id=151653, vision_start_token_id=151652,
+    )  # fmt: skip
+
+
 VICUNA_13B = dict(
     hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40, num_key_value_heads=40
 )
@@ -164,6 +217,30 @@ HUB: dict[str, dict[str, Any]] = {
         tie_word_embeddings=True, torch_dtype="bfloat16", transformers_version="4.43.1", use_cache=True,
         use_mrope=False, use_sliding_window=False, vocab_size=151936,
     ),
+    "Qwen/Qwen2-VL-2B-Instruct": _qwen2_vl(
+        1536, hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+        tie_word_embeddings=True, vocab_size=151936,
+    ),
+    "Qwen/Qwen2-VL-7B-Instruct": _qwen2_vl(
+        3584, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
+        tie_word_embeddings=False, vocab_size=152064,
+    ),
+    "Qwen/Qwen2-VL-7B-Instruct, saved again": _written_again(
+        _qwen2_vl(
+            3584, hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
+            tie_word_embeddings=False, vocab_size=152064,
+        )
+    ),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(
+        True,
+        dict(deepstack_visual_indexes=[5, 11, 17], depth=24, hidden_size=1024, intermediate_size=4096),
+        hidden_size=2560, intermediate_size=9728,
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(
+        False,
+        dict(deepstack_visual_indexes=[8, 16, 24], depth=27, hidden_size=1152, intermediate_size=4304),
+        hidden_size=4096, intermediate_size=12288,
+    ),
 }  # fmt: skip
 # Parameters, tied weights counted once.
 COUNTS = {
@@ -175,4 +252,15 @@ COUNTS = {
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
+    "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
+    "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
+    "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
+}
+# Of these the tower with all that it hands to the decoder (Hugging Face's `model.visual`).
+TOWER_COUNTS = {
+    "Qwen/Qwen2-VL-2B-Instruct": 665_271_296,
+    "Qwen/Qwen2-VL-7B-Instruct": 675_759_104,
+    "Qwen/Qwen3-VL-4B-Instruct": 415_347_712,
+    "Qwen/Qwen3-VL-8B-Instruct": 576_388_336,
 }

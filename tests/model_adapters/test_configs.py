@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from tests.cases import CASES, build_hf, hf_config
-from tests.model_adapters.hub_configs import COUNTS, HUB
+from tests.model_adapters.hub_configs import COUNTS, HUB, TOWER_COUNTS
+from tests.qwen_cases import QWEN_CASES, QwenCase
 from veena_lens.checkpoints.filling import parameter_shapes, require_fit
 from veena_lens.checkpoints.registry import find_adapter
 from veena_lens.config import HookedVLMConfig
@@ -32,7 +33,7 @@ def test_configuration_of_the_hub_is_read(name: str) -> None:
     assert cfg.d_vocab == text["vocab_size"]
     assert cfg.norm_eps == text.get("rms_norm_eps", 1e-6)
     assert (cfg.vision is None) == ("vision_config" not in raw)
-    assert cfg.d_head * cfg.n_heads == cfg.d_model
+    assert cfg.d_head == text.get("head_dim", cfg.d_model // cfg.n_heads)
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -40,6 +41,14 @@ def test_hub_model_has_the_published_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model = HookedVLM(read(HUB[name]))
     assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+
+
+@pytest.mark.parametrize("name", TOWER_COUNTS)
+def test_tower_of_a_hub_model_has_the_published_number_of_parameters(name: str) -> None:
+    with torch.device("meta"):
+        model = HookedVLM(read(HUB[name]))
+    parts = ("vision.", "connector.", "deepstack.")
+    assert sum(p.numel() for n, p in model.named_parameters() if n.startswith(parts)) == TOWER_COUNTS[name]
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -54,17 +63,20 @@ def test_hub_model_maps_onto_every_parameter_that_hugging_face_has(name: str) ->
     require_fit(ours, shapes, adapter, adapter.weight_map(cfg), name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QWEN_CASES], ids=str)
 def test_weight_map_names_every_parameter_once(case: Any) -> None:
     config = hf_config(case)
-    architecture = type(build_hf(case)).__name__
+    architecture = case.model_class.__name__ if isinstance(case, QwenCase) else type(build_hf(case)).__name__
     adapter = find_adapter(architecture)
     cfg = adapter.read_config(config)
     with torch.device("meta"):
         wanted = parameter_shapes(HookedVLM(cfg))
     weights = adapter.weight_map(cfg)
     assert set(weights.names) == set(wanted)
-    assert len(set(weights.names.values())) == len(weights)
+    # A tensor is read once, or in parts: fused queries, keys and values.
+    assert len(set(weights.names.values())) == len(weights) - sum(i > 0 for i, _ in weights.parts.values())
+    shared = [ours for ours in weights.owners.values() if len(ours) > 1]
+    assert all([weights.parts[o] for o in ours] == [(0, 3), (1, 3), (2, 3)] for ours in shared)
 
 
 def test_llava_of_the_hub_has_its_numbers() -> None:
@@ -77,8 +89,27 @@ def test_llava_of_the_hub_has_its_numbers() -> None:
     assert (cfg.image_token_id, cfg.pad_token_id, cfg.n_ctx) == (32000, 32001, 4096)
 
 
-def test_written_out_configuration_equals_the_short_one() -> None:
-    assert read(HUB["llava-hf/llava-1.5-7b-hf, written out"]) == read(HUB["llava-hf/llava-1.5-7b-hf"])
+@pytest.mark.parametrize(
+    ("name", "how"), [("llava-hf/llava-1.5-7b-hf", "written out"), ("Qwen/Qwen2-VL-7B-Instruct", "saved again")]
+)
+def test_written_out_configuration_equals_the_short_one(name: str, how: str) -> None:
+    assert read(HUB[f"{name}, {how}"]) == read(HUB[name])
+
+
+def test_qwen_vl_models_of_the_hub_have_their_numbers() -> None:
+    two, three = read(HUB["Qwen/Qwen2-VL-7B-Instruct"]), read(HUB["Qwen/Qwen3-VL-4B-Instruct"])
+    assert two.vision is not None and two.connector is not None and three.vision is not None
+    assert (two.n_layers, two.d_model, two.n_heads, two.n_key_value_heads, two.d_head) == (28, 3584, 28, 4, 128)
+    assert (two.image_token_id, two.video_token_id, two.n_ctx, two.norm_eps) == (151655, 151656, 32768, 1e-6)
+    assert (two.rope.theta, two.rope.sections, two.rope.interleaved) == (1e6, (16, 24, 24), False)
+    assert (two.qkv_bias, two.attn_out_bias, two.qk_norm, two.sliding_windows) == (True, False, False, ())
+    assert (two.vision.n_layers, two.vision.d_model, two.vision.d_head, two.vision.d_mlp) == (32, 1280, 80, 5120)
+    assert (two.vision.patch_width, two.vision.merge_size, two.vision.act_fn) == (1176, 2, "quick_gelu")
+    assert (two.connector.d_in, two.connector.d_hidden, two.connector.d_out) == (5120, 5120, 3584)
+    assert (three.n_heads, three.d_head, three.d_model, three.n_ctx) == (32, 128, 2560, 262144)
+    assert (three.rope.theta, three.rope.sections, three.rope.interleaved) == (5e6, (24, 20, 20), True)
+    assert (three.qkv_bias, three.qk_norm, three.tie_word_embeddings) == (False, True, True)
+    assert (three.vision.deepstack_layers, three.vision.position_grid, three.vision.d_mlp) == ((5, 11, 17), 48, 4096)
 
 
 def test_llama3_rope_and_qwen2_biases_are_read() -> None:
@@ -116,6 +147,65 @@ def test_value_that_no_mapping_reads_is_refused_by_name(part: str | None, field:
         (raw if part is None else raw[part])[field] = value
     with pytest.raises(ValueError, match=re.escape(told)):
         read(raw)
+
+
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 64, long_factor=[1.0] * 64, factor=2.0)
+TWO, THREE = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-4B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "field", "value", "told"),
+    [
+        (TWO, "vision_config", "patch_size", [14, 16], "patch_size=[14, 16] must be one number"),
+        (THREE, "vision_config", "temporal_patch_size", [2, 1], "temporal_patch_size=[2, 1] must be one number"),
+        (THREE, "vision_config", "num_position_embeddings", 2000, "num_position_embeddings=2000 must be a square"),
+        (THREE, "vision_config", "deepstack_visual_indexes", [17, 5], "deepstack_visual_indexes=[17, 5] must rise"),
+        (THREE, "vision_config", "deepstack_visual_indexes", [5, 5], "deepstack_visual_indexes=[5, 5] must rise"),
+        (THREE, "vision_config", "deepstack_visual_indexes", [5, 24], "deep-stack layer 24 is outside the tower's 24"),
+        (THREE, "vision_config", "out_hidden_size", 2048, "gives 2048 numbers a token, the decoder takes 2560"),
+        (TWO, "vision_config", "hidden_size", 1536, "gives 1536 numbers a token, the decoder takes 3584"),
+        (TWO, "vision_config", "hidden_act", "mish", "activation 'mish' is not supported"),
+        (TWO, "vision_config", "window_size", 112, "window_size=112"),
+        (TWO, None, "rope_scaling", dict(type="mrope", mrope_section=[16, 24, 20]), "sections [16, 24, 20] must"),
+        (THREE, "text_config", "rope_scaling", LONGROPE, "rope_type 'longrope' is not supported"),
+        (THREE, "text_config", "num_experts", 128, "num_experts=128"),
+        (TWO, None, "use_mrope_v2", True, "use_mrope_v2=True"),
+        (TWO, None, "quantization_config", {"bits": 4, "quant_method": "gptq"}, "quantised"),
+    ],
+)  # fmt: skip
+def test_qwen_vl_value_that_cannot_be_followed_is_refused_by_name(
+    name: str, part: str | None, field: str, value: Any, told: str
+) -> None:
+    raw = copy.deepcopy(HUB[name])
+    (raw if part is None else raw[part])[field] = value
+    with pytest.raises(ValueError, match=re.escape(told)):
+        read(raw)
+
+
+@pytest.mark.parametrize("name", [TWO, THREE])
+def test_other_rule_of_rotary_positions_in_the_tower_is_refused(name: str) -> None:
+    raw = copy.deepcopy(HUB[name])
+    config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    config.vision_config.rope_parameters = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
+    with pytest.raises(ValueError, match="Vision tower: rope_type 'linear' is not supported"):
+        find_adapter(raw["architectures"][0]).read_config(config)
+
+
+@pytest.mark.parametrize("pair", [[14, 14], (14, 14)])
+def test_patch_size_written_as_a_pair_of_equal_numbers_is_read(pair: Any) -> None:
+    raw = copy.deepcopy(HUB[TWO])
+    raw["vision_config"] |= dict(patch_size=pair, temporal_patch_size=[2, 2])
+    assert read(raw) == read(HUB[TWO])
+
+
+@pytest.mark.parametrize(
+    "architecture", ["Qwen3VLMoeForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen2VLModel"]
+)
+def test_related_architecture_is_refused_with_the_known_ones(architecture: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"{architecture}.*near names: .*Qwen.*Known: .*Qwen3VLForConditionalGeneration"
+    ):
+        find_adapter(architecture)
 
 
 def test_mistral_and_qwen2_ignore_the_bias_field_that_their_own_model_ignores() -> None:

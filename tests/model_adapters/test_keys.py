@@ -11,7 +11,8 @@ import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from tests.cases import BY_NAME, build_hf
+from tests.cases import BY_NAME, build_hf, hf_model
+from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens.checkpoints.registry import find_adapter
 
 Rename = Callable[[str], str]
@@ -61,6 +62,40 @@ def test_our_names_equal_those_that_transformers_renames_to(case: str, layout: s
         stored = LAYOUTS[layout](key)
         renamed = rename_source_key(stored, renamings, converters, theirs.base_model_prefix, state)[0]
         assert adapter.normalize(stored) == renamed
+
+
+# A released file, and what other releases and trainers wrote.
+QWEN_LAYOUTS: dict[str, Rename] = {
+    "in memory": lambda key: key,
+    "hub files": _sub((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")),
+    "text at the root alone": _sub((r"^model\.language_model\.", "model.")),
+}
+QWEN = ["qwen2_vl-plain", "qwen2_vl-tied", "qwen3_vl-plain", "qwen3_vl-tied"]
+
+
+@pytest.mark.parametrize("layout", QWEN_LAYOUTS)
+@pytest.mark.parametrize("name", QWEN)
+def test_every_layout_of_a_qwen_model_arrives_at_todays_names(name: str, layout: str) -> None:
+    theirs = hf_model(QWEN_BY_NAME[name])
+    adapter = find_adapter(type(theirs).__name__)
+    for key in theirs.state_dict():
+        assert adapter.normalize(QWEN_LAYOUTS[layout](key)) == key
+
+
+@pytest.mark.parametrize(
+    "name, layout", [(n, "in memory") for n in QWEN] + [(n, "hub files") for n in QWEN if n.startswith("qwen2")]
+)
+def test_our_names_of_a_qwen_model_equal_those_that_transformers_renames_to(name: str, layout: str) -> None:
+    """Qwen3-VL's files always had today's names."""
+    theirs = hf_model(QWEN_BY_NAME[name])
+    rules: list[Any] = get_model_conversion_mapping(theirs)
+    renamings = [r for r in rules if isinstance(r, WeightRenaming)]
+    converters = [r for r in rules if isinstance(r, WeightConverter)]
+    adapter, state = find_adapter(type(theirs).__name__), theirs.state_dict()
+    for key in state:
+        stored = QWEN_LAYOUTS[layout](key)
+        renamed = rename_source_key(stored, renamings, converters, theirs.base_model_prefix, state)[0]
+        assert adapter.normalize(stored) == renamed == key
 
 
 def test_text_only_keys_stay_as_they_are() -> None:

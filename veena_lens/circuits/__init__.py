@@ -1,0 +1,25 @@
+"""Circuits: which heads and neurons carry a direction, from where, how surely, and what the stream says on the way.
+
+Names resolve on first use, so that one tool does not import the others.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Public name -> the module that holds it; a row a name, sorted by module.
+_HOMES = {
+    "benjamini_hochberg": "statistics",
+    "bootstrap": "statistics",
+    "discoveries": "statistics",
+    "sign_consistency": "statistics",
+    "sign_flip": "statistics",
+}
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"veena_lens.circuits.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'veena_lens.circuits' has no attribute {name!r}")

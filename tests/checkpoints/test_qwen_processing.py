@@ -1,0 +1,262 @@
+"""Qwen-VL inputs: tokens, patches and grids equal the processor's own, boxes tile the picture, grids lie in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.cases import build_hf, relative_error
+from tests.checkpoints import tiny_qwen
+from tests.checkpoints.test_processing import FEEL, message
+from tests.checkpoints.tiny import picture
+from tests.qwen_cases import IMAGE, QWEN_BY_NAME
+from veena_lens import HookedVLM
+
+KINDS = ["qwen2_vl", "qwen3_vl"]
+A, B, C = picture(40, 30, 1), picture(28, 64, 2), picture(9, 90, 3)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, HookedVLM, Any]:
+    """(Hugging Face's model, ours from the same folder, Hugging Face's processor)."""
+    case = QWEN_BY_NAME[f"{request.param}-plain"]
+    hf, folder = tiny_qwen.save(case, tmp_path_factory.mktemp(request.param), torch.float64)
+    return hf, HookedVLM.from_pretrained(folder), tiny_qwen.CLASSES[case.kind].from_pretrained(folder)
+
+
+def prompt(processor: Any, text: str, n_images: int) -> str:
+    return processor.apply_chat_template(message(text, n_images), add_generation_prompt=True)
+
+
+def theirs(processor: Any, texts: list[str], images: list[list[Image.Image]]) -> Any:
+    """The processor's own batch, padded on the left."""
+    prompts = [prompt(processor, t, len(i)) for t, i in zip(texts, images, strict=True)]
+    flat = [i for row in images for i in row]
+    return processor(text=prompts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
+
+
+def test_folder_gives_the_model_and_its_processor(loaded: Any) -> None:
+    _, model, processor = loaded
+    assert type(model.processor) is type(processor) and model.tokenizer is model.processor.tokenizer
+    assert model.processor.image_processor.to_dict() == processor.image_processor.to_dict()
+    assert model.processor.image_processor.size["longest_edge"] == 30 * 64, "the file's limits are read"
+
+
+@pytest.mark.parametrize(
+    ("texts", "images"),
+    [
+        ([FEEL], [[A]]),
+        ([FEEL], [[A, B, A]]),
+        ([FEEL], [[]]),
+        ([FEEL, "is the second happy"], [[A], [B, C]]),
+        ([FEEL, "who is sad", "what"], [[A], [B, C], []]),
+        ([FEEL, "what"], [[], []]),
+    ],
+    ids=["one", "three", "none", "batch", "unequal", "text alone"],
+)
+def test_tokens_patches_and_logits_equal_the_processor_and_hugging_face(
+    texts: list[str], images: list[Any], loaded: Any
+) -> None:
+    hf, model, processor = loaded
+    expected = theirs(processor, texts, images)
+    inputs = model.prepare(texts if len(texts) > 1 else texts[0], images if len(texts) > 1 else images[0])
+    assert torch.equal(inputs.tokens, expected["input_ids"])
+    assert torch.equal(inputs.attention_mask, expected["attention_mask"].bool())
+    assert torch.equal(inputs.image_mask, expected["mm_token_type_ids"].bool())
+    assert inputs.n_images == [len(i) for i in images]
+    again = model.inputs_from_hf(**expected)
+    if inputs.pixel_values is not None:
+        grids = expected["image_grid_thw"]
+        assert torch.equal(inputs.picture_grids, grids[:, 1:])
+        patches = expected["pixel_values"].split(grids.prod(-1).tolist())
+        for mine, own in zip(inputs.pixel_values, patches, strict=True):
+            assert torch.equal(mine[: len(own)], own) and not mine[len(own) :].any()
+        assert torch.equal(again.position_ids, inputs.position_ids)
+    with torch.no_grad():
+        hf.model.rope_deltas = None
+        positions = {} if inputs.pixel_values is not None else dict(position_ids=inputs.position_ids)
+        logits = hf(**expected, **positions).logits
+        assert relative_error(model(inputs), logits, expected["attention_mask"]) < 1e-9
+        assert relative_error(model.forward_hf(**expected, **positions), logits, expected["attention_mask"]) < 1e-9
+
+
+def test_rows_of_a_batch_are_the_processors_rows(loaded: Any) -> None:
+    _, model, processor = loaded
+    texts, images = [FEEL, "who is sad", "what"], [[A], [B, C], []]
+    batch = model.prepare(texts, images)
+    for row, (text, mine) in enumerate(zip(texts, images, strict=True)):
+        alone = processor(text=[prompt(processor, text, len(mine))], images=mine or None, return_tensors="pt")
+        assert torch.equal(batch.tokens[row, batch.attention_mask[row]], alone["input_ids"][0])
+        if mine:
+            assert torch.equal(batch[row].picture_grids, alone["image_grid_thw"][:, 1:])
+        else:
+            assert batch[row].pixel_values is None
+
+
+def test_spans_and_grids_lie_where_the_tokens_do(loaded: Any) -> None:
+    _, model, processor = loaded
+    inputs = model.prepare(["what", FEEL], [[B, A], [C]], answer="this person is sad")
+    for row, spans in enumerate(inputs.spans):
+        for span, (height, width) in zip(spans.images, inputs.grids[row], strict=True):
+            assert span.stop - span.start == height * width
+            assert bool((inputs.tokens[row, span] == IMAGE).all())
+        assert spans.query.start == spans.images[-1].stop and spans.query.stop == spans.last + 1
+        assert spans.answer is not None and spans.answer.start == spans.query.stop
+        assert processor.tokenizer.decode(inputs.tokens[row, spans.answer]) == "this person is sad"
+    cells = inputs.grid_tokens(0, 1)
+    assert torch.equal(cells.flatten(), torch.arange(cells.numel()) + inputs.spans[0].images[1].start)
+    assert cells.shape == inputs.grids[0][1]
+
+
+def test_answer_goes_on_as_hugging_face_reads_the_whole_text(loaded: Any) -> None:
+    hf, model, processor = loaded
+    whole = model.prepare([FEEL, "what"], [[A], [B, C]], answer=["this person is sad", "happy"])
+    texts = [prompt(processor, t, n) + a for t, n, a in [(FEEL, 1, "this person is sad"), ("what", 2, "happy")]]
+    expected = processor(text=texts, images=[A, B, C], padding=True, padding_side="left", return_tensors="pt")
+    assert torch.equal(whole.tokens, expected["input_ids"])
+    assert torch.equal(whole.position_ids, model.inputs_from_hf(**expected).position_ids)
+    hf.model.rope_deltas = None
+    with torch.no_grad():
+        assert relative_error(model(whole), hf(**expected).logits, expected["attention_mask"]) < 1e-9
+
+
+def test_conversation_equals_the_processor_and_takes_pictures_inside_or_beside(loaded: Any) -> None:
+    _, model, processor = loaded
+    turns = [
+        {"role": "system", "content": "this is a cat"},
+        *message(FEEL, 1),
+        {"role": "assistant", "content": "happy"},
+        *message("is the second", 2),
+    ]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    expected = processor(text=[text], images=[A, B, C], return_tensors="pt")
+    inside = [
+        turns[0],
+        {"role": "user", "content": [{"type": "image", "image": A}, *turns[1]["content"][1:]]},
+        *turns[2:],
+    ]
+    for messages, images in ((turns, [A, B, C]), (inside, [B, C])):
+        inputs = model.prepare(messages=messages, images=images)
+        assert torch.equal(inputs.tokens, expected["input_ids"])
+        assert torch.equal(inputs.picture_grids, expected["image_grid_thw"][:, 1:])
+    two = model.prepare(messages=[inside, message("what", 0)], images=[[B, C], None])
+    assert two.n_images == [3, 0]
+
+
+def test_raw_prompt_holds_its_image_tokens_itself(loaded: Any) -> None:
+    """Also two that touch: each picture keeps its own positions."""
+    _, model, processor = loaded
+    raw = "<|image_pad|> what is this ? <|image_pad|><|image_pad|> is the second"
+    inputs = model.prepare(raw, [A, B, C], chat=False)
+    expected = processor(text=[raw], images=[A, B, C], return_tensors="pt")
+    assert torch.equal(inputs.tokens, expected["input_ids"]) and inputs.n_images == [3]
+    with torch.no_grad():
+        assert model(inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(40, 30), (28, 64), (9, 90), (90, 9), (64, 64), (17, 17), (2, 3), (300, 200)])
+def test_boxes_tile_the_picture(size: tuple[int, int], loaded: Any) -> None:
+    _, model, _ = loaded
+    inputs = model.prepare(FEEL, picture(*size))
+    assert inputs.patch_boxes is not None
+    boxes, (rows, columns) = inputs.patch_boxes[0][0], inputs.grids[0][0]
+    assert boxes.shape == (rows * columns, 4)
+    grid = boxes.view(rows, columns, 4)
+    width, height = size
+    assert torch.equal(grid[:, :-1, 2], grid[:, 1:, 0]) and torch.equal(grid[:-1, :, 3], grid[1:, :, 1])
+    assert (grid[:, 0, 0] == 0).all() and torch.allclose(grid[:, -1, 2], torch.tensor(float(width)))
+    assert (grid[0, :, 1] == 0).all() and torch.allclose(grid[-1, :, 3], torch.tensor(float(height)))
+    areas = (grid[..., 2] - grid[..., 0]) * (grid[..., 3] - grid[..., 1])
+    assert torch.allclose(areas, areas[0, 0].expand_as(areas), rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (3, 3), (10, 3), (150, 1)])
+def test_pictures_of_few_pixels_keep_their_colours(size: tuple[int, int], loaded: Any) -> None:
+    """A side of 1 or 3 pixels must not be taken for the channels."""
+    _, model, _ = loaded
+    large, small = (model.prepare(FEEL, Image.new("RGB", s, (255, 0, 128))) for s in ((40, 40), size))
+    assert large.pixel_values is not None and small.pixel_values is not None
+    assert torch.equal(small.pixel_values, large.pixel_values[:1, :1].expand_as(small.pixel_values))
+    with torch.no_grad():
+        assert model(small).isfinite().all()
+
+
+def test_boxes_name_the_pixels_that_a_token_shows(loaded: Any) -> None:
+    """One bright cell of a picture lights the patches of one token."""
+    _, model, _ = loaded
+    for cell in (0, 7, 11):
+        dark = Image.new("RGB", (32, 24), "black")
+        inputs = model.prepare(FEEL, dark)
+        assert inputs.grids[0][0] == (3, 4) and inputs.patch_boxes is not None
+        box = tuple(int(x) for x in inputs.patch_boxes[0][0][cell])
+        dark.paste("white", box)
+        lit = model.prepare(FEEL, dark).pixel_values[0] - inputs.pixel_values[0]
+        tokens = lit.abs().sum(-1).view(-1, 4).sum(-1)
+        assert int(tokens.argmax()) == cell and tokens[cell] > 20 * (tokens.sum() - tokens[cell])
+
+
+def test_image_grids_are_in_raster_order(loaded: Any) -> None:
+    """Tokens follow row by row; patches of the tower are unshuffled by hand: squares of 2 x 2."""
+    _, model, _ = loaded
+    inputs = model.prepare([FEEL, "what", "who"], [[A], [B, C], []])
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    first = 0
+    for row, images in enumerate([[A], [B, C]]):
+        for image in range(len(images)):
+            height, width = inputs.grids[row][image]
+            span = inputs.spans[row].images[image]
+            for name, layer in (("resid_post", 1), ("resid_pre", 0), ("hook_embed", None)):
+                grid = cache.image_grid(name, layer, row=row, image=image)
+                value = cache[name] if layer is None else cache[name, layer]
+                assert torch.equal(grid.flatten(0, 1), value[row, span]) and grid.shape[:2] == (height, width)
+            features = cache.image_grid("hook_image_features", row=row, image=image)
+            assert torch.equal(features, cache.image_grid("hook_embed", row=row, image=image))
+            joined = cache.image_grid("connector.hook_out", row=row, image=image)
+            assert torch.equal(joined, features)
+            tower = cache["vision.blocks.0.hook_resid_post"][first]
+            grid = cache.image_grid("vision.blocks.0.hook_resid_post", row=row, image=image)
+            assert grid.shape[:2] == (2 * height, 2 * width)
+            for y in range(2 * height):
+                for x in range(2 * width):
+                    place = (y // 2 * width + x // 2) * 4 + y % 2 * 2 + x % 2
+                    assert torch.equal(grid[y, x], tower[place])
+            first += 1
+    pattern = cache.image_grid("pattern", 1, row=1, image=1)
+    span = inputs.spans[1].images[1]
+    read = cache["pattern", 1][1, :, inputs.spans[1].last, span]
+    assert torch.equal(pattern.flatten(1), read)
+    with pytest.raises(IndexError, match="No image 2 in row 1"):
+        cache.image_grid("resid_post", 1, row=1, image=2)
+
+
+@pytest.mark.parametrize("name", ["merge-1", "merge-3", "temporal-1", "temporal-3"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_processors_of_other_merge_and_frame_sizes_fit_their_models(kind: str, name: str, tmp_path: Path) -> None:
+    case = QWEN_BY_NAME[f"{kind}-{name}"]
+    hf = build_hf(case)
+    model = HookedVLM.from_hf(hf)
+    model.processor = tiny_qwen.processor(case, tmp_path)
+    model.tokenizer = model.processor.tokenizer
+    inputs = model.prepare([FEEL, "what"], [[A], [B, C]])
+    merge = case.config().vision_config.spatial_merge_size
+    assert [(h * merge, w * merge) for row in inputs.grids for h, w in row] == [
+        tuple(g) for g in inputs.picture_grids.tolist()
+    ]
+    expected = theirs(model.processor, [FEEL, "what"], [[A], [B, C]])
+    with torch.no_grad():
+        assert relative_error(model(inputs), hf(**expected).logits, expected["attention_mask"]) < 1e-9
+
+
+def test_text_generated_from_a_folder_equals_hugging_face(loaded: Any) -> None:
+    hf, model, processor = loaded
+    expected = theirs(processor, [FEEL, "what", "who"], [[A], [B, C], []])
+    hf.model.rope_deltas = None
+    with torch.no_grad():
+        out = hf.generate(**expected, max_new_tokens=12, do_sample=False)[:, expected["input_ids"].shape[1] :]
+    said = model.generate(model.prepare([FEEL, "what", "who"], [[A], [B, C], []]), max_new_tokens=12)
+    assert said == processor.tokenizer.batch_decode(out, skip_special_tokens=True)

@@ -110,7 +110,7 @@ class ActivationCache(_ActivationCache):
             elif self.inputs is not None:
                 owner = self._owners(name, len(value))
                 places = [i for row in kept for i in (owner == row).nonzero().flatten().tolist()]
-                new[name] = value[places]
+                new[name] = _shortened(name, value[places], inputs)
             else:
                 new[name] = value
         return ActivationCache(new, self.model, has_batch_dim=chosen.mode != "int", inputs=inputs)
@@ -312,6 +312,17 @@ class ActivationCache(_ActivationCache):
             f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
             f"{len(layers)} decoder layers, {pictures} on pictures)"
         )
+
+
+def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Tensor:
+    """An activation of some pictures, padded no further than the longest of them."""
+    lengths = None if inputs is None else inputs.picture_lengths(in_tokens=name.startswith("connector."))
+    if lengths is None or not len(value):
+        return value
+    for axis, what in enumerate(row_of(name).axis_names):
+        if what in ("pos", "query_pos", "key_pos"):
+            value = value.narrow(axis, 0, max(lengths))
+    return value
 
 
 def _before(label: str, added: Mapping[str, Tensor]) -> list[str]:

@@ -241,6 +241,14 @@ class MultimodalInputs:
         """Images a row."""
         return [len(s.images) for s in self.spans]
 
+    def picture_lengths(self, in_tokens: bool = False) -> list[int] | None:
+        """Patches of each picture, or tokens that it fills; None where pictures are not padded."""
+        if self.picture_grids is None:
+            return None
+        if in_tokens:
+            return [height * width for row in self.grids for height, width in row]
+        return self.picture_grids.prod(-1).tolist()
+
     def with_answer(self, answer: str | Sequence[str] | Sequence[Sequence[int]] | Tensor) -> MultimodalInputs:
         """The same rows with an answer appended; `spans` gain `.answer`. One text serves every row.
 

@@ -50,12 +50,17 @@ class Ablate:
         cache = self.reference
         if not isinstance(cache, ActivationCache):
             raise ValueError("Ablate: value='mean' needs reference=cache, an ActivationCache of the runs to average.")
-        value = cache[self.name] if cache.has_batch_dim else cache[self.name][None]
-        axes = row_of(canonical(self.name)).axis_names
-        if axes[0] != "batch" or "pos" not in axes:
-            return value.flatten(0, 1).mean(0) if "pos" in axes else value.mean(0)
+        value, axes = cache[self.name], row_of(canonical(self.name)).axis_names
+        if axes[0] == "batch" and not cache.has_batch_dim:
+            value = value[None]
+        if "pos" not in axes:
+            return value.mean(0)
         if cache.inputs is None:
             raise ValueError("Ablate: the reference cache has no inputs, so its positions are not known.")
+        if axes[0] == "picture":
+            lengths = cache.inputs.picture_lengths(in_tokens=self.name.startswith("connector."))
+            real = value if lengths is None else [one[:n] for one, n in zip(value, lengths, strict=True)]
+            return torch.cat(list(real)).mean(0)
         chosen = position_mask(cache.inputs, self.positions).to(value.device)
         if not bool(chosen.any()):
             raise ValueError(f"Ablate: positions {self.positions!r} select nothing in the reference runs.")

@@ -133,7 +133,7 @@ class Hooking(HookedRootModule):
         Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
         """
         inputs = self._remember_inputs(model_args, model_kwargs)  # type: ignore[attr-defined]
-        if inputs is not None:
+        if inputs is not None and model_kwargs.get("start_at_layer") is None:
             model_args = (inputs, *model_args[1:])
         if remove_batch_dim and inputs is not None and len(inputs) != 1:
             raise ValueError(f"remove_batch_dim asks for one row; the batch has {len(inputs)}.")

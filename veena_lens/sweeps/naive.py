@@ -9,24 +9,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.sweeps.rows import BaseRun, Row
+from veena_lens.sweeps.rows import AnyRow, BaseRun
 
 
 @torch.no_grad()
 def run_naive(
-    model: Any, base: BaseRun, rows: Sequence[Row], metric_site: str | None = None
-) -> tuple[Float[Tensor, "rows d_vocab"] | None, Tensor | None]:
+    model: Any, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
+) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
     """As `run_staircase`, each row by a forward of its own."""
-    logits, seen = [], []
+    logits, seen = [], {site: [] for site in sites}
     for row in rows:
 
-        def edit(tensor: Tensor, hook: Any, row: Row = row) -> Tensor:
-            return row.edit(tensor[0], 0)[None]
+        def edit(tensor: Tensor, hook: Any, row: AnyRow = row) -> Tensor:
+            return row.edit(tensor, 0) if row.is_picture else row.edit(tensor[0], 0)[None]
 
         with model.hooks([(row.site, edit)]):
-            if metric_site is None:
-                logits.append(model(base.inputs)[0, -1])
-            else:
-                _, cache = model.run_with_cache(base.inputs, names_filter=metric_site)
-                seen.append(cache[metric_site][0])
-    return (torch.stack(logits), None) if metric_site is None else (None, torch.stack(seen))
+            out, cache = model.run_with_cache(base.inputs, names_filter=list(sites))
+        logits.append(out[0, -1])
+        for site in sites:
+            seen[site].append(cache[site][0])
+    return torch.stack(logits) if with_logits else None, {site: torch.stack(found) for site, found in seen.items()}

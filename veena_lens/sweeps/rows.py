@@ -1,14 +1,15 @@
 """A row of a sweep: one edit of one activation, and the runs it is made from.
 
 A row knows the layer where it leaves the base run and the first position it reaches; everything before either
-is the base run's own.
+is the base run's own. An edit of the picture's way into the text (tower, connector, features) leaves it before block 0,
+at the first token of that picture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -42,6 +43,8 @@ class Row:
         """The first position it reaches."""
         return int(self.positions.min())
 
+    is_picture = False
+
     def edit(self, activation: Float[Tensor, ...], start: int) -> Float[Tensor, ...]:
         """The activation of this row (no batch axis), which begins at position `start`, edited out of place."""
         axes = row_of(self.site).axis_names[1:]
@@ -62,6 +65,41 @@ class Row:
 
 
 @dataclass(frozen=True, eq=False)
+class PictureRow:
+    """Edit of a site on pictures: `value` [n ...] at `places`, of which `pictures` [n] says the picture (None where
+    the site's first axis counts image tokens). `start`: the first position of the text that it reaches."""
+
+    site: str
+    places: Int[Tensor, " n"]
+    pictures: Int[Tensor, " n"] | None
+    value: Float[Tensor, ...]
+    start: int
+    unit: int | None = None
+    layer: int = 0
+    is_picture = True
+
+    def edit(self, activation: Float[Tensor, ...], start: int) -> Float[Tensor, ...]:
+        """The activation on this row's own pictures (or its image tokens), edited out of place."""
+        axes = row_of(self.site).axis_names
+        places, value = self.places.to(activation.device), self.value.to(activation)
+        axis = axes.index("query_pos") if "query_pos" in axes else 1
+        moved = activation if self.pictures is None else activation.movedim(axis, 1)
+        index = (places,) if self.pictures is None else (self.pictures.to(activation.device), places)
+        if self.unit is not None:
+            rest = [a for i, a in enumerate(axes) if i not in (0, axis)]
+            unit_axis = 1 + next(i for i, a in enumerate(rest) if a in (*HEAD_AXES, "d_mlp"))
+            kept = moved[index].clone()
+            kept.select(unit_axis, self.unit).copy_(value.select(unit_axis, self.unit))
+            value = kept
+        out = moved.clone()
+        out[index] = value
+        return out if self.pictures is None else out.movedim(1, axis)
+
+
+AnyRow: TypeAlias = Row | PictureRow
+
+
+@dataclass(frozen=True, eq=False)
 class BaseRun:
     """One unpatched run of one row: residuals that enter each block, keys (after rotary) and values."""
 
@@ -70,7 +108,7 @@ class BaseRun:
     keys: list[Tensor]  # a layer: [pos n_key_value_heads d_head]
     values: list[Tensor]
     logits: Float[Tensor, " d_vocab"]
-    metric_site: Tensor | None = None  # the metric's activation [pos ...]
+    seen: Mapping[str, Tensor] = field(default_factory=dict)  # activations that metrics read, [pos ...] each
     deepstack: Mapping[int, Tensor] = field(default_factory=dict)  # a layer: what is added at its input [1 pos d_model]
 
     @property
@@ -79,12 +117,12 @@ class BaseRun:
 
 
 @torch.no_grad()
-def base_run(model: Any, inputs: MultimodalInputs, metric_site: str | None = None) -> BaseRun:
-    """Run once and keep what rows need; images are encoded here and nowhere else."""
+def base_run(model: Any, inputs: MultimodalInputs, sites: Sequence[str] = ()) -> BaseRun:
+    """Run once and keep what rows and metrics (`sites`) need; images are encoded here, and again only where an edit
+    changes them."""
     n = model.cfg.n_layers
     names = {f"blocks.{i}.{part}" for i in range(n) for part in ("hook_resid_pre", "attn.hook_rot_k", "attn.hook_v")}
-    if metric_site is not None:
-        names.add(metric_site)
+    names |= set(sites)
     inner = [f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack) if inputs.pixel_values is not None]
     names |= set(inner)
     logits, cache = model.run_with_cache(inputs, names_filter=sorted(names))
@@ -98,6 +136,6 @@ def base_run(model: Any, inputs: MultimodalInputs, metric_site: str | None = Non
         layers("attn.hook_rot_k"),
         layers("attn.hook_v"),
         logits[0, -1],
-        None if metric_site is None else cache[metric_site][0],
+        {site: cache[site][0] for site in sites},
         {i + 1: model.scatter_deepstack(cache[name], inputs) for i, name in enumerate(inner)},
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.naive import run_naive
-from veena_lens.sweeps.rows import BaseRun, Row
+from veena_lens.sweeps.rows import AnyRow, BaseRun
 from veena_lens.sweeps.suffix import chunks, run_staircase
 
 ENGINES = ("suffix", "naive")
@@ -31,65 +31,100 @@ def require_engine(model: Any, engine: str) -> None:
         )
 
 
-def metric_site_of(model: Any, metric: Any) -> str | None:
-    """The hook a metric reads, None for logits. Raises: ValueError for a site outside the decoder's blocks."""
-    site = getattr(metric, "site", None)
-    if site is None:
-        return None
-    full = model.names_of(site)[0]
+def metrics_of(metric: Any) -> dict[str, Any]:
+    """Metrics by name; a single one has the name "". Raises: ValueError for what is no function, or none at all."""
+    metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
+    if not metrics or not all(callable(m) for m in metrics.values()):
+        raise ValueError(
+            "metric= must be a function of logits [rows d_vocab], for example "
+            f"veena_lens.sweeps.metrics.logit_diff(good, bad), or a dictionary of them, not {metric!r}."
+        )
+    return metrics
+
+
+def sites_of(model: Any, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """The hooks that metrics read besides logits. Raises: ValueError for a site outside the decoder's blocks."""
+    found = []
+    for metric in metrics.values():
+        site = getattr(metric, "site", None)
+        if site is not None:
+            found.append(_site(model, site))
+    return tuple(dict.fromkeys(found))
+
+
+def _site(model: Any, name: str) -> str:
+    full = model.names_of(name)[0]
     if not full.startswith("blocks."):
-        raise ValueError(f"A metric reads logits or a hook of a decoder block, not {site!r}.")
+        raise ValueError(f"A metric reads logits or a hook of a decoder block, not {name!r}.")
     return full
 
 
-def apply_metric(model: Any, metric: Any, base: BaseRun, logits: Tensor | None, seen: Tensor | None) -> Tensor:
-    """The metric of each row, [rows]. Raises: ValueError when it gives another shape."""
-    if seen is None:
-        assert logits is not None
-        out, n = metric(logits), len(logits)
-    else:
-        places = position_mask(base.inputs, getattr(metric, "positions", "last"))[0].nonzero().flatten()
-        out, n = metric(seen[:, places.to(seen.device)]), len(seen)
-    if not isinstance(out, Tensor) or out.shape != (n,):
-        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"The metric must give one number a row, [{n}], not {shape}.")
-    return out
+def read_logits(metrics: Mapping[str, Any]) -> bool:
+    """True where some metric reads logits."""
+    return any(getattr(metric, "site", None) is None for metric in metrics.values())
 
 
-def base_metric(model: Any, metric: Any, base: BaseRun) -> Tensor:
-    """The metric of an unpatched run, a scalar."""
-    seen = None if base.metric_site is None else base.metric_site[None]
-    return apply_metric(model, metric, base, base.logits[None], seen)[0]
+def apply_metrics(
+    model: Any, metrics: Mapping[str, Any], base: BaseRun, logits: Tensor | None, seen: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Each metric of each row, [rows]. Raises: ValueError when one gives another shape."""
+    values = {}
+    for name, metric in metrics.items():
+        if getattr(metric, "site", None) is None:
+            assert logits is not None
+            out, n = metric(logits), len(logits)
+        else:
+            activation = seen[_site(model, metric.site)]
+            places = position_mask(base.inputs, getattr(metric, "positions", "last"))[0].nonzero().flatten()
+            out, n = metric(activation[:, places.to(activation.device)]), len(activation)
+        if not isinstance(out, Tensor) or out.shape != (n,):
+            shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"The metric{_named(name)} must give one number a row, [{n}], not {shape}.")
+        values[name] = out
+    return values
+
+
+def _named(name: str) -> str:
+    return f" {name!r}" if name else ""
+
+
+def base_metrics(model: Any, metrics: Mapping[str, Any], base: BaseRun) -> dict[str, Tensor]:
+    """Each metric of an unpatched run, a scalar. Raises: ValueError for one that is not finite there."""
+    found = apply_metrics(model, metrics, base, base.logits[None], {site: x[None] for site, x in base.seen.items()})
+    for name, value in found.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"The metric{_named(name)} is {value[0].item()} on an unpatched run: nothing to compare.")
+    return {name: value[0] for name, value in found.items()}
 
 
 def run_rows(
     model: Any,
     base: BaseRun,
-    rows: Sequence[Row],
-    metric: Any,
+    rows: Sequence[AnyRow],
+    metrics: Mapping[str, Any],
     *,
     engine: str,
     max_rows: int,
     progress: Any = None,
     store: Store | None = None,
-) -> Tensor:
-    """The metric of every row, in order."""
-    site = metric_site_of(model, metric)
-    values: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Each metric of every row, in order."""
+    sites, with_logits = sites_of(model, metrics), read_logits(metrics)
+    values: dict[str, Tensor] = {}
     for number, members in enumerate(chunks(rows, max_rows if engine == "suffix" else 1)):
         kept = store.read(number) if store is not None else None
         if kept is None:
             mine = [rows[i] for i in members]
             runner = run_staircase if engine == "suffix" else run_naive
-            kept = apply_metric(model, metric, base, *runner(model, base, mine, site))
+            kept = apply_metrics(model, metrics, base, *runner(model, base, mine, sites, with_logits))
             if store is not None:
                 store.write(number, kept)
-        if values is None:
-            values = kept.new_empty(len(rows))
-        values[torch.tensor(members, device=values.device)] = kept.to(values)
+        for name, value in kept.items():
+            if name not in values:
+                values[name] = value.new_empty(len(rows))
+            values[name][torch.tensor(members, device=values[name].device)] = value.to(values[name])
         if progress is not None:
             progress.update(len(members))
-    assert values is not None
     return values
 
 
@@ -109,14 +144,16 @@ class Store:
         part.folder.mkdir(exist_ok=True)
         return part
 
-    def read(self, number: int) -> Tensor | None:
+    def read(self, number: int) -> dict[str, Tensor] | None:
         path = self.folder / f"{number:06d}.safetensors"
-        return load_file(str(path))["values"] if path.is_file() else None
+        if not path.is_file():
+            return None
+        return {name.removeprefix("metric "): value for name, value in load_file(str(path)).items()}
 
-    def write(self, number: int, values: Tensor) -> None:
+    def write(self, number: int, values: Mapping[str, Tensor]) -> None:
         path = self.folder / f"{number:06d}.safetensors"
         part = path.with_suffix(".part")
-        save_file({"values": values.detach().cpu().contiguous()}, str(part))
+        save_file({f"metric {name}": value.detach().cpu().contiguous() for name, value in values.items()}, str(part))
         part.rename(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse, position_mask
+from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
 from veena_lens.sweeps.result import SweepResult
 from veena_lens.sweeps.rows import Row, base_run
-from veena_lens.sweeps.running import bar, base_metric, metric_site_of, require_engine, run_rows
+from veena_lens.sweeps.running import bar, base_metrics, metrics_of, require_engine, run_rows, sites_of
 
 
 def steer_sweep(
@@ -27,13 +28,17 @@ def steer_sweep(
     *,
     layers: Sequence[int] | None = None,
     max_rows: int = 512,
+    max_bytes: int | None = None,
     progress: bool = True,
-) -> SweepResult:
+    plan_only: bool = False,
+) -> Any:
     """The metric of every row of inputs under resid_post += alpha * vector, for each layer and alpha.
 
-    vectors: [layer d_model], one a layer, or [d_model] for all. Axes (pair, layer, alpha); `corrupted` and
-    `clean` both hold the unsteered metric, so `scores` is NaN and `values - corrupted` is the change.
-    Raises: ValueError for vectors or layers that do not fit.
+    vectors: [layer d_model], one a layer, or [d_model] for all. A dictionary of metrics reads the same runs and gives
+    one result each. Rows travel together up to `max_rows`, or as many as `max_bytes` of activations hold. Axes (pair,
+    layer, alpha); `corrupted` and `clean` both hold the unsteered metric, so `scores` is NaN and `values - corrupted`
+    is the change. plan_only returns the Plan.
+    Raises: ValueError for vectors or layers that do not fit, or as `patch_sweep`.
     """
     cfg = model.cfg
     require_engine(model, engine)
@@ -48,9 +53,9 @@ def steer_sweep(
             f"vectors must be [{cfg.d_model}] or [{cfg.n_layers} {cfg.d_model}], not {list(vectors.shape)}."
         )
     per_layer = vectors.expand(cfg.n_layers, -1)
-    site = metric_site_of(model, metric)
-    show = bar(len(inputs) * len(chosen) * len(alphas), progress, "steered runs")
-    values, plain = [], []
+    metrics = {} if plan_only and metric is None else metrics_of(metric)
+    sites = sites_of(model, metrics)
+    swept: list[tuple[MultimodalInputs, list[Row]]] = []
     for i in range(len(inputs)):
         row = inputs[i].trimmed()
         places = position_mask(row, positions)[0].nonzero().flatten()
@@ -61,16 +66,28 @@ def steer_sweep(
             for layer in chosen
             for alpha in alphas
         ]
-        base = base_run(model, row, site)
-        plain.append(base_metric(model, metric, base))
-        values.append(run_rows(model, base, rows, metric, engine=engine, max_rows=max_rows, progress=show))
+        swept.append((row, rows))
+    plan = whole_plan([plan_of(cfg, rows, row.shape[1]) for row, rows in swept])
+    if plan_only:
+        return plan
+    max_rows = rows_within(plan, max_rows, max_bytes)
+    show = bar(len(inputs) * len(chosen) * len(alphas), progress, "steered runs")
+    values, plain = [], []
+    for row, rows in swept:
+        base = base_run(model, row, sites)
+        plain.append(base_metrics(model, metrics, base))
+        values.append(run_rows(model, base, rows, metrics, engine=engine, max_rows=max_rows, progress=show))
     if show is not None:
         show.close()
-    shaped = torch.stack(values).reshape(len(inputs), len(chosen), len(alphas))
+    shape = (len(inputs), len(chosen), len(alphas))
     axes: tuple[str, ...] = ("pair", "layer", "alpha")
     labels = {"pair": list(range(len(inputs))), "layer": chosen, "alpha": [float(a) for a in alphas]}
     if len(inputs) == 1:
-        shaped, axes = shaped[0], axes[1:]
+        shape, axes = shape[1:], axes[1:]
         labels.pop("pair")
-    before = torch.stack(plain)
-    return SweepResult(shaped, axes, labels, before, before, "denoising", {"positions": str(positions)})
+    results = {}
+    for name in metrics:
+        found = torch.stack([x[name] for x in values]).reshape(shape)
+        before = torch.stack([x[name] for x in plain])
+        results[name] = SweepResult(found, axes, labels, before, before, "denoising", {"positions": str(positions)})
+    return results if isinstance(metric, Mapping) else results[""]

@@ -19,14 +19,15 @@ from veena_lens.components.context import Context
 from veena_lens.components.prefix import SharedPrefix
 from veena_lens.hook_table import layer_of
 from veena_lens.model.decoder import run_blocks
-from veena_lens.sweeps.rows import BaseRun, Row
+from veena_lens.sweeps.pictures import encode_again
+from veena_lens.sweeps.rows import AnyRow, BaseRun, Row
 
 
-def chunks(rows: Sequence[Row], max_rows: int) -> Iterator[list[int]]:
+def chunks(rows: Sequence[AnyRow], max_rows: int) -> Iterator[list[int]]:
     """Indices of rows that share a first position, at most `max_rows` together, earlier layers first."""
-    groups: dict[int, list[int]] = defaultdict(list)
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
-        groups[row.start].append(i)
+        groups[row.start, row.is_picture].append(i)
     for _, members in sorted(groups.items()):
         members.sort(key=lambda i: rows[i].layer)
         for first in range(0, len(members), max_rows):
@@ -35,54 +36,52 @@ def chunks(rows: Sequence[Row], max_rows: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def run_staircase(
-    model: Any,
-    base: BaseRun,
-    rows: Sequence[Row],
-    metric_site: str | None = None,
-) -> tuple[Float[Tensor, "rows d_vocab"] | None, Tensor | None]:
-    """(logits of the last position, None), or (None, the metric's activation [rows pos ...]) of each row.
+    model: Any, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
+) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
+    """(logits of the last position, or None; the activations at `sites` [rows pos ...]) of each row.
 
-    All rows must share their first position."""
+    All rows must share their first position, and edit the text's blocks or the pictures, not both."""
     start, n_layers = rows[0].start, model.cfg.n_layers
-    last_layer = n_layers - 1 if metric_site is None else layer_of(metric_site)
-    assert last_layer is not None
+    last_layer = n_layers - 1 if with_logits else max(layer_of(site) or 0 for site in sites)
     order = sorted(range(len(rows)), key=lambda i: rows[i].layer)
     tail = base.length - start
     device = base.resid[0].device
     positions = base.inputs.position_ids[..., start:]
     prefix = SharedPrefix([k[:start] for k in base.keys], [v[:start] for v in base.values], start, model.cfg.window)
+    entering = encode_again(model, base, rows) if rows[0].is_picture else None
+    deepstack = base.deepstack if entering is None else entering.deepstack
     context = Context(
         key_mask=None,
         n_past=start,
         n_new=tail,
         rotary=model._rotary.tables(positions, model.cfg.dtype),
         prefix=prefix,
-        deepstack={layer: added[:, start:] for layer, added in base.deepstack.items()},
+        deepstack={layer: added[:, start:] for layer, added in deepstack.items()},
     )
-    seen = None
-    if metric_site is not None and base.metric_site is not None:
-        seen = base.metric_site[None].repeat(len(rows), *[1] * base.metric_site.ndim)
+    seen = {site: base.seen[site][None].repeat(len(rows), *[1] * base.seen[site].ndim) for site in sites}
     resid = base.resid[0].new_empty(0, tail, model.cfg.d_model, device=device)
     joined = 0
     for layer in range(rows[order[0]].layer, last_layer + 1):
         new = [i for i in order[joined:] if rows[i].layer == layer]
-        if new:
-            entering = base.resid[layer][start:].to(resid.device).expand(len(new), -1, -1)
-            resid = torch.cat([resid, entering])
-        hooks: list[Any] = _edits(rows, new, joined, start)
+        hooks: list[Any] = []
+        if new and entering is not None:
+            resid = entering.resid[:, start:].to(resid.device)
+        elif new:
+            joins = base.resid[layer][start:].to(resid.device).expand(len(new), -1, -1)
+            resid = torch.cat([resid, joins])
+            hooks = _edits(rows, new, joined, start)
         joined += len(new)
-        if seen is not None and layer == last_layer:
-            hooks.append((metric_site, _capture(seen, order[:joined], start)))
+        hooks += [(site, _capture(seen[site], order[:joined], start)) for site in sites if layer_of(site) == layer]
         with model.hooks(hooks):
             resid = run_blocks(model.blocks, resid, context, layer, layer + 1)
-    if metric_site is not None:
+    if not with_logits:
         return None, seen
-    # Rows that join nowhere cannot exist here: every edit lies in a block.
+    # Rows that join nowhere cannot exist here: every edit lies in a block or before the first.
     logits = model._unembed(context.with_deepstack(n_layers, resid)[:, -1:])[:, 0]
-    return logits[torch.argsort(torch.tensor(order, device=logits.device))], None
+    return logits[torch.argsort(torch.tensor(order, device=logits.device))], seen
 
 
-def _edits(rows: Sequence[Row], new: list[int], joined: int, start: int) -> list[tuple[str, Callable[..., Any]]]:
+def _edits(rows: Sequence[Any], new: list[int], joined: int, start: int) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks of one layer that edit the rows which just joined, site by site."""
     by_site: dict[str, list[tuple[int, Row]]] = defaultdict(list)
     for place, i in enumerate(new, start=joined):

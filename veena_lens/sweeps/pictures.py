@@ -1,0 +1,150 @@
+"""Rows that edit pictures on their way into the text: which of them correspond, and encoding them again.
+
+An edit of the tower, the connector or the features reaches the text at the first token of its picture, in block 0.
+The pictures of the rows of one batch go through the tower together; what was encoded once and is not edited is not
+encoded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.hook_table import layer_of, row_of
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.positions import position_mask
+from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow
+
+FEATURE_SITES = ("hook_image_features",)
+
+
+@dataclass(frozen=True, eq=False)
+class Entering:
+    """What enters block 0 of each row [rows pos d_model], and what later layers add."""
+
+    resid: Float[Tensor, "rows pos d_model"]
+    deepstack: dict[int, Float[Tensor, "rows pos d_model"]]
+
+
+def is_picture_site(name: str) -> bool:
+    """True for hooks of the tower, the connector and the features."""
+    return row_of(name).axis_names[0] != "batch"
+
+
+def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> Entering:
+    """The merged sequence of each row, under its own edit of the pictures.
+
+    Features are edited where they lie in the sequence; for tower and connector the row's pictures run again."""
+    n, tokens = len(rows), base.inputs.image_mask[0].nonzero().flatten()
+    if all(row.site in FEATURE_SITES or row.site.startswith("deepstack.") for row in rows):
+        resid = base.resid[0].expand(n, -1, -1).clone()
+        deepstack = {layer: added.expand(n, -1, -1).clone() for layer, added in base.deepstack.items()}
+        for i, row in enumerate(rows):
+            stream = resid if row.site in FEATURE_SITES else deepstack[(layer_of(row.site) or 0) + 1]
+            stream[i, tokens] = row.edit(stream[i, tokens], 0)
+        return Entering(resid, deepstack)
+    sites: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        sites.setdefault(row.site, []).append(i)
+
+    def make(members: list[int]) -> Any:
+        def edit(tensor: Tensor, hook: Any) -> Tensor:
+            parts = list(tensor.chunk(n))
+            for i in members:
+                parts[i] = rows[i].edit(parts[i], 0)
+            return torch.cat(parts)
+
+        return edit
+
+    with model.hooks([(site, make(members)) for site, members in sites.items()]):
+        resid, deepstack = model._embed(base.inputs[[0] * n])
+    return Entering(resid, deepstack)
+
+
+@dataclass(frozen=True, eq=False)
+class PicturePlaces:
+    """Places of a picture site that correspond in two runs: places, pictures (None for image tokens) and the first
+    position of the text that each reaches."""
+
+    places: Tensor
+    pictures: Tensor | None
+    starts: Tensor
+
+
+def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
+    """How many positions each picture has at a site of the tower or the connector, padding left out."""
+    assert inputs.picture_rows is not None
+    in_tower = name.startswith("vision.")
+    if inputs.picture_grids is None:
+        return [cfg.vision.n_positions if in_tower else cfg.vision.n_features] * len(inputs.picture_rows)
+    sizes = inputs.picture_grids.prod(-1)
+    return (sizes if in_tower else sizes // cfg.vision.merge_size**2).tolist()
+
+
+def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any, is_each: bool) -> PicturePlaces:
+    """Where a site on pictures is edited. Words and regions choose image tokens (of features); at the tower and the
+    connector, numbers and slices count positions of every picture, and "all" or "each" takes them all.
+
+    Raises: ValueError for a selection that the site does not have."""
+    if inputs.picture_rows is None or inputs.picture_images is None:
+        raise ValueError(f"{name}: {inputs!r} holds no pictures to patch.")
+    tokens = inputs.image_mask[0].nonzero().flatten()
+    if row_of(name).axis_names[0] == "n_image_tokens":
+        chosen = position_mask(inputs, "image" if is_each else positions)[0][tokens]
+        places = chosen.nonzero().flatten()
+        if not len(places):
+            raise ValueError(f"positions={positions!r} select no image token for {name} in {inputs!r}.")
+        return PicturePlaces(places, None, tokens[places])
+    whole = is_each or (isinstance(positions, str) and positions in ("all", "image"))
+    asked: list[int] | None = None
+    if isinstance(positions, int):
+        asked = [positions]
+    elif isinstance(positions, (list, tuple)) and all(isinstance(p, int) for p in positions):
+        asked = [int(p) for p in positions]
+    if not (whole or asked is not None or isinstance(positions, slice)):
+        raise ValueError(
+            f"positions={positions!r} name tokens of the text; {name} lies on pictures: give 'all', 'each', numbers "
+            "or a slice of its own positions, or patch hook_image_features, what the decoder reads."
+        )
+    first = [int(inputs.image_mask[0, span].nonzero()[0, 0]) + span.start for span in inputs.spans[0].images]
+    places, pictures, starts = [], [], []
+    for picture, size in enumerate(sizes_at(cfg, inputs, name)):
+        every = list(range(size))
+        if asked is None:
+            chosen = every[positions] if isinstance(positions, slice) else every
+        elif all(-size <= p < size for p in asked):
+            chosen = [every[p] for p in asked]
+        else:
+            raise ValueError(f"positions={positions!r}: picture {picture} has {size} positions at {name}.")
+        places += chosen
+        pictures += [picture] * len(chosen)
+        starts += [first[int(inputs.picture_images[picture])]] * len(chosen)
+    if not places:
+        raise ValueError(f"positions={positions!r} select nothing at {name}.")
+    return PicturePlaces(torch.tensor(places), torch.tensor(pictures), torch.tensor(starts))
+
+
+def picture_rows(
+    name: str, value: Tensor | None, here: PicturePlaces, units: Sequence[int | None], groups: Sequence[Sequence[int]]
+) -> list[PictureRow]:
+    """The rows of a site; `value` is the source's whole activation on pictures of the same shapes (None: a plan)."""
+    axes = row_of(name).axis_names
+    if value is not None and here.pictures is not None:
+        value = value.movedim(axes.index("query_pos") if "query_pos" in axes else 1, 1)
+    rows = []
+    for unit in units:
+        for group in groups:
+            chosen = list(group)
+            places = here.places[chosen]
+            pictures = None if here.pictures is None else here.pictures[chosen]
+            taken = torch.empty(0)
+            if value is not None:
+                at = places.to(value.device)
+                taken = value[at] if pictures is None else value[pictures.to(value.device), at]
+            rows.append(PictureRow(name, places, pictures, taken, int(here.starts[chosen].min()), unit))
+    return rows

@@ -61,10 +61,16 @@ class Attending:
         chosen_heads = [_index(i, cfg.n_heads, "head") for i in (range(cfg.n_heads) if heads is None else heads)]
         if not chosen_layers or not chosen_heads:
             raise ValueError("attention: give at least one layer and one head (None means all).")
-        before = self._rows
-        self._rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.d_head**-0.5)
+        rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.d_head**-0.5)
+        with self.watching(rows):
+            yield rows
+
+    @contextmanager
+    def watching(self, rows: AttentionRows) -> Iterator[AttentionRows]:
+        """Let `rows` read the attention of whatever runs inside the block."""
+        before, self._rows = self._rows, rows
         try:
-            yield self._rows
+            yield rows
         finally:
             self._rows = before
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens.components.context import AttentionMask, masked_softmax
@@ -62,14 +62,22 @@ class AttentionRows:
         if layer not in self._parts or self._now is None or self._key_places is None:
             return
         with torch.no_grad():
-            index = self._now[0].to(q.device)
-            if pattern is not None:
-                rows = _gather(pattern, index)
-            else:
-                rows = self._attend(_gather(q, index), k, index, mask, bias)
-            rows = rows[:, self.heads]
+            rows = self.weights(self._now[0].to(q.device), q, k, mask, bias, pattern)
             keys = self._key_places.to(q.device)[:, None, None, :].expand(-1, *rows.shape[1:3], -1)
             self._parts[layer].append(rows.gather(-1, keys))
+
+    def weights(
+        self,
+        index: Int[Tensor, "batch n"],
+        q: Float[Tensor, "batch n_heads query_pos d_head"],
+        k: Float[Tensor, "batch n_key_value_heads key_pos d_head"],
+        mask: AttentionMask,
+        bias: Tensor | None,
+        pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
+    ) -> Float[Tensor, "batch head n key_pos"]:
+        """Attention weights of the chosen heads at the query rows `index`."""
+        rows = self._attend(_gather(q, index), k, index, mask, bias) if pattern is None else _gather(pattern, index)
+        return rows[:, self.heads]
 
     def _attend(self, q: Tensor, k: Tensor, index: Tensor, mask: AttentionMask, bias: Tensor | None) -> Tensor:
         grouped = rearrange(q, "b (g r) n d -> b g (r n) d", g=self.n_kv)

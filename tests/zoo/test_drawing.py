@@ -8,7 +8,7 @@ import torch
 from veena_lens.zoo.emotions import EMOTIONS
 from veena_lens.zoo.faces import AVATAAARS, STYLES, combinations
 from veena_lens.zoo.identities import SPLITS, identity, identity_numbers
-from veena_lens.zoo.pictures import Bank, Face, compose
+from veena_lens.zoo.pictures import Bank, Face, compose, recolour
 from veena_lens.zoo.styles import draw_style_face, style_identities
 
 
@@ -67,3 +67,11 @@ def test_augmentation_is_a_function_of_its_generator(bank: Bank) -> None:
     faces = [bank.draw(random.Random(i)) for i in range(4)]
     first, again, other = (compose(faces, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_recolouring_changes_its_share_and_keeps_the_rest(bank: Bank) -> None:
+    pictures = compose([bank.draw(random.Random(i)) for i in range(8)])
+    found, changed = recolour(pictures, 0.5, torch.Generator().manual_seed(0))
+    assert 0 < int(changed.sum()) < 8 and found.min() >= 0 and found.max() <= 1
+    for before, after, other in zip(pictures, found, changed.tolist(), strict=True):
+        assert torch.equal(before, after) is not other

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration, Qwen2VLForConditionalGeneration
 
 from veena_lens.checkpoints.bundle import bundled_path
 from veena_lens.checkpoints.image_only import ImageOnlyQwen2VLProcessor
 from veena_lens.zoo.layers import PICTURE_SIZE
+from veena_lens.zoo.llava import LLAVA
 from veena_lens.zoo.packing import pack
 from veena_lens.zoo.qwen2_vl import QWEN2_VL, batched_tower, reshape
 from veena_lens.zoo.sampling import Writer, grid_positions
+from veena_lens.zoo.train import distance
 
 SIBLING = bundled_path("tiny-llava-emotion")
 
@@ -105,6 +107,19 @@ def test_decoder_starts_from_the_sibling(processor: ImageOnlyQwen2VLProcessor) -
     mine = processor.tokenizer.convert_tokens_to_ids("Ġhappy")  # type: ignore[attr-defined]
     head = next(name for name in theirs if name.endswith("lm_head.weight"))
     assert torch.equal(fresh.lm_head.weight[mine], theirs[head][known])
+
+
+def test_teacher_gives_what_the_sibling_reads_on_the_twins_grid() -> None:
+    sibling: Any = LlavaForConditionalGeneration.from_pretrained(SIBLING).eval()
+    pixels = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        whole = sibling.model.multi_modal_projector(LLAVA.tower_features(sibling, pixels))
+    assert QWEN2_VL.open_teacher is not None
+    found = QWEN2_VL.open_teacher(SIBLING)(pixels)
+    assert found.shape == (2, 36, 192) and not found.requires_grad
+    torch.testing.assert_close(found.mean(1), whole.mean(1), rtol=0.2, atol=0.2)
+    assert distance(found, found) == 0 < distance(found, found.flip(1))
+    torch.testing.assert_close(distance(found.mean((0, 1)).expand_as(found), found).item(), 1.0, rtol=0.05, atol=0.05)
 
 
 def test_folder_has_the_files_and_names_of_a_real_one(processor: ImageOnlyQwen2VLProcessor, tmp_path: Path) -> None:

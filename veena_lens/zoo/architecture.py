@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veena_lens.zoo.packing import Packed
 
-__all__ = ["Architecture", "ChatFormat", "Run", "Stage"]
+__all__ = ["Architecture", "ChatFormat", "Run", "Stage", "Teacher"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,10 @@ class Stage:
     batch: int
     peak_lr: float
     head_weight: float
+    # Weight of the distance to a teacher's picture features, where there is a teacher.
+    imitation: float = 0.0
+    # Matrix products in bfloat16, weights and their updates in float32.
+    bfloat16: bool = False
     minutes: float = math.inf
 
 
@@ -58,6 +62,9 @@ def _unchanged(
     return pictures
 
 
+Teacher = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch image d_model"]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """One small model. `grid` gives the rows and columns of image tokens of a picture of (height, width) pixels."""
@@ -75,8 +82,10 @@ class Architecture:
     save_folder: Callable[[Any, Any, Path], None]
     open_processor: Callable[[Path], Any]
     tower_width: Callable[[Any], int]
-    tower_features: Callable[[Any, Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch width"]]
+    tower_features: Callable[[Any, Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch image d_model"]]
     run: Callable[[Any, Packed, Float[Tensor, "batch 3 height width"]], Run]
     grid: Callable[[int, int], tuple[int, int]]
     reshape: Callable[[Float[Tensor, "batch 3 height width"], random.Random], Float[Tensor, "batch 3 _ _"]] = _unchanged
     start_from: Callable[[Any, Any, Path], None] | None = None
+    # From a folder, what its model makes of square pictures, on the image tokens of this architecture.
+    open_teacher: Callable[[Path], Teacher] | None = None

@@ -101,9 +101,9 @@ def save_folder(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
 
 def tower_features(
     model: LlavaForConditionalGeneration, pixels: Float[Tensor, "batch 3 height width"]
-) -> Float[Tensor, "batch d_model"]:
-    """Mean of the patch features which the projector reads."""
-    return model.model.vision_tower(pixels).last_hidden_state[:, 1:].mean(1)
+) -> Float[Tensor, "batch image d_model"]:
+    """The patch features which the projector reads."""
+    return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
 
 
 def run(model: LlavaForConditionalGeneration, packed: Packed, pixels: Float[Tensor, "batch 3 height width"]) -> Run:

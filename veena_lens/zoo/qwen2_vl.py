@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -24,7 +25,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from veena_lens.checkpoints.image_only import ImageOnlyQwen2VLProcessor
-from veena_lens.zoo.architecture import Architecture, ChatFormat, Run, Stage
+from veena_lens.zoo.architecture import Architecture, ChatFormat, Run, Stage, Teacher
+from veena_lens.zoo.llava import LLAVA
 from veena_lens.zoo.packing import Packed
 from veena_lens.zoo.tokenizer import QWEN_TEMPLATE, build_qwen_tokenizer
 
@@ -174,9 +176,27 @@ def batched_tower(visual: Any, pictures: Float[Tensor, "batch 3 height width"]) 
 
 def tower_features(
     model: Qwen2VLForConditionalGeneration, pixels: Float[Tensor, "batch 3 height width"]
-) -> Float[Tensor, "batch d_model"]:
-    """Mean of the merged features which the decoder reads."""
-    return batched_tower(model.model.visual, pixels).mean(1)
+) -> Float[Tensor, "batch image d_model"]:
+    """The merged features which the decoder reads."""
+    return batched_tower(model.model.visual, pixels)
+
+
+def open_teacher(folder: Path) -> Teacher:
+    """What the small LLaVA's decoder reads of a picture, its 8 x 8 tokens averaged to 6 x 6."""
+    sibling: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+
+    @torch.no_grad()
+    def features(pixels: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch image d_model"]:
+        model = sibling.to(pixels.device)
+        projected = model.model.multi_modal_projector(LLAVA.tower_features(model, pixels))
+        rows, _ = LLAVA.grid(*pixels.shape[2:])
+        projected = rearrange(projected.float(), "b (y x) d -> b d y x", y=rows)
+        averaged = F.interpolate(
+            projected, size=QWEN2_VL.grid(*pixels.shape[2:]), mode="bilinear", antialias=True, align_corners=False
+        )
+        return rearrange(averaged, "b d y x -> b (y x) d")
+
+    return features
 
 
 def run(model: Qwen2VLForConditionalGeneration, packed: Packed, pixels: Float[Tensor, "batch 3 height width"]) -> Run:
@@ -184,7 +204,7 @@ def run(model: Qwen2VLForConditionalGeneration, packed: Packed, pixels: Float[Te
     features = batched_tower(model.model.visual, pixels)
     embedded = model.model.language_model.embed_tokens(packed.input_ids)
     at_picture = (packed.input_ids == model.config.image_token_id)[..., None]
-    embedded = embedded.masked_scatter(at_picture, features.flatten(0, 1))
+    embedded = embedded.masked_scatter(at_picture, features.flatten(0, 1).to(embedded.dtype))
     output = model.model.language_model(
         inputs_embeds=embedded,
         attention_mask=packed.attention_mask,
@@ -222,11 +242,11 @@ QWEN2_VL = Architecture(
         has_grid_positions=True,
     ),
     stages=(
-        Stage(name="tower", steps=6000, batch=64, peak_lr=1e-3, head_weight=1.0),
+        Stage(name="tower", steps=6000, batch=64, peak_lr=1e-3, head_weight=1.0, imitation=8.0, bfloat16=True),
         Stage(name="alignment", steps=3000, batch=8, peak_lr=1e-3, head_weight=0.1),
         Stage(name="mix", steps=12000, batch=8, peak_lr=8e-4, head_weight=0.05),
     ),
-    shares={"tower": 0.37, "alignment": 0.08, "mix": 0.55},
+    shares={"tower": 0.46, "alignment": 0.05, "mix": 0.49},
     styles={"avataaars": 0.52, "adventurer": 0.23, "toon-head": 0.13, "big-smile": 0.12},
     recoloured=0.3,
     build_processor=build_processor,
@@ -239,4 +259,5 @@ QWEN2_VL = Architecture(
     grid=lambda height, width: (height // _TOKEN, width // _TOKEN),
     reshape=reshape,
     start_from=start_from,
+    open_teacher=open_teacher,
 )

@@ -76,6 +76,7 @@ class Trainer:
             if architecture.start_from is None:
                 raise ValueError(f"{architecture.name} has no way to start from another decoder.")
             architecture.start_from(model, self.processor.tokenizer, decoder_from)
+        self.teacher = architecture.open_teacher(decoder_from) if architecture.open_teacher and decoder_from else None
         self.model = model.to(self.device)
         self.faces = Faces("train", work.parent / "drawings", styles or architecture.styles, identities)
         self.writer = Writer(self.processor.tokenizer, architecture.chat)
@@ -132,7 +133,8 @@ class Trainer:
                 return
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(stage, step, progress)
-            loss = self.loss(stage, step, progress)
+            with torch.autocast(self.device, torch.bfloat16, enabled=stage.bfloat16):
+                loss = self.loss(stage, step, progress)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -151,11 +153,16 @@ class Trainer:
         if stage.name == "tower" and self.architecture.recoloured:
             pixels, changed = recolour(pixels, self.architecture.recoloured, generator)
             labels[changed[:, None] & COLOUR_HEADS] = -100
-        pixels = self.architecture.reshape((pixels - 0.5) / 0.5, rng).to(self.device)
+        square = ((pixels - 0.5) / 0.5).to(self.device)
+        pixels = self.architecture.reshape(square, rng)
         labels = labels.to(self.device)
         heads: Heads = self.heads[stage.name]  # type: ignore[assignment]
         if stage.name == "tower":
-            return heads.loss(self.architecture.tower_features(self.model, pixels), labels)
+            features = self.architecture.tower_features(self.model, pixels)
+            loss = heads.loss(features.mean(1), labels)
+            if self.teacher is not None and pixels.shape == square.shape:
+                loss = loss + stage.imitation * distance(features, self.teacher(square))
+            return loss
         grid = self.architecture.grid(*pixels.shape[2:])
         if stage.name == "alignment":
             rows = [self.writer.alignment_row(face, rng, grid) for face in faces]
@@ -185,6 +192,15 @@ class Trainer:
         print(json.dumps(line), flush=True)
         with (self.work / "log.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def distance(
+    features: Float[Tensor, "batch image d_model"], target: Float[Tensor, "batch image d_model"]
+) -> Float[Tensor, ""]:
+    """Mean squared error in units of each target feature's variance."""
+    features, target = features.float(), target.float()
+    error, spread = (features - target).pow(2).mean((0, 1)), target.var((0, 1))
+    return (error / (spread + 1e-6)).mean()
 
 
 def answer_loss(

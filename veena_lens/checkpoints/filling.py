@@ -6,7 +6,6 @@ is listed at once: key, shape wanted, shape found.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +45,7 @@ def require_fit(
         shape = weights.stored_shape(ours, wanted[ours])
         if theirs not in found:
             problems.append(f"missing   {theirs}: wanted {list(shape)}")
-        elif found[theirs] != shape and not (math.prod(found[theirs]) == math.prod(shape) and ours in weights.reshapes):
+        elif found[theirs] != shape and not (ours in weights.reshapes and found[theirs] == wanted[ours]):
             problems.append(f"misshapen {theirs}: wanted {list(shape)}, found {list(found[theirs])}")
     known = set(weights.names.values())
     for theirs, shape in found.items():

@@ -10,6 +10,9 @@ from typing import Any
 
 # Public name -> the module that holds it; a row a name, sorted by module.
 _HOMES = {
+    "component_push": "intention",
+    "copying_strength": "intention",
+    "head_intention": "intention",
     "benjamini_hochberg": "statistics",
     "bootstrap": "statistics",
     "discoveries": "statistics",

@@ -1,0 +1,72 @@
+"""Tiny models of every layout for the circuit tools, in float64 without casts, and neutral twins of their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from tests.cases import BY_NAME, counted, raw_inputs
+from tests.qwen_cases import QWEN_BY_NAME
+
+# Grouped queries, biases, windows, both paddings, several pictures, tiles, any size, deep-stack features, text alone.
+NAMES = (
+    "clip-llama",
+    "attention-bias",
+    "window-mistral",
+    "right-padding",
+    "three-images-and-none",
+    "text-qwen3",
+    "llava-next",
+    "qwen2_vl-image-and-video",
+    "qwen3_vl-plain",
+    "qwen3_vl-deepstack-every-decoder-layer",
+)
+PICTURED = tuple(name for name in NAMES if not name.startswith("text"))
+
+
+@cache
+def llava_next() -> tuple[Any, Any]:
+    """LLaVA-1.6 with three rows: two pictures of odd sizes, none, one."""
+    from tests.parity.test_llava_next import batch, build
+    from veena_lens import HookedVLM
+
+    hf, _ = build("llama")
+    model = HookedVLM.from_hf(hf, casts="none")
+    raw = counted(batch(model, [[(40, 75), (90, 30)], [], [(56, 56)]]))
+    return model, model.inputs_from_hf(**raw)
+
+
+def ready(model_of: Callable[..., Any], name: str) -> tuple[Any, Any]:
+    """(model, inputs) of a case."""
+    if name == "llava-next":
+        return llava_next()
+    if name in QWEN_BY_NAME:
+        case: Any = QWEN_BY_NAME[name]
+        model = model_of(case, casts="none")
+        return model, model.inputs_from_hf(**raw_inputs(case))
+    model = model_of(BY_NAME[name], casts="none")
+    return model, model.inputs_from_hf(**counted(raw_inputs(BY_NAME[name])))
+
+
+def twin(inputs: Any) -> Any:
+    """The same rows about other pictures; without pictures, with other words."""
+    generator = torch.Generator().manual_seed(7)
+    if inputs.pixel_values is None:
+        return replace(inputs, tokens=torch.where(inputs.attention_mask, 3 + (inputs.tokens * 7) % 90, inputs.tokens))
+    pixels = inputs.pixel_values
+    return replace(inputs, pixel_values=torch.randn(pixels.shape, generator=generator, dtype=pixels.dtype))
+
+
+def directions(model: Any, seed: int = 3) -> torch.Tensor:
+    """One random vector a layer, of different lengths."""
+    cfg, generator = model.cfg, torch.Generator().manual_seed(seed)
+    scale = torch.arange(1, cfg.n_layers + 1, dtype=torch.float64)[:, None]
+    return scale * torch.randn(cfg.n_layers, cfg.d_model, generator=generator, dtype=torch.float64)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return x / x.norm(dim=-1, keepdim=True)

@@ -100,7 +100,7 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
         """softmax(q k^T / sqrt(d_head)) v; q, k, v come as [batch pos heads d_head]."""
         if context.prefix is not None:
-            return self._attend_with_prefix(q, k, v, context.prefix)
+            return self._attend_with_prefix(q, k, v, context.prefix, context.bias(self.layer))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask, bias = context.mask(self.layer, q.device), context.bias(self.layer)
         bias = None if bias is None else bias.to(q.device)
@@ -132,10 +132,10 @@ class Attention(nn.Module):
         return self._fused(q, k, v, mask, bias).transpose(1, 2)
 
     def _attend_with_prefix(
-        self, q: Tensor, k: Tensor, v: Tensor, prefix: SharedPrefix
+        self, q: Tensor, k: Tensor, v: Tensor, prefix: SharedPrefix, bias: Tensor | None
     ) -> Float[Tensor, "batch pos n_heads d_head"]:
         """Rows that share a prefix: its keys are read once for all rows, each row's own tail joins the softmax."""
-        scores = prefix.scores(self.layer, q, k, self.scale)
+        scores = prefix.scores(self.layer, q, k, self.scale, bias)
         scores, _ = listen(self.hook_attn_scores, scores)
         pattern, _ = listen(self.hook_pattern, masked_softmax(scores, None))
         return prefix.values(self.layer, pattern, v)

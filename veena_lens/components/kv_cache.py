@@ -38,6 +38,13 @@ class KVCache:
         self._keys[layer], self._values[layer] = k, v
         return k, v
 
+    def layer(self, layer: int) -> tuple[Float[Tensor, "batch pos kv d_head"], Float[Tensor, "batch pos kv d_head"]]:
+        """A layer's keys and values. Raises: ValueError where nothing was appended."""
+        k, v = self._keys[layer], self._values[layer]
+        if k is None or v is None:
+            raise ValueError(f"The cache holds nothing of layer {layer}.")
+        return k, v
+
     def keep_rows(self, rows: Int[Tensor, " rows"]) -> None:
         """Select (or repeat) rows in place."""
         if self.mask is not None:

@@ -30,6 +30,7 @@ class Normed:
     scale: Any = None
     normalized: Any = None
     unedited: Any = None  # normalized before the edit, to tell the edited elements
+    unedited_scale: Any = None  # likewise
     points: tuple[Any, Any] = (None, None)  # (scale, normalized)
 
 
@@ -72,8 +73,8 @@ class Norm(nn.Module, ABC):
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
     ) -> Float[Tensor, "batch pos copy width"]:
-        """Norm of copies of the residual, honouring what hooks set for the residual itself: an edited scale
-        divides every copy, and elements of `normalized` that were edited hold for every copy."""
+        """Norm of copies of the residual, honouring what hooks set for the residual itself: where its scale was
+        edited it divides every copy, and elements of `normalized` that were edited hold for every copy."""
 
 
 class RMSNorm(Norm):
@@ -88,28 +89,28 @@ class RMSNorm(Norm):
     def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
         wide = self._wide(x)
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        normalized, point, scale = wide * inverse, None, None
+        normalized, point, scale = wide * inverse, None, (None, None)
         if heard(self.hook_scale):
             # rsqrt(v) and 1 / sqrt(v) differ in the last bit: without an edit the former goes on.
             point, edited = listen(self.hook_scale, 1 / inverse)
             divided = wide / point
             normalized = divided if edited else carry(normalized, divided)
-            scale = point if edited else None
+            scale = (point, 1 / inverse) if edited else (None, None)
         normalized = normalized.to(x.dtype)
         out, edited, heard_out = self._hear_normalized(normalized)
-        return Normed(self.weight * out, scale, *((out, normalized) if edited else (None, None)), (point, heard_out))
+        values = (out, normalized) if edited else (None, None)
+        return Normed(self.weight * out, scale[0], *values, scale[1], (point, heard_out))
 
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
     ) -> Float[Tensor, "batch pos copy width"]:
         wide = self._wide(x)
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        normalized = wide * inverse
+        if _has_gradient(seen.points[0]):
+            normalized = carry(normalized, wide / (1 / inverse + _zero(seen.points[0])))
         if seen.scale is not None:
-            normalized = wide / seen.scale[:, :, None]
-        else:
-            inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-            normalized = wide * inverse
-            if _has_gradient(seen.points[0]):
-                normalized = carry(normalized, wide / (1 / inverse + _zero(seen.points[0])))
+            normalized = torch.where(_edited_scale(seen), wide / seen.scale[:, :, None], normalized)
         return self.weight * _override(normalized.to(x.dtype), seen)
 
 
@@ -126,29 +127,34 @@ class LayerNorm(Norm):
         return (x - x.mean(-1, keepdim=True)) / scale * self.weight + self.b
 
     def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
-        normalized, point, scale = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps), None, None
+        normalized, point, scale = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps), None, (None,) * 2
         if heard(self.hook_scale):
             point, edited = listen(self.hook_scale, self._scale(x))
             divided = self._divided(x, point)
             normalized = divided if edited else carry(normalized, divided)
-            scale = point if edited else None
+            scale = (point, self._scale(x)) if edited else (None, None)
         out, edited, heard_out = self._hear_normalized(normalized)
-        return Normed(out, scale, *((out, normalized) if edited else (None, None)), (point, heard_out))
+        values = (out, normalized) if edited else (None, None)
+        return Normed(out, scale[0], *values, scale[1], (point, heard_out))
 
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
     ) -> Float[Tensor, "batch pos copy width"]:
+        normalized = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+        if _has_gradient(seen.points[0]):
+            normalized = carry(normalized, self._divided(x, self._scale(x) + _zero(seen.points[0])))
         if seen.scale is not None:
-            normalized = self._divided(x, seen.scale[:, :, None])
-        else:
-            normalized = F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
-            if _has_gradient(seen.points[0]):
-                normalized = carry(normalized, self._divided(x, self._scale(x) + _zero(seen.points[0])))
+            normalized = torch.where(_edited_scale(seen), self._divided(x, seen.scale[:, :, None]), normalized)
         return _override(normalized, seen)
 
 
 def _has_gradient(point: Tensor | None) -> bool:
     return point is not None and torch.is_grad_enabled() and point.requires_grad
+
+
+def _edited_scale(seen: Normed) -> Tensor:
+    """Where the residual's scale was edited, one for all copies: other rows of a batch are left to themselves."""
+    return (seen.scale != seen.unedited_scale)[:, :, None]
 
 
 def _zero(point: Tensor) -> Tensor:

@@ -26,9 +26,14 @@ class SharedPrefix:
         self._keys, self._values, self.start, self.windows = keys, values, start, windows
 
     def scores(
-        self, layer: int, q: Float[Tensor, "row n heads d_head"], k: Float[Tensor, "row n kv d_head"], scale: float
+        self,
+        layer: int,
+        q: Float[Tensor, "row n heads d_head"],
+        k: Float[Tensor, "row tail kv d_head"],
+        scale: float,
+        bias: Float[Tensor, "row heads n key_pos"] | None = None,
     ) -> Float[Tensor, "row heads n key_pos"]:
-        """Scaled, masked logits of the tail's queries over prefix and own tail."""
+        """Scaled, masked logits of the last n positions of the tail over prefix and own tail."""
         rows, n = q.shape[:2]
         kv = k.shape[2]
         grouped = rearrange(q, "r n (g h) d -> g (r h n) d", g=kv)
@@ -37,11 +42,13 @@ class SharedPrefix:
         mine = rearrange(q, "r n (g h) d -> r g (h n) d", g=kv) @ rearrange(k, "r n g d -> r g d n")
         mine = rearrange(mine, "r g (h n) t -> r (g h) n t", n=n)
         scores = torch.cat([shared, mine], -1) * scale
-        allowed = causal_mask(self.start, n, self.windows(layer), q.device)
+        if bias is not None:
+            scores = scores + bias.to(scores)
+        allowed = causal_mask(self.start, k.shape[1], self.windows(layer), q.device)[-n:]
         return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
     def values(
-        self, layer: int, pattern: Float[Tensor, "row heads n key_pos"], v: Float[Tensor, "row n kv d_head"]
+        self, layer: int, pattern: Float[Tensor, "row heads n key_pos"], v: Float[Tensor, "row tail kv d_head"]
     ) -> Float[Tensor, "row n heads d_head"]:
         """Head outputs: pattern times values, prefix and tail."""
         rows, _, n, _ = pattern.shape

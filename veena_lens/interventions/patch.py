@@ -49,6 +49,11 @@ class Patch:
             raise TypeError(f"Patch: source must be an ActivationCache or a tensor, not {type(self.source).__name__}.")
         object.__setattr__(self, "_values", values.detach())
 
+    @property
+    def is_whole(self) -> bool:
+        """True where the source is a bare tensor of whole rows, whose positions are those of the run itself."""
+        return self._chosen is None
+
     def site(self, cfg: HookedVLMConfig) -> str:
         """The hook point it is named by."""
         return require_site(cfg, self.name, self.heads, self.neurons, "Patch")

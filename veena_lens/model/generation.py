@@ -6,7 +6,7 @@ processors and stopping criteria are transformers' own classes, set by the check
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -109,6 +109,14 @@ class Generation:
     def _steps(self, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
         """The tokens generated so far, after each step."""
         prompt = self._as_prompt(inputs)
+        cache = KVCache(self.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
+        yield from self._decode_steps(prompt, settings, lambda new: self._next_logits(prompt, new, cache))
+
+    @torch.no_grad()
+    def _decode_steps(
+        self, prompt: MultimodalInputs, settings: dict[str, Any], next_logits: Callable[[Tensor], Tensor]
+    ) -> Iterator[Int[Tensor, "batch new"]]:
+        """The tokens generated so far, after each step; `next_logits` gives the logits after the last of them."""
         n_rows = len(prompt)
         longest = int(prompt.lengths.max())
         room = self.cfg.n_ctx - longest
@@ -133,9 +141,8 @@ class Generation:
             generator = torch.Generator(device=prompt.device).manual_seed(settings["seed"])
         new = torch.empty(n_rows, 0, dtype=torch.long, device=prompt.device)
         unfinished = torch.ones(n_rows, dtype=torch.bool, device=prompt.device)
-        cache = KVCache(self.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
         for _ in range(min(max_new, room)):
-            logits = self._next_logits(prompt, new, cache).to(torch.float32)
+            logits = next_logits(new).to(torch.float32)
             ids = torch.cat([prompt.tokens, new], 1)
             scores = processors(ids, logits.to(ids.device))
             if config["do_sample"]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from veena_lens.sweeps.generating import GenerationSweep, generation_sweep
 from veena_lens.sweeps.patching import patch_sweep
 from veena_lens.sweeps.result import SweepResult
 from veena_lens.sweeps.steering import steer_sweep
 
-__all__ = ["SweepResult", "patch_sweep", "steer_sweep"]
+__all__ = ["GenerationSweep", "SweepResult", "generation_sweep", "patch_sweep", "steer_sweep"]

@@ -1,0 +1,111 @@
+"""Generation sweeps equal generating under each entry alone, whatever it edits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import BY_NAME, build_hf, counted, raw_inputs
+from tests.qwen_cases import QWEN_BY_NAME
+from veena_lens import HookedVLM
+from veena_lens.checkpoints.bundle import bundled_pictures
+from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOut, Patch, ScaleNeurons, Steer
+from veena_lens.sweeps import generation_sweep
+
+CASES = [
+    BY_NAME["clip-llama"],
+    BY_NAME["window-mistral"],
+    *(QWEN_BY_NAME[f"{k}-plain"] for k in ("qwen2_vl", "qwen3_vl")),
+]
+
+
+def entries_for(model: Any, inputs: Any) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(model.cfg.d_model, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs, names_filter="blocks.0.attn.hook_z")
+        _, mine = model.run_with_cache(inputs, names_filter="blocks.1.attn.hook_z")
+    whole = Patch("blocks.0.attn.hook_z", -2 * cache["blocks.0.attn.hook_z"], heads=[0], positions="query")
+    mine.cache_dict["blocks.1.attn.hook_z"].mul_(-2)
+    placed = Patch("blocks.1.attn.hook_z", mine, heads=[1], positions="last")
+    return [
+        [],
+        Steer(0, vector, alpha=3.0),
+        [Steer(1, vector, alpha=2.0, positions="generated")],
+        Steer(0, vector, alpha=1.0, positions="all"),
+        [BoostAttention(0, keys="image", factor=6.0), KnockOut(1, heads=[1], queries="last+generated")],
+        BoostAttention(1, keys="prompt", factor=3.0, mode="scale"),
+        Ablate("blocks.0.mlp.hook_post", neurons=[1, 2, 3], positions="query+generated"),
+        [ScaleNeurons(1, [5, 6], factor=9.0), whole],
+        placed,
+        Ablate("hook_image_features", positions="image"),
+        Ablate("hook_embed", positions="query"),
+        Circuit([Steer(0, vector, alpha=-3.0, positions="query")], "a circuit"),
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_tokens_equal_those_of_each_entry_alone(case: Any) -> None:
+    model = HookedVLM.from_hf(build_hf(case, gain=3.0), casts="none")
+    raw = raw_inputs(case)
+    inputs = model.inputs_from_hf(**(counted(raw) if "mm_token_type_ids" not in raw else raw))
+    row = inputs[1]
+    entries = entries_for(model, row)
+    settings: dict[str, Any] = dict(max_new_tokens=10, eos_token_id=[], progress=False)
+    fast = generation_sweep(model, row, entries, **settings)
+    plain = generation_sweep(model, row, entries, engine="naive", **settings)
+    assert fast.tokens == plain.tokens
+    for entry, tokens in zip(entries, fast.tokens[0], strict=True):
+        mine = [entry] if not isinstance(entry, (list, Circuit)) else entry
+        with model.intervene(list(mine)):
+            alone = model.generate(row, max_new_tokens=10, eos_token_id=[], return_type="tokens")
+        assert alone[0].tolist() == tokens, entry
+    assert len({tuple(tokens) for tokens in fast.tokens[0]}) > 5, "the entries hardly change what is said"
+    few = generation_sweep(model, row, entries, max_rows=3, **settings)
+    assert few.tokens == fast.tokens
+
+
+@pytest.fixture(scope="module")
+def embedded() -> HookedVLM:
+    return HookedVLM.from_pretrained("tiny-llava-emotion")
+
+
+def test_several_prompts_and_a_score_of_the_texts(embedded: HookedVLM) -> None:
+    faces = [p.open() for p in bundled_pictures("test")[:2]]
+    questions = ["how does the person in the picture feel?", "what colour is the hair of the person?"]
+    inputs = embedded.prepare(text=questions, images=[[face] for face in faces])
+    cut = [KnockOut(layer, queries="query+generated") for layer in range(embedded.cfg.n_layers)]
+    result = generation_sweep(
+        embedded, inputs, [[], cut], lambda texts: [len(t.split()) for t in texts], max_new_tokens=16, progress=False
+    )
+    plain = embedded.generate(inputs, max_new_tokens=16)
+    assert [row[0] for row in result.texts] == plain
+    assert result.scores.shape == (2, 2) and result.scores[0, 0] == len(plain[0].split())
+    frame = result.to_frame()
+    assert len(frame) == 4 and set(frame["entry"]) == set(result.labels) and "nothing" in repr(result)
+    assert len(repr(result).splitlines()) <= 10
+
+
+def test_pictures_are_encoded_once(embedded: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = embedded.prepare(text="who is it?", images=bundled_pictures("test")[0].open())
+    calls, real = [], type(embedded.vision).forward
+    monkeypatch.setattr(type(embedded.vision), "forward", lambda self, *a: calls.append(len(a[0])) or real(self, *a))
+    entries = [Steer(layer, torch.ones(embedded.cfg.d_model)) for layer in range(8)]
+    generation_sweep(embedded, inputs, entries, max_new_tokens=3, progress=False)
+    assert calls == [1]
+
+
+def test_bad_sweeps_are_refused(embedded: HookedVLM) -> None:
+    inputs = embedded.prepare(text="who is it?", images=bundled_pictures("test")[0].open())
+    with pytest.raises(ValueError, match="at least one entry"):
+        generation_sweep(embedded, inputs, [])
+    with pytest.raises(TypeError, match="no intervention"):
+        generation_sweep(embedded, inputs, [["Steer"]])
+    with pytest.raises(ValueError, match="layer 99"):
+        generation_sweep(embedded, inputs, [Steer(99, torch.ones(embedded.cfg.d_model))])
+    with pytest.raises(ValueError, match="greedily"):
+        generation_sweep(embedded, inputs, [[]], do_sample=True)
+    with pytest.raises(ValueError, match="one number a text"):
+        generation_sweep(embedded, inputs, [[]], lambda texts: 1.0, max_new_tokens=2, progress=False)

@@ -1,0 +1,209 @@
+"""Generation sweeps: one prompt continued under many interventions, decoded as one batch.
+
+Pictures are encoded once and the prompt runs once. With a causal decoder an intervention at positions >= p leaves
+every earlier position as it was, so the rows share the keys and values before the first position that any of them
+edits; each recomputes its own tail and goes on from there, token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veena_lens.components.context import Context
+from veena_lens.components.kv_cache import KVCache
+from veena_lens.components.prefix import SharedPrefix
+from veena_lens.hook_table import row_of
+from veena_lens.inputs import MultimodalInputs, text_positions
+from veena_lens.interventions.base import Intervention
+from veena_lens.interventions.patch import Patch
+from veena_lens.model.decoder import run_blocks
+from veena_lens.model.run import Run
+from veena_lens.sweeps.running import bar, require_engine
+
+
+@dataclass(frozen=True, eq=False)
+class GenerationSweep:
+    """`texts` and `tokens` of every prompt under every entry, [row][entry]; `scores` [row entry] if one was asked."""
+
+    texts: list[list[str]]
+    tokens: list[list[list[int]]]
+    scores: Tensor | None
+    labels: list[str]
+
+    def to_frame(self) -> Any:
+        """A tidy table: row, entry, text and, where there is one, score."""
+        import pandas as pd
+
+        rows = []
+        for i, texts in enumerate(self.texts):
+            for j, text in enumerate(texts):
+                line: dict[str, Any] = {"row": i, "entry": self.labels[j], "text": text}
+                if self.scores is not None:
+                    line["score"] = float(self.scores[i, j])
+                rows.append(line)
+        return pd.DataFrame(rows)
+
+    def __repr__(self) -> str:
+        n = len(self.labels)
+        lines = [f"GenerationSweep({len(self.texts)} prompt{'s' * (len(self.texts) != 1)}, {n} entries"]
+        for j in range(min(n, 6)):
+            score = "" if self.scores is None else f"  {float(self.scores[0, j]):.3g}"
+            lines.append(f"  {self.labels[j][:48]}: {self.texts[0][j][:60]!r}{score}")
+        if n > 6:
+            lines.append(f"  ... {n - 6} more")
+        return "\n".join(lines) + ")"
+
+
+def generation_sweep(
+    model: Any,
+    inputs: MultimodalInputs,
+    entries: Sequence[Any],
+    score: Callable[[list[str]], Any] | None = None,
+    *,
+    max_new_tokens: int = 64,
+    engine: str = "suffix",
+    max_rows: int = 64,
+    progress: bool = True,
+    **settings: Any,
+) -> GenerationSweep:
+    """What the model says of each prompt under each entry: a list of interventions, one alone, a Circuit, or [].
+
+    score: a function of the texts of one prompt, one a row, giving as many numbers. engine="naive" generates under
+    `model.intervene(per_row=...)`, whole prompts every time, with the same result. Further settings are those of
+    `model.generate` (no sampling: rows would not repeat themselves alone).
+    Raises: ValueError for no entries, an intervention that does not fit, sampling, or a score of another length;
+    TypeError for an entry that is no intervention.
+    """
+    require_engine(model, engine)
+    if settings.get("do_sample"):
+        raise ValueError("generation_sweep compares entries, so it decodes greedily; do_sample is not supported.")
+    lists = [_as_list(entry) for entry in entries]
+    if not lists or not len(inputs):
+        raise ValueError("generation_sweep: give at least one entry and one prompt.")
+    if max_rows < 1:
+        raise ValueError(f"max_rows={max_rows} must be at least 1.")
+    for mine in lists:
+        for intervention in mine:
+            intervention.site(model.cfg)
+    settings = {"use_past_kv_cache": True, "max_new_tokens": max_new_tokens, **settings}
+    show = bar(len(inputs) * len(lists), progress, "continuations")
+    tokens: list[list[list[int]]] = []
+    for i in range(len(inputs)):
+        row = inputs[i].trimmed()
+        if row.position_ids.ndim == 2:
+            row = replace(row, position_ids=text_positions(row.attention_mask))
+        found: list[list[int]] = [[] for _ in lists]
+        starts = [first_edited(model, row, mine) for mine in lists]
+        order = sorted(range(len(lists)), key=lambda j: starts[j])
+        for at in range(0, len(order), max_rows):
+            members = order[at : at + max_rows]
+            mine = [lists[j] for j in members]
+            if engine == "naive":
+                with model.intervene(per_row=mine):
+                    grown = model.generate(row[[0] * len(mine)], return_type="tokens", **settings)
+            else:
+                grown = _continue(model, row, mine, starts[members[0]], settings)
+            for j, ids in zip(members, grown.tolist(), strict=True):
+                found[j] = ids
+            if show is not None:
+                show.update(len(members))
+        tokens.append(found)
+    if show is not None:
+        show.close()
+    texts = [model.tokenizer.batch_decode(rows, skip_special_tokens=True) if model.tokenizer else [] for rows in tokens]
+    scores = None
+    if score is not None:
+        scores = torch.stack([_scored(score, row, len(lists)) for row in texts])
+    labels = [", ".join(map(repr, mine)) or "nothing" for mine in lists]
+    return GenerationSweep(texts, tokens, scores, labels)
+
+
+def _as_list(entry: Any) -> list[Any]:
+    mine = [entry] if isinstance(entry, Intervention) else list(entry)
+    for item in mine:
+        if not isinstance(item, Intervention):
+            raise TypeError(f"generation_sweep: {item!r} is no intervention (Steer, Patch, ...).")
+    return mine
+
+
+def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tensor:
+    values = torch.as_tensor(score(texts), dtype=torch.float64)
+    if values.shape != (n,):
+        raise ValueError(f"The score must give one number a text, [{n}], not {list(values.shape)}.")
+    return values
+
+
+def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
+    """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
+    for its logits."""
+    first, run = row.shape[1] - 1, Run(row, 0, row.shape[1])
+    for item in interventions:
+        if isinstance(item, Patch) and item.is_whole:
+            return 0  # its values are those of whole rows, position by position
+        if row_of(item.site(model.cfg)).axis_names[0] != "batch":
+            places = row.image_mask[0].nonzero().flatten()
+        else:
+            places = run.mask(item.positions)[0].nonzero().flatten()
+        if len(places):
+            first = min(first, int(places[0]))
+    return first
+
+
+@torch.no_grad()
+def _continue(
+    model: Any, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
+) -> Tensor:
+    """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
+    n, length = len(lists), row.shape[1]
+    base = KVCache(model.cfg.n_layers)
+    with model._running(Run(row, 0, length)) as run:
+        embed, deepstack = model._embed(row)
+        run_blocks(model.blocks, embed, model._context(run, base, deepstack=deepstack))
+    keys, values = zip(*(base.layer(layer) for layer in range(model.cfg.n_layers)), strict=True)
+    prefix = SharedPrefix([k[0, :start] for k in keys], [v[0, :start] for v in values], start, model.cfg.window)
+    rows = row[[0] * n]
+    tail = KVCache(model.cfg.n_layers)
+    on_pictures = any(row_of(i.site(model.cfg)).axis_names[0] != "batch" for mine in lists for i in mine)
+
+    def next_logits(new: Tensor) -> Tensor:
+        n_new = new.shape[1]
+        if n_new:
+            run = Run(rows, length + n_new - 1, length + n_new)
+            positions, added = rows.position_ids[..., -1:] + n_new, {}
+            with model._running(run):
+                return forward(model.hook_embed(model.embed(new[:, -1:])), run, positions, added)
+        run = Run(rows, start, length)
+        positions = rows.position_ids[..., start:]
+        if on_pictures:  # the pictures of each row under its own edits
+            with model._running(Run(rows, 0, length)):
+                resid, added = model._embed(rows)
+            resid = resid[:, start:]
+        else:
+            resid, added = embed[:, start:].expand(n, -1, -1).clone(), deepstack
+        added = {layer: x[:, start:] for layer, x in added.items()}
+        with model._running(run):
+            return forward(resid if on_pictures else model.hook_embed(resid), run, positions, added)
+
+    def forward(resid: Tensor, run: Run, positions: Tensor, added: dict[int, Tensor]) -> Tensor:
+        context = Context(
+            key_mask=None,
+            n_past=run.start,
+            n_new=run.stop - run.start,
+            rotary=model._rotary.tables(positions, model.cfg.dtype),
+            kv_cache=tail,
+            windows=model.cfg.window,
+            bias=model._bias,
+            prefix=prefix,
+            deepstack=added,
+        )
+        resid = run_blocks(model.blocks, resid, context)
+        return model._unembed(context.with_deepstack(model.cfg.n_layers, resid)[:, -1:])[:, -1]
+
+    with model.intervene(per_row=lists):
+        model._check_reach(Run(rows, 0, length))
+        return list(model._decode_steps(rows, settings, next_logits))[-1]

@@ -22,8 +22,10 @@ from veena_lens.hook_table import canonical, hooks_of
 
 ROWS = ("2 i4x4 3 v2x2x4 2", "1 i2x2 1 i2x6 3", "4")
 CASES = {
-    kind: QwenCase(name="hooks", kind=kind, rows=ROWS, text=dict(num_hidden_layers=n))
-    for kind, n in (("qwen2_vl", 2), ("qwen3_vl", 3))
+    "qwen2_vl": QwenCase(name="hooks", kind="qwen2_vl", rows=ROWS, text=dict(num_hidden_layers=2)),
+    "qwen3_vl": QwenCase(
+        name="hooks", kind="qwen3_vl", rows=ROWS, vision=dict(depth=2, deepstack_visual_indexes=[0, 1])
+    ),
 }
 RIGHT = {kind: QwenCase(name="hooks-right", kind=kind, rows=ROWS, padding="right") for kind in CASES}
 PARTS = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")

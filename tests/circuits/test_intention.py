@@ -150,7 +150,7 @@ def test_float32_sums_agree_with_float64(model_of) -> None:
         (dict(at_layer=9), "layer 9 does not exist; the model has layers 0 to 1"),
         (dict(layers=[]), "list of layers is empty"),
         (dict(at="answer"), "selects no position"),
-        (dict(reduce="sum"), "'mean', 'max' or 'none'"),
+        (dict(reduce="sum"), "must be one of mean, max, none"),
     ],
 )
 def test_bad_input_says_what_is_wrong(options: dict[str, Any], telling: str, model_of) -> None:

@@ -10,9 +10,15 @@ from typing import Any
 
 # Public name -> the module that holds it; a row a name, sorted by module.
 _HOMES = {
+    "attribution_patching": "attribution",
+    "check_attribution": "attribution",
+    "image_attribution": "attribution",
     "component_push": "intention",
     "copying_strength": "intention",
     "head_intention": "intention",
+    "head_routing": "routing",
+    "image_share": "routing",
+    "per_patch": "routing",
     "benjamini_hochberg": "statistics",
     "bootstrap": "statistics",
     "discoveries": "statistics",

@@ -52,9 +52,9 @@ def chosen_heads(heads: Sequence[int] | None, cfg: Any, who: str) -> list[int]:
     return [require_unit(h, cfg.n_heads, who, "head") for h in (range(cfg.n_heads) if heads is None else heads)]
 
 
-def require_reduce(reduce: str, who: str) -> None:
-    if reduce not in ("mean", "max", "none"):
-        raise ValueError(f"{who}: reduce={reduce!r} must be 'mean', 'max' or 'none' (over positions).")
+def require_reduce(reduce: str, who: str, known: Sequence[str] = ("mean", "max", "none")) -> None:
+    if reduce not in known:
+        raise ValueError(f"{who}: reduce={reduce!r} must be one of {', '.join(known)} (over positions).")
 
 
 def unit_directions(
@@ -278,6 +278,34 @@ class StreamedRows(AttentionRows):
             for start in range(0, index.shape[1], size):
                 at = slice(start, start + size)
                 self.consume(layer, at, self.weights(index[:, at], q, k, mask, bias, pattern))
+
+
+class Collected:
+    """What is kept of streamed rows: for each layer the mean over the query rows that exist, or ("none") all of them.
+
+    A mean is summed as rows come, so its memory does not grow with their number; NaN for a row without any."""
+
+    def __init__(self, layers: Sequence[int], mask: Bool[Tensor, "batch n"], reduce: str) -> None:
+        self.mask, self.reduce = mask, reduce
+        self._parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+
+    def add(self, layer: int, at: slice, values: Float[Tensor, "batch ... n"]) -> None:
+        """The values of the query rows `at`, last axis."""
+        parts = self._parts[layer]
+        if self.reduce == "none":
+            parts.append(values)
+            return
+        there = self.mask[:, at].to(values).view(len(self.mask), *[1] * (values.ndim - 2), -1)
+        total = (values * there).sum(-1)
+        parts[:] = [total if not parts else parts[0] + total]
+
+    def result(self) -> Float[Tensor, "batch layer ..."]:
+        """All layers together; query rows, where kept, last."""
+        device = next(iter(self._parts.values()))[0].device
+        if self.reduce == "none":
+            return torch.stack([torch.cat([p.to(device) for p in parts], -1) for parts in self._parts.values()], 1)
+        total = torch.stack([parts[0].to(device) for parts in self._parts.values()], 1)
+        return total / self.mask.sum(-1).to(total).view(-1, *[1] * (total.ndim - 1))
 
 
 def stream_rows(

@@ -1,0 +1,248 @@
+"""From where a head's push comes: the sum over keys of its result, split by what the keys are.
+
+r_h[p] = sum_k A[h,p,k] v_k W_O[h], so <r_h[p], u> is a sum of numbers c[h,p,k] = A[h,p,k] <v_k W_O[h], u>, one a key.
+Image keys, query text, other text and the position itself share it out exactly; over a picture's tokens it is a map.
+Each layer's values and attention rows are read as they pass: only the asked query rows exist, and no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from veena_lens.circuits.reading import (
+    Cells,
+    Collected,
+    Reading,
+    as_scores,
+    chosen_heads,
+    chosen_layers,
+    exact,
+    picture_cells,
+    places_of,
+    require_reduce,
+    stream_rows,
+    unit_directions,
+)
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.interventions.base import require_layer
+from veena_lens.positions import position_mask
+from veena_lens.scores import Scores
+
+SOURCES = ("image", "query", "text", "self")
+UNIT = "length along the direction"
+
+
+def head_routing(
+    model: Any,
+    inputs: Any,
+    direction: Float[Tensor, ...],
+    at: Any = "last",
+    *,
+    at_layer: int | None = None,
+    baseline: Any = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    reduce: str = "mean",
+) -> Scores:
+    """How much of each head's projection <r_h[p], u> comes from image tokens, query text, other text, and p itself.
+
+    Axes (batch, layer, head, source), source in "image", "query" (the text after the last image), "text" (all other
+    text, an answer included), "self" (the key k = p, whatever it is); the four sum to `head_intention` with
+    kind="projection". With `baseline` (inputs of the neutral twins) each run is split, then the difference taken:
+    patterns and values both change; the rows are then the axis "pair". Mean over the positions `at`; reduce="none"
+    keeps them, "pos" last. `direction` and `at_layer` as in `head_intention`. Unit: that of the residual stream.
+    Interventions in force are honoured, edits of `hook_z` and `hook_result` aside, which no longer follow from keys.
+    Raises: ValueError for a direction of another shape, unknown layers or heads, an empty selection, or pairs that do
+    not match.
+    Source: Elhage et al. 2021, "A mathematical framework for transformer circuits", for the sum; the split is ours.
+    """
+    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "head_routing")
+    reading, values = _routed(plan, model._as_inputs(inputs))
+    if baseline is not None:
+        other, twin = _routed(plan, model._as_inputs(baseline))
+        _require_pairs(reading, other, "head_routing")
+        values = values - twin
+    labels = {"layer": plan.layers, "head": plan.heads, "source": SOURCES}
+    return as_scores(
+        values,
+        ("layer", "head", "source"),
+        reading,
+        reduce,
+        baseline is not None,
+        labels,
+        name="push by source",
+        unit=UNIT,
+        meta={"at_layer": plan.at_layer},
+    )
+
+
+def image_share(routes: Scores) -> Scores:
+    """The image's share of a head's push: W_image / (|W_image| + |W_text| + |W_self|), text of every kind together.
+
+    `routes` are those of `head_routing`; the axes are theirs without "source". In [-1, 1]; 0 where nothing is pushed.
+    Raises: ValueError for Scores without these sources.
+    Source: our own.
+    """
+    if "source" not in routes.axes or list(routes.labels["source"]) != list(SOURCES):
+        raise ValueError(f"image_share: give the Scores of head_routing; these have the axes {routes.axes}.")
+    image, query, text, own = (routes.select(source=source) for source in SOURCES)
+    size = image.values.abs() + (query.values + text.values).abs() + own.values.abs()
+    share = torch.where(size == 0, torch.zeros_like(size), image.values / size)
+    return replace(image, values=share, name="image share", unit="share")
+
+
+def per_patch(
+    model: Any,
+    inputs: Any,
+    direction: Float[Tensor, ...],
+    at: Any = "last",
+    *,
+    image: int = 0,
+    grid: str = "grid",
+    at_layer: int | None = None,
+    baseline: Any = None,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    reduce: str = "mean",
+) -> Scores:
+    """A head's push as a map over a picture: A[h,p,k] <v_k W_O[h], u> for the tokens k of image number `image`.
+
+    Axes (batch, layer, head, height, width) over the picture's token grid, padded at the lower right where rows have
+    other grids (masked); a row without that image is masked whole. Tiled pictures (LLaVA-NeXT) have the grid through
+    their tiles, or with grid="whole" that of the whole view; tokens of neither (newlines) are in no map. Where the
+    grid is all that the image has, the map of every image summed is `head_routing`'s "image" part, p itself aside
+    where p is an image token (it counts in its own cell here). The rest as in `head_routing`.
+    Raises: as `head_routing`; ValueError where no row has such an image, or a twin's grid differs; IndexError where
+    the tokens make no whole grid.
+    Source: our own, from the sum of Elhage et al. 2021.
+    """
+    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "per_patch")
+    inputs = model._as_inputs(inputs)
+    cells = picture_cells(inputs, image, grid, "per_patch")
+    reading, values = _routed(plan, inputs, cells)
+    if baseline is not None:
+        twins = model._as_inputs(baseline)
+        twin_cells = picture_cells(twins, image, grid, "per_patch")
+        if twin_cells.sizes != cells.sizes:
+            raise ValueError(f"per_patch: the grids are {cells.sizes}, those of the baseline {twin_cells.sizes}.")
+        other, twin = _routed(plan, twins, twin_cells)
+        _require_pairs(reading, other, "per_patch")
+        values = values - twin
+    height, width = cells.mask.shape[1:]
+    wide = "batch layer head (height width) ... -> batch layer head height width ..."
+    scores = as_scores(
+        rearrange(values, wide, height=height, width=width),
+        ("layer", "head", "height", "width"),
+        reading,
+        reduce,
+        baseline is not None,
+        {"layer": plan.layers, "head": plan.heads},
+        name="push by patch",
+        unit=UNIT,
+        meta={"at_layer": plan.at_layer, "image": image, "grid": grid, "sizes": cells.sizes},
+    )
+    return over_cells(scores, cells)
+
+
+def over_cells(scores: Scores, cells: Cells) -> Scores:
+    """Scores (rows, layer, head, height, width, ...) with the cells that a row lacks masked.
+
+    Entries that do not exist are 0."""
+    if bool(cells.mask.all()):
+        return scores
+    there = cells.mask[:, None, None].to(scores.values.device)
+    there = there.view(*there.shape, *[1] * (scores.values.ndim - there.ndim)).expand(scores.shape) & scores.exists
+    return replace(scores, values=torch.where(there, scores.values, 0.0), mask=there)
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """What to route: checked layers, heads and unit vectors."""
+
+    model: Any
+    units: Float[Tensor, "layer d_model"]
+    at: Any
+    at_layer: int | None
+    layers: list[int]
+    heads: list[int]
+    reduce: str
+    who: str
+
+
+def _plan(
+    model: Any,
+    direction: Tensor,
+    at: Any,
+    at_layer: int | None,
+    layers: Sequence[int] | None,
+    heads: Sequence[int] | None,
+    reduce: str,
+    who: str,
+) -> _Plan:
+    require_reduce(reduce, who, ("mean", "none"))
+    where, which = chosen_layers(layers, model.cfg, who), chosen_heads(heads, model.cfg, who)
+    source = None if at_layer is None else require_layer(at_layer, model.cfg.n_layers, who)
+    return _Plan(
+        model, unit_directions(direction, model.cfg, where, source, who), at, source, where, which, reduce, who
+    )
+
+
+def _require_pairs(first: Reading, second: Reading, who: str) -> None:
+    if not first.mask.equal(second.mask):
+        raise ValueError(
+            f"{who}: at={first.at!r} selects {first.mask.sum(-1).tolist()} positions a row, in the baseline "
+            f"{second.mask.sum(-1).tolist()}; pairs need the same rows with the same text."
+        )
+
+
+def _routed(
+    plan: _Plan, inputs: MultimodalInputs, cells: Cells | None = None
+) -> tuple[Reading, Float[Tensor, "batch layer head part ..."]]:
+    """The four sources of the query rows, or the cells of a picture."""
+    index, mask = places_of(inputs, plan.at, plan.who)
+    sources = _sources(inputs)
+    found = Collected(plan.layers, mask, plan.reduce)
+    worth: dict[int, Tensor] = {}
+
+    def hear_values(layer: int, unit: Tensor) -> Any:
+        def hear(v: Float[Tensor, "batch pos n_key_value_heads d_head"], hook: Any) -> None:
+            v = v.detach().to(exact(v.dtype))
+            W_O = plan.model.blocks[layer].attn.W_O.detach().to(v)
+            wanted = rearrange(W_O @ unit.to(v), "(g r) d_head -> g r d_head", g=v.shape[2])
+            every = einsum(v, wanted, "batch pos g d_head, g r d_head -> batch g r pos")
+            worth[layer] = rearrange(every, "batch g r pos -> batch (g r) pos")[:, plan.heads]
+
+        return hear
+
+    def share_out(layer: int, at: slice, weights: Float[Tensor, "batch head n key_pos"]) -> None:
+        parts = weights.to(worth[layer].dtype) * worth[layer][:, :, None]
+        where = index[:, at].to(parts.device)[:, None, :, None].expand(-1, parts.shape[1], -1, -1)
+        if cells is None:
+            own = parts.gather(-1, where)
+            others = parts.scatter(-1, where, 0.0)
+            split = einsum(others, sources.to(parts), "batch head n key, batch key source -> batch head source n")
+            found.add(layer, at, torch.cat([split, own.transpose(-1, -2)], -2))
+        else:
+            flat = cells.index.flatten(1).to(parts.device)[:, None, None, :]
+            found.add(layer, at, parts.gather(-1, flat.expand(-1, *parts.shape[1:3], -1)).transpose(-1, -2))
+
+    hooks = [
+        (f"blocks.{layer}.attn.hook_v", hear_values(layer, unit))
+        for layer, unit in zip(plan.layers, plan.units, strict=True)
+    ]
+    stream_rows(plan.model, inputs, plan.at, plan.layers, plan.heads, share_out, hooks)
+    return Reading(plan.model, inputs, plan.at, index, mask), found.result()
+
+
+def _sources(inputs: MultimodalInputs) -> Bool[Tensor, "batch pos source"]:
+    """Which keys are image, query text and other text; pads are none (nobody attends to them)."""
+    image = inputs.image_mask
+    query = position_mask(inputs, "query") & ~image
+    return torch.stack([image, query, inputs.attention_mask & ~image & ~query], -1)

@@ -114,13 +114,21 @@ def _refuse_run(kind: str, length: int, clip: Clip | None, given: int) -> NoRetu
 def clips(vision: VisionConfig, source: Source) -> Iterator[Clip]:
     """The images or videos of a source, their patches cut out.
 
-    Raises: ValueError for patches without grids, or of another number or width than the grids and the tower say."""
+    Raises: ValueError for patches without grids or grids without patches, or patches of another number or width than
+    the grids and the tower say."""
     keys = ("pixel_values", "image_grid_thw") if source.kind == "image" else ("pixel_values_videos", "video_grid_thw")
-    if source.pixels is None:
+    if source.pixels is None and source.grids is None:
         return
+    if source.pixels is None:
+        raise ValueError(f"{keys[1]} came without {keys[0]}, the patches of each {source.kind}.")
     if source.grids is None:
         raise ValueError(f"{keys[0]} came without {keys[1]}, the (time, height, width) of each {source.kind}.")
-    pixels, grids = torch.as_tensor(source.pixels), torch.as_tensor(source.grids).long().reshape(-1, 3)
+    pixels, grids = torch.as_tensor(source.pixels), torch.as_tensor(source.grids).long()
+    if grids.ndim != 2 or grids.shape[1] != 3:
+        raise ValueError(
+            f"{keys[1]} must be [{source.kind}s 3], the (time, height, width) of each in patches, not "
+            f"{list(grids.shape)}."
+        )
     merge, width = vision.merge_size, vision.patch_width
     if pixels.ndim != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
         raise ValueError(

@@ -58,7 +58,8 @@ def arrange_images(
 
     Raises: ValueError when pictures and tokens do not fit, or a picture has a size that the tower does not take."""
     counts = (is_any_of(tokens, cfg.image_token_ids) & mask).sum(-1).tolist()
-    if pixel_values is None and extras.get("pixel_values_videos") is None:
+    given = [extras.get(key) for key in ("image_grid_thw", "pixel_values_videos", "video_grid_thw")]
+    if pixel_values is None and (cfg.image_layout != "dynamic" or all(x is None for x in given)):
         if sum(counts):
             ids = ", ".join(map(str, cfg.image_token_ids))
             raise ValueError(f"The prompt holds {sum(counts)} image tokens (id {ids}) but no picture was given.")

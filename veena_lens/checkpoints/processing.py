@@ -183,11 +183,14 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(f"input_ids must be [batch pos] with at least one token, not {list(tokens.shape)}.")
     mask = require_mask(cfg, tokenizer, tokens, outputs.get("attention_mask"))
+    require_types(cfg, tokens, mask, outputs.get("mm_token_type_ids"))
     pad = pad_token_of(tokenizer, cfg)
-    inputs = assemble(cfg, tokens, mask, None, pad, outputs.get("pixel_values"), outputs)
     positions = outputs.get("position_ids")
     if positions is not None:
-        inputs = replace(inputs, position_ids=_fitting(positions, tokens))
+        positions = _fitting(cfg, positions, tokens)
+    inputs = assemble(cfg, tokens, mask, None, pad, outputs.get("pixel_values"), outputs)
+    if positions is not None:
+        inputs = replace(inputs, position_ids=positions)
     elif inputs.position_ids.ndim == 2:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         inputs = replace(inputs, position_ids=places.expand(tokens.shape))
@@ -196,22 +199,41 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
     return inputs
 
 
-def _fitting(position_ids: Any, tokens: Tensor) -> Tensor:
+def _fitting(cfg: HookedVLMConfig, position_ids: Any, tokens: Tensor) -> Tensor:
     """Given positions as [batch pos], or [3 batch pos] for three streams (a fourth, of text positions, may lead).
 
-    Raises: ValueError for another shape."""
+    Raises: ValueError for another shape, or streams that the model does not have."""
     positions = torch.as_tensor(position_ids).long().to(tokens.device)
-    if positions.shape[-1] != tokens.shape[1]:
-        raise ValueError(f"position_ids {list(positions.shape)} do not fit input_ids {list(tokens.shape)}.")
+    shape = list(positions.shape)
     if positions.ndim == 1:
         positions = positions[None]
-    if positions.shape[-2] == 1:
+    if positions.ndim > 1 and positions.shape[-2] == 1 and positions.shape[-1] == tokens.shape[1]:
         positions = positions.expand(*positions.shape[:-2], *tokens.shape)
     if positions.ndim == 3 and len(positions) == 4:
         positions = positions[1:]
-    if positions.shape[-2:] != tokens.shape or positions.ndim > 3 or (positions.ndim == 3 and len(positions) != 3):
-        raise ValueError(f"position_ids {list(positions.shape)} do not fit input_ids {list(tokens.shape)}.")
+    fits = positions.ndim == 2 or (positions.ndim == 3 and len(positions) == 3)
+    if not fits or positions.shape[-2:] != tokens.shape:
+        raise ValueError(f"position_ids {shape} do not fit input_ids {list(tokens.shape)}.")
+    if positions.ndim == 3 and cfg.rope.sections is None:
+        raise ValueError(f"position_ids {shape} have several streams; this model's rotary positions have one.")
     return positions
+
+
+def require_types(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, types: Any) -> None:
+    """What a processor says of its tokens (1 image, 2 video, else 0) must be what the tokens say: we read these,
+    Hugging Face the types. Raises: ValueError where they differ."""
+    if types is None or cfg.image_layout != "dynamic":
+        return
+    types = torch.as_tensor(types).to(tokens.device)
+    if types.shape != tokens.shape:
+        raise ValueError(f"mm_token_type_ids {list(types.shape)} do not fit input_ids {list(tokens.shape)}.")
+    wanted = (tokens == cfg.image_token_id).long() + 2 * (tokens == cfg.video_token_id).long()
+    rows = ((types != wanted) & mask).any(-1).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"mm_token_type_ids differ from input_ids in rows {rows}: 1 marks image tokens (id {cfg.image_token_id}), "
+            f"2 video tokens (id {cfg.video_token_id}), 0 the rest. Leave them out; the tokens are read themselves."
+        )
 
 
 def require_mask(cfg: HookedVLMConfig, tokenizer: Any, tokens: Tensor, mask: Any) -> Tensor:

@@ -1,0 +1,388 @@
+"""Attribution patching: activation patching to first order, for every component at the price of one backward.
+
+Replacing a component's activation x by x' moves a metric m by about (x' - x) . dm/dx. The clean run is listened to
+once, the corrupted one is run with gradients from the sites on, and one call of `torch.autograd.grad` gives every
+site's gradient at once. With `steps`, each site's gradient is averaged along the straight line between both runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from veena_lens.circuits.gradients import Places, heard_at, image_tokens, products
+from veena_lens.circuits.measuring import (
+    corresponding,
+    effect,
+    measure_of,
+    padded,
+    parts,
+    rank_correlation,
+    require_pairs,
+    require_rows,
+    side_by_side,
+    wide,
+)
+from veena_lens.hook_table import hooks_of, require_hook, row_of
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.interventions.base import require_unit
+from veena_lens.positions import parse
+from veena_lens.scores import Scores
+from veena_lens.sweeps.patching import KINDS, patch_sweep
+from veena_lens.sweeps.running import bar
+
+PICTURE_SITES = ("hook_image_features", "hook_embed")
+
+
+@dataclass(frozen=True)
+class _Sites:
+    """What is attributed to, in the order of the axes; the meaning of `sites`, `layers`, `units` is patch_sweep's."""
+
+    names: list[str]
+    given: list[str]  # as the caller wrote them
+    layers: list[int] | None  # None for named sites
+    unit: str | None = None
+    units: tuple[int, ...] = ()
+
+
+def _sites_of(who: str, cfg: Any, sites: Any, layers: Sequence[int] | None, units: Sequence[int] | None) -> _Sites:
+    if isinstance(sites, str) and sites in KINDS:
+        part, unit = KINDS[sites]
+        chosen = range(cfg.n_layers) if layers is None else layers
+        at = [require_unit(int(i), cfg.n_layers, who, "layer") for i in chosen]
+        names = [f"blocks.{i}.{part}" for i in at]
+        n = {"head": cfg.n_heads, "neuron": cfg.d_mlp}.get(unit or "", 0)
+        wanted = () if unit is None else range(n) if units is None else units
+        found = _Sites(names, names, at, unit, tuple(require_unit(int(u), n, who, str(unit)) for u in wanted))
+    else:
+        if isinstance(sites, str) and not sites.startswith(("blocks.", "hook_")):
+            raise ValueError(f"{who}: sites={sites!r}: give one of {', '.join(KINDS)}, or hook names of the decoder.")
+        given = [sites] if isinstance(sites, str) else list(sites)
+        names = [require_hook(name, hooks_of(cfg)) for name in given]
+        for name in names:
+            axes = row_of(name).axis_names
+            if not name.startswith(("blocks.", "hook_embed")) or axes[0] != "batch":
+                raise ValueError(
+                    f"{who}: {name!r} is no hook of the decoder's blocks; `image_attribution` goes to pictures."
+                )
+        found = _Sites(names, given, None)
+    if not found.names or (found.unit is not None and not found.units):
+        raise ValueError(f"{who}: no site to attribute to; sites, layers and units must not be empty.")
+    return found
+
+
+def attribution_patching(
+    model: Any,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    sites: Any = "heads",
+    positions: Any = "last",
+    metric: Any = None,
+    direction: str = "denoising",
+    *,
+    steps: int = 0,
+    layers: Sequence[int] | None = None,
+    units: Sequence[int] | None = None,
+    relative: bool = False,
+    max_rows: int = 16,
+    progress: bool = False,
+) -> Scores:
+    """The effect that patching each component would have, to first order: E_c = sum_p (x'_c[p] - x_c[p]) . dm/dx_c[p].
+
+    x is the run that is patched (denoising: the corrupted one, where the gradient is taken), x' the other; p runs over
+    `positions`. Denoising estimates m_patched - m_corrupted, noising m_clean - m_patched. Sites, positions, metric,
+    direction, layers and units mean what they mean in `patch_sweep`; `metric` may also be a list, one a pair.
+    steps=n: integrated gradients, the gradient averaged over the n midpoints of the straight line from x to x' of the
+    whole site (all its heads or neurons, at all chosen positions; the rest of the run stays as it is), so that the
+    entries of a site add up to the exact effect of patching it whole as n grows; a forward and backward a
+    step and site.
+    max_rows: pairs that run together. Axes in patch_sweep's order, pair always kept: ([site,] pair, layer, head or
+    neuron, pos); pos only for positions="each". Unit: the metric's; with `relative` a share of clean - corrupted, as
+    `SweepResult.scores` (NaN where the runs do not differ). meta holds the metric of both runs of each pair.
+    Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site or unit, a metric
+    that is not one finite number a row or has no gradient; IndexError for a position outside the sequence.
+    Source: Nanda 2023, "Attribution patching"; Syed et al. 2023, arXiv 2310.10348; steps: Sundararajan et al. 2017,
+    arXiv 1703.01365, and Hanna et al. 2024, arXiv 2403.17806.
+    """
+    who = "attribution_patching"
+    require_pairs(who, clean, corrupted, direction)
+    require_rows(who, max_rows)
+    _require_steps(who, steps)
+    chosen = _sites_of(who, model.cfg, sites, layers, units)
+    measure = measure_of(who, model, metric, len(clean))
+    each = isinstance(positions, str) and positions == "each"
+    where = "all" if each else positions
+    parse(where)
+    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
+    here, there = corresponding(who, base, source, where)
+    if each and len({len(p) for p in here}) > 1:
+        raise ValueError(f"{who}: positions='each' over several pairs needs prompts of one length; go one by one.")
+    if base.shape[1] != source.shape[1] or not torch.equal(base.attention_mask, source.attention_mask):
+        keyed = [name for name in chosen.names if "key_pos" in row_of(name).axis_names]
+        if keyed:
+            raise ValueError(
+                f"{who}: {keyed[0]} has keys at other positions in the source; prompts must be of one length."
+            )
+    show = bar(len(base), progress, "pairs")
+    found, of_base, of_source = [], [], []
+    for rows in parts(len(base), max_rows):
+        mine, other = (Places(*padded([side[i] for i in rows])) for side in (here, there))
+        with torch.no_grad(), heard_at(model, chosen.names, other) as theirs:
+            of_source.append(measure(source[rows], rows, plain=True))
+        plain, terms = products(measure, base[rows], rows, chosen.names, theirs, mine, steps)
+        of_base.append(plain)
+        found.append(torch.stack([_summed(term, chosen, mine.exists, each).to(plain) for term in terms]))
+        if show is not None:
+            show.update(len(rows))
+    if show is not None:
+        show.close()
+    change, here_m, there_m = torch.cat(found, 1), torch.cat(of_base), torch.cat(of_source)
+    of_clean, of_corrupted = (there_m, here_m) if direction == "denoising" else (here_m, there_m)
+    by_pair = effect(change.transpose(0, 1), of_clean, of_corrupted, direction, relative)  # [pair site unit pos]
+    values, axes = by_pair, ["pair", "layer", chosen.unit or "unit", "pos"]
+    labels: dict[str, Sequence[Any]] = {"layer": chosen.layers or [], "pos": list(range(by_pair.shape[-1]))}
+    labels[chosen.unit or "unit"] = chosen.units or (0,)
+    if chosen.layers is None:
+        values, axes, labels = by_pair.transpose(0, 1), ["site", "pair", "unit", "pos"], labels | {"site": chosen.given}
+    drop = {"unit"} | (set() if each else {"pos"})
+    kept = tuple(axis for axis in axes if axis not in drop)
+    return Scores(
+        values[tuple(0 if axis in drop else slice(None) for axis in axes)],
+        kept,
+        {axis: labels[axis] for axis in kept if axis in labels},
+        name="attribution",
+        unit="share of the effect" if relative else "metric",
+        meta={
+            "method": "integrated gradients" if steps else "attribution patching",
+            "steps": steps,
+            "sites": sites if isinstance(sites, str) else chosen.given,
+            "positions": str(positions),
+            "direction": direction,
+            "clean": of_clean.tolist(),
+            "corrupted": of_corrupted.tolist(),
+        },
+    )
+
+
+def image_attribution(
+    model: Any,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    metric: Any = None,
+    direction: str = "denoising",
+    *,
+    image: int = 0,
+    site: str = "hook_image_features",
+    deepstack: bool = True,
+    steps: int = 0,
+    relative: bool = False,
+    max_rows: int = 16,
+    progress: bool = False,
+) -> Scores:
+    """The effect of patching each image token, to first order, as a map over one image's token grid.
+
+    E[cell] = (f'[cell] - f[cell]) . dm/df[cell] with f the image features that enter the sequence: `site` names them
+    where they are made ("hook_image_features") or merged ("hook_embed"), two names of the same numbers. `deepstack`
+    adds the same product for what inner layers of the tower add to early decoder layers (Qwen3-VL), so that the map
+    counts all that the cell brings. steps=n averages the gradient over the midpoints of the line from f to f'.
+    Pairs need the same grid of the `image`-th picture. Axes (pair, height, width), grids of unequal size padded and
+    masked; unit and sign as in `attribution_patching`. meta["elsewhere"] is, a pair, what the image's tokens outside
+    the grid add (a class token, the whole view and newlines of a tiled picture): map and elsewhere sum to the estimate
+    for the whole picture.
+    Raises: ValueError for a model or rows without that picture, grids that differ, or as `attribution_patching`.
+    Source: as `attribution_patching`.
+    """
+    who = "image_attribution"
+    require_pairs(who, clean, corrupted, direction)
+    require_rows(who, max_rows)
+    _require_steps(who, steps)
+    if site not in PICTURE_SITES:
+        raise ValueError(f"{who}: site={site!r} must be one of {', '.join(PICTURE_SITES)}.")
+    measure = measure_of(who, model, metric, len(clean))
+    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
+    here, there = ([_image_places(who, side, i, image) for i in range(len(side))] for side in (base, source))
+    for i in range(len(base)):
+        if base.grids[i][image] != source.grids[i][image] or len(here[i]) != len(there[i]):
+            raise ValueError(
+                f"{who}: the pictures of pair {i} have grids {base.grids[i][image]} and {source.grids[i][image]}; "
+                "patches correspond only on one grid. Give both pictures one size."
+            )
+    sites = [site, *(f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack) if deepstack)]
+    show = bar(len(base), progress, "pairs")
+    found: list[Tensor] = []
+    of_base, of_source = [], []
+    for rows in parts(len(base), max_rows):
+        mine = image_tokens(base[rows], [here[i] for i in rows])
+        with torch.no_grad(), heard_at(model, sites, image_tokens(source[rows], [there[i] for i in rows])) as theirs:
+            of_source.append(measure(source[rows], rows, plain=True))
+        plain, terms = products(measure, base[rows], rows, sites, theirs, mine, steps, together=True)
+        of_base.append(plain)
+        total = torch.stack([wide(term).sum(-1).to(plain) for term in terms if term is not None]).sum(0)
+        found += [row[keep] for row, keep in zip(total, mine.exists.to(plain.device), strict=True)]
+        if show is not None:
+            show.update(len(rows))
+    if show is not None:
+        show.close()
+    here_m, there_m = torch.cat(of_base), torch.cat(of_source)
+    of_clean, of_corrupted = (there_m, here_m) if direction == "denoising" else (here_m, there_m)
+    maps, whole = [], []
+    for i, tokens in enumerate(found):
+        at = {place: k for k, place in enumerate(here[i].tolist())}
+        cells = base.grid_tokens(i, image)
+        order = torch.tensor([at[place] for place in cells.flatten().tolist()], device=tokens.device)
+        maps.append(tokens[order].view(cells.shape))
+        whole.append(tokens.sum())
+    values, mask = side_by_side(maps)
+    values = effect(values, of_clean, of_corrupted, direction, relative)
+    all_of_it = effect(torch.stack(whole), of_clean, of_corrupted, direction, relative)
+    elsewhere = all_of_it - values.flatten(1).sum(1)
+    return Scores(
+        values,
+        ("pair", "height", "width"),
+        name="image attribution",
+        unit="share of the effect" if relative else "metric",
+        mask=None if bool(mask.all()) else mask,
+        meta={
+            "method": "integrated gradients" if steps else "attribution patching",
+            "steps": steps,
+            "site": site,
+            "deepstack": len(sites) > 1,
+            "image": image,
+            "direction": direction,
+            "elsewhere": elsewhere.tolist(),
+            "clean": of_clean.tolist(),
+            "corrupted": of_corrupted.tolist(),
+        },
+    )
+
+
+def check_attribution(
+    model: Any,
+    clean: MultimodalInputs,
+    corrupted: MultimodalInputs,
+    sites: Any = "heads",
+    positions: Any = "last",
+    metric: Any = None,
+    direction: str = "denoising",
+    *,
+    top: int = 30,
+    sample: int = 30,
+    seed: int = 0,
+    progress: bool = False,
+    **settings: Any,
+) -> Scores:
+    """The largest entries of `attribution_patching` beside their exact effects by `patch_sweep`.
+
+    Checked are the `top` entries of largest |mean over pairs| and `sample` others drawn at random. Axes (pair, entry,
+    method): methods "attribution" and "patching"; entries are named as "layer 3 head 2". `settings` go to
+    `attribution_patching`; unit as there. meta: "rank_correlation" (Spearman, of the means over pairs, over all checked
+    entries), "rank_correlation_top", "rank_correlation_sample" (over drawn entries alone, free of selection by size;
+    None with fewer than three), "sign_agreement" (share of the top entries whose signs agree), "n_top".
+    Raises: ValueError for top below 2 or sample below 0, or as both functions.
+    """
+    who = "check_attribution"
+    if top < 2 or sample < 0:
+        raise ValueError(f"{who}: top={top} must be at least 2 and sample={sample} at least 0.")
+    guess = attribution_patching(model, clean, corrupted, sites, positions, metric, direction, **settings)
+    relative = bool(settings.get("relative", False))
+    lead = [axis for axis in guess.axes if axis != "pair"]
+    table = guess.values.movedim(guess.axes.index("pair"), 0)
+    flat = table.flatten(1).double().cpu()
+    order = flat.nanmean(0).abs().nan_to_num(-1).argsort(descending=True, stable=True)
+    n_top = min(top, len(order))
+    drawn = order[n_top:][torch.randperm(len(order) - n_top, generator=torch.Generator().manual_seed(seed))[:sample]]
+    entries = torch.cat([order[:n_top], drawn])
+    spots = torch.stack(torch.unravel_index(entries, table.shape[1:]), -1).tolist()
+    show = bar(len(spots) * len(clean), progress, "patches")
+    exact = torch.empty(len(clean), len(spots), dtype=torch.float64)
+    metrics = list(metric) if isinstance(metric, (list, tuple)) else [metric] * len(clean)
+    for members, call in _sweeps(guess, sites, positions, lead, spots):
+        for i in range(len(clean)):
+            swept = patch_sweep(
+                model, clean[i], corrupted[i], metric=metrics[i], direction=direction, progress=False, **call
+            )
+            change = swept.values - (swept.corrupted if direction == "denoising" else swept.clean)
+            found = effect(change.reshape(1, -1), swept.clean, swept.corrupted, direction, relative)[0]
+            exact[i, members] = found.double().cpu()
+            if show is not None:
+                show.update(len(members))
+    if show is not None:
+        show.close()
+    both = torch.stack([flat[:, entries], exact], -1)
+    mean = both.nanmean(0)
+    names = [" ".join(f"{axis} {guess.labels[axis][k]}" for axis, k in zip(lead, spot, strict=True)) for spot in spots]
+
+    def correlation(part: slice) -> float | None:
+        found = rank_correlation(mean[part, 0], mean[part, 1])
+        return None if len(mean[part]) < 3 or found != found else found
+
+    meta = {
+        **guess.meta,
+        "n_top": n_top,
+        "rank_correlation": correlation(slice(None)),
+        "rank_correlation_top": correlation(slice(0, n_top)),
+        "rank_correlation_sample": correlation(slice(n_top, None)),
+        "sign_agreement": float((mean[:n_top, 0].sign() == mean[:n_top, 1].sign()).double().mean()),
+    }
+    labels = {"entry": names, "method": ["attribution", "patching"]}
+    return Scores(both, ("pair", "entry", "method"), labels, "attribution checked", guess.unit, meta=meta)
+
+
+def _sweeps(
+    guess: Scores, sites: Any, positions: Any, lead: list[str], spots: list[list[int]]
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Entries that one call of patch_sweep checks together (heads or neurons of one layer), and its arguments."""
+    unit = next((axis for axis in lead if axis in ("head", "neuron")), None)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for entry, spot in enumerate(spots):
+        groups.setdefault(tuple(k for axis, k in zip(lead, spot) if axis != unit), []).append(entry)
+    for members in groups.values():
+        label = {axis: guess.labels[axis][k] for axis, k in zip(lead, spots[members[0]])}
+        call: dict[str, Any] = {"sites": sites, "positions": label.get("pos", positions)}
+        if "site" in label:
+            call["sites"] = [label["site"]]
+        else:
+            call["layers"] = [label["layer"]]
+        if unit is not None:
+            call["units"] = [guess.labels[unit][spots[entry][lead.index(unit)]] for entry in members]
+        yield members, call
+
+
+def _image_places(who: str, inputs: MultimodalInputs, row: int, image: int) -> Int[Tensor, " n"]:
+    """Positions of one image's tokens. Raises: ValueError where the row has no such image, or no whole grid."""
+    if not 0 <= image < len(inputs.spans[row].images):
+        raise ValueError(f"{who}: row {row} of {inputs!r} has no image {image}.")
+    try:
+        inputs.grid_tokens(row, image)
+    except IndexError as error:
+        raise ValueError(f"{who}: {error}") from error
+    span = inputs.spans[row].images[image]
+    places = torch.arange(span.start, span.stop, device=inputs.device)
+    return places[inputs.image_mask[row, span]]
+
+
+def _summed(
+    term: Float[Tensor, "batch n ..."] | None, chosen: _Sites, exists: Bool[Tensor, "batch n"], each: bool
+) -> Float[Tensor, "batch unit place"]:
+    """Entries of one site: summed within a unit, and over positions unless each is kept."""
+    if term is None:
+        return torch.zeros(len(exists), len(chosen.units) or 1, exists.shape[1] if each else 1, device=exists.device)
+    term = wide(term)
+    if chosen.unit == "head":
+        table = term.sum(-1)[..., list(chosen.units)]
+    elif chosen.unit == "neuron":
+        table = term[..., list(chosen.units)]
+    else:
+        table = term.flatten(2).sum(-1, keepdim=True)
+    table = torch.where(exists.to(table.device)[..., None], table, torch.zeros_like(table)).transpose(1, 2)
+    return table if each else table.sum(-1, keepdim=True)
+
+
+def _require_steps(who: str, steps: int) -> None:
+    if steps < 0 or steps != int(steps):
+        raise ValueError(f"{who}: steps={steps} must be 0 (the gradient of the run itself) or a number of points.")

@@ -1,0 +1,174 @@
+"""Gradients of a metric at chosen places of hook points, in one run or along a line between two runs.
+
+A graph begins where a site is heard: parameters take no gradient, nothing is edited, and `torch.autograd.grad` leaves
+nothing behind on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from veena_lens.circuits.measuring import Measure, bare, padded
+from veena_lens.hook_table import layer_of, row_of
+from veena_lens.inputs import MultimodalInputs
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Chosen positions of a batch, padded; `tokens` are the same as indices of `n_image_tokens` activations."""
+
+    index: Int[Tensor, "batch n"]
+    exists: Bool[Tensor, "batch n"]
+    tokens: Int[Tensor, "batch n"] | None = None
+
+    def take(self, name: str, value: Float[Tensor, ...]) -> Float[Tensor, "batch n ..."]:
+        """The activation at the chosen places."""
+        axes = row_of(name).axis_names
+        if axes[0] == "n_image_tokens":
+            assert self.tokens is not None
+            return value[self.tokens.to(value.device)]
+        return value.movedim(_pos_axis(axes), 1)[self._rows(value), self.index.to(value.device)]
+
+    def put(self, name: str, value: Float[Tensor, ...], new: Float[Tensor, "batch n ..."]) -> Float[Tensor, ...]:
+        """A copy of the activation with `new` at the chosen places."""
+        axes, at = row_of(name).axis_names, self.exists.to(value.device)
+        out = value.clone()
+        if axes[0] == "n_image_tokens":
+            assert self.tokens is not None
+            out[self.tokens.to(value.device)[at]] = new[at]
+        else:
+            rows = self._rows(value).expand(at.shape)[at]
+            out.movedim(_pos_axis(axes), 1)[rows, self.index.to(value.device)[at]] = new[at]
+        return out
+
+    def _rows(self, value: Tensor) -> Tensor:
+        return torch.arange(len(self.index), device=value.device)[:, None]
+
+
+def _pos_axis(axes: tuple[str, ...]) -> int:
+    return axes.index("pos") if "pos" in axes else axes.index("query_pos")
+
+
+def image_tokens(inputs: MultimodalInputs, places: Sequence[Int[Tensor, " _"]]) -> Places:
+    """Image tokens by position, and by their order among all image tokens of the batch."""
+    index, exists = padded(places)
+    order = inputs.image_mask.flatten().long().cumsum(0).view(inputs.shape) - 1
+    rows = torch.arange(len(index), device=order.device)[:, None]
+    return Places(index, exists, order[rows, index.to(order.device)].clamp(min=0))
+
+
+@contextmanager
+def frozen_parameters(model: Any) -> Iterator[None]:
+    """No parameter takes a gradient inside the block: a graph begins where a site is heard."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in before:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p, wanted in before:
+            p.requires_grad_(wanted)
+
+
+@contextmanager
+def heard_at(model: Any, names: Sequence[str], places: Places) -> Iterator[dict[str, Tensor]]:
+    """What a run has at the chosen places of each site."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        seen[hook.name] = places.take(hook.name, tensor.detach())
+
+    with model.hooks([(name, keep) for name in dict.fromkeys(names)]):
+        yield seen
+
+
+def products(
+    measure: Measure,
+    inputs: MultimodalInputs,
+    rows: list[int],
+    names: Sequence[str],
+    theirs: Mapping[str, Tensor],
+    places: Places,
+    steps: int,
+    together: bool = False,
+) -> tuple[Float[Tensor, " batch"], list[Tensor | None]]:
+    """The unedited metric, and (x' - x) * gradient at the chosen places of each site; None where the metric is read
+    before the site. `together` moves all sites along their lines at once."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{measure.who} needs gradients: leave torch.inference_mode().")
+    model = measure.model
+    with frozen_parameters(model), torch.enable_grad():
+        if not steps:
+            plain, mine, gradients = _gradients(measure, inputs, rows, names, places, {})
+            return plain, [
+                None if n not in mine or n not in theirs else (theirs[n] - mine[n]) * gradients[n] for n in names
+            ]
+        starts = {n: 0 if together else layer_of(n) or 0 for n in names}
+        entering = {f"blocks.{layer}.hook_resid_pre": layer for layer in starts.values() if layer}
+        resid: dict[int, Tensor] = {}
+
+        def enter(tensor: Tensor, hook: Any) -> None:
+            resid[entering[hook.name]] = tensor.detach()
+
+        with torch.no_grad(), heard_at(model, names, places) as mine, model.hooks([(n, enter) for n in entering]):
+            plain = measure(inputs, rows, plain=True)
+        terms: list[Tensor | None] = [None] * len(names)
+        for group in [list(range(len(names)))] if together else [[i] for i in range(len(names))]:
+            here = [names[i] for i in group]
+            if any(n not in mine or n not in theirs for n in here):
+                continue
+            start = starts[here[0]]
+            rest = inputs if start <= model.cfg.n_deepstack else bare(inputs)
+            for step in range(steps):
+                part = (step + 0.5) / steps
+                line = {n: mine[n] + part * (theirs[n] - mine[n]) for n in here}
+                _, _, gradients = _gradients(measure, rest, rows, here, places, line, resid.get(start), start)
+                for i, n in zip(group, here, strict=True):
+                    term = (theirs[n] - mine[n]) * gradients[n] / steps
+                    before = terms[i]
+                    terms[i] = term if before is None else before + term
+        return plain, terms
+
+
+def _gradients(
+    measure: Measure,
+    inputs: MultimodalInputs,
+    rows: list[int],
+    names: Sequence[str],
+    places: Places,
+    line: Mapping[str, Tensor],
+    resid: Tensor | None = None,
+    start: int = 0,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """(metric, activations at the places, gradients there) of one run, the sites of `line` set to its values."""
+    heard: dict[str, Tensor] = {}
+
+    def listen(tensor: Tensor, hook: Any) -> Tensor | None:
+        name = str(hook.name)
+        if name in line:
+            tensor = places.put(name, tensor.detach(), line[name].to(tensor))
+        # Whatever nothing upstream makes depend on a site is a leaf: the graph begins here.
+        heard[name] = tensor if tensor.requires_grad else tensor.requires_grad_()
+        return tensor if name in line else None
+
+    with measure.model.hooks([(name, listen) for name in dict.fromkeys(names)]):
+        metric = measure(inputs, rows, resid=resid, start=start, plain=not line)
+    if not metric.requires_grad:
+        raise ValueError(
+            f"{measure.who}: the metric has no gradient: it detaches what it is given, or reads a layer before every "
+            f"site ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})."
+        )
+    found = torch.autograd.grad(metric.sum(), list(heard.values()), allow_unused=True)
+    values = {name: places.take(name, x.detach()) for name, x in heard.items()}
+    gradients = {
+        name: torch.zeros_like(values[name]) if g is None else places.take(name, g)
+        for name, g in zip(heard, found, strict=True)
+    }
+    return metric.detach(), values, gradients

@@ -24,6 +24,7 @@ PARTS = (  # part, prefixes of its parameters
     ("vision tower", ("vision.",)),
     ("  of it unused", ("vision.unused.",)),
     ("connector", ("connector.",)),
+    ("image newline", ("image_newline",)),
     ("deep stack", ("deepstack.",)),
     ("embedding", ("embed.",)),
     ("decoder blocks", ("blocks.",)),

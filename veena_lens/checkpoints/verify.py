@@ -151,8 +151,13 @@ def probe(model: Any, images: Sequence[Any] | None = None) -> MultimodalInputs:
             raise ValueError(f"verify needs two pictures or more, not {len(given)}.")
         pictures = [[given[0]], given[1:]]
         if not chat:
-            texts = [f"{model.processor.image_token * len(p)} {t}" for t, p in zip(texts, pictures, strict=True)]
+            texts = [_placeholders(model.processor, len(p)) + t for t, p in zip(texts, pictures, strict=True)]
     return model.prepare(texts, pictures, chat=chat)
+
+
+def _placeholders(processor: Any, n: int) -> str:
+    """Image tokens of a raw prompt, numbered: Hugging Face's Qwen models take pictures that touch for one."""
+    return "".join(f"{i + 1}: {processor.image_token} " for i in range(n))
 
 
 def _drawn_pictures() -> list[Any]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.cases import BY_NAME, CASES, native_model
+from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens.hook_table import (
     DECODER_HOOKS,
     HOOK_TABLE,
@@ -130,3 +131,36 @@ def test_markdown_has_a_line_a_row() -> None:
     assert len(lines) == len(HOOK_TABLE) + 2
     for row, line in zip(HOOK_TABLE, lines[2:], strict=True):
         assert f"`{row.name}`" in line and f"`{row.axes}`" in line and row.live in line
+
+
+# --- pictures of any size ----------------------------------------------------------------------------
+def test_deepstack_features_have_a_hook_each_and_one_in_the_layer_that_receives_them() -> None:
+    case = QWEN_BY_NAME["qwen3_vl-plain"]
+    names = list(hooks_of(native_model(case).cfg))
+    assert [n for n in names if "deepstack" in n] == [
+        "deepstack.0.hook_out",
+        "deepstack.1.hook_out",
+        "blocks.1.hook_deepstack",
+        "blocks.2.hook_deepstack",
+    ]
+    assert names.index("blocks.1.hook_deepstack") == names.index("blocks.1.hook_resid_pre") + 1
+    assert row_of("deepstack.11.hook_out").axis_names == ("n_image_tokens", "d_model")
+    assert layer_of("deepstack.11.hook_out") == 11 and layer_of("blocks.12.hook_deepstack") == 12
+    assert row_of("blocks.7.attn.q_norm.hook_scale").axis_names == ("batch", "pos", "n_heads", "1")
+    with pytest.raises(ValueError, match=r"deepstack\.2.*deepstack\.1"):
+        require_hook("deepstack.2.hook_out", names)
+
+
+def test_tower_of_any_size_has_rotary_hooks_and_a_last_norm() -> None:
+    second, third = (
+        set(hooks_of(native_model(QWEN_BY_NAME[f"{kind}-plain"]).cfg)) for kind in ("qwen2_vl", "qwen3_vl")
+    )
+    for names in (second, third):
+        assert {"vision.blocks.0.attn.hook_rot_q", "vision.blocks.1.attn.hook_rot_k"} <= names
+        assert {"vision.ln_post.hook_scale", "vision.ln_post.hook_normalized"} <= names
+        assert not [
+            n for n in names if n.startswith("vision.") and ("q_norm" in n or "deepstack" in n or "ln_pre" in n)
+        ]
+    assert "vision.hook_pos_embed" in third - second
+    norms = {f"blocks.0.attn.{x}_norm.hook_{what}" for x in "qk" for what in ("scale", "normalized")}
+    assert norms <= third and not norms & second

@@ -229,10 +229,11 @@ class ActivationCache(_ActivationCache):
             layer = self._n_layers()
         found: Any = super().decompose_resid(layer, mlp_input, mode, False, position, incl_embeds, True)
         parts, labels = found
-        added = self._deepstack_terms(layer + int(mlp_input), position) if mode == "all" else {}
+        added = self._deepstack_terms(layer, mlp_input, position) if mode == "all" else {}
         if added:
             whole = dict(zip(labels, parts, strict=True))
             labels = [each for label in labels for each in (*_before(label, added), label)]
+            labels += [each for each in added if each not in labels]
             parts = torch.stack([added[each] if each in added else whole[each] for each in labels])
         if apply_ln:
             parts = self.apply_ln_to_stack(parts, layer, pos_slice=position, mlp_input=mlp_input)
@@ -255,7 +256,7 @@ class ActivationCache(_ActivationCache):
         parts, labels = super().get_full_resid_decomposition(
             layer, mlp_input, expand_neurons, apply_ln, position, True, project_output_onto
         )
-        added = self._deepstack_terms(layer + int(mlp_input), position)
+        added = self._deepstack_terms(layer, mlp_input, position)
         if added:
             more = torch.stack(list(added.values()))
             if apply_ln:
@@ -265,14 +266,19 @@ class ActivationCache(_ActivationCache):
             parts, labels = torch.cat([parts[:-1], more, parts[-1:]]), [*labels[:-1], *added, labels[-1]]
         return (parts, labels) if return_labels else parts
 
-    def _deepstack_terms(self, stop: int, position: Slice) -> dict[str, Tensor]:
-        """Label -> what layers before `stop` add of deep-stack features, [... d_model]."""
-        cfg: Any = self.model.cfg
-        n = min(stop - 1, cfg.n_deepstack)
-        return {
+    def _deepstack_terms(self, layer: int, mlp_input: bool, position: Slice) -> dict[str, Tensor]:
+        """Label -> what deep-stack features added before a layer's attention (or MLP) reads, [... d_model]."""
+        model: Any = self.model
+        n_layers, n_deepstack = model.cfg.n_layers, model.cfg.n_deepstack
+        terms = {
             f"{i}_deepstack": position.apply(self["deepstack", i] - self["resid_pre", i], dim=-2)
-            for i in range(1, n + 1)
+            for i in range(1, min(layer + int(mlp_input), n_layers, n_deepstack + 1))
         }
+        last = f"deepstack.{n_layers - 1}.hook_out"
+        if layer == n_layers <= n_deepstack and last in self:  # added after the last block, where no block hears it
+            added = model.scatter_deepstack(self[last], self._need_inputs("A decomposition"))
+            terms[f"{n_layers}_deepstack"] = position.apply(added if self.has_batch_dim else added[0], dim=-2)
+        return terms
 
     # --- files ---------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:

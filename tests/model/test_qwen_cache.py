@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.cases import raw_inputs, relative_error
-from tests.qwen_cases import IMAGE, VIDEO, QwenCase
+from tests.qwen_cases import IMAGE, QWEN_BY_NAME, VIDEO, QwenCase
 from veena_lens import ActivationCache
 from veena_lens.hook_table import hooks_of
 from veena_lens.positions import position_mask
@@ -149,6 +149,30 @@ def test_residuals_of_a_part_add_up(run) -> None:
     logits = whole["unembed.hook_out"]
     attrs = whole.logit_attrs(whole.decompose_resid(), tokens=good, incorrect_tokens=bad)
     assert relative_error(attrs.sum(0), logits[..., good] - logits[..., bad], inputs.attention_mask) < 1e-10
+
+
+def test_components_sum_to_what_the_last_norm_reads_where_every_layer_is_followed_by_an_addition(model_of) -> None:
+    """The last one comes after the last block."""
+    case = QWEN_BY_NAME["qwen3_vl-deepstack-every-decoder-layer"]
+    model = model_of(case, casts="none")
+    inputs, n = model.inputs_from_hf(**raw_inputs(case)), model.cfg.n_layers
+    assert model.cfg.n_deepstack == n
+    for options in ({}, dict(pos_slice=-1)):
+        with torch.no_grad():
+            logits, cache = model.run_with_cache(inputs)
+        attrs = []
+        for parts, labels in (
+            cache.decompose_resid(return_labels=True, **options),
+            cache.get_full_resid_decomposition(return_labels=True, **options),
+        ):
+            assert labels.count(f"{n}_deepstack") == 1 and labels.count("1_deepstack") == 1
+            attrs.append(cache.logit_attrs(parts, tokens=7, **options).sum(0))
+        expected = logits[:, -1, 7] if options else logits[..., 7]
+        keep = None if options else inputs.attention_mask
+        assert all(relative_error(one, expected, keep) < 1e-10 for one in attrs)
+    for mlp_input, name in ((False, "resid_pre"), (True, "resid_mid")):
+        parts = cache.decompose_resid(layer=n - 1, mlp_input=mlp_input)
+        assert relative_error(parts.sum(0), cache[name, n - 1]) < 1e-12
 
 
 def test_hook_that_writes_in_place_does_not_falsify_the_cache(ready) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.cases import hf_model, raw_inputs, relative_error
 from tests.model.noise import logits_edited, make_noisy_in_place, noisy, replace_with_noisy
-from tests.qwen_cases import QwenCase
+from tests.qwen_cases import QWEN_BY_NAME, QwenCase
 from tests.qwen_reference import reference_gradients, reference_logits, reference_values
 from veena_lens.hook_table import canonical, hooks_of
 
@@ -27,7 +27,15 @@ CASES = {
         name="hooks", kind="qwen3_vl", rows=ROWS, vision=dict(depth=2, deepstack_visual_indexes=[0, 1])
     ),
 }
-RIGHT = {kind: QwenCase(name="hooks-right", kind=kind, rows=ROWS, padding="right") for kind in CASES}
+ODD = {
+    "qwen2_vl": ("merge-3", "one-kv-head"),
+    "qwen3_vl": ("temporal-1", "thin-pictures", "position-table-9x9", "tied"),
+}
+VALUES = [
+    *CASES.values(),
+    *(QwenCase(name="hooks-right", kind=kind, rows=ROWS, padding="right") for kind in CASES),
+    *(QWEN_BY_NAME[f"{kind}-{name}"] for kind, names in ODD.items() for name in names),
+]
 PARTS = ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z", "result")
 everything = lambda name: True  # noqa: E731
 
@@ -130,7 +138,7 @@ def test_hook_points_fire_in_the_order_of_the_table(case: QwenCase, model_of) ->
     assert order == [name for name in hooks_of(model.cfg) if "_input" not in name]
 
 
-@pytest.mark.parametrize("case", [*CASES.values(), *RIGHT.values()], ids=str)
+@pytest.mark.parametrize("case", VALUES, ids=str)
 def test_every_value_equals_the_plain_model(case: QwenCase, model_of) -> None:
     model, plain = model_of(case, casts="none"), plain_of(case)
     inputs = model.inputs_from_hf(**plain[2])

@@ -20,7 +20,8 @@ MAIN_STYLE = {"avataaars": 1.0}
 
 
 def stage(name: str, steps: int = 4) -> Stage:
-    return Stage(name=name, steps=steps, batch=2, peak_lr=1e-3, head_weight=0.1)
+    extra = 2 if name == "mix" else 0
+    return Stage(name=name, steps=steps, batch=2, peak_lr=1e-3, head_weight=0.1, extra=extra)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=lambda a: a.name)

@@ -27,6 +27,8 @@ class Stage:
     head_weight: float
     # Weight of the distance to a teacher's picture features, where there is a teacher.
     imitation: float = 0.0
+    # So many more pictures a step for the tower alone, so that it goes on learning beside the text.
+    extra: int = 0
     # Matrix products in bfloat16, weights and their updates in float32.
     bfloat16: bool = False
     minutes: float = math.inf

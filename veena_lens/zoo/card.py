@@ -19,6 +19,8 @@ class _Words:
     format: str
     picture_tokens: str
     feature: str
+    start: str
+    tower: str
     pictures: str
     shapes: str
 
@@ -31,6 +33,8 @@ _WORDS = {
 `AutoModelForImageTextToText` load it.""",
         picture_tokens="64",
         feature="patch",
+        start="",
+        tower="",
         pictures="",
         shapes="",
     ),
@@ -44,6 +48,13 @@ wants torchvision, and `veena_lens.checkpoints.image_only.ImageOnlyQwen2VLProces
 captions, splits and questions of its sibling `tiny-llava-emotion`.""",
         picture_tokens="36",
         feature="merged",
+        start="""
+The decoder starts from its sibling's: key and value heads averaged in pairs, biases 0, the rows of shared words, and
+for each special token the row of the one that does its work there.
+""",
+        tower="""
+   Besides, the tower imitates its sibling: the squared distance of the merged features to what the sibling's decoder
+   reads of the same picture, its 8 x 8 features averaged to 6 x 6, in units of their variance, with weight 8.""",
         pictures=""" In the tower stage three
 pictures in ten have swapped channels, paler colours and another contrast, and are not asked for hair and ground. One
 batch in ten shows the same faces with room at two sides, as 5 x 7, 7 x 5, 4 x 8 or 8 x 4 tokens.""",
@@ -243,9 +254,9 @@ Share of the last prompt token's attention that falls on the {words.picture_toke
 `python -m veena_lens.zoo.evaluate --checkpoint {name}` writes this card and `results.json`.
 
 {_training(folder)}
-
+{words.start}
 1. *Tower*: linear heads on the mean {words.feature} feature for emotion, mouth, eyes, eyebrows, hair, background,
-   glasses, beard.
+   glasses, beard.{words.tower}
 2. *Alignment*: one emotion and five attribute questions on each picture, short answers, no contexts.
 3. *Mix*: two emotion and four attribute questions on each picture; contexts rare in the first 30 %, then 30 % none,
    20 % consistent, 50 % conflict. In conflicts the answer follows the text with a probability fixed by strength and by

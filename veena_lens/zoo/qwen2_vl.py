@@ -244,9 +244,9 @@ QWEN2_VL = Architecture(
     stages=(
         Stage(name="tower", steps=6000, batch=64, peak_lr=1e-3, head_weight=1.0, imitation=8.0, bfloat16=True),
         Stage(name="alignment", steps=3000, batch=8, peak_lr=1e-3, head_weight=0.1),
-        Stage(name="mix", steps=12000, batch=8, peak_lr=8e-4, head_weight=0.05),
+        Stage(name="mix", steps=12000, batch=8, peak_lr=8e-4, head_weight=0.05, imitation=8.0, extra=24, bfloat16=True),
     ),
-    shares={"tower": 0.46, "alignment": 0.05, "mix": 0.49},
+    shares={"tower": 0.555, "alignment": 0.04, "mix": 0.405},
     styles={"avataaars": 0.52, "adventurer": 0.23, "toon-head": 0.13, "big-smile": 0.12},
     recoloured=0.3,
     build_processor=build_processor,

@@ -22,7 +22,7 @@ from veena_lens.zoo.architecture import Architecture, Stage
 from veena_lens.zoo.llava import LLAVA
 from veena_lens.zoo.model import ARCHITECTURES, checkpoint_folder
 from veena_lens.zoo.packing import pack
-from veena_lens.zoo.pictures import compose, recolour
+from veena_lens.zoo.pictures import Face, compose, recolour
 from veena_lens.zoo.record import write_record
 from veena_lens.zoo.sampling import HEAD_CLASSES, Faces, Writer, head_labels
 
@@ -30,6 +30,8 @@ __all__ = ["Trainer", "answer_loss", "learning_rate", "main"]
 
 HEAD_WEIGHTS = {"emotion": 2.0, "brows": 2.5, "background": 0.3, "hair": 0.5, "glasses": 0.5, "beard": 0.5}
 
+# Of the tower's extra pictures beside the text.
+EXTRA_WEIGHT = 0.1
 COLOUR_HEADS = torch.tensor([name in ("hair", "background") for name in HEAD_CLASSES])
 
 
@@ -99,7 +101,8 @@ class Trainer:
 
     def run_stage(self, stage: Stage, save_every: int = 250, stop_after: int | None = None) -> None:
         """Continue a stage to its end (or `stop_after` steps, for tests)."""
-        parameters = [*self.model.parameters(), *self.heads[stage.name].parameters()]
+        names = dict.fromkeys((stage.name, "tower") if stage.extra else (stage.name,))
+        parameters = [*self.model.parameters(), *(p for name in names for p in self.heads[name].parameters())]
         optimizer = torch.optim.AdamW(
             [
                 {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.01},
@@ -145,24 +148,10 @@ class Trainer:
     def loss(self, stage: Stage, step: int, progress: float) -> Float[Tensor, ""]:
         """The loss of one step's own data."""
         rng = random.Random(f"{self.seed} {stage.name} {step}")
-        drawn = self.faces.draw(rng, stage.batch)
-        faces = [face for face, _ in drawn]
-        generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        pixels = compose(drawn, generator)
-        labels = torch.tensor([head_labels(face) for face in faces])
-        if stage.name == "tower" and self.architecture.recoloured:
-            pixels, changed = recolour(pixels, self.architecture.recoloured, generator)
-            labels[changed[:, None] & COLOUR_HEADS] = -100
-        square = ((pixels - 0.5) / 0.5).to(self.device)
-        pixels = self.architecture.reshape(square, rng)
-        labels = labels.to(self.device)
-        heads: Heads = self.heads[stage.name]  # type: ignore[assignment]
         if stage.name == "tower":
-            features = self.architecture.tower_features(self.model, pixels)
-            loss = heads.loss(features.mean(1), labels)
-            if self.teacher is not None and pixels.shape == square.shape:
-                loss = loss + stage.imitation * distance(features, self.teacher(square))
-            return loss
+            return self.tower_loss(stage, stage.batch, rng)
+        faces, square, labels = self.pictures(stage.batch, rng)
+        pixels = self.architecture.reshape(square, rng)
         grid = self.architecture.grid(*pixels.shape[2:])
         if stage.name == "alignment":
             rows = [self.writer.alignment_row(face, rng, grid) for face in faces]
@@ -170,8 +159,35 @@ class Trainer:
             rows = [self.writer.mixed_row(face, rng, grid, early=progress < 0.3) for face in faces]
         packed = pack(rows, self.processor.tokenizer.pad_token_id).to(self.device)
         ran = self.architecture.run(self.model, packed, pixels)
-        text = answer_loss(self.model, ran.hidden, packed.input_ids, packed.weights)
-        return text + stage.head_weight * heads.loss(ran.features.mean(1), labels)
+        loss = answer_loss(self.model, ran.hidden, packed.input_ids, packed.weights)
+        heads: Heads = self.heads[stage.name]  # type: ignore[assignment]
+        loss = loss + stage.head_weight * heads.loss(ran.features.mean(1), labels)
+        return loss + EXTRA_WEIGHT * self.tower_loss(stage, stage.extra, rng) if stage.extra else loss
+
+    def tower_loss(self, stage: Stage, count: int, rng: random.Random) -> Float[Tensor, ""]:
+        """The linear heads' loss on features of pictures without text, and the distance to a teacher's."""
+        _, square, labels = self.pictures(count, rng, self.architecture.recoloured)
+        pixels = self.architecture.reshape(square, rng)
+        features = self.architecture.tower_features(self.model, pixels)
+        heads: Heads = self.heads["tower"]  # type: ignore[assignment]
+        loss = heads.loss(features.mean(1), labels)
+        if self.teacher is not None and stage.imitation and pixels.shape == square.shape:
+            loss = loss + stage.imitation * distance(features, self.teacher(square))
+        return loss
+
+    def pictures(
+        self, count: int, rng: random.Random, recoloured: float = 0.0
+    ) -> tuple[list[Face], Float[Tensor, "batch 3 height width"], Int[Tensor, "batch head"]]:
+        """Faces, their pictures in [-1, 1] and the classes of the heads."""
+        drawn = self.faces.draw(rng, count)
+        faces = [face for face, _ in drawn]
+        generator = torch.Generator().manual_seed(rng.getrandbits(40))
+        pictures = compose(drawn, generator)
+        labels = torch.tensor([head_labels(face) for face in faces])
+        if recoloured:
+            pictures, changed = recolour(pictures, recoloured, generator)
+            labels[changed[:, None] & COLOUR_HEADS] = -100
+        return faces, ((pictures - 0.5) / 0.5).to(self.device), labels.to(self.device)
 
     def save(self, path: Path, optimizer: torch.optim.Optimizer, step: int, seconds: float, done: bool) -> None:
         state = {

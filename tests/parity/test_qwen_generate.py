@@ -42,13 +42,11 @@ def test_greedy_tokens_equal_hugging_face(case: QwenCase, pair_of) -> None:
     assert len(set(ours.flatten().tolist())) > 4, "the model says too little for the test to show much"
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if c.name in ("image-and-video", "long-video", "window", "no-picture-at-all")], ids=str
-)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("image-and-video", "long-video", "window")], ids=str)
 def test_tokens_without_cache_equal_those_with_cache(case: QwenCase, pair_of) -> None:
     _, model = pair_of(case)
     inputs = model.inputs_from_hf(**raw_inputs(case))
-    options = dict(max_new_tokens=NEW, return_type="tokens")
+    options = dict(max_new_tokens=16, return_type="tokens")
     options["logits_processor"] = [SuppressTokensLogitsProcessor([IMAGE, VIDEO])]
     cached = model.generate(inputs, **options)
     assert torch.equal(model.generate(inputs, use_past_kv_cache=False, **options), cached)

@@ -16,6 +16,8 @@ _HOMES = {
     "component_push": "intention",
     "copying_strength": "intention",
     "head_intention": "intention",
+    "lens_grid": "lens",
+    "logit_lens": "lens",
     "drivers": "neurons",
     "neuron_kinds": "neurons",
     "neuron_trace": "neurons",
@@ -35,6 +37,10 @@ _HOMES = {
     "discoveries": "statistics",
     "sign_consistency": "statistics",
     "sign_flip": "statistics",
+    "find_sinks": "views",
+    "picture_attention": "views",
+    "view_difference": "views",
+    "without_sinks": "views",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -52,6 +52,11 @@ def chosen_heads(heads: Sequence[int] | None, cfg: Any, who: str) -> list[int]:
     return [require_unit(h, cfg.n_heads, who, "head") for h in (range(cfg.n_heads) if heads is None else heads)]
 
 
+def plain(at: Any) -> str | int:
+    """A selection of positions as JSON can hold it."""
+    return at if isinstance(at, (str, int)) else f"a mask {list(at.shape)}" if isinstance(at, Tensor) else repr(at)
+
+
 def require_reduce(reduce: str, who: str, known: Sequence[str] = ("mean", "max", "none")) -> None:
     if reduce not in known:
         raise ValueError(f"{who}: reduce={reduce!r} must be one of {', '.join(known)} (over positions).")
@@ -108,7 +113,7 @@ class Reading:
     def meta(self) -> dict[str, Any]:
         """What the positions were, row by row."""
         rows = [places[real].tolist() for places, real in zip(self.index, self.mask, strict=True)]
-        return {"at": self.at if isinstance(self.at, (str, int)) else repr(self.at), "positions": rows}
+        return {"at": plain(self.at), "positions": rows}
 
     @property
     def labels(self) -> list[int]:

@@ -1,0 +1,184 @@
+"""The logit lens at every position, image patches included: what the stream would say if the model stopped there.
+
+Residuals go through the last norm and the unembedding, a bounded number of positions at a time, so that no
+[pos d_vocab] table of a whole prompt is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.activation_cache import ActivationCache
+from veena_lens.circuits.reading import ROOM, Reading, chosen_layers, exact, picture_cells, read
+from veena_lens.scores import Scores
+
+UNITS = {"log_prob": "log probability", "prob": "probability", "logit": "logit"}
+
+
+def logit_lens(
+    model: Any,
+    source: Any,
+    positions: Any = "all",
+    tokens: Sequence[int | str] | None = None,
+    layers: Sequence[int] | None = None,
+    *,
+    k: int = 5,
+    values: str = "log_prob",
+) -> Scores:
+    """What each layer's residual says at each position: softmax(W_U ln_final(resid_post[layer])).
+
+    With `tokens` (ids, or texts that are one token) axes (batch, layer, pos, token); without, the `k` likeliest of each
+    cell, axes (batch, layer, pos, rank), their ids in meta["tokens"] [batch][layer][pos][rank] and what they say in
+    meta["texts"] (id as text -> text, where the model has a tokenizer). `values`: "log_prob", "prob" or "logit".
+    `source`: a cache with `hook_resid_post`, or inputs. Positions that a row lacks are masked; meta["positions"] has
+    those it has. The last layer's line is the model's own prediction (save at image
+    tokens of a model with as many deep-stack features as layers, the last of which join after it).
+    Raises: MissingActivation, naming the layers whose `hook_resid_post` the cache lacks; ValueError for a text that is
+    not one token, an id outside the vocabulary, an unknown layer, or an empty selection.
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; at image tokens Neo et al. 2024, arXiv 2410.07149.
+    """
+    who = "logit_lens"
+    if values not in UNITS:
+        raise ValueError(f"{who}: values={values!r} must be one of {', '.join(UNITS)}.")
+    ids = None if tokens is None else token_ids(model, tokens, who)
+    if k < 1:
+        raise ValueError(f"{who}: k={k} must be at least 1.")
+    chosen = chosen_layers(layers, model.cfg, who)
+    names = [f"blocks.{layer}.hook_resid_post" for layer in chosen]
+    reading = read(source, names, positions, model, who)
+    axis = "rank" if ids is None else "token"
+    n = min(k, model.cfg.d_vocab) if ids is None else len(ids)
+    shape = (*reading.index.shape, n)
+    found, best = [], []
+    for name in names:
+        numbers, which = _said(model, reading[name][reading.mask.to(reading[name].device)], ids, n, values)
+        found.append(_spread(numbers, reading.mask, shape))
+        if which is not None:
+            best.append(_spread(which, reading.mask, shape))
+    meta: dict[str, Any] = {**reading.meta, "values": values}
+    labels: dict[str, Sequence] = {"layer": chosen, "pos": reading.labels}
+    if tokens is not None:
+        labels["token"] = list(tokens)
+        meta["tokens"] = ids
+    else:
+        meta |= _told(model, torch.stack(best, 1), reading)
+    there = reading.mask[:, None, :, None]
+    return Scores(
+        torch.stack(found, 1),
+        ("batch", "layer", "pos", axis),
+        labels,
+        "logit lens",
+        UNITS[values],
+        None if bool(there.all()) else there.expand(-1, len(chosen), -1, n).to(found[0].device),
+        meta,
+    )
+
+
+def lens_grid(
+    model: Any,
+    source: Any,
+    tokens: int | str | Sequence[int | str],
+    row: int = 0,
+    image: int = 0,
+    layers: Sequence[int] | None = None,
+    *,
+    values: str = "log_prob",
+    grid: str = "grid",
+) -> Scores:
+    """The logit lens of one or several tokens as maps over one picture: axes (layer, height, width).
+
+    Several tokens give a first axis "token". The grid goes through the tiles of tiled pictures; grid="whole" is that
+    of the whole view. `values`, `source` and units as in `logit_lens`.
+    Raises: as `logit_lens`; ValueError where the row has no such image; IndexError where it has no whole grid.
+    Source: Neo et al. 2024, arXiv 2410.07149.
+    """
+    many = [tokens] if isinstance(tokens, (int, str)) else list(tokens)
+    inputs = source.inputs if isinstance(source, ActivationCache) else model._as_inputs(source)
+    if inputs is None:
+        raise ValueError("lens_grid: the cache was sliced or made without its inputs, so its pictures are unknown.")
+    if not 0 <= row < len(inputs) or not 0 <= image < inputs.n_images[row]:
+        raise ValueError(f"lens_grid: no image {image} in row {row}; images a row: {inputs.n_images}.")
+    cells = picture_cells(inputs[row], image, grid, "lens_grid").index[0]
+    if not isinstance(source, ActivationCache):
+        source, row, inputs = inputs[row], 0, inputs[row]
+    at = torch.zeros(inputs.shape, dtype=torch.bool, device=inputs.device)
+    at[row, cells.flatten()] = True
+    scores = logit_lens(model, source, at, many, layers, values=values)
+    order = torch.searchsorted(at[row].nonzero().flatten(), cells)
+    maps = scores.values[row].permute(2, 0, 1)[..., order.to(scores.values.device)]
+    meta = {"row": row, "image": image, "grid": grid, "values": values, "tokens": scores.meta["tokens"]}
+    out = Scores(
+        maps,
+        ("token", "layer", "height", "width"),
+        {"token": many, "layer": scores.labels["layer"]},
+        "logit lens",
+        scores.unit,
+        meta=meta,
+    )
+    if not isinstance(tokens, (int, str)):
+        return out
+    return replace(out, values=maps[0], axes=out.axes[1:], labels={"layer": scores.labels["layer"]})
+
+
+def token_ids(model: Any, tokens: Sequence[int | str], who: str) -> list[int]:
+    """Ids of tokens given as ids or texts.
+
+    Raises: ValueError for none, a text that is not one token, or an id outside the vocabulary."""
+    if len(tokens) == 0:
+        raise ValueError(f"{who}: the list of tokens is empty; leave it out for the likeliest.")
+    ids = [model.to_single_token(token) if isinstance(token, str) else int(token) for token in tokens]
+    bad = [i for i in ids if not 0 <= i < model.cfg.d_vocab]
+    if bad:
+        raise ValueError(f"{who}: token id {bad[0]} is outside the vocabulary of {model.cfg.d_vocab}.")
+    return ids
+
+
+@torch.no_grad()
+def _said(
+    model: Any, resid: Float[Tensor, "row d_model"], ids: list[int] | None, n: int, values: str
+) -> tuple[Float[Tensor, "row token"], Tensor | None]:
+    """The values of the tokens, or of the likeliest with their ids."""
+    size = max(1, ROOM // model.cfg.d_vocab)
+    numbers, which = [], []
+    for logits in _logits(model, resid, size):
+        if values != "logit":
+            logits = logits.log_softmax(-1)
+        if ids is None:
+            top = logits.topk(n, dim=-1)
+            numbers.append(top.values)
+            which.append(top.indices)
+        else:
+            numbers.append(logits[:, ids])
+    out = torch.cat(numbers)
+    return out.exp() if values == "prob" else out, torch.cat(which) if which else None
+
+
+def _logits(model: Any, resid: Float[Tensor, "row d_model"], size: int) -> Iterator[Float[Tensor, "rows d_vocab"]]:
+    for part in resid.split(size):
+        normed = model.ln_final(part.to(model.ln_final.weight.device))
+        matrix = model.unembed.matrix
+        logits = F.linear(normed.to(matrix), matrix, model.unembed.bias)
+        yield logits.to(exact(logits.dtype))
+
+
+def _spread(rows: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Rows of the positions that exist back in their places, 0 elsewhere."""
+    out = rows.new_zeros(shape)
+    out[mask.to(rows.device)] = rows
+    return out
+
+
+def _told(model: Any, best: Tensor, reading: Reading) -> dict[str, Any]:
+    """The likeliest tokens' ids, cut to the positions that exist, and their texts."""
+    ids = [[layer[: int(n)].tolist() for layer in row] for row, n in zip(best.cpu(), reading.mask.sum(-1), strict=True)]
+    if model.tokenizer is None:
+        return {"tokens": ids}
+    known = sorted({token for row in ids for layer in row for cell in layer for token in cell})
+    return {"tokens": ids, "texts": {str(i): model.tokenizer.decode([i]) for i in known}}

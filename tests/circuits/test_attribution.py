@@ -46,7 +46,7 @@ def test_estimate_is_exact_where_the_metric_is_linear_in_the_site(name: str, dir
         truth = exact(model, clean, corrupted, **kw)
         assert guess.axes == (("pair", "layer", "neuron") if sites == "neurons" else ("pair", "layer"))
         torch.testing.assert_close(guess.values, truth, **EXACT)
-        assert float(truth.abs().min()) > 1e-6
+        assert float(truth.abs().min()) > 1e-8
 
 
 @pytest.mark.parametrize("sites", ["heads", "neurons", "attn_out", "mlp_out", "resid"])

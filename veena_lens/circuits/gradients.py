@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from veena_lens.circuits.measuring import Measure, bare, padded
+from veena_lens.circuits.measuring import Entering, Measure, bare, entering_layers, padded
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.inputs import MultimodalInputs
 
@@ -111,25 +111,20 @@ def products(
                 None if n not in mine or n not in theirs else (theirs[n] - mine[n]) * gradients[n] for n in names
             ]
         starts = {n: 0 if together else layer_of(n) or 0 for n in names}
-        entering = {f"blocks.{layer}.hook_resid_pre": layer for layer in starts.values() if layer}
-        resid: dict[int, Tensor] = {}
-
-        def enter(tensor: Tensor, hook: Any) -> None:
-            resid[entering[hook.name]] = tensor.detach()
-
-        with torch.no_grad(), heard_at(model, names, places) as mine, model.hooks([(n, enter) for n in entering]):
+        layers = sorted({layer for layer in starts.values() if layer})
+        with torch.no_grad(), heard_at(model, names, places) as mine, entering_layers(model, inputs, layers) as enters:
             plain = measure(inputs, rows, plain=True)
         terms: list[Tensor | None] = [None] * len(names)
         for group in [list(range(len(names)))] if together else [[i] for i in range(len(names))]:
             here = [names[i] for i in group]
             if any(n not in mine or n not in theirs for n in here):
                 continue
-            start = starts[here[0]]
-            rest = inputs if start <= model.cfg.n_deepstack else bare(inputs)
+            entering = enters.get(starts[here[0]])
+            rest = inputs if entering is None else bare(inputs)
             for step in range(steps):
                 part = (step + 0.5) / steps
                 line = {n: mine[n] + part * (theirs[n] - mine[n]) for n in here}
-                _, _, gradients = _gradients(measure, rest, rows, here, places, line, resid.get(start), start)
+                _, _, gradients = _gradients(measure, rest, rows, here, places, line, entering)
                 for i, n in zip(group, here, strict=True):
                     term = (theirs[n] - mine[n]) * gradients[n] / steps
                     before = terms[i]
@@ -144,8 +139,7 @@ def _gradients(
     names: Sequence[str],
     places: Places,
     line: Mapping[str, Tensor],
-    resid: Tensor | None = None,
-    start: int = 0,
+    entering: Entering | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """(metric, activations at the places, gradients there) of one run, the sites of `line` set to its values."""
     heard: dict[str, Tensor] = {}
@@ -159,7 +153,7 @@ def _gradients(
         return tensor if name in line else None
 
     with measure.model.hooks([(name, listen) for name in dict.fromkeys(names)]):
-        metric = measure(inputs, rows, resid=resid, start=start, plain=not line)
+        metric = measure(inputs, rows, entering=entering, plain=not line)
     if not metric.requires_grad:
         raise ValueError(
             f"{measure.who}: the metric has no gradient: it detaches what it is given, or reads a layer before every "

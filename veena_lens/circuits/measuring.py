@@ -6,7 +6,8 @@ real position and words and numbers of positions are resolved in the row without
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from veena_lens.hook_table import layer_of, require_hook
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.decoder import run_blocks
+from veena_lens.model.run import Run
 from veena_lens.positions import parse, position_mask
 
 DIRECTIONS = ("denoising", "noising")
@@ -42,7 +45,7 @@ def require_pairs(who: str, clean: MultimodalInputs, corrupted: MultimodalInputs
 
 def bare(inputs: MultimodalInputs) -> MultimodalInputs:
     """The inputs without their pixels: enough to find positions, and to go on from a residual."""
-    return replace(inputs, pixel_values=None, picture_rows=None, picture_images=None, picture_grids=None)
+    return replace(inputs, pixel_values=None)
 
 
 def places_of(inputs: MultimodalInputs, row: int, positions: Any) -> Int[Tensor, " n"]:
@@ -80,6 +83,38 @@ def padded(places: Sequence[Int[Tensor, " _"]]) -> tuple[Int[Tensor, "batch n"],
 
 
 @dataclass(frozen=True, eq=False)
+class Entering:
+    """What enters a layer in some run, and what deep-stack features add further on: enough to go on from there."""
+
+    layer: int
+    resid: Float[Tensor, "batch pos d_model"]
+    deepstack: Mapping[int, Float[Tensor, "batch pos d_model"]]
+
+    def rows(self, index: Sequence[int]) -> Entering:
+        """The chosen rows, each as often as it is named."""
+        at = list(index)
+        return Entering(self.layer, self.resid[at], {layer: x[at] for layer, x in self.deepstack.items()})
+
+
+@contextmanager
+def entering_layers(model: Any, inputs: MultimodalInputs, layers: Iterable[int]) -> Iterator[dict[int, Entering]]:
+    """What enters `layers` in the run inside the block, readable after it."""
+    resid: dict[str, Tensor] = {}
+    added: dict[str, Tensor] = {}
+    names = {f"blocks.{layer}.hook_resid_pre": layer for layer in layers}
+    inner = {f"deepstack.{i}.hook_out": i + 1 for i in range(model.cfg.n_deepstack)}
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        (resid if hook.name in names else added)[hook.name] = tensor.detach()
+
+    found: dict[int, Entering] = {}
+    with model.hooks([(name, keep) for name in (*names, *inner)]):
+        yield found
+    deepstack = {inner[name]: model.scatter_deepstack(x, inputs) for name, x in added.items()}
+    found.update({layer: Entering(layer, resid[name], deepstack) for name, layer in names.items() if name in resid})
+
+
+@dataclass(frozen=True, eq=False)
 class Measure:
     """A metric, or one a pair, for rows that run in batches; made by `measure_of`."""
 
@@ -99,11 +134,10 @@ class Measure:
         inputs: MultimodalInputs,
         pairs: Sequence[int],
         *,
-        resid: Float[Tensor, "batch pos d_model"] | None = None,
-        start: int = 0,
+        entering: Entering | None = None,
         plain: bool = False,
     ) -> Float[Tensor, " batch"]:
-        """Run the rows, which belong to `pairs`, and measure each; `resid` enters layer `start` where it is given.
+        """Run the rows, which belong to `pairs`, and measure each; the run goes on from `entering` where it is given.
 
         `plain` runs must give finite numbers.
         Raises: ValueError for a metric of another shape, or not finite."""
@@ -113,36 +147,34 @@ class Measure:
             seen[hook.name] = tensor
 
         names = sorted({site for site in self.sites if site is not None})
-        stop = self.stop
-        if stop is not None and stop <= start:
-            raise ValueError(
-                f"{self.who}: the metric reads layer {stop - 1}, before layer {start} where this run starts."
-            )
-        logits = None
         with self.model.hooks([(name, keep) for name in names]):
-            if stop is not None:
-                self._run(inputs, resid, start, stop if stop < self.model.cfg.n_layers else None)
-            else:
-                logits = self._last_logits(inputs, resid, start)
+            logits = self._run(inputs, entering)
         return self._measured(inputs, pairs, logits, seen, plain)
 
-    def _run(self, inputs: MultimodalInputs, resid: Tensor | None, start: int, stop: int | None) -> Any:
-        if resid is None:
-            return self.model(inputs, stop_at_layer=stop)
-        # What `start_at_layer` does, without its check that bare inputs hold the pictures of their image tokens.
-        return self.model._finish(inputs, resid, start, stop, "logits", False)
-
-    def _last_logits(self, inputs: MultimodalInputs, resid: Tensor | None, start: int) -> Tensor:
-        """Logits of each row's last real position; the others are not computed where nobody listens."""
-        model = self.model
-        rows = torch.arange(len(inputs), device=inputs.device)
-        last = inputs.shape[1] - 1 - inputs.attention_mask.flip(1).long().argmax(1)
+    def _run(self, inputs: MultimodalInputs, entering: Entering | None) -> Tensor | None:
+        """Logits of each row's last real position where a metric reads them; no further layer than needed."""
+        model, stop = self.model, self.stop
+        if entering is not None:
+            with model._running(Run(inputs, 0, inputs.shape[1])) as run:
+                context = model._context(run, None, deepstack=dict(entering.deepstack))
+                resid = run_blocks(model.blocks, entering.resid, context, entering.layer, stop)
+                if stop is not None:
+                    return None
+                resid = context.with_deepstack(model.cfg.n_layers, resid)
+                return model._unembed(self._last(inputs, resid)[:, None])[:, 0]
+        if stop is not None:
+            model(inputs, stop_at_layer=stop if stop < model.cfg.n_layers else None, return_type=None)
+            return None
         ends = [p for name, p in model.hook_dict.items() if name.startswith(("ln_final.", "unembed."))]
         if model.cfg.n_deepstack >= model.cfg.n_layers or any(p._forward_hooks or p._backward_hooks for p in ends):
-            return self._run(inputs, resid, start, None)[rows, last]
-        final = self._run(inputs, resid, start, model.cfg.n_layers)
-        on = final.device
-        return model._unembed(final[rows.to(on), last.to(on)][:, None])[:, 0]
+            return self._last(inputs, model(inputs))
+        # The other positions' logits are not computed where nobody listens.
+        return model._unembed(self._last(inputs, model(inputs, stop_at_layer=model.cfg.n_layers))[:, None])[:, 0]
+
+    @staticmethod
+    def _last(inputs: MultimodalInputs, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch d"]:
+        last = inputs.shape[1] - 1 - inputs.attention_mask.flip(1).long().argmax(1)
+        return x[torch.arange(len(x), device=x.device), last.to(x.device)]
 
     def _measured(
         self,
@@ -171,6 +203,10 @@ class Measure:
             bad = {pair: float(v) for pair, v in zip(pairs, out.detach()) if not bool(torch.isfinite(v))}
             raise ValueError(f"{self.who}: the metric of unedited runs is not finite, by row: {bad}.")
         return out
+
+    def of_logits(self, logits: Float[Tensor, "batch d_vocab"], pair: int) -> Float[Tensor, " batch"]:
+        """The metric of logits that were made otherwise, all of one pair."""
+        return self._one(self.metrics[pair if len(self.metrics) > 1 else 0], logits)
 
     def _one(self, metric: Any, value: Tensor) -> Tensor:
         out = metric(value)

@@ -139,7 +139,8 @@ class Intervening:
             n = len(run.inputs)
             if applied.n_rows is not None and applied.n_rows != n:
                 raise ValueError(f"intervene(per_row=...): {applied.n_rows} lists for a batch of {n} rows.")
-            needs_image = "image" in _words(getattr(applied.intervention, "keys", None) or "all")
+            keys = getattr(applied.intervention, "keys", None)
+            needs_image = keys is not None and "image" in _words(keys)
             if needs_image and applied.row is None and not bool(run.key_mask(applied.intervention.keys).any()):
                 raise ValueError(
                     f"{applied.intervention!r} has no keys to act on: no row of {run.inputs!r} has a picture."

@@ -183,7 +183,7 @@ def specificity_labels(
         raise ValueError(f"specificity_labels: control has the axes {control.axes}, the index {index.axes}.")
     bound = control.values if isinstance(control, Scores) else torch.tensor(float(control)).to(means.values)
     names = [SPECIFIC, GENERAL, BETWEEN, WEAK]
-    kind = torch.full(index.shape, 2)
+    kind = torch.full(index.shape, 2, device=index.values.device)
     kind[(index.values <= general) & (means.values > bound[..., None]).all(-1)] = 1
     kind[(index.values >= specific) & (p.values < level)] = 0
     kind[means.values.amax(-1) <= bound] = 3

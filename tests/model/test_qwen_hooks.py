@@ -203,6 +203,31 @@ def test_two_edits_together_act_as_the_mathematics_says(case: QwenCase, model_of
     assert wrong == {}
 
 
+@pytest.mark.parametrize("block, second", [("blocks.1", 1), ("vision.blocks.0", 3)], ids=["decoder", "tower"])
+def test_edited_scale_of_one_row_leaves_the_copies_of_another(
+    block: str, second: int, case: QwenCase, model_of
+) -> None:
+    """Edits of the norm and of the residual's copies meet in one layer, each in its own row."""
+    model = model_of(case, casts="none")
+    inputs = model.inputs_from_hf(**raw_inputs(case))
+
+    def edit_scale(value: Tensor, hook: Any) -> None:
+        value[0] *= 1.5
+
+    def edit_copies(value: Tensor, hook: Any) -> None:
+        value[second] = 2 * noisy(hook.name, value[second])
+
+    edits = [(f"{block}.ln1.hook_scale", edit_scale), (f"{block}.hook_q_input", edit_copies)]
+    with torch.no_grad():
+        runs = (edits[:1], edits[1:], edits)
+        scale, copies, together = (model.run_with_hooks(inputs, fwd_hooks=hooks) for hooks in runs)
+        plain = model(inputs)
+    for row, alone in ((0, scale), (1, copies)):
+        keep = inputs.attention_mask[row]
+        assert relative_error(together[row], alone[row], keep) < 1e-12
+        assert relative_error(alone[row], plain[row], keep) > 1e-6
+
+
 def test_edits_of_pads_change_nothing(case: QwenCase, model_of) -> None:
     """Pads of the batch and of shorter pictures: whatever stands there reaches no real token."""
     model = model_of(case, casts="none")

@@ -26,6 +26,8 @@ SITES = [
     "blocks.0.attn.hook_z",
     "blocks.1.attn.hook_result",
     "blocks.0.hook_q_input",
+    "blocks.1.hook_k_input",
+    "blocks.1.hook_v_input",
     "blocks.1.hook_mlp_in",
     "blocks.0.mlp.hook_pre",
     "blocks.1.ln1.hook_scale",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +17,7 @@ from tests.checkpoints.test_processing import FEEL, message
 from tests.checkpoints.tiny import picture
 from tests.qwen_cases import IMAGE, QWEN_BY_NAME
 from veena_lens import HookedVLM
+from veena_lens.checkpoints import load_processor
 
 KINDS = ["qwen2_vl", "qwen3_vl"]
 A, B, C = picture(40, 30, 1), picture(28, 64, 2), picture(9, 90, 3)
@@ -44,6 +47,66 @@ def test_folder_gives_the_model_and_its_processor(loaded: Any) -> None:
     assert type(model.processor) is type(processor) and model.tokenizer is model.processor.tokenizer
     assert model.processor.image_processor.to_dict() == processor.image_processor.to_dict()
     assert model.processor.image_processor.size["longest_edge"] == 30 * 64, "the file's limits are read"
+
+
+@pytest.mark.parametrize("torchvision", ["as installed", "missing"])
+@pytest.mark.parametrize("form", ["hub", "video settings beside", "transformers 5", "class named by config.json alone"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_processor_files_of_every_release_load(
+    kind: str, form: str, torchvision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, names = QWEN_BY_NAME[f"{kind}-plain"], dict(qwen2_vl="Qwen2VL", qwen3_vl="Qwen3VL")
+    folder = tiny_qwen.write_processor(case, tmp_path)
+    pictures = folder / "preprocessor_config.json"
+    settings = json.loads(pictures.read_text())
+    size = settings.get("size") or dict(shortest_edge=settings["min_pixels"], longest_edge=settings["max_pixels"])
+    bare = {k: v for k, v in settings.items() if k not in ("min_pixels", "max_pixels", "processor_class")}
+    video = bare | dict(size=size, video_processor_type=f"{names[kind]}VideoProcessor")
+    if form == "video settings beside":
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    elif form == "transformers 5":
+        pictures.unlink()
+        parts = dict(image_processor=bare | dict(size=size), video_processor=video)
+        whole = dict(processor_class=f"{names[kind]}Processor", **parts)
+        (folder / "processor_config.json").write_text(json.dumps(whole))
+        template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+        (folder / "chat_template.json").unlink()
+        (folder / "chat_template.jinja").write_text(template)
+    elif form == "class named by config.json alone":
+        pictures.write_text(json.dumps({k: v for k, v in settings.items() if k != "processor_class"}))
+    (folder / "config.json").write_text(json.dumps(dict(model_type=kind)))
+    if torchvision == "missing":
+        monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
+    found = load_processor(folder)
+    classes = tiny_qwen.CLASSES if torchvision == "as installed" else tiny_qwen.IMAGE_ONLY
+    assert type(found) is classes[kind]
+    assert (found.image_processor.size["shortest_edge"], found.image_processor.size["longest_edge"]) == (128, 1920)
+    assert found.image_processor.patch_size == 4 and found.chat_template == tiny_qwen.TEMPLATES[kind]
+    text = found.apply_chat_template(message(FEEL, 1), add_generation_prompt=True)
+    assert found(text=[text], images=[A], return_tensors="pt")["image_grid_thw"].tolist() == [[1, 8, 10]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_videos_of_the_processor_are_read_as_hugging_face_reads_them(kind: str, tmp_path: Path) -> None:
+    """Its frames between pictures, with the texts that it writes between frames (Qwen3-VL: time stamps)."""
+    pytest.importorskip("torchvision")
+    case = QWEN_BY_NAME[f"{kind}-plain"]
+    folder = tiny_qwen.write_processor(case, tmp_path)
+    name = dict(qwen2_vl="Qwen2VL", qwen3_vl="Qwen3VL")[kind]
+    settings = dict(patch_size=4, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=128, longest_edge=5120))
+    settings |= dict(do_sample_frames=False, video_processor_type=f"{name}VideoProcessor")
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    processor, hf = tiny_qwen.CLASSES[kind].from_pretrained(folder), build_hf(case)
+    frames = np.random.default_rng(0).integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)
+    about = dict(fps=2.0, total_num_frames=6, frames_indices=list(range(6)), duration=3.0)
+    wrapped = {m: f"<|vision_start|><|{m}_pad|><|vision_end|>" for m in ("image", "video")}
+    text = f"{wrapped['image']} what {wrapped['video']} who {wrapped['image']} is"
+    raw = processor(text=[text], images=[A, B], videos=[frames], video_metadata=[about], return_tensors="pt")
+    model = HookedVLM.from_hf(hf)
+    inputs = model.inputs_from_hf(**raw)
+    assert inputs.n_images == [5] and inputs.grids[0][1:4] == ((3, 4),) * 3
+    with torch.no_grad():
+        assert relative_error(model(inputs), hf(**raw).logits) < 1e-9
 
 
 @pytest.mark.parametrize(

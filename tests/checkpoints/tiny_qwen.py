@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers.utils import is_torchvision_available
 
 from tests.cases import build_hf
 from tests.checkpoints.tiny import WORDS
 from tests.qwen_cases import END, IMAGE, START, VIDEO, QwenCase
 from veena_lens.checkpoints.image_only import ImageOnlyQwen2VLProcessor, ImageOnlyQwen3VLProcessor
 
-CLASSES: dict[str, Any] = dict(qwen2_vl=ImageOnlyQwen2VLProcessor, qwen3_vl=ImageOnlyQwen3VLProcessor)
+IMAGE_ONLY: dict[str, Any] = dict(qwen2_vl=ImageOnlyQwen2VLProcessor, qwen3_vl=ImageOnlyQwen3VLProcessor)
+# Hugging Face's own need torchvision, for videos.
+CLASSES: dict[str, Any] = IMAGE_ONLY
+if is_torchvision_available():
+    CLASSES = dict(qwen2_vl=transformers.Qwen2VLProcessor, qwen3_vl=transformers.Qwen3VLProcessor)
 SPECIAL = {
     "<|endoftext|>": 0,
     "<|im_start|>": 1,
@@ -81,7 +87,12 @@ def write_processor(case: QwenCase, folder: Path, template: str | None = "", **s
     """The processor's files; `template` None writes none."""
     folder.mkdir(parents=True, exist_ok=True)
     template = TEMPLATES[case.kind] if template == "" else template
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures_config(case, **settings)))
+    pictures = pictures_config(case, **settings)
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    if case.kind == "qwen3_vl":
+        video = {k: v for k, v in pictures.items() if k != "image_processor_type"}
+        video |= dict(video_processor_type="Qwen3VLVideoProcessor")
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     vocab = dict(SPECIAL) | {word: 3 + i for i, word in enumerate([*WORDS, "user", "system", "assistant", "cat"])}
     taken = set(vocab.values())
     vocab |= {f"word{i}": i for i in range(128) if i not in taken}
@@ -110,7 +121,7 @@ def write_processor(case: QwenCase, folder: Path, template: str | None = "", **s
 
 
 def processor(case: QwenCase, folder: Path, **settings: Any) -> Any:
-    """Hugging Face's own, without videos."""
+    """Hugging Face's own, where torchvision is missing without videos."""
     return CLASSES[case.kind].from_pretrained(write_processor(case, folder, **settings))
 
 

@@ -54,13 +54,13 @@ def test_contrast_reads_each_class_against_the_mean(model_of) -> None:
     trace = neuron_trace(
         inputs, stack, kind="contrast", baseline=twin(inputs), classes=["joy", "fear", "awe"], model=model
     )
-    assert trace.axes == ("pair", "class", "layer", "neuron") and trace.labels["class"] == ["joy", "fear", "awe"]
-    for i, name in enumerate(trace.labels["class"]):
+    assert trace.axes == ("pair", "category", "layer", "neuron") and trace.labels["category"] == ["joy", "fear", "awe"]
+    for i, name in enumerate(trace.labels["category"]):
         alone = neuron_trace(inputs, stack[i] - stack.mean(0), baseline=twin(inputs), model=model)
-        chosen = trace.select(**{"class": name})
+        chosen = trace.select(category=name)
         assert torch.allclose(chosen.values, alone.values, rtol=0, atol=1e-12)
     raw = neuron_trace(inputs, stack, kind="contrast", model=model, reduce="none", at="query")
-    assert raw.axes == ("batch", "class", "layer", "neuron", "pos")
+    assert raw.axes == ("batch", "category", "layer", "neuron", "pos")
 
 
 def made_up(values: torch.Tensor) -> Scores:
@@ -78,8 +78,8 @@ def test_top_neurons_are_large_and_consistent() -> None:
     assert table["value"].tolist() == [2.0, 1.0] and table["consistency"].tolist() == [1.0, 1.0]
     assert top_neurons(made_up(values), k=1, by="abs")[["layer", "neuron"]].values.tolist() == [[5, 9]]
     assert top_neurons(made_up(values), k=1, consistency=0.6)[["layer", "neuron"]].values.tolist() == [[3, 20]]
-    with pytest.raises(ValueError, match=r"axes are \('pair', 'class'"):
-        top_neurons(Scores(torch.zeros(2, 2, 2, 2), ("pair", "class", "layer", "neuron")))
+    with pytest.raises(ValueError, match=r"axes are \('pair', 'category'"):
+        top_neurons(Scores(torch.zeros(2, 2, 2, 2), ("pair", "category", "layer", "neuron")))
 
 
 @pytest.mark.parametrize("name", ["clip-llama", "tied-qwen2", "qwen3_vl-plain"])

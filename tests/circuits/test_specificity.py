@@ -153,16 +153,16 @@ def test_causal_matrices_are_summed_up() -> None:
     values[0] = torch.eye(4)
     values[1] = 2.0
     values[2] = torch.eye(4) * -1 + 0.5
-    drops = Scores(values, ("head", "class", "answer"), {"class": CLASSES, "answer": CLASSES})
+    drops = Scores(values, ("head", "category", "answer"), {"category": CLASSES, "answer": CLASSES})
     summed = causal_specificity(drops)
     assert summed.axes == ("head",)
     assert summed.values.tolist() == pytest.approx([1.0, 0.0, -1.0])
     mixed = torch.tensor([[3.0, 1.0], [1.0, 5.0]])
-    two = Scores(mixed, ("class", "answer"), {"class": ["a", "b"], "answer": ["a", "b"]})
+    two = Scores(mixed, ("category", "answer"), {"category": ["a", "b"], "answer": ["a", "b"]})
     assert causal_specificity(two).values.item() == pytest.approx((4 - 1) / 5)
     with pytest.raises(ValueError, match="must be the same two or more classes"):
-        causal_specificity(Scores(mixed, ("class", "answer"), {"class": ["a", "b"], "answer": ["b", "a"]}))
-    with pytest.raises(ValueError, match="no axis 'class'"):
+        causal_specificity(Scores(mixed, ("category", "answer"), {"category": ["a", "b"], "answer": ["b", "a"]}))
+    with pytest.raises(ValueError, match="no axis 'category'"):
         causal_specificity(Scores(mixed, ("row", "answer")))
 
 
@@ -171,15 +171,15 @@ def test_labels_follow_the_rule() -> None:
     p = Scores(torch.tensor([0.01, 0.3, 0.9, 0.9, 0.01, 0.01]), ("head",))
     means = torch.full((6, 2), 2.0)
     means[3, 1], means[5] = 0.1, torch.tensor([0.2, 0.3])
-    got = specificity_labels(index, p, Scores(means, ("head", "class")), control=0.5)
+    got = specificity_labels(index, p, Scores(means, ("head", "category")), control=0.5)
     names = [got.meta["labels"][int(i)] for i in got.values]
     assert names == ["specific", "between", "general", "between", "between", "within control"]
     assert got.meta["counts"] == {"specific": 1, "general": 1, "between": 3, "within control": 1}
     bound = Scores(torch.tensor([3.0, 0.0, 0.0, 0.0, 0.0, 0.0]), ("head",))
-    own = specificity_labels(index, p, Scores(means, ("head", "class")), control=bound)
+    own = specificity_labels(index, p, Scores(means, ("head", "category")), control=bound)
     assert own.meta["labels"][int(own.values[0])] == "within control"
     with pytest.raises(ValueError, match="must agree"):
-        specificity_labels(index, p, Scores(means.T, ("class", "head")), control=0.5)
+        specificity_labels(index, p, Scores(means.T, ("category", "head")), control=0.5)
 
 
 @pytest.mark.parametrize(

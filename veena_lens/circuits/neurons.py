@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -55,10 +56,10 @@ def neuron_trace(
 
     kind="direct": (a(X+) - a(X-)) <W_out[n], u>, X- the `baseline`; summed over n it is <Delta mlp_out, u> (the bias
     cancels). "raw": a <W_out[n], u> of one run. "contrast": `direction` is [class layer d_model], u the unit vector
-    of each class less the mean over classes, the activation a difference where there is a `baseline`; an axis "class"
-    (labels `classes`) follows the rows. `cache` and `baseline` may be inputs where `model` is given. `at_layer` takes
+    of each class less the mean over classes, the activation a difference where there is a `baseline`; "category" (labels
+    `classes`) follows the rows. `cache` and `baseline` may be inputs where `model` is given. `at_layer` takes
     that layer's direction for all.
-    Axes (batch or pair, [class,] layer, neuron), "pos" last with reduce="none"; unit: that of the residual stream.
+    Axes (batch or pair, [category,] layer, neuron), "pos" last with reduce="none"; unit: that of the residual stream.
     Raises: MissingActivation, naming the layers whose `mlp.hook_post` the cache lacks; ValueError for kind="direct"
     without a baseline, "raw" with one, or as `head_intention`.
     Source: Geva et al. 2021, arXiv 2012.14913 (key-value memories); Zhang et al. 2026, arXiv 2605.21980.
@@ -80,16 +81,21 @@ def neuron_trace(
     for layer, hook, unit in zip(chosen, hooks, units, strict=True):
         W_out = model.blocks[layer].mlp.W_out.detach()
         a = value(hook).to(W_out.device)
-        worth = W_out.to(a.dtype) @ unit.to(a).T  # [neuron class]
-        push = torch.einsum("bpn,nc->bcnp", a, worth)
-        found.append(reduced(push, reading.mask, reduce).to(units.device))
+        worth = unit.to(a) @ W_out.to(a.dtype).T  # [category neuron]
+        if reduce == "mean":  # the push is linear in the activation, so positions go first
+            push = reduced(a.transpose(1, 2), reading.mask, reduce)[:, None] * worth
+        else:
+            push = reduced(
+                einsum(a, worth, "batch n neuron, category neuron -> batch category neuron n"), reading.mask, reduce
+            )
+        found.append(push.to(units.device))
     values = torch.stack(found, 2)
     labels: dict[str, Sequence] = {"layer": chosen}
     if names is not None:
-        labels["class"] = names
+        labels["category"] = names
     return as_scores(
         values if names is not None else values[:, 0],
-        ("class", "layer", "neuron") if names is not None else ("layer", "neuron"),
+        ("category", "layer", "neuron") if names is not None else ("layer", "neuron"),
         reading,
         reduce,
         baseline is not None,

@@ -24,14 +24,14 @@ SPECIFIC, GENERAL, BETWEEN, WEAK = "specific", "general", "between", "within con
 
 
 def class_means(scores: Scores, classes: Sequence[Hashable], axis: str = "pair") -> Scores:
-    """The mean of the entries of each class along `axis`, which gives way to a last axis "class" (in order of name).
+    """The mean of the entries of each class along `axis`, which gives way to a last axis "category" (in order of name).
 
     `classes`: the class of each entry. NaN, masked, where a class has no entry that exists. Unit: that of `scores`.
     Raises: ValueError for an unknown axis, a wrong number of classes, or fewer than two different ones.
     """
     table, names, index = _classed(scores, classes, axis, "class_means")
     means = _moments(table, index, len(names))[0]
-    return table.back(means, f"mean of {scores.name}".strip(), scores.unit, {"class": names})
+    return table.back(means, f"mean of {scores.name}".strip(), scores.unit, {"category": names})
 
 
 def preferred_class(scores: Scores, classes: Sequence[Hashable], axis: str = "pair") -> Scores:
@@ -123,7 +123,7 @@ def specificity_test(
     return table.back(p, f"p of {index}", "p", specificity_test=about)
 
 
-def causal_specificity(drops: Scores, cause: str = "class", effect: str = "answer") -> Scores:
+def causal_specificity(drops: Scores, cause: str = "category", effect: str = "answer") -> Scores:
     """One number for each matrix K[e, e'], the drop of answer e' on samples of class e when a component is ablated:
 
     (mean of the diagonal - mean off it) / (|mean of the diagonal| + |mean off it|), in [-1, 1]; 0 where all is 0. 1: it
@@ -174,10 +174,10 @@ def specificity_labels(
     Raises: ValueError where the axes do not agree.
     Source: our own.
     """
-    if p.axes != index.axes or means.axes != (*index.axes, "class") or p.shape != index.shape:
+    if p.axes != index.axes or means.axes != (*index.axes, "category") or p.shape != index.shape:
         raise ValueError(
             f"specificity_labels: axes {index.axes} of the index, {p.axes} of p and {means.axes} of the means (index's "
-            "and then 'class') must agree."
+            "and then 'category') must agree."
         )
     if isinstance(control, Scores) and control.shape != index.shape:
         raise ValueError(f"specificity_labels: control has the axes {control.axes}, the index {index.axes}.")

@@ -53,7 +53,8 @@ def qwen3_vl_weights(cfg: HookedVLMConfig) -> WeightMap:
     maps = with_bias("proj_in", "linear_fc1") | with_bias("proj_out", "linear_fc2")
     rest = with_bias("vision.ln_post", "merger.norm") | maps.under("connector", "merger")
     inner = with_bias("norm", "norm") | maps
-    rest |= inner.for_layers(range(cfg.n_deepstack), ours="deepstack.{l}", theirs="deepstack_merger_list.{l}")
+    n = len(cfg.vision.deepstack_layers)
+    rest |= inner.for_layers(range(n), ours="deepstack.{l}", theirs="deepstack_merger_list.{l}")
     return whole(cfg, tower, rest)
 
 

@@ -255,8 +255,9 @@ class HookedVLMConfig(TransformerConfig):
 
     @property
     def n_deepstack(self) -> int:
-        """How many inner layers of the tower reach the decoder besides: the i-th at the input of layer i + 1."""
-        return 0 if self.vision is None else len(self.vision.deepstack_layers)
+        """How many inner layers of the tower reach the decoder besides: the i-th at the input of layer i + 1 (the last
+        of as many as there are layers joins after the blocks; further ones reach nothing)."""
+        return 0 if self.vision is None else min(len(self.vision.deepstack_layers), self.n_layers)
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:

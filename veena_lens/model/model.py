@@ -69,9 +69,10 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
             self.hook_image_features = HookPoint()
             if cfg.image_layout == "anyres":
                 self.image_newline = nn.Parameter(torch.zeros(cfg.d_model))
-            if cfg.n_deepstack:
-                mergers = (DeepstackMerger(cfg.vision, cfg.connector) for _ in range(cfg.n_deepstack))
-                self.deepstack = nn.ModuleList(mergers)
+            if cfg.vision.deepstack_layers:
+                n = len(cfg.vision.deepstack_layers)
+                reach = (i < cfg.n_deepstack for i in range(n))
+                self.deepstack = nn.ModuleList(DeepstackMerger(cfg.vision, cfg.connector, live) for live in reach)
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
@@ -319,7 +320,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
 
     def _deepstack(self, seen: Seen, inputs: MultimodalInputs) -> Deepstack:
         out = {}
-        for i, inner in enumerate(seen.inner):
+        for i, inner in enumerate(seen.inner[: self.cfg.n_deepstack]):
             merger: Any = self.deepstack[i]
             out[i + 1] = self.scatter_deepstack(merger.hook_out(self._pack(merger(inner), inputs)), inputs)
         return out

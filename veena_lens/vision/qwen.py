@@ -95,7 +95,7 @@ class DeepstackMerger(nn.Module):
 
     `hook_out` is called by the model on the features of all pictures, in the order of their tokens."""
 
-    def __init__(self, vision: VisionConfig, cfg: ConnectorConfig) -> None:
+    def __init__(self, vision: VisionConfig, cfg: ConnectorConfig, is_live: bool) -> None:
         super().__init__()
         self.merge = vision.merge_size
         self.norm = LayerNorm(cfg.d_in, vision.norm_eps)
@@ -103,7 +103,8 @@ class DeepstackMerger(nn.Module):
         self.act = ACTIVATION_FUNCTIONS[cfg.act_fn]
         self.proj_out = nn.Linear(cfg.d_hidden, cfg.d_out, bias=cfg.bias)
         drop_hooks(self)
-        self.hook_out = HookPoint()
+        if is_live:  # else its features reach nothing; the weights are kept for export
+            self.hook_out = HookPoint()
 
     def forward(self, inner: Float[Tensor, "picture pos d_inner"]) -> Float[Tensor, "picture token d_model"]:
         joined = joined_squares(inner, self.merge)

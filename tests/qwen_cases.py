@@ -196,6 +196,9 @@ QWEN_CASES: tuple[QwenCase, ...] = (
     _three("deepstack-one", vision=dict(deepstack_visual_indexes=[1])),
     _three("deepstack-every-decoder-layer", vision=dict(deepstack_visual_indexes=[0, 1, 2])),
     _three("deepstack-of-one-layer", text=dict(num_hidden_layers=1), vision=dict(deepstack_visual_indexes=[2])),
+    _three(
+        "deepstack-past-the-decoder", text=dict(num_hidden_layers=1), vision=dict(deepstack_visual_indexes=[0, 1, 2])
+    ),
     _three("deepstack-video", rows=("1 i2x2 2 v3x4x2 1", "v2x2x2 4", "3")),
     # batches
     *both("one-picture", rows=("3 i6x4 5",)),

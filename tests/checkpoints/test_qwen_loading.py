@@ -22,7 +22,7 @@ from veena_lens.checkpoints.files import weight_files
 
 NAMES = ["qwen2_vl-plain", "qwen2_vl-tied", "qwen3_vl-plain", "qwen3_vl-tied"]
 SHAPES = ["plain", "tied", "merge-3", "temporal-1", "patch-2-grey", "one-head", "attention-bias", "narrow-tower-mlp"]
-SHAPES += ["deepstack-none", "deepstack-every-decoder-layer", "position-table-1x1", "one-layer"]
+SHAPES += ["deepstack-none", "deepstack-past-the-decoder", "position-table-1x1", "one-layer"]
 QKV = "model.visual.blocks.1.attn.qkv"
 
 

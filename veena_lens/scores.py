@@ -22,7 +22,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
 FORMAT = "veena_lens.Scores/1"
 Label = str | int | float | bool | None
@@ -158,10 +157,14 @@ class Scores:
 
     # Pictures and files
 
-    def plot(self, **settings: Any) -> Figure:
-        """A curve (one axis) or a heat map (two), axes of length 1 aside; `settings` go to `veena_lens.plots`."""
-        from veena_lens import plots
+    def plot(self, interactive: bool = False, **settings: Any) -> Any:
+        """A curve (one axis) or a heat map (two), axes of length 1 aside; `settings` go to `veena_lens.plots`.
 
+        interactive: plotly's figure with the same data and colours, to hover over (`veena_lens.plots.interactive`)."""
+        from veena_lens import plots as static
+        from veena_lens.plots import interactive as hovered
+
+        plots: Any = hovered if interactive else static
         long = tuple(axis for axis in self.axes if len(self.labels[axis]) > 1)
         if len(long) not in (1, 2):
             todo = "select or reduce some: .select(layer=5), .mean('head')" if long else "it is a single number"

@@ -135,13 +135,29 @@ def _lay(
         extent = (left, right, bottom, top)
         panel.imshow(grid, extent=extent, cmap=colours, norm=norm, alpha=OPACITY, interpolation="nearest")
     else:
-        boxes = theme.to_numpy(patch_boxes)
-        if boxes.shape != (grid.size, 4):
-            raise ValueError(f"patch_boxes has shape {list(boxes.shape)}; a grid {grid.shape} wants [{grid.size}, 4].")
+        boxes = cell_boxes(image, grid, box, patch_boxes)
         cells = [Rectangle((left, top), right - left, bottom - top) for left, top, right, bottom in boxes]
         look: dict[str, Any] = {"cmap": colours, "norm": norm, "alpha": OPACITY, "linewidth": 0}
         panel.add_collection(PatchCollection(cells, array=grid.ravel(), **look))
     panel.set(xlim=(0, image.width), ylim=(image.height, 0), aspect="equal")
+
+
+def cell_boxes(
+    image: Image.Image, grid: np.ndarray, box: Box | None, patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None
+) -> np.ndarray:
+    """Left, top, right, bottom of every cell, row by row: the given ones, else `box` (the picture) divided evenly.
+
+    Raises: ValueError where the boxes are not one a cell."""
+    if patch_boxes is not None:
+        boxes = theme.to_numpy(patch_boxes)
+        if boxes.shape != (grid.size, 4):
+            raise ValueError(f"patch_boxes has shape {list(boxes.shape)}; a grid {grid.shape} wants [{grid.size}, 4].")
+        return boxes
+    left, top, right, bottom = box or (0, 0, image.width, image.height)
+    rows, columns = grid.shape
+    y, x = (part.ravel() for part in np.mgrid[:rows, :columns])
+    width, height = (right - left) / columns, (bottom - top) / rows
+    return np.stack([left + x * width, top + y * height, left + (x + 1) * width, top + (y + 1) * height], -1)
 
 
 def _colour_bar(figure: Figure, panels: Sequence[Axes], norm: Normalize, colours: Colormap, label: str) -> None:

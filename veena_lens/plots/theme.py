@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Real
 from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -26,7 +26,8 @@ MISSING = "#d9d9d9"
 FALLBACK_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Noto Emoji")
 MOST_TICKS = 24
 
-Format = Literal["png", "svg"]
+Format = Literal["png", "svg", "pdf"]
+FORMATS: dict[str, Format] = {"png": "png", "svg": "svg", "pdf": "pdf"}
 
 
 @cache
@@ -92,27 +93,28 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def encode(figure: Figure, format: Format = "png") -> bytes:
-    """The figure as the bytes of a PNG or SVG file; the same figure gives the same SVG bytes every time."""
-    if format not in ("png", "svg"):
-        raise ValueError(f"Unknown figure format {format!r}; expected 'png' or 'svg'.")
+    """The figure as the bytes of a PNG, SVG or PDF file; the same figure gives the same bytes every time."""
+    if format not in ("png", "svg", "pdf"):
+        raise ValueError(f"Unknown figure format {format!r}; expected 'png', 'svg' or 'pdf'.")
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     buffer = io.BytesIO()
     with themed():
-        figure.savefig(buffer, format=format, metadata={"Date": None} if format == "svg" else None)
+        figure.savefig(buffer, format=format, metadata=undated.get(format))
     return buffer.getvalue()
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write the figure to `path`, as its ending says (.png or .svg), and return the path."""
+    """Write the figure to `path`, as its ending says (.png, .svg or .pdf), and return the path."""
     path = Path(path)
     ending = path.suffix.lower().lstrip(".")
-    if ending not in ("png", "svg"):
-        raise ValueError(f"Cannot save a figure as {path.name!r}; the name must end in .png or .svg.")
+    if ending not in FORMATS:
+        raise ValueError(f"Cannot save a figure as {path.name!r}; the name must end in .png or .svg, or in .pdf.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(figure, "svg" if ending == "svg" else "png"))
+    path.write_bytes(encode(figure, FORMATS[ending]))
     return path
 
 
-def to_numpy(values: Float[Tensor, "..."] | np.ndarray | Sequence) -> np.ndarray:
+def to_numpy(values: Real[Tensor, "..."] | np.ndarray | Sequence) -> np.ndarray:
     """`values` in float64 on the CPU, as matplotlib wants them."""
     if isinstance(values, Tensor):
         return values.detach().double().cpu().numpy()

@@ -32,6 +32,7 @@ SITES = {
     "mlp_out": "hook_mlp_out",
     "neurons": "mlp.hook_post",
 }
+SMALL = 2**20  # numbers
 STATISTICS = ["accuracy", "low", "high", "control", "chance"]
 
 
@@ -348,10 +349,14 @@ def _fit(
     x: Float[Tensor, "row width"], truth: Int[Tensor, " row"], n_classes: int, strength: float
 ) -> tuple[Float[Tensor, "class width"], Float[Tensor, " class"], int]:
     """Weights and biases of every class in the activation's own units; those of a class without rows say never."""
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
     regression, convergence = _sklearn()
     mean, deviation = x.mean(0), x.std(0, correction=0)
     scale = torch.where(deviation > 1e-9 * deviation.max(), deviation, torch.ones_like(deviation))
-    with warnings.catch_warnings(record=True) as caught:
+    # A small fit gains nothing from a second thread, and waits for it where other programs share the cores.
+    threads = 1 if x.numel() < SMALL else None
+    with warnings.catch_warnings(record=True) as caught, threadpool_limits(threads):
         warnings.simplefilter("always", convergence)
         fitted = regression(C=strength, max_iter=1000).fit(((x - mean) / scale).numpy(), truth.numpy())
     failed = sum(issubclass(w.category, convergence) for w in caught)

@@ -57,6 +57,22 @@ def test_padded_row_equals_row_alone(name: str, model_of) -> None:
         assert sinks.values[row][:, inputs.attention_mask[row]].equal(alone.values[0])
 
 
+@pytest.mark.parametrize("name", ["three-images-and-none", "qwen3_vl-plain"])
+def test_each_row_may_have_directions_of_its_own(name: str, model_of) -> None:
+    """As when each row is scored on its directions alone."""
+    model, inputs = ready(model_of, name)
+    own = torch.stack([directions(model, seed) for seed in range(len(inputs))])
+    tools = {label: tool for label, tool in TOOLS.items() if label != "logit_lens"}
+    for label, tool in {**tools, "per_patch": PICTURES["per_patch"]}.items():
+        batch = tool(model, inputs, own)
+        for row in range(len(inputs)):
+            alone = tool(model, inputs, own[row])
+            there = alone.exists[row]
+            assert torch.allclose(batch.values[row][there], alone.values[row][there], rtol=0, atol=1e-12), label
+    with pytest.raises(ValueError, match=r"direction \[2, .* one a row and layer, or"):
+        head_intention(inputs, own[:2], model=model)
+
+
 def test_bare_tokens_and_caches_of_one_row_are_taken(model_of) -> None:
     model, inputs = ready(model_of, "text-qwen3")
     S, one = directions(model), inputs[1].trimmed()

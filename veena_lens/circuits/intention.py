@@ -21,6 +21,7 @@ from veena_lens.circuits.reading import (
     chosen_layers,
     exact,
     model_of,
+    prepared,
     read_both,
     reduced,
     require_reduce,
@@ -47,10 +48,11 @@ def head_intention(
     """Cosine of each head's output with its layer's direction: cos(z[l, h] W_O[l, h], u_l), or its projection on it.
 
     With `baseline` (the other run of the pairs) the output is the difference of the two runs: I_delta = cos(Delta r, u)
-    and W = <Delta r, u> (u the unit vector). `direction` is [layer d_model] or one [d_model]; `at_layer` takes that
-    layer's vector for all. `cache` and `baseline` may be inputs where `model` is given: then only z at the chosen
-    positions is kept. Axes (batch, layer, head), mean or max over the positions `at`; with reduce="none" "pos" comes
-    last; with `baseline` the rows are the axis "pair". A cosine is dimensionless, in [-1, 1].
+    and W = <Delta r, u> (u the unit vector). `direction` is [layer d_model], one [d_model], or [row layer d_model]
+    (each pair on its own emotion's, say); `at_layer` takes that layer's vector for all. `cache` and
+    `baseline` may be inputs where `model` is given: then only z at the chosen positions is kept. Axes (batch, layer,
+    head), mean or max over the positions `at`; with reduce="none" "pos" comes last; with `baseline` the rows are the
+    axis "pair". A cosine is dimensionless, in [-1, 1].
     Raises: MissingActivation, naming the layers whose `hook_z` the cache lacks; ValueError for a direction of another
     shape, an unknown layer, an empty selection of positions, or pairs that do not match.
     Source: Zhang et al. 2026, arXiv 2605.21980, "emotional intention"; the differences are our own.
@@ -61,7 +63,8 @@ def head_intention(
     model = model_of(cache, model, who)
     chosen = chosen_layers(layers, model.cfg, who)
     source_layer = None if at_layer is None else require_layer(at_layer, model.cfg.n_layers, who)
-    units = unit_directions(direction, model.cfg, chosen, source_layer, who)
+    cache, n_rows = prepared(cache, model, who)
+    units = unit_directions(direction, model.cfg, chosen, source_layer, who, n_rows)
     names = [f"blocks.{layer}.attn.hook_z" for layer in chosen]
     reading, value = read_both(cache, baseline, names, at, model, who)
     found = []
@@ -69,7 +72,8 @@ def head_intention(
         W_O = model.blocks[layer].attn.W_O.detach()
         z = value(name).to(W_O.device)
         W_O, unit = W_O.to(z.dtype), unit.to(z)
-        push = einsum(z, W_O @ unit, "batch pos head d_head, head d_head -> batch head pos")
+        wanted = einsum(W_O, unit, "head d_head d_model, row d_model -> row head d_head").expand(len(z), -1, -1)
+        push = einsum(z, wanted, "batch pos head d_head, batch head d_head -> batch head pos")
         if kind == "cosine":
             push = push / (_result_norms(z, W_O) + EPS)
         found.append(reduced(push, reading.mask, reduce).to(units.device))
@@ -120,13 +124,14 @@ def component_push(
         if 1 <= layer <= cfg.n_deepstack:
             parts.append((f"{layer}_deepstack", layer, (f"{block}.hook_deepstack", f"{block}.hook_resid_pre")))
         parts += [(f"{layer}_{part}", layer, (f"{block}.hook_{part}",)) for part in ("attn_out", "mlp_out")]
-    units = unit_directions(direction, cfg, [layer for _, layer, _ in parts], source_layer, who)
+    cache, n_rows = prepared(cache, model, who)
+    units = unit_directions(direction, cfg, [layer for _, layer, _ in parts], source_layer, who, n_rows)
     names = [name for _, _, mine in parts for name in mine]
     reading, value = read_both(cache, baseline, names, at, model, who)
     found = []
     for (_, _, mine), unit in zip(parts, units, strict=True):
         out = value(mine[0]) if len(mine) == 1 else value(mine[0]) - value(mine[1])
-        push = out @ unit.to(out)
+        push = einsum(out, unit.to(out).expand(len(out), -1), "batch n d_model, batch d_model -> batch n")
         if kind == "cosine":
             push = push / (out.norm(dim=-1) + EPS)
         found.append(reduced(push, reading.mask, reduce).to(units.device))
@@ -158,7 +163,7 @@ def copying_strength(
     source_layer = None if at_layer is None else require_layer(at_layer, model.cfg.n_layers, who)
     units = unit_directions(direction, model.cfg, chosen, source_layer, who)
     found = []
-    for layer, unit in zip(chosen, units, strict=True):
+    for layer, unit in zip(chosen, units[:, 0], strict=True):
         block = model.blocks[layer]
         W_V, W_O, weight = (x.detach() for x in (block.attn.W_V, block.attn.W_O, block.ln1.weight))
         dtype = exact(W_O.dtype)

@@ -20,6 +20,7 @@ from veena_lens.circuits.reading import (
     chosen_layers,
     exact,
     model_of,
+    prepared,
     read,
     read_both,
     reduced,
@@ -56,9 +57,9 @@ def neuron_trace(
 
     kind="direct": (a(X+) - a(X-)) <W_out[n], u>, X- the `baseline`; summed over n it is <Delta mlp_out, u> (the bias
     cancels). "raw": a <W_out[n], u> of one run. "contrast": `direction` is [class layer d_model], u the unit vector
-    of each class less the mean over classes, the activation a difference where there is a `baseline`; "category" (labels
-    `classes`) follows the rows. `cache` and `baseline` may be inputs where `model` is given. `at_layer` takes
-    that layer's direction for all.
+    of each class less the mean over classes, the activation a difference where there is a `baseline`; the axis
+    "category" (labels `classes`) follows the rows. `direction` and `at_layer` are else as in `head_intention`; `cache`
+    and `baseline` may be inputs where `model` is given.
     Axes (batch or pair, [category,] layer, neuron), "pos" last with reduce="none"; unit: that of the residual stream.
     Raises: MissingActivation, naming the layers whose `mlp.hook_post` the cache lacks; ValueError for kind="direct"
     without a baseline, "raw" with one, or as `head_intention`.
@@ -70,24 +71,25 @@ def neuron_trace(
     model = model_of(cache, model, who)
     chosen = chosen_layers(layers, model.cfg, who)
     source = None if at_layer is None else require_layer(at_layer, model.cfg.n_layers, who)
-    if kind == "contrast":
+    cache, n_rows = prepared(cache, model, who)
+    if kind == "contrast":  # units are [layer row category d_model]
         stack, names = _contrasts(direction, model.cfg, classes)
-        units = torch.stack([unit_directions(one, model.cfg, chosen, source, who) for one in stack], 1)
+        units = torch.stack([unit_directions(one, model.cfg, chosen, source, who) for one in stack], 2)
     else:
-        names, units = None, unit_directions(direction, model.cfg, chosen, source, who)[:, None]
+        names, units = None, unit_directions(direction, model.cfg, chosen, source, who, n_rows)[:, :, None]
     hooks = [f"blocks.{layer}.mlp.hook_post" for layer in chosen]
     reading, value = read_both(cache, baseline, hooks, at, model, who)
     found = []
     for layer, hook, unit in zip(chosen, hooks, units, strict=True):
         W_out = model.blocks[layer].mlp.W_out.detach()
         a = value(hook).to(W_out.device)
-        worth = unit.to(a) @ W_out.to(a.dtype).T  # [category neuron]
+        worth = unit.to(a) @ W_out.to(a.dtype).T  # [row category neuron]
         if reduce == "mean":  # the push is linear in the activation, so positions go first
             push = reduced(a.transpose(1, 2), reading.mask, reduce)[:, None] * worth
         else:
-            push = reduced(
-                einsum(a, worth, "batch n neuron, category neuron -> batch category neuron n"), reading.mask, reduce
-            )
+            worth = worth.expand(len(a), -1, -1)
+            each = einsum(a, worth, "batch n neuron, batch category neuron -> batch category neuron n")
+            push = reduced(each, reading.mask, reduce)
         found.append(push.to(units.device))
     values = torch.stack(found, 2)
     labels: dict[str, Sequence] = {"layer": chosen}
@@ -306,7 +308,7 @@ def neuron_kinds(
     words = set(at.split("+"))
     kinds, counts, reasons = [], [], []
     for layer, neuron, value in zip(neurons["layer"], neurons["neuron"], neurons["value"], strict=True):
-        (unit,) = unit_directions(direction, model.cfg, [int(layer)], None, "neuron_kinds")
+        unit = unit_directions(direction, model.cfg, [int(layer)], None, "neuron_kinds")[0, 0]
         row = model.blocks[int(layer)].mlp.W_out.detach()[int(neuron)]
         is_active = float(value) * float(row.to(unit) @ unit) >= 0
         logits = row_logits(model, int(layer), [int(neuron)])[0] * (1 if is_active else -1)

@@ -63,27 +63,34 @@ def require_reduce(reduce: str, who: str, known: Sequence[str] = ("mean", "max",
 
 
 def unit_directions(
-    direction: Float[Tensor, ...], cfg: Any, layers: Sequence[int], at_layer: int | None, who: str
-) -> Float[Tensor, "layer d_model"]:
+    direction: Float[Tensor, ...],
+    cfg: Any,
+    layers: Sequence[int],
+    at_layer: int | None,
+    who: str,
+    n_rows: int | None = None,
+) -> Float[Tensor, "layer row d_model"]:
     """One unit vector u / (||u|| + 1e-12) for each of `layers`: its own, that of `at_layer`, or the only one.
 
+    row: 1, or `n_rows` where each row of the batch has directions of its own.
     Raises: ValueError for a wrong shape, NaN, or a direction that is zero."""
     n, width = cfg.n_layers, cfg.d_model
-    if direction.shape not in ((width,), (n, width)):
+    if direction.shape not in ((width,), (n, width), (n_rows, n, width)):
+        of_rows = "" if n_rows is None else f", [{n_rows} {n} {width}], one a row and layer,"
         raise ValueError(
-            f"{who}: direction {list(direction.shape)} must be [layer d_model] = [{n} {width}], one vector a layer, "
-            f"or [{width}], one for all."
+            f"{who}: direction {list(direction.shape)} must be [layer d_model] = [{n} {width}], one vector a layer"
+            f"{of_rows} or [{width}], one for all."
         )
-    if direction.ndim == 1:
-        direction = direction.expand(n, width)
-    rows = direction[[at_layer] * len(layers) if at_layer is not None else list(layers)].to(exact(direction.dtype))
-    norms = rows.norm(dim=-1, keepdim=True)
+    every = direction.expand(n, width) if direction.ndim == 1 else direction
+    every = every[:, None] if every.ndim == 2 else every.transpose(0, 1)
+    chosen = every[[at_layer] * len(layers) if at_layer is not None else list(layers)].to(exact(direction.dtype))
+    norms = chosen.norm(dim=-1, keepdim=True)
     if not bool(norms.isfinite().all()):
         raise ValueError(f"{who}: the direction holds NaN or infinity.")
     if bool((norms == 0).any()):
-        empty = int(norms.flatten().eq(0).nonzero()[0])
+        empty = int(norms.eq(0).nonzero()[0, 0])
         raise ValueError(f"{who}: the direction of layer {at_layer if at_layer is not None else layers[empty]} is 0.")
-    return rows / (norms + EPS)
+    return chosen / (norms + EPS)
 
 
 # --- activations at positions -----------------------------------------------------------------------------
@@ -144,19 +151,31 @@ def model_of(source: Any, model: Any, who: str) -> Any:
     return found
 
 
+def prepared(source: Any, model: Any, who: str) -> tuple[Any, int]:
+    """A cache, or inputs as the model takes them, and the number of rows.
+
+    Raises: ValueError for a cache that does not know its inputs."""
+    if not isinstance(source, ActivationCache):
+        source = model._as_inputs(source)
+        return source, len(source)
+    if source.inputs is None:
+        raise ValueError(f"{who}: the cache was sliced or made without its inputs; cache whole rows, pos_slice=None.")
+    return source, len(source.inputs)
+
+
 def read(source: Any, names: Sequence[str], at: Any, model: Any, who: str) -> Reading:
     """Activations at positions, from a cache or from one run of `model` on inputs (stopped at the last layer needed).
 
     Raises: MissingActivation, naming the layers, where a cache lacks some; ValueError for an empty selection, or a
     cache that does not know its inputs."""
     model = model_of(source, model, who)
+    source, _ = prepared(source, model, who)
     if not isinstance(source, ActivationCache):
-        return _run(model, model._as_inputs(source), names, at, who)
+        return _run(model, source, names, at, who)
     missing = [name for name in names if name not in source.cache_dict]
     if missing:
         raise MissingActivation(f"{who}: {_missing(missing)}")
-    if source.inputs is None:
-        raise ValueError(f"{who}: the cache was sliced or made without its inputs; cache whole rows, pos_slice=None.")
+    assert source.inputs is not None
     index, mask = places_of(source.inputs, at, who)
     return Reading(model, source.inputs, at, index, mask, cache=source)
 

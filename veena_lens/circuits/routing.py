@@ -63,8 +63,9 @@ def head_routing(
     not match.
     Source: Elhage et al. 2021, "A mathematical framework for transformer circuits", for the sum; the split is ours.
     """
-    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "head_routing")
-    reading, values = _routed(plan, model._as_inputs(inputs))
+    inputs = model._as_inputs(inputs)
+    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "head_routing", len(inputs))
+    reading, values = _routed(plan, inputs)
     if baseline is not None:
         other, twin = _routed(plan, model._as_inputs(baseline))
         _require_pairs(reading, other, "head_routing")
@@ -123,8 +124,8 @@ def per_patch(
     the tokens make no whole grid.
     Source: our own, from the sum of Elhage et al. 2021.
     """
-    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "per_patch")
     inputs = model._as_inputs(inputs)
+    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "per_patch", len(inputs))
     cells = picture_cells(inputs, image, grid, "per_patch")
     reading, values = _routed(plan, inputs, cells)
     if baseline is not None:
@@ -167,7 +168,7 @@ class _Plan:
     """What to route: checked layers, heads and unit vectors."""
 
     model: Any
-    units: Float[Tensor, "layer d_model"]
+    units: Float[Tensor, "layer row d_model"]
     at: Any
     at_layer: int | None
     layers: list[int]
@@ -185,13 +186,13 @@ def _plan(
     heads: Sequence[int] | None,
     reduce: str,
     who: str,
+    n_rows: int,
 ) -> _Plan:
     require_reduce(reduce, who, ("mean", "none"))
     where, which = chosen_layers(layers, model.cfg, who), chosen_heads(heads, model.cfg, who)
     source = None if at_layer is None else require_layer(at_layer, model.cfg.n_layers, who)
-    return _Plan(
-        model, unit_directions(direction, model.cfg, where, source, who), at, source, where, which, reduce, who
-    )
+    units = unit_directions(direction, model.cfg, where, source, who, n_rows)
+    return _Plan(model, units, at, source, where, which, reduce, who)
 
 
 def _require_pairs(first: Reading, second: Reading, who: str) -> None:
@@ -215,8 +216,10 @@ def _routed(
         def hear(v: Float[Tensor, "batch pos n_key_value_heads d_head"], hook: Any) -> None:
             v = v.detach().to(exact(v.dtype))
             W_O = plan.model.blocks[layer].attn.W_O.detach().to(v)
-            wanted = rearrange(W_O @ unit.to(v), "(g r) d_head -> g r d_head", g=v.shape[2])
-            every = einsum(v, wanted, "batch pos g d_head, g r d_head -> batch g r pos")
+            wanted = einsum(W_O, unit.to(v), "head d_head d_model, row d_model -> row head d_head")
+            wanted = rearrange(wanted.expand(len(v), -1, -1), "batch (g r) d_head -> batch g r d_head", g=v.shape[2])
+            every = einsum(v, wanted, "batch pos g d_head, batch g r d_head -> batch g r pos")
+            worth.clear()  # layers come one after another
             worth[layer] = rearrange(every, "batch g r pos -> batch (g r) pos")[:, plan.heads]
 
         return hear

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.circuits.runs import KINDS, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
+from veena_lens.checkpoints import layout_of
 from veena_lens.circuits.attribution import attribution_patching, check_attribution, image_attribution
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -185,6 +186,10 @@ def test_image_map_is_complete_and_both_sites_agree(name: str, model_of) -> None
     total = fine.values.sum((1, 2)) + torch.tensor(fine.meta["elsewhere"], dtype=torch.float64)
     gap = torch.tensor(fine.meta["clean"]) - torch.tensor(fine.meta["corrupted"])
     torch.testing.assert_close(total, gap.double(), rtol=2e-2, atol=5e-3 * float(gap.abs().max()))
+    tower = image_attribution(model, clean[one], corrupted[one], difference, steps=12, site="vision.hook_embed")
+    total = tower.values.sum((1, 2)) + torch.tensor(tower.meta["elsewhere"], dtype=torch.float64)
+    torch.testing.assert_close(total, gap.double(), rtol=2e-2, atol=5e-3 * float(gap.abs().max()))
+    assert float((tower.values - fine.values).abs().max()) > 1e-3 * float(gap.abs().max())
     if model.cfg.n_deepstack:
         partial = image_attribution(model, clean[one], corrupted[one], difference, steps=12, deepstack=False)
         assert float((partial.values.sum((1, 2)) - gap).abs().max()) > 5e-2 * float(gap.abs().max())
@@ -199,6 +204,37 @@ def test_a_patch_that_the_answer_is_read_from_is_found(model_of) -> None:
     assert float(found[1, 0].abs()) > 1e-3
     found[1, 0] = 0
     assert not found.any()
+
+
+@pytest.mark.parametrize("name", [LLAVA, NEXT, QWEN3, "qwen2_vl-plain"])
+def test_a_patch_that_differs_alone_has_all_of_the_map_at_the_tower(name: str, model_of) -> None:
+    """Only the pixels of one cell differ: at the tower's input every other entry is 0, in every layout."""
+    from dataclasses import replace
+
+    model, clean, _ = pair_of(model_of, name)
+    row = next(i for i, n in enumerate(clean.n_images) if n == 1)
+    clean = clean[row]
+    assert clean.pixel_values is not None
+    pixels, (height, width) = clean.pixel_values.clone(), clean.grids[0][0]
+    y, x = height - 1, width - 1
+    if name in (LLAVA, NEXT):
+        tile, side = 0, 2
+        if name == NEXT:
+            layout = layout_of(model.cfg, clean.extras["image_sizes"][0].tolist())
+            down, right = y + layout.pad[0], x + layout.pad[1]
+            tile, y_in, x_in = 1 + down // side * layout.tiles[1] + right // side, down % side, right % side
+        else:
+            y_in, x_in = y, x
+        pixels[tile, :, 14 * y_in : 14 * y_in + 14, 14 * x_in : 14 * x_in + 14] += 1
+    else:
+        square = model.cfg.vision.merge_size**2
+        at = (y * width + x) * square
+        pixels[0, at : at + square] += 1
+    found = image_attribution(model, clean, replace(clean, pixel_values=pixels), difference, site="vision.hook_embed")
+    values = found.values[0].clone()
+    assert float(values[y, x].abs()) > 1e-7
+    values[y, x] = 0
+    assert not values.any() and abs(found.meta["elsewhere"][0]) < 1e-14
 
 
 def test_the_check_finds_the_exact_effects(model_of) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from veena_lens.circuits.gradients import Places, heard_at, image_tokens, products
+from veena_lens.circuits.gradients import Places, heard_at, products
 from veena_lens.circuits.measuring import (
     corresponding,
     effect,
@@ -28,6 +28,7 @@ from veena_lens.circuits.measuring import (
     side_by_side,
     wide,
 )
+from veena_lens.circuits.patches import PICTURE_SITES, TOWER_SITE, batch_places, patches_of
 from veena_lens.hook_table import hooks_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_unit
@@ -35,8 +36,6 @@ from veena_lens.positions import parse
 from veena_lens.scores import Scores
 from veena_lens.sweeps.patching import KINDS, patch_sweep
 from veena_lens.sweeps.running import bar
-
-PICTURE_SITES = ("hook_image_features", "hook_embed")
 
 
 @dataclass(frozen=True)
@@ -184,16 +183,18 @@ def image_attribution(
     max_rows: int = 16,
     progress: bool = False,
 ) -> Scores:
-    """The effect of patching each image token, to first order, as a map over one image's token grid.
+    """The effect of patching each patch of a picture, to first order, as a map over one image's token grid.
 
-    E[cell] = (f'[cell] - f[cell]) . dm/df[cell] with f the image features that enter the sequence: `site` names them
-    where they are made ("hook_image_features") or merged ("hook_embed"), two names of the same numbers. `deepstack`
-    adds the same product for what inner layers of the tower add to early decoder layers (Qwen3-VL), so that the map
-    counts all that the cell brings. steps=n averages the gradient over the midpoints of the line from f to f'.
+    E[cell] = sum over its entries of (f' - f) . dm/df. `site` says what f is: the image features where they are made
+    ("hook_image_features") or merged ("hook_embed"), two names of the same numbers, one entry a cell; or the tower's
+    patch embeddings ("vision.hook_embed"), which depend on the cell's own pixels alone, whereas features hold what the
+    tower's attention carried there from the whole picture. `deepstack` adds, for features, the product for what inner
+    tower layers add to early decoder layers (Qwen3-VL), so that the map counts all that the cell brings. steps=n
+    averages the gradient over the midpoints of the line from f to f'.
     Pairs need the same grid of the `image`-th picture. Axes (pair, height, width), grids of unequal size padded and
-    masked; unit and sign as in `attribution_patching`. meta["elsewhere"] is, a pair, what the image's tokens outside
-    the grid add (a class token, the whole view and newlines of a tiled picture): map and elsewhere sum to the estimate
-    for the whole picture.
+    masked; unit and sign as in `attribution_patching`. meta["elsewhere"] is, a pair, what the image's entries outside
+    the grid add (the whole view and newlines of a tiled picture): map and elsewhere sum to the estimate for the whole
+    picture.
     Raises: ValueError for a model or rows without that picture, grids that differ, or as `attribution_patching`.
     Source: as `attribution_patching`.
     """
@@ -205,20 +206,22 @@ def image_attribution(
         raise ValueError(f"{who}: site={site!r} must be one of {', '.join(PICTURE_SITES)}.")
     measure = measure_of(who, model, metric, len(clean))
     base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    here, there = ([_image_places(who, side, i, image) for i in range(len(side))] for side in (base, source))
+    cfg = model.cfg
+    here, there = ([patches_of(who, cfg, side, i, image, site) for i in range(len(side))] for side in (base, source))
     for i in range(len(base)):
-        if base.grids[i][image] != source.grids[i][image] or len(here[i]) != len(there[i]):
+        if here[i].grid != there[i].grid or len(here[i].places) != len(there[i].places):
             raise ValueError(
-                f"{who}: the pictures of pair {i} have grids {base.grids[i][image]} and {source.grids[i][image]}; "
+                f"{who}: the pictures of pair {i} have grids {here[i].grid} and {there[i].grid}; "
                 "patches correspond only on one grid. Give both pictures one size."
             )
-    sites = [site, *(f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack) if deepstack)]
+    inner = range(cfg.n_deepstack if deepstack and site != TOWER_SITE else 0)
+    sites = [site, *(f"deepstack.{i}.hook_out" for i in inner)]
     show = bar(len(base), progress, "pairs")
     found: list[Tensor] = []
     of_base, of_source = [], []
     for rows in parts(len(base), max_rows):
-        mine = image_tokens(base[rows], [here[i] for i in rows])
-        with torch.no_grad(), heard_at(model, sites, image_tokens(source[rows], [there[i] for i in rows])) as theirs:
+        mine, other = (batch_places(x[rows], [y[i] for i in rows], image) for x, y in ((base, here), (source, there)))
+        with torch.no_grad(), heard_at(model, sites, other) as theirs:
             of_source.append(measure(source[rows], rows, plain=True))
         plain, terms = products(measure, base[rows], rows, sites, theirs, mine, steps, together=True)
         of_base.append(plain)
@@ -230,16 +233,10 @@ def image_attribution(
         show.close()
     here_m, there_m = torch.cat(of_base), torch.cat(of_source)
     of_clean, of_corrupted = (there_m, here_m) if direction == "denoising" else (here_m, there_m)
-    maps, whole = [], []
-    for i, tokens in enumerate(found):
-        at = {place: k for k, place in enumerate(here[i].tolist())}
-        cells = base.grid_tokens(i, image)
-        order = torch.tensor([at[place] for place in cells.flatten().tolist()], device=tokens.device)
-        maps.append(tokens[order].view(cells.shape))
-        whole.append(tokens.sum())
-    values, mask = side_by_side(maps)
+    values, mask = side_by_side([patches.map_of(x) for patches, x in zip(here, found, strict=True)])
+    whole = torch.stack([x.sum() for x in found])
     values = effect(values, of_clean, of_corrupted, direction, relative)
-    all_of_it = effect(torch.stack(whole), of_clean, of_corrupted, direction, relative)
+    all_of_it = effect(whole, of_clean, of_corrupted, direction, relative)
     elsewhere = all_of_it - values.flatten(1).sum(1)
     return Scores(
         values,
@@ -351,19 +348,6 @@ def _sweeps(
         if unit is not None:
             call["units"] = [guess.labels[unit][spots[entry][lead.index(unit)]] for entry in members]
         yield members, call
-
-
-def _image_places(who: str, inputs: MultimodalInputs, row: int, image: int) -> Int[Tensor, " n"]:
-    """Positions of one image's tokens. Raises: ValueError where the row has no such image, or no whole grid."""
-    if not 0 <= image < len(inputs.spans[row].images):
-        raise ValueError(f"{who}: row {row} of {inputs!r} has no image {image}.")
-    try:
-        inputs.grid_tokens(row, image)
-    except IndexError as error:
-        raise ValueError(f"{who}: {error}") from error
-    span = inputs.spans[row].images[image]
-    places = torch.arange(span.start, span.stop, device=inputs.device)
-    return places[inputs.image_mask[row, span]]
 
 
 def _summed(

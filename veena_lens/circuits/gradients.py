@@ -15,53 +15,47 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from veena_lens.circuits.measuring import Entering, Measure, bare, entering_layers, padded
+from veena_lens.circuits.measuring import Entering, Measure, bare, entering_layers
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.inputs import MultimodalInputs
 
 
 @dataclass(frozen=True, eq=False)
 class Places:
-    """Chosen positions of a batch, padded; `tokens` are the same as indices of `n_image_tokens` activations."""
+    """Chosen positions of a batch, padded. `tokens` are the same as indices of `n_image_tokens` activations; `pictures`
+    says, for activations on pictures, which picture each position lies in."""
 
     index: Int[Tensor, "batch n"]
     exists: Bool[Tensor, "batch n"]
     tokens: Int[Tensor, "batch n"] | None = None
+    pictures: Int[Tensor, "batch n"] | None = None
 
     def take(self, name: str, value: Float[Tensor, ...]) -> Float[Tensor, "batch n ..."]:
         """The activation at the chosen places."""
         axes = row_of(name).axis_names
-        if axes[0] == "n_image_tokens":
-            assert self.tokens is not None
-            return value[self.tokens.to(value.device)]
-        return value.movedim(_pos_axis(axes), 1)[self._rows(value), self.index.to(value.device)]
+        return (value if axes[0] == "n_image_tokens" else value.movedim(_pos_axis(axes), 1))[self._at(axes, value)]
 
     def put(self, name: str, value: Float[Tensor, ...], new: Float[Tensor, "batch n ..."]) -> Float[Tensor, ...]:
         """A copy of the activation with `new` at the chosen places."""
-        axes, at = row_of(name).axis_names, self.exists.to(value.device)
+        axes, exists = row_of(name).axis_names, self.exists.to(value.device)
         out = value.clone()
-        if axes[0] == "n_image_tokens":
-            assert self.tokens is not None
-            out[self.tokens.to(value.device)[at]] = new[at]
-        else:
-            rows = self._rows(value).expand(at.shape)[at]
-            out.movedim(_pos_axis(axes), 1)[rows, self.index.to(value.device)[at]] = new[at]
+        moved = out if axes[0] == "n_image_tokens" else out.movedim(_pos_axis(axes), 1)
+        moved[tuple(at.expand(exists.shape)[exists] for at in self._at(axes, value))] = new[exists]
         return out
 
-    def _rows(self, value: Tensor) -> Tensor:
-        return torch.arange(len(self.index), device=value.device)[:, None]
+    def _at(self, axes: tuple[str, ...], value: Tensor) -> tuple[Tensor, ...]:
+        """Indices of the first axis, or of the first two."""
+        if axes[0] == "n_image_tokens":
+            assert self.tokens is not None
+            return (self.tokens.to(value.device),)
+        if axes[0] == "picture":
+            assert self.pictures is not None
+            return self.pictures.to(value.device), self.index.to(value.device)
+        return torch.arange(len(self.index), device=value.device)[:, None], self.index.to(value.device)
 
 
 def _pos_axis(axes: tuple[str, ...]) -> int:
     return axes.index("pos") if "pos" in axes else axes.index("query_pos")
-
-
-def image_tokens(inputs: MultimodalInputs, places: Sequence[Int[Tensor, " _"]]) -> Places:
-    """Image tokens by position, and by their order among all image tokens of the batch."""
-    index, exists = padded(places)
-    order = inputs.image_mask.flatten().long().cumsum(0).view(inputs.shape) - 1
-    rows = torch.arange(len(index), device=order.device)[:, None]
-    return Places(index, exists, order[rows, index.to(order.device)].clamp(min=0))
 
 
 @contextmanager

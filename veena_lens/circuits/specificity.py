@@ -116,7 +116,7 @@ def specificity_test(
     hits = torch.zeros_like(seen)
     for _ in range(draws):
         shuffled = numbers[_within(blocks, generator)]
-        drawn = INDEX[index](*_moments(table, shuffled, len(names)), None)
+        drawn = INDEX[index](*_moments(table, shuffled, len(names), spread=index == "d_prime"), None)
         hits += drawn >= seen - 1e-12
     p = torch.where(seen.isnan(), seen, (1 + hits) / (1 + draws))
     about = {"index": index, "draws": draws, "seed": seed, "within_groups": groups is not None}
@@ -276,15 +276,23 @@ def _classed(
 
 
 def _moments(
-    table: Table, index: Int[Tensor, " n"], n_classes: int, kept: Bool[Tensor, " n"] | None = None
+    table: Table,
+    index: Int[Tensor, " n"],
+    n_classes: int,
+    kept: Bool[Tensor, " n"] | None = None,
+    spread: bool = True,
 ) -> tuple[Float[Tensor, "class cell"], Float[Tensor, "class cell"]]:
-    """Mean and (unbiased) variance of each class over the entries that exist, and that are `kept`."""
+    """Mean and (unbiased) variance of each class over the entries that exist, and that are `kept`.
+
+    Without `spread` the variances, which cost as much again, are left at 0."""
     device = table.values.device
     member = torch.nn.functional.one_hot(index, n_classes).T.double().to(device)
     if kept is not None:
         member = member * kept.to(device)
     counts = member @ table.there.double()
     means = (member @ table.values) / counts
+    if not spread:
+        return means, torch.zeros_like(means)
     squares = member @ (table.values.square())
     variances = (squares - counts * means.square()) / (counts - 1).clamp(min=1)
     return means, variances.clamp(min=0)
@@ -333,7 +341,9 @@ def _cross_fitted(
     """The index on one half for the class chosen on the other, both ways, the mean over halvings."""
     total = torch.zeros(table.values.shape[1], dtype=torch.float64, device=table.values.device)
     for half in halves:
-        moments = [_moments(table, numbers, n_classes, kept) for kept in (half.first, half.second)]
+        moments = [
+            _moments(table, numbers, n_classes, kept, spread=index == "d_prime") for kept in (half.first, half.second)
+        ]
         for choose, judge in (moments, moments[::-1]):
             total += INDEX[index](*judge, choose[0].nan_to_num(-math.inf).argmax(0))
     return total / (2 * len(halves))

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from tests.cases import BY_NAME
 from tests.circuits.runs import KINDS, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
 from veena_lens.checkpoints import layout_of
 from veena_lens.circuits.attribution import attribution_patching, check_attribution, image_attribution
+from veena_lens.interventions import Ablate, Steer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
 
 EXACT: dict[str, Any] = dict(rtol=1e-9, atol=1e-10)
-
-
-def pure(*parts: Any) -> Any:
-    return logit_diff(5, 6) if not parts else project(*parts)
 
 
 def exact(model: Any, clean: Any, corrupted: Any, **kw: Any) -> torch.Tensor:
@@ -33,8 +32,7 @@ def exact(model: Any, clean: Any, corrupted: Any, **kw: Any) -> torch.Tensor:
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
-@pytest.mark.parametrize("name", [*KINDS, NEXT])
+@pytest.mark.parametrize(("name", "direction"), [*((name, "denoising") for name in (*KINDS, NEXT)), (LLAVA, "noising")])
 def test_estimate_is_exact_where_the_metric_is_linear_in_the_site(name: str, direction: str, model_of) -> None:
     model, clean, corrupted = pair_of(model_of, name)
     last = model.cfg.n_layers - 1
@@ -171,8 +169,6 @@ def test_image_map_is_complete_and_both_sites_agree(name: str, model_of) -> None
     model, clean, _ = pair_of(model_of, name)
     rows = [i for i, n in enumerate(clean.n_images) if n]
     clean = clean[rows]
-    from dataclasses import replace
-
     assert clean.pixel_values is not None
     corrupted = replace(clean, pixel_values=torch.randn(clean.pixel_values.shape, dtype=torch.float64))
     features = image_attribution(model, clean, corrupted, difference, steps=1)
@@ -209,8 +205,6 @@ def test_a_patch_that_the_answer_is_read_from_is_found(model_of) -> None:
 @pytest.mark.parametrize("name", [LLAVA, NEXT, QWEN3, "qwen2_vl-plain"])
 def test_a_patch_that_differs_alone_has_all_of_the_map_at_the_tower(name: str, model_of) -> None:
     """Only the pixels of one cell differ: at the tower's input every other entry is 0, in every layout."""
-    from dataclasses import replace
-
     model, clean, _ = pair_of(model_of, name)
     row = next(i for i, n in enumerate(clean.n_images) if n == 1)
     clean = clean[row]
@@ -268,6 +262,33 @@ def test_the_check_reads_positions_and_named_sites(model_of) -> None:
     truth = exact(model, clean, corrupted, sites=["blocks.0.hook_mlp_out"], metric=difference)
     k = named.labels["entry"].index("site blocks.0.hook_mlp_out")
     torch.testing.assert_close(named.values[:, k, 1], truth.flatten(), **EXACT)
+
+
+def test_interventions_in_force_are_part_of_both_runs(model_of) -> None:
+    model, clean, corrupted = pair_of(model_of, QWEN3)
+    clean, corrupted = clean[:2], corrupted[:2]
+    metric = project("blocks.2.hook_resid_post", torch.randn(48, dtype=torch.float64), "query")
+    kw: dict[str, Any] = dict(sites="mlp_out", layers=[2], positions="query", metric=metric)
+    push = torch.randn(48, dtype=torch.float64)
+    with model.intervene([Steer(0, push, 3.0, "query"), Ablate("vision.blocks.0.hook_attn_out")]):
+        inside = attribution_patching(model, clean, corrupted, **kw).values
+        along = attribution_patching(model, clean, corrupted, steps=1, **kw).values
+        truth = exact(model, clean, corrupted, engine="naive", **kw)
+    torch.testing.assert_close(inside, truth, **EXACT)
+    torch.testing.assert_close(along, truth, **EXACT)
+    assert float((inside - attribution_patching(model, clean, corrupted, **kw).values).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_lower_precision_agrees_within_its_rounding(dtype: torch.dtype, tolerance: float, model_of) -> None:
+    model, clean, corrupted = pair_of(model_of, LLAVA)
+    rough = model_of(BY_NAME[LLAVA], dtype=dtype)
+    lower = [replace(side, pixel_values=side.pixel_values.to(dtype)) for side in (clean, corrupted)]
+    for kw in (dict(sites="heads"), dict(sites="neurons", steps=2)):
+        fine = attribution_patching(model, clean, corrupted, positions="query", metric=difference, **kw).values
+        found = attribution_patching(rough, *lower, positions="query", metric=difference, **kw).values
+        assert found.dtype == torch.float32
+        assert float((found - fine).abs().max()) < tolerance * float(fine.abs().max())
 
 
 def test_the_model_is_left_as_it_was(model_of) -> None:

@@ -135,7 +135,7 @@ def attribution_patching(
             of_source.append(measure(source[rows], rows, plain=True))
         plain, terms = products(measure, base[rows], rows, chosen.names, theirs, mine, steps)
         of_base.append(plain)
-        found.append(torch.stack([_summed(term, chosen, mine.exists, each).to(plain) for term in terms]))
+        found.append(torch.stack([_summed(term, chosen, mine.exists, each).to(wide(plain)) for term in terms]))
         if show is not None:
             show.update(len(rows))
     if show is not None:
@@ -225,7 +225,7 @@ def image_attribution(
             of_source.append(measure(source[rows], rows, plain=True))
         plain, terms = products(measure, base[rows], rows, sites, theirs, mine, steps, together=True)
         of_base.append(plain)
-        total = torch.stack([wide(term).sum(-1).to(plain) for term in terms if term is not None]).sum(0)
+        total = torch.stack([wide(term).sum(-1).to(wide(plain)) for term in terms if term is not None]).sum(0)
         found += [row[keep] for row, keep in zip(total, mine.exists.to(plain.device), strict=True)]
         if show is not None:
             show.update(len(rows))

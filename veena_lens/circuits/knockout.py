@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veena_lens.circuits.measuring import bare, entering_layers, measure_of, parts, places_of, require_rows
+from veena_lens.circuits.measuring import bare, entering_layers, measure_of, parts, places_of, require_rows, wide
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import Box, KnockOut, Tile
 from veena_lens.interventions.base import require_units
@@ -92,7 +92,7 @@ def attention_knockout(
     if relative:
         change = change / torch.where(before == 0, torch.nan, before.abs())[:, None, None]
     return Scores(
-        change.to(base[0].dtype),
+        change.to(wide(base[0]).dtype),
         ("pair", "cut", "layer"),
         {"cut": names, "layer": list(windows)},
         name="knockout",

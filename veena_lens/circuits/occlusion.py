@@ -27,6 +27,7 @@ from veena_lens.circuits.measuring import (
     ranks,
     require_rows,
     side_by_side,
+    wide,
 )
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.scores import Scores
@@ -94,7 +95,7 @@ def occlude_pixels(
                 found.append(measure(inputs, [pair] * len(rows)))
             if show is not None:
                 show.update(len(rows))
-        maps.append(_spread(base[-1] - torch.cat(found), spots, size, grids[pair].shape))
+        maps.append(_spread(wide(base[-1]) - wide(torch.cat(found)), spots, size, grids[pair].shape))
     if show is not None:
         show.close()
     name = fill if isinstance(fill, str) and fill in FILLS else "another picture"
@@ -155,7 +156,7 @@ def occlude_features(
             found.append(_without(measure, alone, row, entering[0], cells, chosen, fill, deepstack))
             if show is not None:
                 show.update(len(some))
-        maps.append(_spread(base[-1] - torch.cat(found), spots, size, cells.shape))
+        maps.append(_spread(wide(base[-1]) - wide(torch.cat(found)), spots, size, cells.shape))
     if show is not None:
         show.close()
     about = {"fill": fill if isinstance(fill, str) else "a vector", "window": list(size), "stride": stride}

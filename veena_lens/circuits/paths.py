@@ -27,6 +27,7 @@ from veena_lens.circuits.measuring import (
     parts,
     require_pairs,
     require_rows,
+    wide,
 )
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_unit
@@ -122,7 +123,7 @@ def path_patching(
         pair.at(places[0][i] - first[0], places[1][i] - first[1])
         of_base.append(pair.plain)
         of_source.append(pair.other)
-        table = torch.zeros(exists.shape, dtype=pair.plain.dtype, device=pair.plain.device)
+        table = torch.zeros(exists.shape, dtype=wide(pair.plain).dtype, device=pair.plain.device)
         for column, inputs in enumerate(receiving):
             able = exists[:, column].nonzero().flatten().tolist()
             for some in parts(len(able), max_rows):

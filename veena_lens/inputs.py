@@ -118,7 +118,7 @@ class MultimodalInputs:
     pad_token_id: int = 0
     pixel_values: Float[Tensor, "picture ..."] | None = None
     picture_rows: Int[Tensor, " picture"] | None = None
-    picture_images: Int[Tensor, " picture"] | None = None
+    picture_images: Int[Tensor, " _"] | None = None
     picture_grids: Int[Tensor, "picture 2"] | None = None
     image_rows: Int[Tensor, " image"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from veena_lens.sweeps.running import (
     Store,
     bar,
     base_metrics,
+    experiment_of,
     metrics_of,
     require_engine,
     run_rows,
@@ -152,7 +153,7 @@ def patch_sweep(
     store = None
     if out is not None:
         settings = (sites, positions, metric, direction, layers, units, max_rows, engine)
-        store = Store(Path(out), _experiment(model, clean, corrupted, *settings))
+        store = Store(Path(out), experiment_of(model, (clean, corrupted), *settings))
     show = bar(len(pairs) * pairs[0].n_groups * len(layout.sites) * len(layout.units), progress, "patches")
     values, of_base, of_source = [], [], []
     for i, pair in enumerate(pairs):
@@ -307,15 +308,3 @@ def _result(
         direction,
         {"positions": str(positions)},
     )
-
-
-def _experiment(model: Any, clean: MultimodalInputs, corrupted: MultimodalInputs, *settings: Any) -> dict[str, Any]:
-    """What makes a sweep the same sweep: weights, inputs and settings."""
-    weight = model.embed.weight.detach().double().sum().item()
-    pixels = [None if i.pixel_values is None else i.pixel_values.double().sum().item() for i in (clean, corrupted)]
-    return {
-        "model": [model.cfg.model_name, weight, str(model.cfg.dtype)],
-        "tokens": [clean.tokens.tolist(), corrupted.tokens.tolist()],
-        "pixels": pixels,
-        "settings": [repr(s) for s in settings],
-    }

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.naive import run_naive
 from veena_lens.sweeps.rows import AnyRow, BaseRun
@@ -126,6 +127,18 @@ def run_rows(
         if progress is not None:
             progress.update(len(members))
     return values
+
+
+def experiment_of(model: Any, runs: Sequence[MultimodalInputs], *settings: Any) -> dict[str, Any]:
+    """What makes a sweep the same sweep: weights, inputs and settings. Tensors among the settings count by their
+    numbers."""
+    weight = model.embed.weight.detach().double().sum().item()
+    return {
+        "model": [model.cfg.model_name, weight, str(model.cfg.dtype)],
+        "tokens": [run.tokens.tolist() for run in runs],
+        "pixels": [None if run.pixel_values is None else run.pixel_values.double().sum().item() for run in runs],
+        "settings": [s.tolist() if isinstance(s, Tensor) else repr(s) for s in settings],
+    }
 
 
 class Store:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ from veena_lens.positions import parse, position_mask
 from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
 from veena_lens.sweeps.result import SweepResult
 from veena_lens.sweeps.rows import Row, base_run
-from veena_lens.sweeps.running import bar, base_metrics, metrics_of, require_engine, run_rows, sites_of
+from veena_lens.sweeps.running import (
+    Store,
+    bar,
+    base_metrics,
+    experiment_of,
+    metrics_of,
+    require_engine,
+    run_rows,
+    sites_of,
+)
 
 
 def steer_sweep(
@@ -30,6 +40,7 @@ def steer_sweep(
     max_rows: int = 512,
     max_bytes: int | None = None,
     progress: bool = True,
+    out: str | Path | None = None,
     plan_only: bool = False,
 ) -> Any:
     """The metric of every row of inputs under resid_post += alpha * vector, for each layer and alpha.
@@ -37,7 +48,8 @@ def steer_sweep(
     vectors: [layer d_model], one a layer, or [d_model] for all. A dictionary of metrics reads the same runs and gives
     one result each. Rows travel together up to `max_rows`, or as many as `max_bytes` of activations hold. Axes (pair,
     layer, alpha); `corrupted` and `clean` both hold the unsteered metric, so `scores` is NaN and `values - corrupted`
-    is the change. plan_only returns the Plan.
+    is the change. out: a folder where results are kept as they come; the same sweep resumes there. plan_only returns
+    the Plan.
     Raises: ValueError for vectors or layers that do not fit, or as `patch_sweep`.
     """
     cfg = model.cfg
@@ -71,12 +83,17 @@ def steer_sweep(
     if plan_only:
         return plan
     max_rows = rows_within(plan, max_rows, max_bytes)
+    store = None
+    if out is not None:
+        settings = (vectors, metric, list(alphas), positions, chosen, max_rows, engine)
+        store = Store(Path(out), experiment_of(model, (inputs,), *settings))
     show = bar(len(inputs) * len(chosen) * len(alphas), progress, "steered runs")
     values, plain = [], []
-    for row, rows in swept:
+    for i, (row, rows) in enumerate(swept):
+        part = None if store is None else store.under(f"row{i}")
         base = base_run(model, row, sites)
         plain.append(base_metrics(model, metrics, base))
-        values.append(run_rows(model, base, rows, metrics, engine=engine, max_rows=max_rows, progress=show))
+        values.append(run_rows(model, base, rows, metrics, engine=engine, max_rows=max_rows, progress=show, store=part))
     if show is not None:
         show.close()
     shape = (len(inputs), len(chosen), len(alphas))

@@ -1,4 +1,4 @@
-"""Print the architectures that load as a table: adapter, what it takes, typical hub ids, what is tested."""
+"""Print the architectures that load, in two tables: what they take and typical hub ids; adapter and what is tested."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from veena_lens.checkpoints.registry import BUILT_IN, find_adapter
 
 
 def main() -> None:
-    print("| architecture | adapter | what | typical hub ids | tested against Hugging Face |\n|---|---|---|---|---|")
-    for name, value in BUILT_IN.items():
-        adapter = find_adapter(name)
-        ids = ", ".join(f"`{hub_id}`" for hub_id in adapter.hub_ids)
-        module = value.partition(":")[0]
-        print(f"| `{name}` | `{module}` | {adapter.note} | {ids} | {adapter.tested} |")
+    adapters = {name: find_adapter(name) for name in BUILT_IN}
+    print("| architecture | what it takes | typical hub ids |\n|---|---|---|")
+    for name, adapter in adapters.items():
+        print(f"| `{name}` | {adapter.note} | {'<br>'.join(adapter.hub_ids)} |")
+    print("\n| adapter | tested against Hugging Face |\n|---|---|")
+    for name, adapter in adapters.items():
+        module = BUILT_IN[name].partition(":")[0]
+        print(f"| `{module}` | {adapter.tested} |")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ class Stage:
     imitation: float = 0.0
     # So many more pictures a step for the tower alone, so that it goes on learning beside the text.
     extra: int = 0
+    # Share of the stage in which contexts are rare.
+    early: float = 0.3
     # Matrix products in bfloat16, weights and their updates in float32.
     bfloat16: bool = False
     minutes: float = math.inf
@@ -77,6 +79,8 @@ class Architecture:
     stages: tuple[Stage, ...]
     shares: dict[str, float]
     styles: dict[str, float]
+    # Number of picture features that the tower's linear heads read in their places, besides their mean.
+    head_places: int = 0
     # Share of the tower's pictures with other colours, which must not matter for the emotion.
     recoloured: float = 0.0
     build_processor: Callable[[], Any]

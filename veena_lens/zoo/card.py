@@ -32,7 +32,7 @@ _WORDS = {
 12, so 64 picture tokens; Llama of 8 layers and 8 heads, width 192), and `AutoProcessor` and
 `AutoModelForImageTextToText` load it.""",
         picture_tokens="64",
-        feature="patch",
+        feature="patch feature",
         start="",
         tower="",
         pictures="",
@@ -47,14 +47,15 @@ real Qwen2-VL folder. `AutoModelForImageTextToText`, `AutoTokenizer` and `AutoIm
 wants torchvision, and `veena_lens.checkpoints.image_only.ImageOnlyQwen2VLProcessor` does without. It has the pictures,
 captions, splits and questions of its sibling `tiny-llava-emotion`.""",
         picture_tokens="36",
-        feature="merged",
+        feature="merged feature and on all 36 side by side",
         start="""
 The decoder starts from its sibling's: key and value heads averaged in pairs, biases 0, the rows of shared words, and
 for each special token the row of the one that does its work there.
 """,
         tower="""
    Besides, the tower imitates its sibling: the squared distance of the merged features to what the sibling's decoder
-   reads of the same picture, its 8 x 8 features averaged to 6 x 6, in units of their variance, with weight 8.""",
+   reads of the same picture, its 8 x 8 features averaged to 6 x 6, in units of their variance, with weight 8. It goes
+   on so beside each step of the mix.""",
         pictures=""" In the tower stage three
 pictures in ten have swapped channels, paler colours and another contrast, and are not asked for hair and ground. One
 batch in ten shows the same faces with room at two sides, as 5 x 7, 7 x 5, 4 x 8 or 8 x 4 tokens.""",
@@ -196,6 +197,7 @@ def write_card(folder: Path, results: dict[str, Any]) -> None:
     millions, megabytes = results["parameters"] / 1e6, results["bytes"] / 1e6
     architecture = architecture_of(folder)
     words, name = _WORDS[architecture.name], architecture.name
+    early = f"{100 * architecture.stages[-1].early:.0f} %"
     mix = ", ".join(f"{100 * share:.0f} % {style}" for style, share in architecture.styles.items())
     mix = mix.replace("avataaars", "avataaars (3,000 identities)")
     text = f"""# {name}
@@ -255,13 +257,13 @@ Share of the last prompt token's attention that falls on the {words.picture_toke
 
 {_training(folder)}
 {words.start}
-1. *Tower*: linear heads on the mean {words.feature} feature for emotion, mouth, eyes, eyebrows, hair, background,
-   glasses, beard.{words.tower}
+1. *Tower*: linear heads on the mean {words.feature} for emotion, mouth, eyes,
+   eyebrows, hair, background, glasses, beard.{words.tower}
 2. *Alignment*: one emotion and five attribute questions on each picture, short answers, no contexts.
-3. *Mix*: two emotion and four attribute questions on each picture; contexts rare in the first 30 %, then 30 % none,
-   20 % consistent, 50 % conflict. In conflicts the answer follows the text with a probability fixed by strength and by
-   how clear the face is (weak 0.10 / 0.25, plain 0.35 / 0.85, strong 0.80 / 0.92 for a clear / subtle face), so the
-   greedy answer is stable.
+3. *Mix*: two emotion and four attribute questions on each picture; contexts rare in the first {early}, then
+   30 % none, 20 % consistent, 50 % conflict. In conflicts the answer follows the text with a probability fixed by
+   strength and by how clear the face is (weak 0.10 / 0.25, plain 0.35 / 0.85, strong 0.80 / 0.92 for a clear / subtle
+   face), so the greedy answer is stable.
 
 Pictures: {mix}; shifted, mirrored, turned,
 scaled and of varied brightness, on eight plain backgrounds that never go with emotion.{words.pictures} AdamW, cosine

@@ -36,25 +36,38 @@ COLOUR_HEADS = torch.tensor([name in ("hair", "background") for name in HEAD_CLA
 
 
 class Heads(nn.Module):
-    """Linear heads on mean features: what the tower must tell apart, learnt before any text."""
+    """Linear heads on picture features: what the tower must tell apart, learnt before any text.
 
-    def __init__(self, width: int) -> None:
+    They read the mean feature, and with `places` also all features of such a picture side by side: a thin line in one
+    place is soon lost in a mean.
+    """
+
+    def __init__(self, width: int, places: int = 0) -> None:
         super().__init__()
+        self.places = places
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(classes)) for name, classes in HEAD_CLASSES.items()})
+        if places:
+            self.placed = nn.ModuleDict(
+                {name: nn.Linear(places * width, len(classes)) for name, classes in HEAD_CLASSES.items()}
+            )
 
-    def loss(self, features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch head"]) -> Float[Tensor, ""]:
+    def loss(
+        self, features: Float[Tensor, "batch image width"], labels: Int[Tensor, "batch head"]
+    ) -> Float[Tensor, ""]:
+        total = self._loss(self.heads, features.mean(1), labels)
+        if self.places == features.shape[1]:
+            total = total + self._loss(self.placed, features.flatten(1), labels)
+        return total
+
+    @staticmethod
+    def _loss(
+        heads: nn.ModuleDict, features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch head"]
+    ) -> Float[Tensor, ""]:
         total = features.new_zeros(())
-        for column, (name, head) in enumerate(self.heads.items()):
+        for column, (name, head) in enumerate(heads.items()):
             if (labels[:, column] >= 0).any():
                 total = total + HEAD_WEIGHTS.get(name, 1.0) * F.cross_entropy(head(features), labels[:, column])
         return total
-
-    def accuracy(self, features: Float[Tensor, "batch width"], labels: Int[Tensor, "batch head"]) -> dict[str, float]:
-        right = {}
-        for column, (name, head) in enumerate(self.heads.items()):
-            known = labels[:, column] >= 0
-            right[name] = (head(features).argmax(-1) == labels[:, column])[known].float().mean().item()
-        return right
 
 
 class Trainer:
@@ -86,7 +99,7 @@ class Trainer:
         torch.manual_seed(seed + 1)
         self.heads = nn.ModuleDict(
             {
-                "tower": Heads(architecture.tower_width(self.model)),
+                "tower": Heads(architecture.tower_width(self.model), architecture.head_places),
                 "alignment": Heads(config.text_config.hidden_size),
                 "mix": Heads(config.text_config.hidden_size),
             }
@@ -156,12 +169,12 @@ class Trainer:
         if stage.name == "alignment":
             rows = [self.writer.alignment_row(face, rng, grid) for face in faces]
         else:
-            rows = [self.writer.mixed_row(face, rng, grid, early=progress < 0.3) for face in faces]
+            rows = [self.writer.mixed_row(face, rng, grid, early=progress < stage.early) for face in faces]
         packed = pack(rows, self.processor.tokenizer.pad_token_id).to(self.device)
         ran = self.architecture.run(self.model, packed, pixels)
         loss = answer_loss(self.model, ran.hidden, packed.input_ids, packed.weights)
         heads: Heads = self.heads[stage.name]  # type: ignore[assignment]
-        loss = loss + stage.head_weight * heads.loss(ran.features.mean(1), labels)
+        loss = loss + stage.head_weight * heads.loss(ran.features, labels)
         return loss + EXTRA_WEIGHT * self.tower_loss(stage, stage.extra, rng) if stage.extra else loss
 
     def tower_loss(self, stage: Stage, count: int, rng: random.Random) -> Float[Tensor, ""]:
@@ -170,7 +183,7 @@ class Trainer:
         pixels = self.architecture.reshape(square, rng)
         features = self.architecture.tower_features(self.model, pixels)
         heads: Heads = self.heads["tower"]  # type: ignore[assignment]
-        loss = heads.loss(features.mean(1), labels)
+        loss = heads.loss(features, labels)
         if self.teacher is not None and stage.imitation and pixels.shape == square.shape:
             loss = loss + stage.imitation * distance(features, self.teacher(square))
         return loss

@@ -192,6 +192,11 @@ whether that interval reaches within three points of zero; {len(rows) - few} of 
 """
 
 
+def _looks(folder: Path) -> str:
+    path = folder / "training.json"
+    return (json.loads(path.read_text()) if path.exists() else {}).get("looks", "looked at once, for this card")
+
+
 def write_card(folder: Path, results: dict[str, Any]) -> None:
     """Write README.md into the checkpoint folder."""
     millions, megabytes = results["parameters"] / 1e6, results["bytes"] / 1e6
@@ -216,7 +221,7 @@ than the face; the model then follows the text in a share of cases that grows wi
 Greedy answers of the saved folder to pictures of 192 pixels through its own processor. {results["identities"]} test
 identities (hair, skin, glasses, beard, clothes) that never occur in training, each drawn once in each of
 {results["draws"]} draws, emotions equally often. Brackets hold 95 % intervals from resampling identities. The test
-identities, the held-out styles and the emoji were looked at once, for this card.
+identities, the held-out styles and the emoji were {_looks(folder)}.
 
 ### Emotion from the picture alone
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from veena_lens.plots import interactive
+from veena_lens.plots.pictures import picture_scale
 from veena_lens.scores import Scores
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -60,3 +61,12 @@ def test_static_figures_are_saved_for_papers_too(tmp_path) -> None:
     figure = Scores(torch.rand(2, 2, generator=GENERATOR), ("layer", "head"), name="x").plot()
     assert plots.save(figure, tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
     assert plots.encode(figure, "pdf") == plots.encode(figure, "pdf")
+
+
+@pytest.mark.parametrize("values", [[[0.1, 0.9]], [[-0.5, 0.5]], [[-0.9, -0.1]]])
+def test_an_overlay_has_the_static_figures_colours(values: list[list[float]]) -> None:
+    norm, colours = picture_scale(np.array(values), None)
+    figure = interactive.overlay(Image.new("RGB", (8, 4)), torch.tensor(values, dtype=torch.float64))
+    for value, shape in zip(values[0], figure.layout.shapes, strict=True):
+        red, green, blue = (round(255 * part) for part in colours(norm(value))[:3])
+        assert shape.fillcolor == f"rgba({red},{green},{blue},0.6)"

@@ -298,7 +298,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         seen = self._see(inputs)
         if seen is None:
             return self.hook_embed(embeds), {}
-        features = self.hook_image_features(self._pack(self.connector(seen.features), inputs))
+        features = self._connect(seen, inputs)
         deepstack = self._deepstack(seen, inputs)
         return self.hook_embed(scatter_features(embeds, inputs.image_mask, features)), deepstack
 
@@ -311,7 +311,10 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
     def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
         """What the tower and the connector make of the pictures, row after row; None without pictures."""
         seen = self._see(inputs)
-        return None if seen is None else self.hook_image_features(self._pack(self.connector(seen.features), inputs))
+        return None if seen is None else self._connect(seen, inputs)
+
+    def _connect(self, seen: Seen, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"]:
+        return self.hook_image_features(self._pack(self.connector(seen.features), inputs))
 
     def deepstack_of(self, inputs: MultimodalInputs) -> Deepstack:
         """Layer -> what is added at its input, zero away from the image tokens; empty without deep-stack."""

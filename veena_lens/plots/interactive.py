@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Real
+from matplotlib.colors import Normalize
 from PIL import Image
 from torch import Tensor
 
 from veena_lens.plots import theme
-from veena_lens.plots.pictures import cell_boxes
+from veena_lens.plots.cells import colour_scale
+from veena_lens.plots.pictures import cell_boxes, picture_scale
 
 SCALES = {theme.SIGNED: "RdBu_r", theme.UNSIGNED: "Viridis", theme.ON_PICTURE: "Inferno"}
 DASHES = ("solid", "dash", "dashdot", "dot")
@@ -133,16 +135,12 @@ def overlay(
     """As `plots.overlay`: the picture under the map; a cell's row, column and value under the pointer.
 
     Raises: ValueError as `plots.overlay`; ImportError without plotly."""
-    from matplotlib import colormaps
-
     go, grid = _plotly(), theme.to_numpy(values)
     if grid.ndim != 2:
         raise ValueError(f"overlay wants values [height width], found shape {list(grid.shape)}.")
     boxes = cell_boxes(image, grid, box, patch_boxes)
-    low, high, _ = _scale(grid, "auto", limits)
-    signed = bool((grid[np.isfinite(grid)] < 0).any())
-    palette = theme.SIGNED if signed else theme.ON_PICTURE
-    colours = colormaps[palette]
+    norm, colours = picture_scale(grid, limits)
+    low, high = _edges(norm)
     figure = go.Figure()
     grey = image.convert("L").convert("RGB")
     figure.add_layout_image(
@@ -166,8 +164,8 @@ def overlay(
         y=(middle[:, 1] + middle[:, 3]) / 2,
         mode="markers",
         marker={
-            "size": 12, "opacity": 0, "color": grid.flatten(), "cmin": low, "cmax": high, "colorscale": SCALES[palette],
-            "showscale": True, "colorbar": {"title": theme.with_unit(name, unit)},
+            "size": 12, "opacity": 0, "color": grid.flatten(), "cmin": low, "cmax": high,
+            "colorscale": SCALES[colours.name], "showscale": True, "colorbar": {"title": theme.with_unit(name, unit)},
         },
         customdata=cells,
         text=[f"{value:.4g} {unit}" for value in grid.flatten()],
@@ -195,11 +193,13 @@ def _scale(
     table: np.ndarray, center: int | float | None | Literal["auto"], limits: Sequence[int | float] | None
 ) -> tuple[float, float, str]:
     """(low, high, colours): the scale of the static figures."""
-    from veena_lens.plots.cells import colour_scale
-
     norm, colours = colour_scale(table, center, limits)
+    return *_edges(norm), SCALES[colours.name]
+
+
+def _edges(norm: Normalize) -> tuple[float, float]:
     low, high = (float(edge) if edge is not None else 0.0 for edge in (norm.vmin, norm.vmax))
-    return low, high, SCALES.get(colours.name, "Viridis")
+    return low, high
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -90,15 +90,19 @@ def overlays(
     return figure
 
 
+def picture_scale(values: np.ndarray, limits: Sequence[int | float] | None) -> tuple[Normalize, Colormap]:
+    """The scale of values laid over a picture: about 0 for values of both signs, else one that shows on grey."""
+    norm, colours = colour_scale(values, "auto", limits)
+    return norm, colormaps[theme.ON_PICTURE] if colours.name == theme.UNSIGNED else colours
+
+
 def _panels(
     image: Image.Image, grids: Sequence[np.ndarray] | np.ndarray, count: int,
     limits: Sequence[int | float] | None, columns: int = 4,
 ) -> tuple[Figure, list[Axes], Normalize, Colormap]:  # fmt: skip
     """A figure with `count` empty panels in the picture's proportions, and the scale that all maps share."""
     flat = np.concatenate([grid.ravel() for grid in grids])
-    norm, colours = colour_scale(flat, "auto", limits)
-    if colours.name == theme.UNSIGNED:
-        colours = colormaps[theme.ON_PICTURE]
+    norm, colours = picture_scale(flat, limits)
     columns = min(columns, count)
     rows = -(-count // columns)
     side = 2.9 if count <= 2 else 2.1

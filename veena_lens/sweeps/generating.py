@@ -8,7 +8,7 @@ edits; each recomputes its own tail and goes on from there, token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from veena_lens.components.context import Context
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.components.prefix import SharedPrefix
 from veena_lens.hook_table import row_of
-from veena_lens.inputs import MultimodalInputs, text_positions
+from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.patch import Patch
 from veena_lens.model.decoder import run_blocks
@@ -94,9 +94,7 @@ def generation_sweep(
     show = bar(len(inputs) * len(lists), progress, "continuations")
     tokens: list[list[list[int]]] = []
     for i in range(len(inputs)):
-        row = inputs[i].trimmed()
-        if row.position_ids.ndim == 2:
-            row = replace(row, position_ids=text_positions(row.attention_mask))
+        row = model._as_prompt(inputs[i].trimmed())
         found: list[list[int]] = [[] for _ in lists]
         starts = [first_edited(model, row, mine) for mine in lists]
         order = sorted(range(len(lists)), key=lambda j: starts[j])

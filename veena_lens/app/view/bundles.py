@@ -1,0 +1,140 @@
+"""Bundles: all maps of one token, coded. The page asks for them one by one; a file holds those that fit a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from veena_lens.app.view.coding import Coded, encode, pack
+from veena_lens.app.view.rows import Rows
+from veena_lens.circuits import per_patch
+from veena_lens.inputs import MultimodalInputs
+
+KINDS = ("attention", "push")
+ROOM = 2**24  # weights in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """Which maps: attention of `query`, or the push on direction `name` that it takes from each key; `run` 1 is the
+    second picture's."""
+
+    query: int
+    kind: str = "attention"
+    name: str = ""
+    run: int = 0
+
+    @classmethod
+    def read(cls, asked: Mapping[str, Any]) -> Key:
+        """A key as a page sends it. Raises: ValueError for anything else."""
+        try:
+            key = cls(
+                query=int(asked["query"]),
+                kind=str(asked.get("kind", "attention")),
+                name=str(asked.get("name", "")),
+                run=int(asked.get("run", 0)),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"No maps under {dict(asked)!r}: a key has query, kind, name and run.") from error
+        if key.kind not in KINDS or key.run not in (0, 1):
+            raise ValueError(f"No maps of kind {key.kind!r}, run {key.run}; kinds: {', '.join(KINDS)}, runs: 0, 1.")
+        return key
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Bundle:
+    """The maps of one key: `maps` [layer head pos]; a single head is the mean over all of them."""
+
+    key: Key
+    maps: Coded
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.maps.values.numel() + 4 * self.maps.scales.numel()
+
+
+def pack_bundles(bundles: Iterable[Bundle], header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Bundles behind further arrays in one binary; `header["bundles"]` lists them."""
+    listed, every = [], dict(arrays)
+    for i, bundle in enumerate(bundles):
+        every[f"maps{i}"] = bundle.maps.values.numpy()
+        every[f"scales{i}"] = bundle.maps.scales.numpy()
+        listed.append(
+            {
+                "query": bundle.key.query,
+                "kind": bundle.key.kind,
+                "name": bundle.key.name,
+                "run": bundle.key.run,
+                "signed": bundle.maps.is_signed,
+                "maps": f"maps{i}",
+                "scales": f"scales{i}",
+            }
+        )
+    return pack({**header, "bundles": listed}, every)
+
+
+def attention_bundles(
+    rows: Rows, queries: Sequence[int], is_image: Bool[Tensor, " pos"], n_whole: int, run: int = 0
+) -> list[Bundle]:
+    """Attention of each query: every head for the first `n_whole`, the mean over heads for the others."""
+    whole, rest = list(queries[:n_whole]), list(queries[n_whole:])
+    out = []
+    for mine, by_head in ((whole, True), (rest, False)):
+        size = max(1, ROOM // (rows.n_heads * len(is_image)))
+        for start in range(0, len(mine), size):
+            part = sorted(mine[start : start + size])  # rows come in the order of the sequence
+            layers: list[list[Coded]] = [[] for _ in range(rows.n_layers)]
+
+            def keep(
+                layer: int,
+                at: slice,
+                weights: Float[Tensor, "head n key_pos"],
+                by_head: bool = by_head,
+                layers: list[list[Coded]] = layers,
+            ) -> None:
+                seen = weights.transpose(0, 1)
+                layers[layer].append(encode(seen if by_head else seen.mean(1, keepdim=True), is_image))
+
+            rows.stream(part, keep)
+            values, scales = (
+                torch.stack([torch.cat([getattr(c, what) for c in parts]) for parts in layers], 1)
+                for what in ("values", "scales")
+            )
+            out += [
+                Bundle(key=Key(query=q, run=run), maps=Coded(values=values[i], scales=scales[i]))
+                for i, q in enumerate(part)
+            ]
+    return out
+
+
+def push_bundle(
+    model: Any,
+    inputs: MultimodalInputs,
+    interventions: Sequence[Any],
+    direction: Float[Tensor, ...],
+    query: int,
+    name: str,
+) -> Bundle:
+    """What the heads write along `direction` at `query` from each cell of each picture."""
+    maps = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, inputs.shape[1])
+    for image in range(inputs.n_images[0]):
+        tiles = inputs.token_tiles[0][image] if inputs.token_tiles else ()
+        for grid in ("grid", "whole") if any(t > 0 for t in tiles) else ("grid",):
+            with model.intervene(list(interventions)):
+                scores = per_patch(model, inputs, direction, [query], image=image, grid=grid)
+            maps[..., _places(inputs, image, grid)] = scores.values[0].flatten(-2).float().cpu()
+    coded = encode(maps, inputs.image_mask[0], is_signed=True)
+    return Bundle(key=Key(query=query, kind="push", name=name), maps=coded)
+
+
+def _places(inputs: MultimodalInputs, image: int, grid: str) -> list[int]:
+    from veena_lens.circuits.reading import picture_cells
+
+    return picture_cells(inputs, image, grid, "push").index[0].flatten().tolist()

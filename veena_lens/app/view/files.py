@@ -1,0 +1,95 @@
+"""A cache that travels with its pictures and the words of its tokens: it opens as a view without model or tokenizer.
+
+The file is `ActivationCache.save`'s with a few further entries, so `ActivationCache.load` reads it as any other.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from veena_lens.activation_cache import ActivationCache
+
+ABOUT = "veena_lens.view"
+PICTURE = "inputs.picture."
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenedCache:
+    """A cache from a file, and what the file says of it: pictures of the first row, words of its tokens, the model."""
+
+    cache: ActivationCache
+    pictures: tuple[Image.Image, ...] | None = None
+    texts: tuple[str, ...] | None = None
+    model_name: str = ""
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def save_cache(
+    cache: ActivationCache,
+    path: str | Path,
+    *,
+    pictures: Sequence[Image.Image] | None = None,
+    tokenizer: Any = None,
+    model_name: str = "",
+    windows: Sequence[int | None] | None = None,
+) -> Path:
+    """`cache.save` with the pictures of its first row and the words of its tokens; replaces the file in one step."""
+    path = Path(path)
+    draft = cache.save(path.with_name(f".{path.name}.{os.getpid()}"))
+    try:
+        with safe_open(str(draft), framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about: dict[str, Any] = {"model": model_name, "pictures": 0 if pictures is None else len(pictures)}
+        if windows is not None:
+            about["windows"] = list(windows)
+        if tokenizer is not None and cache.inputs is not None:
+            about["texts"] = [tokenizer.decode([token]) for token in cache.inputs.tokens[0].tolist()]
+        for i, picture in enumerate(pictures or ()):
+            buffer = io.BytesIO()
+            picture.convert("RGB").save(buffer, format="PNG")
+            tensors[f"{PICTURE}{i}"] = torch.from_numpy(np.frombuffer(buffer.getvalue(), np.uint8).copy())
+        save_file(tensors, str(draft), metadata={**metadata, ABOUT: json.dumps(about)})
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
+def open_cache(path: str | Path) -> OpenedCache:
+    """A cache file, with pictures and words where `save_cache` wrote it.
+
+    Raises: FileNotFoundError; ValueError for a file that was cut short, or is no cache, saying which."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No cache at {path}.")
+    try:
+        cache = ActivationCache.load(path)
+        with safe_open(str(path), framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+            found = [file.get_tensor(f"{PICTURE}{i}").numpy().tobytes() for i in range(about.get("pictures", 0))]
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"{path.name} ({size:,} bytes) cannot be read as safetensors: {error}. It was cut short or is another kind "
+            "of file; copy it again, or save the cache anew with cache.save(path)."
+        ) from error
+    return OpenedCache(
+        cache=cache,
+        pictures=tuple(Image.open(io.BytesIO(data)).convert("RGB") for data in found) or None,
+        texts=tuple(about["texts"]) if "texts" in about else None,
+        model_name=about.get("model", ""),
+        about=about,
+    )

@@ -1,0 +1,118 @@
+"""The pictures of a row as panels with their true token cells: a grid, the tiles of a picture, or its whole view.
+
+A cell knows the token it belongs to and its box as shares of the picture's width and height, so that the page draws
+what the processor cut: unequal sizes, crops, merged patches, a tile at the edge.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from veena_lens.inputs import MultimodalInputs
+
+LARGEST_SIDE = 1024  # pixels of a picture that travels with a view
+LOSSLESS_PIXELS = 256 * 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Panel:
+    """One picture, or one view of it: `boxes` (left, top, right, bottom) in [0, 1], `positions` in the sequence.
+
+    `grid`: (rows, columns) of its cells; `source`: the picture as a data URL, "" where it is not known."""
+
+    image: int
+    name: str
+    width: int
+    height: int
+    grid: tuple[int, int]
+    boxes: Float[Tensor, "cell 4"]
+    positions: Int[Tensor, " cell"]
+    source: str = ""
+
+
+def panels_of(inputs: MultimodalInputs, row: int, pictures: Sequence[Image.Image] | None = None) -> list[Panel]:
+    """A panel for each picture of a row; a tiled picture gives its whole view and its tiles.
+
+    Raises: ValueError for another number of pictures than the row has."""
+    n = inputs.n_images[row]
+    if pictures is not None and len(pictures) != n:
+        raise ValueError(f"{len(pictures)} pictures were given; row {row} has {n}.")
+    out = []
+    for image in range(n):
+        picture = None if pictures is None else pictures[image]
+        places, boxes, tiles, size = _cells(inputs, row, image, picture)
+        source = "" if picture is None else data_url(picture)
+        name = "picture" if n == 1 else f"picture {image + 1}"
+        views = [("", tiles >= 0)]
+        if bool((tiles > 0).any()):
+            views = [(", whole view", tiles == 0), (", in tiles", tiles > 0)]
+        there = ~boxes.isnan().any(-1)
+        for suffix, chosen in views:
+            kept = chosen & there
+            out.append(
+                Panel(
+                    image=image,
+                    name=name + suffix,
+                    width=size[0],
+                    height=size[1],
+                    grid=_grid(boxes[kept]),
+                    boxes=boxes[kept],
+                    positions=places[kept],
+                    source=source,
+                )
+            )
+    return out
+
+
+def _cells(
+    inputs: MultimodalInputs, row: int, image: int, picture: Image.Image | None
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 4"], Int[Tensor, " n"], tuple[int, int]]:
+    """Positions, boxes as shares of the picture, and tiles of an image's tokens, and the picture's size."""
+    span = inputs.spans[row].images[image]
+    places = torch.arange(span.start, span.stop)[inputs.image_mask[row, span].cpu()]
+    tiles = torch.zeros(len(places), dtype=torch.long)
+    if inputs.token_tiles:
+        tiles = torch.tensor(inputs.token_tiles[row][image], dtype=torch.long)
+    boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[row][image]
+    if boxes is not None:
+        found = boxes.float().cpu()
+        edge = found.nan_to_num(0.0).amax(0)[2:].tolist()
+        size = picture.size if picture is not None else (round(edge[0]), round(edge[1]))
+        return places, found / torch.tensor([*size, *size], dtype=torch.float), tiles, size
+    height, width = inputs.grids[row][image]
+    cells = list(inputs.grid_places[row][image]) if inputs.grid_places else list(range(height * width))
+    found = torch.full((len(places), 4), torch.nan)
+    for cell, place in enumerate(cells):
+        y, x = divmod(cell, width)
+        found[place] = torch.tensor([x / width, y / height, (x + 1) / width, (y + 1) / height])
+    if inputs.token_tiles:  # without boxes only the grid through the tiles has a place
+        tiles = torch.where(found.isnan().any(-1), -1, 0)
+    size = picture.size if picture is not None else (width * 24, height * 24)
+    return places, found, tiles, size
+
+
+def _grid(boxes: Float[Tensor, "cell 4"]) -> tuple[int, int]:
+    """Rows and columns that boxes make, counted by their corners."""
+    if not len(boxes):
+        return 0, 0
+    left, top = (torch.unique((boxes[:, i] * 4096).round()).numel() for i in (0, 1))
+    return top, left
+
+
+def data_url(picture: Any) -> str:
+    """A picture as a data URL: PNG where it is small, else WebP, at most 1024 pixels a side."""
+    small = picture.convert("RGB")
+    small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    kind = "png" if small.width * small.height <= LOSSLESS_PIXELS else "webp"
+    buffer = io.BytesIO()
+    small.save(buffer, format=kind.upper(), **({"optimize": True} if kind == "png" else {"quality": 88}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -1,0 +1,229 @@
+"""The view: everything that one page needs of a run, built from a model or from a cache, and shown by three hosts.
+
+What does not fit a file's budget is left out and, where a host has a Python behind it, asked for token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.activation_cache import ActivationCache
+from veena_lens.app.view import building
+from veena_lens.app.view.bundles import Bundle, Key, attention_bundles, pack_bundles, push_bundle
+from veena_lens.app.view.files import OpenedCache, open_cache
+from veena_lens.app.view.page import page_of
+from veena_lens.app.view.rows import CachedRows, ModelRows, Rows
+from veena_lens.inputs import MultimodalInputs
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MODES = ("attention", "sinks", "difference", "lens", "push", "norms")
+BUDGET = 32 * 2**20  # bytes of maps in a view, before compression
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExplorerView:
+    """What the page shows: `header` (words and settings), `arrays`, the `bundles` that are there from the start.
+
+    Make it with `from_run` or `from_cache`; then `.save("view.html")`, `.widget()`, or let a notebook show it."""
+
+    title: str
+    inputs: MultimodalInputs
+    header: dict[str, Any]
+    arrays: dict[str, np.ndarray] = field(repr=False)
+    bundles: tuple[Bundle, ...] = field(repr=False)
+    runs: tuple[Rows, ...] = field(repr=False)
+    directions: Mapping[str, Float[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    # --- making one -----------------------------------------------------------------------------------
+    @classmethod
+    def from_run(
+        cls,
+        model: Any,
+        source: Any,
+        *,
+        answer: str | bool | None = None,
+        pictures: Sequence[Image.Image] | None = None,
+        other: Any = None,
+        other_pictures: Sequence[Image.Image] | None = None,
+        modes: Sequence[str] | None = None,
+        words: Sequence[str | int] | None = None,
+        directions: Mapping[str, Float[Tensor, ...]] | None = None,
+        interventions: Sequence[Any] = (),
+        max_new_tokens: int = 64,
+        max_bytes: int = BUDGET,
+        title: str = "",
+    ) -> ExplorerView:
+        """A view of what `model` does with a picture and a prompt.
+
+        source: `(picture or pictures, prompt)`, or prepared inputs of one row (then `pictures` are what they were made
+        from; without them the page draws bare cells). answer: a text to force, or True to generate one. other: a
+        second picture (or inputs) with the same token grid and text, for the difference. modes: of "attention",
+        "sinks", "difference", "lens", "push", "norms"; None takes all that can be had. words: tokens whose
+        probability the lens maps (default: the answer's). directions: name -> [layer d_model] or [d_model].
+        interventions: in force in every run of the view. max_bytes: of maps that the view holds from the start.
+        Raises: ValueError for several rows, a second picture of another grid or text, an unknown mode, or one that
+        lacks what it needs.
+        """
+        inputs, drawn = building.prepared(model, source, pictures)
+        chosen = building.modes_of(modes, MODES, has_other=other is not None, has_directions=bool(directions))
+        if answer is True:
+            with model.intervene(list(interventions)):
+                inputs = inputs.with_answer(model.generate(inputs, max_new_tokens, return_type="tokens"))
+        elif isinstance(answer, str):
+            inputs = inputs.with_answer(answer)
+        runs: list[Rows] = [ModelRows(model=model, inputs=inputs, interventions=tuple(interventions))]
+        second = None
+        if other is not None:
+            prompt = None if isinstance(source, MultimodalInputs) else source[1]
+            twin, their_pictures = building.twin_of(model, inputs, other, other_pictures, prompt)
+            runs.append(ModelRows(model=model, inputs=twin, interventions=tuple(interventions)))
+            second = (twin, their_pictures)
+        parts = building.Parts(inputs=inputs, pictures=drawn, second=second, model=model, modes=chosen)
+        with model.intervene(list(interventions)):
+            parts.measure_run(words)
+        return cls._built(parts, runs, directions or {}, max_bytes, title or building.name_of(model))
+
+    @classmethod
+    def from_cache(
+        cls,
+        cache: ActivationCache | OpenedCache | str | Path,
+        *,
+        model: Any = None,
+        pictures: Sequence[Image.Image] | None = None,
+        texts: Sequence[str] | None = None,
+        tokenizer: Any = None,
+        row: int = 0,
+        modes: Sequence[str] | None = None,
+        words: Sequence[str | int] | None = None,
+        max_bytes: int = BUDGET,
+        title: str = "",
+    ) -> ExplorerView:
+        """A view of a cache, or of a file that holds one; no model is loaded.
+
+        The cache must hold attn.hook_pattern of every layer, or attn.hook_rot_q and attn.hook_rot_k; with
+        hook_resid_post the view has norms, with a `model` of the same shape besides the lens. `pictures`, `texts` (of
+        every position) or a `tokenizer` say what a file by `ActivationCache.save` does not; `save_cache` writes both.
+        Raises: FileNotFoundError; ValueError for a file cut short, or a cache of another model than `model`;
+        MissingActivation without attention.
+        """
+        opened = open_cache(cache) if isinstance(cache, (str, Path)) else cache
+        if isinstance(opened, OpenedCache):
+            pictures = opened.pictures if pictures is None else pictures
+            texts = opened.texts if texts is None and tokenizer is None else texts
+            title, windows, cache = title or opened.model_name, opened.about.get("windows"), opened.cache
+        else:
+            windows, cache = None, opened
+        if cache.inputs is not None and cache.has_batch_dim and len(cache.inputs) > 1:
+            cache = cache.apply_slice_to_batch_dim([range(len(cache.inputs))[row]])
+        building.require_own_cache(cache, model)
+        rows = CachedRows(cache=cache, windows=windows)
+        inputs = cache.inputs
+        assert inputs is not None
+        chosen = building.modes_of(modes, MODES, has_other=False, has_directions=False)
+        parts = building.Parts(inputs=inputs, pictures=pictures, model=model, modes=chosen, texts=texts)
+        parts.tokenizer = parts.tokenizer if tokenizer is None else tokenizer
+        parts.measure_cache(cache, rows, words)
+        return cls._built(parts, [rows], {}, max_bytes, title or "activation cache")
+
+    @classmethod
+    def _built(
+        cls,
+        parts: building.Parts,
+        runs: Sequence[Rows],
+        directions: Mapping[str, Float[Tensor, ...]],
+        max_bytes: int,
+        title: str,
+    ) -> ExplorerView:
+        queries, is_image = parts.queries(), parts.inputs.image_mask[0].cpu()
+        first = runs[0]
+        n_whole = building.within(max_bytes // len(runs), len(queries), first.n_layers, first.n_heads, len(is_image))
+        bundles: list[Bundle] = []
+        for run, rows in enumerate(runs):
+            bundles += attention_bundles(rows, queries, is_image, n_whole, run)
+        if "push" in parts.modes and isinstance(first, ModelRows):
+            for name, direction in directions.items():
+                bundles.append(push_bundle(first.model, first.inputs, first.interventions, direction, queries[0], name))
+        header, arrays = parts.finished(first, queries, list(directions), title)
+        return cls(
+            title=title,
+            inputs=parts.inputs,
+            header=header,
+            arrays=arrays,
+            bundles=tuple(bundles),
+            runs=tuple(runs),
+            directions=dict(directions),
+        )
+
+    # --- what hosts ask for ---------------------------------------------------------------------------
+    def payload(self) -> bytes:
+        """The view as one binary (`veena_lens.app.view.coding.unpack` reads it back)."""
+        return pack_bundles(self.bundles, self.header, self.arrays)
+
+    def maps(self, key: Key | Mapping[str, Any]) -> bytes:
+        """All heads' maps of one token, packed; computed now unless the view holds them.
+
+        Raises: ValueError for a token, a run or a direction that the view does not have."""
+        key = key if isinstance(key, Key) else Key.read(key)
+        for bundle in self.bundles:
+            if bundle.key == key and bundle.maps.values.shape[1] == self.runs[0].n_heads:
+                return pack_bundles([bundle], {}, {})
+        length = self.inputs.shape[1]
+        if not 0 <= key.query < length or not bool(self.inputs.attention_mask[0, key.query]):
+            raise ValueError(f"No token at position {key.query}; the sequence has {length} positions.")
+        if key.run >= len(self.runs):
+            raise ValueError("This view has no second picture: give other= when you make it.")
+        rows = self.runs[key.run]
+        if key.kind == "push":
+            if key.name not in self.directions or not isinstance(rows, ModelRows):
+                raise ValueError(f"No direction {key.name!r}; the view knows {list(self.directions) or 'none'}.")
+            direction = self.directions[key.name]
+            found = push_bundle(rows.model, rows.inputs, rows.interventions, direction, key.query, key.name)
+        else:
+            found = attention_bundles(rows, [key.query], self.inputs.image_mask[0].cpu(), 1, key.run)[0]
+        return pack_bundles([found], {}, {})
+
+    # --- hosts ----------------------------------------------------------------------------------------
+    def html(self) -> str:
+        """A whole page that needs nothing else: no server, no network."""
+        return page_of(self.payload(), self.title)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page; returns its path. Raises: ValueError for a name that does not end in .html."""
+        path = Path(path)
+        if path.suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"A view is saved as a page: {path.name!r} must end in .html.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.html(), encoding="utf-8")
+        return path
+
+    def widget(self) -> Any:
+        """A notebook widget that asks for further tokens as you hover. Raises: ImportError without anywidget."""
+        from veena_lens.app.view.widget import make_widget
+
+        return make_widget(self)
+
+    def _repr_html_(self) -> str:
+        page = escape(self.html(), quote=True)
+        return (
+            f'<iframe srcdoc="{page}" title="{escape(self.title, quote=True)}" sandbox="allow-scripts" '
+            'style="width:100%;height:860px;border:1px solid #d9dce1;border-radius:6px"></iframe>'
+        )
+
+    def __repr__(self) -> str:
+        size = sum(b.size for b in self.bundles) / 2**20
+        cells = ", ".join(f"{p['grid'][0]}x{p['grid'][1]}" for p in self.header["panels"]) or "no picture"
+        return (
+            f"ExplorerView({self.title!r}: {self.inputs.shape[1]} positions, cells {cells}, "
+            f"{self.header['layers']} x {self.header['heads']} heads, modes {', '.join(self.header['modes'])}, "
+            f"{len(self.bundles)} tokens' maps of {size:.1f} MiB)"
+        )

@@ -9,7 +9,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs notebooks bench refresh clean
+.PHONY: help demo explore test browser check docs notebooks bench refresh clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,8 +17,14 @@ help:  ## this list
 demo: $(STAMPS)/base  ## describe, look inside and steer the embedded models: out/demo/index.html
 	$(BIN)/veena-lens demo --out out/demo
 
+explore: $(STAMPS)/explore  ## look inside the embedded models in the browser, with your own pictures
+	$(BIN)/veena-lens explore
+
 test: $(STAMPS)/test  ## the tests (slow and GPU ones excluded)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+browser: $(STAMPS)/browser  ## the explorer in a real browser: Chromium must be installed
+	$(BIN)/python -m pytest -m browser tests/app
 
 check: $(STAMPS)/dev  ## style, types and the import contract
 	$(BIN)/ruff check .
@@ -62,7 +68,7 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml
 	$(PIP) -e .
 	@touch $@
 
-$(STAMPS)/test $(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/notebooks: $(STAMPS)/%: $(STAMPS)/base
+$(STAMPS)/explore $(STAMPS)/test $(STAMPS)/browser $(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/notebooks: $(STAMPS)/%: $(STAMPS)/base
 	@echo "installing what '$*' needs"
 	$(PIP) -e '.[$*]'
 	@touch $@

@@ -43,6 +43,19 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="out/demo", help="folder of the page and its figures (out/demo)")
     demo.add_argument("--model", nargs="+", help=f"{CHECKPOINT}; several are compared (all embedded ones)")
 
+    explore = commands.add_parser("explore", help="look inside a model in the browser, with your own pictures")
+    explore.add_argument(
+        "--model", nargs="+", help=f"{CHECKPOINT}; the first is chosen at the start (all embedded ones)"
+    )
+    explore.add_argument("--cache", metavar="FILE", help="open this activation cache; no model is loaded for it")
+    explore.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
+    explore.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
+    explore.add_argument("--max-upload-mb", type=float, default=10, help="largest file that can be uploaded (10)")
+    explore.add_argument("--max-megapixels", type=float, default=24, help="largest picture (24)")
+    explore.add_argument(
+        "--max-sweep-gb", type=float, default=2, help="memory that a sweep's rows may take at once (2)"
+    )
+
     for command in commands.choices.values():
         # Options of the whole command are understood behind the sub-command as well.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -63,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[args.command](args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, ImportError) as error:
         if args.debug:
             raise
         print(f"veena-lens {args.command}: {error}", file=sys.stderr)
@@ -136,7 +149,21 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"models": models, "inspect": inspect, "verify": verify, "demo": demo}
+def explore(args: argparse.Namespace) -> int:
+    """Serve the explorer until interrupted."""
+    from veena_lens.app.explorer.limits import Limits
+    from veena_lens.app.explorer.server import serve
+
+    limits = Limits(
+        upload_bytes=int(args.max_upload_mb * 2**20),
+        pixels=int(args.max_megapixels * 1e6),
+        sweep_bytes=int(args.max_sweep_gb * 2**30),
+    )
+    serve(args.model, args.cache, args.host, args.port, limits)
+    return 0
+
+
+COMMANDS = {"models": models, "inspect": inspect, "verify": verify, "demo": demo, "explore": explore}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -144,9 +144,9 @@ def cached_sinks(
     rows: Rows,
     norms: Float[Tensor, "layer pos"],
     mask: Bool[Tensor, " pos"],
-    multiple: float = 10.0,
-    share: float = 0.8,
-    norm_multiple: float = 5.0,
+    multiple: float | int = 10.0,
+    share: float | int = 0.8,
+    norm_multiple: float | int = 5.0,
 ) -> list[list[int]]:
     """Attention sinks of every layer by the rule of `veena_lens.circuits.find_sinks`, from a cache alone.
 

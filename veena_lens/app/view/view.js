@@ -113,6 +113,7 @@ class View {
 
   lookingLayer() {
     // The layer whose heads together give the pictures most.
+    if (!this.byHead) return this.header.layers - 1;
     const bundle = this.store.get({ query: this.state.query });
     if (!bundle || !this.header.panels.length) return MEAN;
     const shares = this.shares(bundle, "attention");

@@ -1,0 +1,143 @@
+"""Asking a model about pictures, piece by piece, and the view of what it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from veena_lens.app.explorer.code import listed, program
+from veena_lens.app.explorer.pictures import Shown
+from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.view import ExplorerView, open_cache, save_cache
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IMPORTS = ("from veena_lens import HookedVLM", "from veena_lens.app.view import ExplorerView")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Asked:
+    """A question that was answered: what every other tab builds on."""
+
+    model: str
+    pictures: Sequence[Shown]
+    prompt: str
+    inputs: Any  # prepared, with the answer
+    answer: str
+
+
+def ask(
+    explorer: Explorer, session: Session, name: str, pictures: Sequence[Shown], prompt: str, max_new_tokens: int
+) -> Iterator[str]:
+    """The answer as it grows; afterwards the session holds it as "asked".
+
+    The model is free for others between two tokens; nothing is hooked meanwhile.
+    Raises: ValueError for an empty or overlong prompt, or whatever the processor refuses."""
+    limits = explorer.limits
+    if not prompt.strip():
+        raise ValueError("Write a question first.")
+    if len(prompt) > limits.prompt_characters:
+        raise ValueError(
+            f"The question has {len(prompt):,} characters; the limit here is {limits.prompt_characters:,}."
+        )
+    with explorer.using(name) as model:
+        inputs = model.prepare(text=prompt, images=[p.image for p in pictures] or None)
+        steps = model.generate_stream(inputs, max_new_tokens=min(max_new_tokens, limits.new_tokens))
+    text = ""
+    while True:
+        with explorer.using(name):
+            piece = next(steps, None)
+        if piece is None:
+            break
+        text += piece
+        yield text
+    answered = inputs.with_answer(text) if text else inputs
+    session.kept["asked"] = Asked(model=name, pictures=tuple(pictures), prompt=prompt, inputs=answered, answer=text)
+
+
+def look(explorer: Explorer, session: Session, second: Shown | None = None) -> tuple[ExplorerView, str]:
+    """The view of the last answer, and the code that makes it; `second`: a picture of the same grid to compare."""
+    asked: Asked = session.need("asked", "Ask something first.")
+    with explorer.using(asked.model) as model:
+        view = ExplorerView.from_run(
+            model,
+            asked.inputs,
+            pictures=[p.image for p in asked.pictures],
+            other=None if second is None else [second.image],
+            max_bytes=explorer.limits.view_bytes,
+            title=asked.model,
+        )
+    return view, look_code(asked, second)
+
+
+def look_code(asked: Asked, second: Shown | None) -> str:
+    """The program behind the Look tab."""
+    used = [*asked.pictures, *([] if second is None else [second])]
+    other = "" if second is None else f", other={second.code}"
+    body = [
+        f"model = HookedVLM.from_pretrained({asked.model!r})",
+        f"view = ExplorerView.from_run(model, ({listed(asked.pictures)}, {asked.prompt!r}), answer=True{other})",
+        'view.save("view.html")  # or view.widget() in a notebook',
+    ]
+    return program(IMPORTS, body, used)
+
+
+def look_at_cache(explorer: Explorer, session: Session, path: str | Path) -> tuple[ExplorerView, str]:
+    """The view of a cache file; no model is loaded. Raises: ValueError for a file that is no cache, or cut short."""
+    opened = open_cache(path)
+    view = ExplorerView.from_cache(opened, max_bytes=explorer.limits.view_bytes)
+    code = program(
+        ["from veena_lens.app.view import ExplorerView"],
+        [f"view = ExplorerView.from_cache({str(path)!r})", 'view.save("view.html")'],
+    )
+    return view, code
+
+
+def cell_boxes_of(inputs: Any, image: int = 0) -> Any:
+    """Boxes of the grid's cells row by row, in pixels of the picture; None where they are not known."""
+    boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
+    if boxes is None or not inputs.grid_places:
+        return boxes
+    return boxes[list(inputs.grid_places[0][image])]
+
+
+def export_look(explorer: Explorer, session: Session) -> list[str]:
+    """The view as a page, a picture and a table, and the run's cache; paths of the files.
+
+    Raises: ValueError before anything was asked."""
+    from veena_lens import plots
+    from veena_lens.circuits import picture_attention
+
+    view: ExplorerView = session.need("look", "Ask something first; then there is something to export.")
+    files = [view.save(session.folder / "view.html")]
+    asked: Asked | None = session.kept.get("asked")
+    if asked is None:
+        return [str(f) for f in files]
+    with explorer.using(asked.model) as model:
+        parts = ("attn.hook_rot_q", "attn.hook_rot_k", "hook_resid_post")
+        names = [n for n in model.hook_dict if n.startswith("blocks.") and n.endswith(parts)]
+        _, cache = model.run_with_cache(asked.inputs, names_filter=names)
+        windows = [model.cfg.window(layer) for layer in range(model.cfg.n_layers)]
+        scores = picture_attention(model, asked.inputs) if asked.pictures else None
+    files.append(
+        save_cache(
+            cache,
+            session.folder / "cache.safetensors",
+            pictures=[p.image for p in asked.pictures],
+            tokenizer=model.tokenizer,
+            model_name=asked.model,
+            windows=windows if any(windows) else None,
+        )
+    )
+    if scores is not None:
+        frame = scores.to_frame()
+        frame.to_csv(session.folder / "attention.csv", index=False)
+        frame.to_parquet(session.folder / "attention.parquet", index=False)
+        files += [session.folder / "attention.csv", session.folder / "attention.parquet"]
+        total = scores.values[0].sum((-1, -2)).mean(-1)
+        best = scores.select(batch=0).mean("head").select(layer=int(total.argmax()))
+        figure = plots.overlay(asked.pictures[0].image, best.values, patch_boxes=cell_boxes_of(asked.inputs))
+        files.append(plots.save(figure, session.folder / "attention.png"))
+    return [str(f) for f in files]

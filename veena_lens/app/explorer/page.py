@@ -1,0 +1,117 @@
+"""The page: six tabs over one choice of model, in system fonts and light colours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from veena_lens.app.explorer import lens_tab, look_tab, neurons_tab, pairs_tab, patch_tab, steer_tab
+from veena_lens.app.explorer.parts import Shared
+from veena_lens.app.explorer.state import Explorer
+from veena_lens.checkpoints.bundle import bundled_names
+
+TABS = (
+    ("Look", "look", look_tab.build),
+    ("Lens", "lens", lens_tab.build),
+    ("Patch", "patch", patch_tab.build),
+    ("Steer", "steer", steer_tab.build),
+    ("Neurons", "neurons", neurons_tab.build),
+    ("Pairs", "pairs", pairs_tab.build),
+)
+KEPT_SECONDS = 3600  # exported and uploaded files
+
+HEAD = '<link rel="stylesheet" href="veena/view.css">'
+CSS = """
+.gradio-container { width: 100% !important; max-width: 1280px !important; margin: 0 auto !important; }
+.gradio-container main { width: 100%; max-width: 100% !important; padding: 12px 20px 24px !important; }
+.veena-drop .icon-wrap, .veena-drop .or { display: none; }
+.veena-drop .wrap { font-size: 14px; min-height: 0; padding-top: 22px; line-height: 1.3; }
+.veena-go { align-self: flex-end; max-height: 46px; }
+.veena-thumbs { display: flex; flex-wrap: wrap; gap: 10px; padding: 4px 0; }
+.veena-thumb { margin: 0; }
+.veena-thumb img { display: block; border-radius: 4px; border: 1px solid #d4d8de; height: auto; }
+.veena-thumb figcaption { font-size: 13px; color: #555b64; max-width: 130px; overflow-wrap: anywhere; }
+.veena-figure { max-width: 100%; height: auto; background: #ffffff; border: 1px solid #d4d8de; border-radius: 6px; }
+.veena-slot { min-height: 40px; color: #555b64; }
+.veena-slot.veena-view { color: #1c1e21; background: #ffffff; padding: 12px; border: 1px solid #d4d8de;
+  border-radius: 6px; }
+.veena-hint p, .veena-told { color: #555b64; font-size: 14px; }
+.veena-title { font-size: 15px; font-weight: 600; margin: 8px 0; color: #1c1e21; }
+.veena-cellrow { display: flex; gap: 1px; margin-bottom: 1px; }
+.veena-cellrow > button, .veena-cellrow > span { flex: 1 1 0; min-width: 0; }
+.veena-cellrow > button { height: 26px; border: 0; padding: 0; cursor: pointer; }
+.veena-cellrow > button:hover, .veena-cellrow > button:focus-visible { outline: 3px solid #000000; outline-offset: -3px;
+  box-shadow: inset 0 0 0 5px #ffffff; }
+.veena-cellrow > .veena-cellname { flex: 0 0 52px; font-size: 13px; color: #555b64; line-height: 26px; }
+.veena-cellhead > span { font-size: 12px; color: #555b64; text-align: center; overflow: hidden; }
+.veena-cellhead > .veena-cellname { text-align: left; }
+.veena-cells { max-width: 900px; }
+.veena-cellhead { max-width: 900px; }
+.veena-scalerow { display: flex; align-items: center; gap: 8px; font-size: 13px; color: #555b64; padding: 6px 0; }
+.veena-scale { width: 120px; height: 10px; border-radius: 2px; }
+.veena-sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(260px, 1fr)); gap: 14px; }
+.veena-side { border: 1px solid #d4d8de; border-radius: 6px; padding: 10px 16px; background: #ffffff; color: #1c1e21; }
+.veena-side h3 { font-size: 15px; margin: 0 0 6px; }
+.veena-hit { color: #00684a; font-weight: 600; } .veena-miss { color: #b03a00; font-weight: 600; }
+"""
+
+
+def page_theme() -> Any:
+    """Gradio's plain theme in system fonts, with the project's blue for what can be pressed."""
+    fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+    theme = gr.themes.Base(
+        primary_hue=gr.themes.colors.blue,
+        neutral_hue=gr.themes.colors.gray,
+        font=fonts,
+        font_mono=("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"),
+    )
+    blue, ink, quiet = "#00598f", "#1c1e21", "#555b64"
+    light = {
+        "button_primary_background_fill": blue,
+        "button_primary_background_fill_hover": "#00446e",
+        "button_primary_text_color": "#ffffff",
+        "button_secondary_text_color": ink,
+        "body_text_color": ink,
+        "body_text_color_subdued": quiet,
+        "block_label_text_color": quiet,
+        "block_title_text_color": quiet,
+        "block_info_text_color": quiet,
+        "input_placeholder_color": quiet,
+        "color_accent": blue,
+        "slider_color": blue,
+    }
+    # One light look: what a view draws is judged by eye, and is drawn for white paper.
+    return theme.set(**light)
+
+
+ALWAYS_LIGHT = "() => { document.body.classList.remove('dark'); document.documentElement.classList.remove('dark'); }"
+
+
+def build_page(explorer: Explorer) -> Any:
+    """The page of an explorer."""
+    with gr.Blocks(
+        analytics_enabled=False, title="veena_lens explorer", fill_width=True, delete_cache=(600, KEPT_SECONDS)
+    ) as demo:
+        with gr.Row(equal_height=True):
+            gr.Markdown("# veena_lens\nWhere in the picture does it look, and why did it say that?", elem_id="title")
+            model = gr.Dropdown(
+                explorer.names, value=explorer.names[0], label="Model", elem_id="model", scale=0, min_width=280
+            )
+        shared = Shared(explorer=explorer, model=model)
+        shared.asks_at_once = explorer.names[0] in bundled_names()
+        with gr.Tabs(elem_id="tabs") as shared.tabs:
+            for title, name, build in TABS:
+                with gr.Tab(title, id=name, elem_id=f"tab-{name}"):
+                    build(shared)
+        assert shared.opens_head is not None
+        cells, opened = shared.opens_head
+        cells.select(opened, None, [shared.look_view, shared.look_code, shared.tabs], api_visibility="private")
+        for handler, inputs, outputs in shared.loads:
+            demo.load(handler, inputs, outputs, api_visibility="private", show_progress="hidden")
+
+        def leave(request: gr.Request) -> None:
+            explorer.forget(request.session_hash)
+
+        demo.unload(leave)
+    return demo

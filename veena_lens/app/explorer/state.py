@@ -1,0 +1,165 @@
+"""What the server remembers: models, with a lock each, and one session a browser tab.
+
+Every use of a model goes through `Explorer.using`: one at a time, and whatever happens inside, no hook and no
+intervention is left on it. Sessions hold results, never hooks, so two tabs cannot mix.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veena_lens.app.demo import few_threads
+from veena_lens.app.explorer.limits import Limits
+
+if TYPE_CHECKING:
+    from veena_lens.app.view import ExplorerView
+
+MOST_MODELS = 2
+
+
+@dataclass(eq=False)
+class Session:
+    """One tab's results by name; an entry of the same name replaces the last, so memory stays that of one of each."""
+
+    key: str
+    folder: Path
+    kept: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)  # slot of the page -> address of its view
+
+    def need(self, name: str, what: str) -> Any:
+        """A result. Raises: ValueError saying what to do first."""
+        if name not in self.kept:
+            raise ValueError(what)
+        return self.kept[name]
+
+
+class Explorer:
+    """Models and sessions of one server."""
+
+    def __init__(self, names: Sequence[str], limits: Limits | None = None, cache: Path | None = None) -> None:
+        self.names, self.limits, self.cache = list(names), limits or Limits(), cache
+        self._models: OrderedDict[str, Any] = OrderedDict()
+        self._locks: dict[str, threading.RLock] = {name: threading.RLock() for name in names}
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._views: dict[str, ExplorerView] = {}
+        self._busy: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+        self._guard = threading.RLock()
+        # Exports and parts of sweeps; gone when the server ends.
+        self.folder = Path(tempfile.mkdtemp(prefix="veena-lens-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    # --- models ---------------------------------------------------------------------------------------
+    @contextmanager
+    def using(self, name: str) -> Iterator[Any]:
+        """The model of this name, for this thread alone, and clean afterwards.
+
+        Raises: ValueError for a model that the server does not offer."""
+        if name not in self._locks:
+            raise ValueError(f"No model {name!r} here; there are: {', '.join(self.names) or 'none'}.")
+        with self._locks[name]:
+            model = self._loaded(name)
+            with self._alone(model):
+                yield model
+
+    @contextmanager
+    def _alone(self, model: Any) -> Iterator[None]:
+        """Whoever holds a model's own lock is alone with it, also with one that was replaced in the meantime."""
+        with self._guard:
+            lock = self._busy.setdefault(model, threading.RLock())
+        with lock, few_threads(model):
+            try:
+                yield
+            finally:
+                clean(model)
+
+    def _loaded(self, name: str) -> Any:
+        with self._guard:
+            if name not in self._models:
+                from veena_lens.model.model import HookedVLM
+
+                self._models[name] = HookedVLM.from_pretrained(name)
+                while len(self._models) > MOST_MODELS:
+                    self._models.popitem(last=False)
+            self._models.move_to_end(name)
+            return self._models[name]
+
+    # --- sessions -------------------------------------------------------------------------------------
+    def session(self, key: str | None) -> Session:
+        """The session of a tab; the one unused for longest goes where there are too many."""
+        key = key or "nobody"
+        with self._guard:
+            if key not in self._sessions:
+                folder = self.folder / secrets.token_hex(8)
+                folder.mkdir()
+                self._sessions[key] = Session(key, folder)
+                while len(self._sessions) > self.limits.sessions:
+                    self._drop(self._sessions.popitem(last=False)[1])
+            self._sessions.move_to_end(key)
+            return self._sessions[key]
+
+    def forget(self, key: str | None) -> None:
+        """Drop a tab's results and files."""
+        with self._guard:
+            session = self._sessions.pop(key or "nobody", None)
+            if session is not None:
+                self._drop(session)
+
+    def _drop(self, session: Session) -> None:
+        for token in session.tokens.values():
+            self._views.pop(token, None)
+        session.kept.clear()
+        for path in sorted(session.folder.rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+        session.folder.rmdir()
+
+    @property
+    def n_sessions(self) -> int:
+        return len(self._sessions)
+
+    # --- views ----------------------------------------------------------------------------------------
+    def show(self, session: Session, slot: str, view: ExplorerView) -> str:
+        """Put a view in a slot of a tab; returns its address, which nobody can guess."""
+        token = secrets.token_urlsafe(18)
+        with self._guard:
+            self._views.pop(session.tokens.get(slot, ""), None)
+            session.tokens[slot] = token
+            session.kept[slot] = view
+            self._views[token] = view
+        return token
+
+    def view(self, token: str) -> ExplorerView | None:
+        """The view at an address, None where it was replaced or its tab is gone."""
+        return self._views.get(token)
+
+    def maps(self, token: str, asked: dict[str, Any]) -> bytes | None:
+        """Maps of a view that a page asks for; None where the view is gone."""
+        view = self.view(token)
+        if view is None:
+            return None
+        model = getattr(view.runs[0], "model", None)
+        if model is None:  # a cache
+            return view.maps(asked)
+        with self._alone(model):
+            return view.maps(asked)
+
+
+def clean(model: Any) -> None:
+    """No hook and no intervention stays on a model."""
+    model._applied, model._rows, model._run = [], None, None
+    model.reset_hooks(including_permanent=True)
+
+
+def is_clean(model: Any) -> bool:
+    """True where nothing is left on a model."""
+    hooked = any(p._forward_hooks or p._backward_hooks for p in model.hook_dict.values())
+    return not hooked and not model._applied and model._rows is None

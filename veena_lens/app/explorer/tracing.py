@@ -1,0 +1,100 @@
+"""Neurons of a direction: which push most, the tokens they promote, and the pictures that excite them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import torch
+from PIL import Image, ImageDraw
+
+from veena_lens.app import steps
+from veena_lens.app.explorer.code import program
+from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.explorer.steering import Direction, direction_lines
+from veena_lens.checkpoints.bundle import bundled_pictures
+from veena_lens.circuits import drivers, promoted_tokens
+
+SHOWN = 12  # tokens
+N_PICTURES = 48
+
+
+def strongest(direction: Direction) -> pd.DataFrame:
+    """A direction's neurons: layer, neuron, push."""
+    return pd.DataFrame(
+        [{"layer": la, "neuron": n, "push": round(v, 4)} for la, n, v in direction.neurons],
+        columns=["layer", "neuron", "push"],
+    )
+
+
+def promoted(explorer: Explorer, name: str, layer: int, neuron: int) -> pd.DataFrame:
+    """What a neuron's row of W_out raises and lowers most."""
+    with explorer.using(name) as model:
+        found = promoted_tokens(model, layer, neuron, k=SHOWN)
+    texts = found.meta.get("texts") or [[str(i) for i in ids] for ids in found.meta["tokens"]]
+    values = found.values.tolist()
+    return pd.DataFrame(
+        {
+            "raises": texts[0],
+            "by": [round(v, 3) for v in values[0]],
+            "lowers": texts[1],
+            "by ": [round(v, 3) for v in values[1]],
+        }
+    )
+
+
+@torch.no_grad()
+def exciting(explorer: Explorer, name: str, layer: int, neuron: int, k: int = 6) -> list[tuple[Image.Image, str]]:
+    """The sample pictures whose tokens excite a neuron most, each once, the cell marked where it is one's."""
+    pictures = [p for p in bundled_pictures("test") if p.context is None][:N_PICTURES]
+    with explorer.using(name) as model:
+        batches = [steps.ask(model, steps.SAY, pictures[part]) for part in steps.chunks(len(pictures), 16)]
+        found = drivers(model, batches, layer, [neuron], k=8 * k)
+    out: list[tuple[Image.Image, str]] = []
+    seen: set[int] = set()
+    for value, where in zip(found.values[0].tolist(), found.meta["where"][0], strict=True):
+        if where["row"] in seen or len(out) == k:
+            continue
+        seen.add(where["row"])
+        picture = pictures[where["row"]]
+        out.append(_marked(picture.open(), where, f"{picture.emotion}: {value:.2f}"))
+    return out
+
+
+def _marked(image: Image.Image, where: dict[str, Any], caption: str) -> tuple[Image.Image, str]:
+    if "box" in where:
+        pen = ImageDraw.Draw(image)
+        pen.rectangle(where["box"], outline="#000000", width=5)
+        pen.rectangle(where["box"], outline="#56B4E9", width=2)
+        return image, caption
+    word = where.get("text", "").strip() or f"position {where['pos']}"
+    return image, f"{caption} at “{word}”"
+
+
+def neurons_code(direction: Direction, layer: int, neuron: int) -> str:
+    """The program behind the Neurons tab."""
+    body = [
+        *direction_lines(direction),
+        "emotional, neutral = (ask(model, NAME, side) for side in zip(*pairs))",
+        "trace = neuron_trace(emotional, direction, baseline=neutral, model=model)",
+        f"print(top_neurons(trace, {len(direction.neurons)}))",
+        f"print(promoted_tokens(model, {layer}, {neuron}, k={SHOWN}).meta.get('texts'))".replace("'", '"'),
+        f"print(drivers(model, emotional, {layer}, [{neuron}], k=5).meta['where'])".replace("'", '"'),
+    ]
+    imports = [
+        "from veena_lens import HookedVLM",
+        "from veena_lens.app.steps import NAME, ask, steering_vectors",
+        "from veena_lens.checkpoints.bundle import bundled_pairs",
+        "from veena_lens.circuits import drivers, neuron_trace, promoted_tokens, top_neurons",
+    ]
+    return program(imports, body)
+
+
+def export_neurons(session: Session) -> list[str]:
+    """The neurons as tables. Raises: ValueError before a direction was extracted."""
+    direction: Direction = session.need("direction", "Extract a direction in the Steer tab first.")
+    table = strongest(direction)
+    paths = [session.folder / "neurons.csv", session.folder / "neurons.parquet"]
+    table.to_csv(paths[0], index=False)
+    table.to_parquet(paths[1], index=False)
+    return [str(p) for p in paths]

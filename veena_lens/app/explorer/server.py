@@ -82,7 +82,8 @@ def serve(
     print(f"veena-lens explore: http://{'localhost' if host in LOOPBACK else host}:{chosen}", flush=True)
     if host not in LOOPBACK:
         print("Anyone who reaches this machine can use the page: it has no password.", flush=True)
-    uvicorn.run(app, host=host, port=chosen, log_level="warning")
+    # Open pages keep a connection: without a limit the server would wait for them to close.
+    uvicorn.run(app, host=host, port=chosen, log_level="warning", timeout_graceful_shutdown=1)
 
 
 def free_port(host: str, port: int | None) -> int:

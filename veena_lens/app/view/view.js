@@ -905,22 +905,33 @@ function range(n) {
 
 // --- hosts ------------------------------------------------------------------------------------------------
 
+function refuse(root, reason) {
+  root.replaceChildren(element("p", { class: "vv-note", role: "alert", text: `The view cannot be shown: ${reason}` }));
+}
+
 export function mount(root, buffer, host = {}) {
   root.veenaView?.destroy();
   try {
     root.veenaView = new View(root, buffer, host);
   } catch (error) {
     root.veenaView = undefined;
-    root.replaceChildren(element("p", { class: "vv-note", role: "alert", text: `The view cannot be shown: ${error.message}` }));
+    refuse(root, error.message);
     throw error;
   }
   return root.veenaView;
 }
 
 export async function openPage(root, base64) {
-  const packed = Uint8Array.from(atob(base64.trim()), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  return mount(root, await new Response(stream).arrayBuffer());
+  let buffer;
+  try {
+    const packed = Uint8Array.from(atob(base64.trim()), (c) => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    buffer = await new Response(stream).arrayBuffer();
+  } catch (error) {
+    refuse(root, `its data were cut short or changed (${error.message})`);
+    return undefined;
+  }
+  return mount(root, buffer);
 }
 
 function render({ model, el }) {

@@ -1,0 +1,186 @@
+"""The view as a page from disk: hovering, pinning, keys, contrast, speed, and no wish for a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.app.browser.conftest import low_contrast
+from tests.app.view.large import large_cache, large_picture
+from veena_lens import HookedVLM
+from veena_lens.app.view import ExplorerView
+from veena_lens.checkpoints.bundle import bundled_pairs
+
+QUESTION = "how does the person in the picture feel?"
+STATE = "document.querySelector('#view').veenaView.state"
+
+
+@pytest.fixture(scope="module")
+def view() -> ExplorerView:
+    model = HookedVLM.from_pretrained("tiny-llava-emotion")
+    happy, neutral = next(p for p in bundled_pairs("test") if p[0].emotion == "happy")
+    direction = torch.randn(8, 192, generator=torch.Generator().manual_seed(0))
+    return ExplorerView.from_run(
+        model,
+        (happy.open(), QUESTION),
+        answer=True,
+        other=neutral.open(),
+        directions={"noise": direction},
+        words=[" happy", " sad"],
+    )
+
+
+@pytest.fixture
+def page(view: ExplorerView, tmp_path: Path, open_page: Callable[..., Any]) -> Any:
+    opened = open_page(view.save(tmp_path / "view.html").as_uri(), offline=True)
+    opened.wait_for_selector(".vv-token")
+    return opened
+
+
+def at_cell(page: Any, row: int, column: int) -> dict[str, float]:
+    """Where a cell of the first picture's 8 x 8 grid lies on the page."""
+    box = page.locator(".vv-picture canvas").first.bounding_box()
+    return {"x": box["x"] + (column + 0.5) * box["width"] / 8, "y": box["y"] + (row + 0.5) * box["height"] / 8}
+
+
+def test_hovered_token_shows_where_it_looks(page: Any, view: ExplorerView) -> None:
+    page.get_by_label("Layer", exact=True).select_option("0")
+    page.get_by_label("Head", exact=True).select_option("3")
+    token = page.locator(".vv-answer", has_text="happy")
+    token.hover()
+    page.wait_for_function(f"{STATE}.hoverQuery !== null")
+    position = int(token.get_attribute("data-at") or -1)
+    shown = page.evaluate("[...document.querySelector('#view').veenaView.map.values]")
+    (bundle,) = [b for b in view.bundles if b.key.query == position and b.key.run == 0]
+    expected = bundle.maps.decode(view.inputs.image_mask[0])[0, 3]
+    torch.testing.assert_close(torch.tensor(shown), expected, rtol=1e-4, atol=1e-7)
+    assert "“happy” gives the picture" in page.locator(".vv-status").inner_text()
+    page.mouse.move(5, 5)
+    page.wait_for_function(f"{STATE}.hoverQuery === null")
+
+
+def test_hovered_cell_shows_which_words_look_at_it_and_click_pins(page: Any) -> None:
+    place = at_cell(page, 6, 4)
+    page.mouse.move(**place)
+    page.wait_for_function(f"{STATE}.hoverPatch !== null")
+    assert "Words that look at cell 7, 5" in page.locator(".vv-readout").inner_text()
+    page.mouse.click(**place)
+    page.mouse.move(5, 5)
+    page.wait_for_function(f"{STATE}.hoverPatch === null && {STATE}.patch !== null")
+    assert "Words that look at cell 7, 5" in page.locator(".vv-readout").inner_text()
+    page.locator(".vv-grid").focus()
+    page.keyboard.press("Escape")
+    page.wait_for_function(f"{STATE}.patch === null")
+
+
+def test_keys_move_through_layers_heads_tokens_and_cells(page: Any) -> None:
+    page.get_by_label("Layer", exact=True).select_option("2")
+    page.locator(".vv-grid").focus()
+    for key in ("ArrowDown", "ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)
+    assert page.evaluate(f"[{STATE}.layer, {STATE}.head]") == [3, 1]
+    page.keyboard.press("k")
+    page.keyboard.press("l")
+    assert page.evaluate(f"[{STATE}.layer, {STATE}.head]") == [2, 2]
+    page.keyboard.press("m")
+    assert page.evaluate(f"{STATE}.head") == -1
+    before = page.evaluate(f"{STATE}.query")
+    page.locator('.vv-token[aria-selected="true"]').focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(f"{STATE}.query") == before + 1
+    assert page.evaluate("Number(document.activeElement.dataset.at)") == before + 1
+    page.locator(".vv-picture canvas").first.focus()
+    page.keyboard.press("Enter")
+    first = page.evaluate(f"{STATE}.patch")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(f"{STATE}.patch") == first + 1 + 8
+
+
+def test_every_control_can_be_reached_and_shows_its_focus(page: Any) -> None:
+    reached = []
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        found = page.evaluate(
+            "() => { const e = document.activeElement, s = getComputedStyle(e);"
+            " const name = e === document.body ? 'BODY' : e.className || e.tagName;"
+            " return [name, s.outlineStyle, parseFloat(s.outlineWidth)]; }"
+        )
+        if found[0] == "BODY":
+            break
+        reached.append(found)
+    names = " ".join(str(r[0]) for r in reached)
+    assert "vv-grid" in names and "vv-token" in names and names.count("CANVAS") >= 1 and "SELECT" in names
+    assert all(style != "none" and width >= 2 for _, style, width in reached), reached
+
+
+@pytest.mark.parametrize("mode", ["attention", "sinks", "difference", "lens", "push", "norms"])
+def test_every_mode_draws_and_keeps_contrast(page: Any, mode: str) -> None:
+    page.click(f'[data-mode="{mode}"]')
+    page.wait_for_function(f"{STATE}.mode === '{mode}'")
+    page.mouse.move(**at_cell(page, 3, 3))
+    page.wait_for_timeout(60)
+    assert page.evaluate(
+        "() => { const v = document.querySelector('#view').veenaView; return v.map !== null && v.gridShape !== null; }"
+    )
+    colours = page.evaluate(
+        "() => { const c = document.querySelector('.vv-grid'), d = c.getContext('2d')"
+        ".getImageData(0, 0, c.width, c.height).data, s = new Set();"
+        " for (let i = 0; i < d.length; i += 400) s.add(`${d[i]},${d[i + 1]},${d[i + 2]}`); return s.size; }"
+    )
+    assert colours > 4
+    assert low_contrast(page, "#view") == []
+
+
+@pytest.mark.parametrize("width", [800, 1280])
+def test_nothing_is_wider_than_the_window(view: ExplorerView, tmp_path: Path, open_page: Any, width: int) -> None:
+    page = open_page(view.save(tmp_path / "view.html").as_uri(), width)
+    page.wait_for_selector(".vv-token")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+HOVERS = """async (what) => {
+  const times = [], spent = async (act) => {
+    const began = performance.now();
+    act();
+    await new Promise((done) => requestAnimationFrame(() => setTimeout(done, 0)));
+    times.push(performance.now() - began);
+  };
+  if (what === 'tokens') for (const chip of document.querySelectorAll('.vv-token')) {
+    await spent(() => chip.dispatchEvent(new PointerEvent('pointerover', { bubbles: true })));
+  } else {
+    const canvas = document.querySelectorAll('.vv-picture canvas')[1], box = canvas.getBoundingClientRect();
+    for (let i = 0; i < 30; i++) await spent(() => canvas.dispatchEvent(new PointerEvent('pointermove',
+      { clientX: box.left + box.width * (0.02 + 0.03 * i), clientY: box.top + box.height * (0.9 - 0.02 * i) })));
+  }
+  return times.sort((a, b) => a - b);
+}"""
+
+
+def test_hover_over_2880_image_tokens_and_1024_heads_takes_less_than_100_ms(tmp_path: Path, open_page: Any) -> None:
+    cache = large_cache()
+    view = ExplorerView.from_cache(cache, pictures=[large_picture()], modes=["attention", "norms"])
+    page = open_page(view.save(tmp_path / "large.html").as_uri(), offline=True)
+    page.wait_for_selector(".vv-token")
+    page.wait_for_timeout(500)
+    for layer in (3, -1):  # one layer's heads, and the mean over all 1,024
+        page.evaluate(f"document.querySelector('#view').veenaView.set({{layer: {layer}, head: -1}})")
+        for what in ("tokens", "cells"):
+            times = page.evaluate(HOVERS, what)
+            late = times[int(0.95 * len(times))]
+            assert late <= 100, f"{what}, layer {layer}: 95 % within {late:.0f} ms"
+
+
+def test_page_that_was_cut_short_says_so(view: ExplorerView, tmp_path: Path, open_page: Any, watched: Any) -> None:
+    watched.allowed = ("Compressed input was truncated", "Unexpected", "incorrect", "atob", "decode", "Junk")
+    page = view.save(tmp_path / "view.html")
+    text = page.read_text(encoding="utf-8")
+    at = text.index('id="data">') + 10
+    page.write_text(text[: at + 4000] + text[text.index("</script>", at) :], encoding="utf-8")
+    opened = open_page(page.as_uri())
+    opened.wait_for_selector("[role=alert]")
+    assert "cannot be shown" in opened.locator("[role=alert]").inner_text()

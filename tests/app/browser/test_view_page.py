@@ -13,6 +13,7 @@ from tests.app.browser.conftest import low_contrast
 from tests.app.view.large import large_cache, large_picture
 from veena_lens import HookedVLM
 from veena_lens.app.view import ExplorerView
+from veena_lens.app.view.page import SCRIPT
 from veena_lens.checkpoints.bundle import bundled_pairs
 
 QUESTION = "how does the person in the picture feel?"
@@ -184,3 +185,52 @@ def test_page_that_was_cut_short_says_so(view: ExplorerView, tmp_path: Path, ope
     opened = open_page(page.as_uri())
     opened.wait_for_selector("[role=alert]")
     assert "cannot be shown" in opened.locator("[role=alert]").inner_text()
+
+
+def test_notebook_widget_draws_and_asks_the_kernel_for_what_it_lacks(open_page: Any, tmp_path: Path) -> None:
+    """The module's anywidget face, with a model of the front end that hands messages to the real widget."""
+    pytest.importorskip("anywidget")
+    import base64
+
+    model = HookedVLM.from_pretrained("tiny-llava-emotion")
+    picture = bundled_pairs("test")[0][0].open()
+    small = ExplorerView.from_run(model, (picture, QUESTION), modes=["attention"], max_bytes=1)
+    widget, answers = small.widget(), []
+    widget.send = lambda content, buffers=None: answers.append((content, buffers))
+
+    def kernel(message: dict[str, Any]) -> list[Any]:
+        widget._answer(widget, message, [])
+        content, buffers = answers[-1]
+        return [content, [base64.b64encode(b).decode() for b in buffers or []]]
+
+    payload = base64.b64encode(widget.payload).decode()
+    script = SCRIPT.read_text("utf-8")
+    shell = tmp_path / "notebook.html"
+    shell.write_text(
+        f"""<!doctype html><meta charset="utf-8"><div id="cell"></div><script type="module">{script}
+        const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+        const heard = [];
+        const front = {{
+          get: () => bytes("{payload}"), set: (k, v) => {{ window.pinned = v; }}, save_changes: () => {{}},
+          on: (name, act) => heard.push(act), off: () => {{}},
+          send: async (message) => {{
+            const [content, buffers] = await window.kernel(message);
+            for (const act of heard) act(content, buffers.map(bytes));
+          }},
+        }};
+        window.close_widget = render({{ model: front, el: document.getElementById("cell") }});
+        </script>""",
+        encoding="utf-8",
+    )
+    page = open_page("about:blank")
+    page.expose_function("kernel", kernel)
+    page.goto(shell.as_uri())
+    page.wait_for_selector(".vv-token")
+    state = "document.querySelector('.veena-view').veenaView"
+    token = page.locator(".vv-token", has_text="feel").first
+    token.click()
+    position = int(token.get_attribute("data-at") or -1)
+    page.wait_for_function(f"{state}.store.get({{query: {position}}}).heads === 8")
+    assert page.evaluate("window.pinned.query") == position and answers
+    page.evaluate("window.close_widget()")
+    assert page.locator(".vv-token").count() == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.app.explorer.conftest import NAME, QUESTION
-from veena_lens.app.explorer import asking, lens_tab, pairs_tab, patch_tab, steering, sweeping, tracing
+from veena_lens.app.explorer import asking, directions, lens_tab, pairs_tab, patch_tab, steering, sweeping, tracing
 from veena_lens.app.explorer.limits import Limits
 from veena_lens.app.explorer.pictures import open_sample, samples
 from veena_lens.app.explorer.state import Explorer, Session
@@ -126,7 +126,7 @@ def test_code_of_the_patch_tab_runs_and_agrees(explorer: Explorer, session: Sess
 
 
 def test_alpha_turns_neutral_faces_and_neutral_strengths_change_nothing(explorer: Explorer, session: Session) -> None:
-    direction = steering.extract(explorer, session, NAME, "happy", 6)
+    direction = directions.extract(explorer, session, NAME, "happy", 6)
     shown = open_sample(NEUTRAL)
     found = steering.steer(
         explorer, session, NAME, steering.circuit_of(direction, 4, 1.5, 1, 1), shown, QUESTION, "happy"
@@ -138,7 +138,7 @@ def test_alpha_turns_neutral_faces_and_neutral_strengths_change_nothing(explorer
 
 
 def test_circuit_names_heads_and_neurons_layer_by_layer(explorer: Explorer, session: Session) -> None:
-    direction = steering.extract(explorer, session, NAME, "sad", 4)
+    direction = directions.extract(explorer, session, NAME, "sad", 4)
     circuit = steering.circuit_of(direction, 3, 1.0, 2.0, 1.5)
     kinds = [type(item).__name__ for item in circuit]
     assert kinds.count("Steer") == 1 and "BoostAttention" in kinds and "ScaleNeurons" in kinds
@@ -147,13 +147,13 @@ def test_circuit_names_heads_and_neurons_layer_by_layer(explorer: Explorer, sess
     with pytest.raises(ValueError, match="No layer 8; the direction has layers 0 to 7"):
         steering.circuit_of(direction, 8, 1.0, 1, 1)
     with pytest.raises(ValueError, match="No pairs of 'bored'; there are: happy"):
-        steering.extract(explorer, session, NAME, "bored", 4)
+        directions.extract(explorer, session, NAME, "bored", 4)
 
 
 def test_circuit_that_was_exported_loads_and_takes_new_strengths(
     explorer: Explorer, session: Session, tmp_path: Path
 ) -> None:
-    direction = steering.extract(explorer, session, NAME, "happy", 4)
+    direction = directions.extract(explorer, session, NAME, "happy", 4)
     circuit = steering.circuit_of(direction, 4, 1.5, 2.0, 1)
     shown = open_sample(NEUTRAL)
     first = steering.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
@@ -179,10 +179,23 @@ def test_circuit_of_another_model_is_refused_and_nothing_stays(explorer: Explore
         steering.steer(explorer, session, NAME, alien, open_sample(NEUTRAL), QUESTION, "happy")
 
 
+def test_direction_that_was_found_is_a_mode_of_the_next_look(
+    explorer: Explorer, session: Session, face: Any, run_code: Any
+) -> None:
+    direction = directions.extract(explorer, session, NAME, "happy", 4)
+    for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 4):
+        pass
+    view, code = asking.look(explorer, session)
+    assert "push" in view.header["modes"] and view.header["directions"] == ["happy"]
+    made = run_code(code)
+    torch.testing.assert_close(made["direction"], direction.vectors)
+    assert "push" in made["view"].header["modes"]
+
+
 def test_code_of_the_steer_tab_runs_and_says_the_same(
     explorer: Explorer, session: Session, run_code: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    direction = steering.extract(explorer, session, NAME, "happy", 4)
+    direction = directions.extract(explorer, session, NAME, "happy", 4)
     circuit = steering.circuit_of(direction, 4, 1.5, 1.5, 1.2)
     shown = open_sample(NEUTRAL)
     found = steering.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
@@ -196,9 +209,9 @@ def test_code_of_the_steer_tab_runs_and_says_the_same(
 def test_neurons_are_ranked_named_and_shown(explorer: Explorer, session: Session, run_code: Any) -> None:
     with pytest.raises(ValueError, match="Extract a direction"):
         tracing.export_neurons(session)
-    direction = steering.extract(explorer, session, NAME, "happy", 8)
+    direction = directions.extract(explorer, session, NAME, "happy", 8)
     table = tracing.strongest(direction)
-    assert len(table) == 30 and table["push"].is_monotonic_decreasing
+    assert len(table) == 30 and table["push"].is_monotonic_decreasing and set(table["being"]) == {"louder", "quieter"}
     layer, neuron = (int(table.iloc[0][c]) for c in ("layer", "neuron"))
     tokens = tracing.promoted(explorer, NAME, layer, neuron)
     assert len(tokens) == tracing.SHOWN and list(tokens["by"]) == sorted(tokens["by"], reverse=True)

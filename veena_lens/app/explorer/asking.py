@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from veena_lens.app.explorer.code import listed, program
+from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, direction_lines
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
@@ -60,28 +61,39 @@ def ask(
 def look(explorer: Explorer, session: Session, second: Shown | None = None) -> tuple[ExplorerView, str]:
     """The view of the last answer, and the code that makes it; `second`: a picture of the same grid to compare."""
     asked: Asked = session.need("asked", "Ask something first.")
+    found = session.kept.get("direction")
+    direction = found if found is not None and found.model == asked.model else None
     with explorer.using(asked.model) as model:
         view = ExplorerView.from_run(
             model,
             asked.inputs,
             pictures=[p.image for p in asked.pictures],
             other=None if second is None else [second.image],
+            directions=None if direction is None else {direction.emotion: direction.vectors},
             max_bytes=explorer.limits.view_bytes,
             title=asked.model,
         )
-    return view, look_code(asked, second)
+    return view, look_code(asked, second, direction)
 
 
-def look_code(asked: Asked, second: Shown | None) -> str:
+def look_code(asked: Asked, second: Shown | None, direction: Direction | None = None) -> str:
     """The program behind the Look tab."""
     used = [*asked.pictures, *([] if second is None else [second])]
-    other = "" if second is None else f", other={second.code}"
+    settings = "answer=True"
+    lines: list[str] = [f"model = HookedVLM.from_pretrained({asked.model!r})"]
+    imports: list[str] = list(IMPORTS)
+    if second is not None:
+        settings += f", other={second.code}"
+    if direction is not None:
+        lines = direction_lines(direction)
+        imports += DIRECTION_IMPORTS
+        settings += f", directions={{{direction.emotion!r}: direction}}"
     body = [
-        f"model = HookedVLM.from_pretrained({asked.model!r})",
-        f"view = ExplorerView.from_run(model, ({listed(asked.pictures)}, {asked.prompt!r}), answer=True{other})",
+        *lines,
+        f"view = ExplorerView.from_run(model, ({listed(asked.pictures)}, {asked.prompt!r}), {settings})",
         'view.save("view.html")  # or view.widget() in a notebook',
     ]
-    return program(IMPORTS, body, used)
+    return program(imports, body, used)
 
 
 def look_at_cache(explorer: Explorer, session: Session, path: str | Path) -> tuple[ExplorerView, str]:

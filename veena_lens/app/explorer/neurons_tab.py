@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
-from veena_lens.app.explorer import steering, tracing
+from veena_lens.app.explorer import directions, tracing
+from veena_lens.app.explorer.directions import FELT, Direction
 from veena_lens.app.explorer.parts import Shared, code_box, export_box
 from veena_lens.app.explorer.pictures import thumbnails
-from veena_lens.app.explorer.steering import FELT, Direction
 from veena_lens.app.explorer.told import told
 
 
@@ -21,10 +21,15 @@ def build(shared: Shared) -> None:
         go = gr.Button(
             "Find its neurons", variant="primary", elem_id="neurons-go", scale=1, min_width=160, elem_classes="veena-go"
         )
+    gr.Markdown(
+        "A neuron pushes by what it writes times how much more active the emotion makes it: louder where it writes "
+        "along the direction, quieter where it writes against it.",
+        elem_classes="veena-hint",
+    )
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=260):
             table = gr.Dataframe(
-                headers=["layer", "neuron", "push"],
+                headers=["layer", "neuron", "push", "being"],
                 label="Strongest neurons (choose one)",
                 interactive=False,
                 max_height=360,
@@ -41,7 +46,7 @@ def build(shared: Shared) -> None:
     @told
     def find(model: str, wanted: str, request: gr.Request) -> tuple[Any, ...]:
         session = explorer.session(request.session_hash)
-        direction = steering.extract(explorer, session, model, wanted, 8)
+        direction = directions.extract(explorer, session, model, wanted, 8)
         first = direction.neurons[0]
         return tracing.strongest(direction), f"{first[0]}.{first[1]}", *open_neuron(direction, first[0], first[1])
 

@@ -10,11 +10,11 @@ import torch
 
 from veena_lens.app import steps
 from veena_lens.app.explorer.code import program
+from veena_lens.app.explorer.directions import FELT
 from veena_lens.app.explorer.parts import Shared, code_box, export_box
 from veena_lens.app.explorer.patch_tab import pair_names
 from veena_lens.app.explorer.pictures import thumbnails
 from veena_lens.app.explorer.state import Explorer, Session
-from veena_lens.app.explorer.steering import FELT
 from veena_lens.app.explorer.told import told
 from veena_lens.zoo.emotions import named_emotion
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
-from veena_lens.app.explorer import steering
+from veena_lens.app.explorer import directions, steering
+from veena_lens.app.explorer.directions import FELT, Direction
 from veena_lens.app.explorer.parts import Shared, code_box, export_box
 from veena_lens.app.explorer.pictures import chosen, samples
-from veena_lens.app.explorer.steering import FELT, Direction, Steered
+from veena_lens.app.explorer.steering import Steered
 from veena_lens.app.explorer.told import told
 from veena_lens.app.steps import SAY
 
@@ -74,7 +75,7 @@ def build(shared: Shared) -> None:
     @told
     def found_direction(model: str, wanted: str, n: float | int, request: gr.Request) -> tuple[Any, Any]:
         session = explorer.session(request.session_hash)
-        direction = steering.extract(explorer, session, model, wanted, int(n))
+        direction = directions.extract(explorer, session, model, wanted, int(n))
         session.kept.pop("circuit", None)
         last = len(direction.vectors) - 1
         return told_of(direction), gr.update(maximum=last, value=min(last, round(0.6 * last)))
@@ -116,7 +117,7 @@ def build(shared: Shared) -> None:
         else:
             direction = session.kept.get("direction")
             if direction is None or (direction.model, direction.emotion, direction.n_pairs) != (model, wanted, int(n)):
-                direction = steering.extract(explorer, session, model, wanted, int(n))
+                direction = directions.extract(explorer, session, model, wanted, int(n))
             edits = steering.circuit_of(direction, int(at), a, b, c)
             told_text, program = told_of(direction), steering.steer_code(direction, edits, shown, question)
         found = steering.steer(explorer, session, model, edits, shown, question, wanted)

@@ -1,4 +1,4 @@
-"""Directions from pairs, and what they do when added: one answer before and after, and the rate over many faces.
+"""What a direction does when added: one answer before and after, and the rate over many faces.
 
 alpha adds the direction at one layer, beta strengthens the attention that key heads pay to the picture, gamma the key
 neurons; heads and neurons are those that push most along the direction on the same pairs.
@@ -7,70 +7,24 @@ neurons; heads and neurons are those that push most along the direction on the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor
 
 from veena_lens.app import steps
 from veena_lens.app.explorer.code import program
+from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, direction_lines
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
-from veena_lens.checkpoints.bundle import Picture, bundled_pairs, bundled_pictures
-from veena_lens.circuits import head_intention, neuron_trace, top_neurons
+from veena_lens.checkpoints.bundle import bundled_pictures
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
-from veena_lens.zoo.emotions import EMOTIONS, named_emotion
+from veena_lens.zoo.emotions import named_emotion
 
-FELT = tuple(e for e in EMOTIONS if e != "neutral")
-N_HEADS, N_NEURONS = 10, 30  # as many as the method's defaults take
 N_FACES = 8
 SAY_TOKENS = 24
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Direction:
-    """The mean over pairs of resid_post(emotional) - resid_post(neutral) at the last position, in every layer.
-
-    heads: (layer, head, push) and neurons: (layer, neuron, push) that push most along it."""
-
-    model: str
-    emotion: str
-    n_pairs: int
-    vectors: Float[Tensor, "layer d_model"]
-    heads: list[tuple[int, int, float]] = field(default_factory=list)
-    neurons: list[tuple[int, int, float]] = field(default_factory=list)
-
-
-def pairs_of(emotion: str, n: int) -> list[tuple[Picture, Picture]]:
-    """Development pairs of an emotion. Raises: ValueError for an unknown emotion, or fewer than one pair."""
-    if emotion not in FELT:
-        raise ValueError(f"No pairs of {emotion!r}; there are: {', '.join(FELT)}.")
-    if n < 1:
-        raise ValueError(f"A direction needs at least one pair, not {n}.")
-    return [pair for pair in bundled_pairs("development") if pair[0].emotion == emotion][:n]
-
-
-@torch.no_grad()
-def extract(explorer: Explorer, session: Session, name: str, emotion: str, n: int) -> Direction:
-    """The direction of an emotion, with its heads and neurons; the session keeps it as "direction"."""
-    pairs = pairs_of(emotion, int(n))
-    with explorer.using(name) as model:
-        vectors = steps.steering_vectors(model, pairs)[emotion]
-        emotional, neutral = (steps.ask(model, steps.NAME, side) for side in zip(*pairs, strict=True))
-        pushes = head_intention(emotional, vectors, kind="projection", baseline=neutral, model=model).mean("pair")
-        heads = [(int(r.layer), int(r.head), float(r.value)) for r in pushes.top(N_HEADS).itertuples()]
-        trace = neuron_trace(emotional, vectors, baseline=neutral, model=model)
-        best = top_neurons(trace, N_NEURONS)
-        neurons = [(int(r.layer), int(r.neuron), float(r.value)) for r in best.itertuples()]
-    found = Direction(
-        model=name, emotion=emotion, n_pairs=len(pairs), vectors=vectors.cpu(), heads=heads, neurons=neurons
-    )
-    session.kept["direction"] = found
-    return found
 
 
 def circuit_of(direction: Direction, layer: int, alpha: float | int, beta: float | int, gamma: float | int) -> Circuit:
@@ -114,8 +68,6 @@ def load_circuit(session: Session, path: str | Path) -> Circuit:
 
 def scaled(circuit: Sequence[Any], alpha: float | int, beta: float | int, gamma: float | int) -> Circuit:
     """A loaded circuit with the strengths of its edits set: alpha of `Steer`, factors of the others."""
-    from dataclasses import replace
-
     kinds = ((Steer, "alpha", alpha), (BoostAttention, "factor", beta), (ScaleNeurons, "factor", gamma))
     items = []
     for item in circuit:
@@ -178,18 +130,6 @@ def steer(
     return found
 
 
-DIRECTION = (
-    "pairs = [p for p in bundled_pairs('development') if p[0].emotion == {emotion!r}][:{n}]",
-    "direction = steering_vectors(model, pairs)[{emotion!r}]  # [layer d_model]",
-)
-
-
-def direction_lines(direction: Direction) -> list[str]:
-    """The lines that compute a direction again."""
-    lines = [line.format(emotion=direction.emotion, n=direction.n_pairs).replace("'", '"') for line in DIRECTION]
-    return [f"model = HookedVLM.from_pretrained({direction.model!r})", *lines]
-
-
 def steer_code(direction: Direction, circuit: Circuit, shown: Shown, prompt: str) -> str:
     """The program behind the Steer tab."""
     edits = []
@@ -217,8 +157,7 @@ def steer_code(direction: Direction, circuit: Circuit, shown: Shown, prompt: str
     ]
     imports = [
         "from veena_lens import HookedVLM",
-        "from veena_lens.app.steps import steering_vectors",
-        "from veena_lens.checkpoints.bundle import bundled_pairs",
+        *DIRECTION_IMPORTS,
         "from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer",
     ]
     return program(imports, body, [shown])

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from veena_lens.app import steps
 from veena_lens.app.explorer.code import program
+from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, direction_lines
 from veena_lens.app.explorer.state import Explorer, Session
-from veena_lens.app.explorer.steering import Direction, direction_lines
 from veena_lens.checkpoints.bundle import bundled_pictures
 from veena_lens.circuits import drivers, promoted_tokens
 
@@ -20,11 +20,17 @@ N_PICTURES = 48
 
 
 def strongest(direction: Direction) -> pd.DataFrame:
-    """A direction's neurons: layer, neuron, push."""
-    return pd.DataFrame(
-        [{"layer": la, "neuron": n, "push": round(v, 4)} for la, n, v in direction.neurons],
-        columns=["layer", "neuron", "push"],
-    )
+    """A direction's neurons: layer, neuron, push, and whether they push by being more active or less."""
+    rows = [
+        {
+            "layer": la,
+            "neuron": n,
+            "push": round(v, 3),
+            "being": "quieter" if (la, n) in direction.quieter else "louder",
+        }
+        for la, n, v in direction.neurons
+    ]
+    return pd.DataFrame(rows, columns=["layer", "neuron", "push", "being"])
 
 
 def promoted(explorer: Explorer, name: str, layer: int, neuron: int) -> pd.DataFrame:
@@ -83,8 +89,8 @@ def neurons_code(direction: Direction, layer: int, neuron: int) -> str:
     ]
     imports = [
         "from veena_lens import HookedVLM",
-        "from veena_lens.app.steps import NAME, ask, steering_vectors",
-        "from veena_lens.checkpoints.bundle import bundled_pairs",
+        "from veena_lens.app.steps import NAME, ask",
+        *DIRECTION_IMPORTS,
         "from veena_lens.circuits import drivers, neuron_trace, promoted_tokens, top_neurons",
     ]
     return program(imports, body)

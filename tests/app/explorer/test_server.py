@@ -1,0 +1,137 @@
+"""The server keeps to itself: headers, hosts, limits, views by secret address, and words for what goes wrong."""
+
+from __future__ import annotations
+
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+import torch
+
+from tests.app.explorer.conftest import NAME, QUESTION
+from veena_lens import cli
+from veena_lens.app.explorer import asking
+from veena_lens.app.explorer.limits import Limits
+from veena_lens.app.explorer.server import free_port, make_app
+from veena_lens.app.explorer.told import message, told
+from veena_lens.app.view.coding import unpack
+
+
+@pytest.fixture(scope="module")
+def app() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gradio's own
+        return make_app([NAME])
+
+
+@pytest.fixture
+def client(app: Any) -> Iterator[Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from starlette.testclient import TestClient
+
+        yield TestClient(app, base_url="http://127.0.0.1")
+
+
+def test_page_forbids_other_origins_and_names_none(client: Any) -> None:
+    answer = client.get("/")
+    policy = answer.headers["content-security-policy"]
+    assert answer.status_code == 200 and "default-src 'self'" in policy and "http" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    for remote in ("fonts.googleapis", "cdnjs", "cdn.jsdelivr", "huggingface.co/", "google-analytics"):
+        assert remote not in answer.text
+    assert '"analytics_enabled":false' in answer.text.replace(" ", "")
+
+
+def test_other_host_names_are_turned_away(client: Any) -> None:
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 400
+    assert client.get("/", headers={"host": "localhost:7860"}).status_code == 200
+
+
+def test_views_and_maps_answer_under_their_address_only(client: Any, app: Any) -> None:
+    explorer = app.state.explorer
+    session = explorer.session("a tab")
+    for _ in asking.ask(explorer, session, NAME, [], QUESTION, 3):
+        pass
+    token = explorer.show(session, "look", asking.look(explorer, session)[0])
+    header, _ = unpack(client.get(f"/veena/view/{token}").content)
+    assert header["title"] == NAME
+    maps = client.get(f"/veena/maps/{token}", params={"query": 3})
+    assert unpack(maps.content)[0]["bundles"][0]["query"] == 3 and maps.headers["cache-control"] == "no-store"
+    assert client.get(f"/veena/maps/{token}", params={"query": 10**6}).status_code == 400
+    assert client.get(f"/veena/maps/{token}").status_code == 400
+    for path in ("/veena/view/none", "/veena/maps/none?query=3"):
+        answer = client.get(path)
+        assert answer.status_code == 404 and "tab was closed" in answer.text
+    explorer.forget("a tab")
+    assert client.get(f"/veena/view/{token}").status_code == 404
+
+
+def test_scripts_and_style_are_the_packages_own(client: Any) -> None:
+    assert "export function mount" in client.get("/veena/view.js").text
+    assert "export function cells" in client.get("/veena/cells.js").text
+    assert client.get("/veena/view.css").headers["content-type"].startswith("text/css")
+
+
+def test_port_that_is_taken_is_told() -> None:
+    import socket
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(ValueError, match="Port .* is taken on 127.0.0.1; name another with --port"):
+            free_port("127.0.0.1", busy.getsockname()[1])
+    assert free_port("127.0.0.1", None) >= 7860
+
+
+def test_bad_cache_is_told_before_a_server_starts(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="No cache at"):
+        make_app([NAME], tmp_path / "none.safetensors")
+
+
+def test_errors_become_messages_without_tracebacks() -> None:
+    assert message(ValueError("give two")).message == "give two"
+    assert "memory is full" in str(message(torch.OutOfMemoryError("CUDA")).message)
+    assert message(ZeroDivisionError("x")).message == "This should not have happened: ZeroDivisionError: x"
+
+    @told
+    def one(n: int) -> int:
+        if n < 0:
+            raise ValueError("negative")
+        return n
+
+    @told
+    def many(n: int) -> Iterator[int]:
+        yield n
+        raise RuntimeError("half-way")
+
+    assert one(2) == 2
+    with pytest.raises(gr.Error, match="negative"):
+        one(-1)
+    steps = many(1)
+    assert next(steps) == 1
+    with pytest.raises(gr.Error, match="This should not have happened: RuntimeError: half-way"):
+        next(steps)
+
+
+def test_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    stand_in = types.ModuleType("veena_lens.app.explorer.server")
+    stand_in.serve = lambda *args: asked.append(args)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "veena_lens.app.explorer.server", stand_in)
+    arguments = ["--model", NAME, "--cache", "c.safetensors", "--port", "8000", "--max-upload-mb", "3"]
+    assert cli.main(["explore", *arguments]) == 0
+    models, cache, host, port, limits = asked[0]
+    assert (models, cache, host, port) == ([NAME], "c.safetensors", "127.0.0.1", 8000)
+    assert limits == Limits(upload_bytes=3 * 2**20)
+
+
+def test_missing_gradio_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert cli.main(["explore"]) == 2
+    assert 'pip install "veena-lens[explore]"' in capsys.readouterr().err

@@ -1,0 +1,23 @@
+"""VEENA: locate the emotion circuit, enhance it, and judge it honestly (Zhang et al. 2026, arXiv 2605.21980).
+
+Names resolve on first use, so that one tool does not import the others.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Public name -> the module that holds it; a row a name, sorted by module.
+_HOMES = {
+    "Method": "methods",
+    "answers": "methods",
+    "next_logits": "methods",
+}
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"veena_lens.emotion.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'veena_lens.emotion' has no attribute {name!r}")

@@ -1,0 +1,124 @@
+"""A method: all that is done to a model while it answers, as one value, so that rivals stand on the same footing.
+
+It may intervene (one list for every row, or lists that follow from the batch), reword the prompt, and change how
+tokens are chosen. `answers` and `next_logits` run any method over examples in batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.sweeps.running import bar
+
+PerRow = Callable[[Any, MultimodalInputs], Sequence[Sequence[Any]]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Method:
+    """What is done while a model answers.
+
+    `interventions`: a list (or Circuit) for every row, or a function (model, inputs) -> one list a row, called before
+    the block in which the batch runs. `prompt`: rewords the prompt. `decoding`: (model, inputs) -> logits processors
+    as transformers has them, made anew for each batch. `about`: one line; `settings`: JSON-able, what was chosen.
+    """
+
+    name: str
+    interventions: Sequence[Any] | PerRow = ()
+    prompt: Callable[[str], str] | None = None
+    decoding: Callable[[Any, MultimodalInputs], Sequence[Any]] | None = None
+    about: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def applied(self, model: Any, inputs: MultimodalInputs) -> Iterator[None]:
+        """The method's interventions in force for this batch."""
+        if callable(self.interventions):
+            per_row = [list(mine) for mine in self.interventions(model, inputs)]
+            with model.intervene(per_row=per_row):
+                yield
+        else:
+            with model.intervene(list(self.interventions)):
+                yield
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{k}={v}" for k, v in self.settings.items())
+        return f"Method({self.name!r}{': ' if parts else ''}{parts})"
+
+
+PLAIN = Method(name="plain", about="the model as it is")
+
+
+def prepared(model: Any, examples: Sequence[Any], method: Method = PLAIN, lead_in: str | None = None) -> Any:
+    """The examples as one batch: each one's picture and prompt, reworded by the method, with an answer begun."""
+    texts = [example.prompt if method.prompt is None else method.prompt(example.prompt) for example in examples]
+    pictures = [[example.picture] for example in examples]
+    if lead_in is None:
+        return model.prepare(text=texts, images=pictures)
+    return model.prepare(text=texts, images=pictures, answer=[lead_in] * len(texts))
+
+
+def answers(
+    model: Any,
+    examples: Sequence[Any],
+    method: Method = PLAIN,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    progress: bool = False,
+) -> list[str]:
+    """What the model says of each example under the method: greedy, in the order of the examples.
+
+    Examples need `.picture` and `.prompt`. Raises: ValueError for a batch size or length below 1, or as `generate`."""
+    _require_sizes(batch_size, max_new_tokens)
+    show = bar(len(examples), progress, method.name)
+    texts: list[str] = []
+    for batch in batches(examples, batch_size):
+        inputs = prepared(model, batch, method)
+        extra = {} if method.decoding is None else {"logits_processor": list(method.decoding(model, inputs))}
+        with method.applied(model, inputs):
+            texts += model.generate(inputs, max_new_tokens=max_new_tokens, **extra)
+        if show is not None:
+            show.update(len(batch))
+    if show is not None:
+        show.close()
+    return texts
+
+
+@torch.no_grad()
+def next_logits(
+    model: Any,
+    examples: Sequence[Any],
+    method: Method = PLAIN,
+    lead_in: str | None = None,
+    *,
+    batch_size: int = 16,
+) -> Float[Tensor, "example d_vocab"]:
+    """Logits of the token after the prompt (or after `lead_in`), under the method's prompt and interventions.
+
+    Rules of decoding act on whole generations and take no part here. Raises: as `answers`."""
+    _require_sizes(batch_size, 1)
+    found = []
+    for batch in batches(examples, batch_size):
+        inputs = prepared(model, batch, method, lead_in)
+        with method.applied(model, inputs):
+            resid = model(inputs, stop_at_layer=model.cfg.n_layers)
+        found.append(model._unembed(resid[:, -1:])[:, 0].float().cpu())
+    return torch.cat(found)
+
+
+def batches(examples: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    """The examples in runs of at most `size`, in order."""
+    return (list(examples[start : start + size]) for start in range(0, len(examples), size))
+
+
+def _require_sizes(batch_size: int, max_new_tokens: int) -> None:
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")

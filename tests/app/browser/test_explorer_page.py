@@ -101,6 +101,21 @@ def test_answer_and_view_survive_other_tabs_and_reload_starts_afresh(open_page: 
     assert page.input_value("#prompt textarea") == "how does the person in the picture feel?"
 
 
+def test_other_model_is_chosen_and_asked(open_page: Any, server: str) -> None:
+    page = opened(open_page, server)
+    choose(page, "model", "tiny-qwen2vl-emotion")
+    assert ask(page) != ""
+    assert page.evaluate(f"{VIEW}.header.title") == "tiny-qwen2vl-emotion"
+    tab(page, "Steer")
+    page.click("#extract")
+    page.locator("#direction").get_by_text("on tiny-qwen2vl-emotion", exact=False).first.wait_for()
+    tab(page, "Look")
+    assert ask(page, "name the emotions of the person in the picture.") != ""
+    page.click("#look-view [data-mode=push]")
+    page.locator("#look-view .vv-answer").first.click()  # its push is computed now
+    page.wait_for_function(f"{VIEW}.map !== null && {VIEW}.state.query !== {VIEW}.header.query")
+
+
 def test_lens_reads_the_question_of_the_look_tab(open_page: Any, server: str) -> None:
     page = opened(open_page, server)
     tab(page, "Lens")

@@ -13,6 +13,9 @@ _HOMES = {
     "Method": "methods",
     "answers": "methods",
     "next_logits": "methods",
+    "SideEffects": "side_effects",
+    "measure_side_effects": "side_effects",
+    "perplexity": "side_effects",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

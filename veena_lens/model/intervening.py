@@ -69,6 +69,7 @@ class Intervening:
 
     _applied: list[Applied]
     _run: Run | None
+    _rows: Any
 
     def intervene(
         self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Sequence[Any]] | None = None
@@ -104,9 +105,19 @@ class Intervening:
         finally:
             self._applied = before
 
+    @contextmanager
+    def untouched(self) -> Iterator[Any]:
+        """Interventions in force, and who watches attention, rest inside the block; hooks added by hand do not."""
+        before, self._applied = self._applied, []
+        watching, self._rows = self._rows, None
+        try:
+            yield self
+        finally:
+            self._applied, self._rows = before, watching
+
     def _hook_of(self, applied: Applied) -> Any:
         def edit(tensor: Tensor, hook: HookPoint) -> Tensor | None:
-            if self._run is None:
+            if self._run is None or applied not in self._applied:
                 return None
             at = applied.mask(self._run, tensor).to(tensor.device)
             if not bool(at.any()):

@@ -1,0 +1,282 @@
+"""What an intervention costs beside what it was meant for: fluency, repetition, length, drift, other answers, time.
+
+Numbers about a text stay one an example, so that they can be paired and resampled; `measure_side_effects` sums them up.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from statistics import mean, median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.emotion.methods import PLAIN, Method, answers, batches, next_logits
+
+_WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*")
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any, examples: Sequence[Any], texts: Sequence[str], *, batch_size: int = 16
+) -> Float[Tensor, " example"]:
+    """How surprised the untouched model is by each text, given the example's picture and own prompt.
+
+    exp(mean over the text's tokens of -log p(token | picture, prompt, tokens before)), at least 1; NaN for a text
+    without tokens. The end of the text is not counted. Interventions in force do not act.
+    Raises: ValueError for numbers of texts and examples that differ, or a batch size below 1.
+    """
+    _require_pairs("perplexity", examples, texts)
+    if batch_size < 1:
+        raise ValueError(f"perplexity: batch_size={batch_size} must be at least 1.")
+    found = []
+    pairs = list(zip(examples, texts, strict=True))
+    with model.untouched():
+        for batch in batches(pairs, batch_size):
+            prompts = [example.prompt for example, _ in batch]
+            pictures = [[example.picture] for example, _ in batch]
+            inputs = model.prepare(text=prompts, images=pictures, answer=[text for _, text in batch])
+            resid = model(inputs, stop_at_layer=model.cfg.n_layers)
+            for row, spans in enumerate(inputs.spans):
+                at = spans.answer
+                if at.start == at.stop:
+                    found.append(math.nan)
+                    continue
+                # Only the rows that predict a token of the text are unembedded: a vocabulary is wide.
+                logits = model._unembed(resid[row : row + 1, at.start - 1 : at.stop - 1])[0].float()
+                loss = F.cross_entropy(logits, inputs.tokens[row, at].to(logits.device))
+                found.append(float(loss.exp()))
+    return torch.tensor(found)
+
+
+def distinct(texts: Sequence[str], n: int = 2) -> Float[Tensor, " example"]:
+    """Different word n-grams over all word n-grams of each text, in (0, 1]; NaN for a text of fewer words.
+
+    Source: Li et al. 2016, arXiv 1510.03055, distinct-1 and distinct-2."""
+    if n < 1:
+        raise ValueError(f"distinct: n={n} must be at least 1.")
+    found = []
+    for text in texts:
+        said = words(text)
+        grams = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
+        found.append(len(set(grams)) / len(grams) if grams else math.nan)
+    return torch.tensor(found)
+
+
+def repetition(texts: Sequence[str], window: int = 16) -> Float[Tensor, " example"]:
+    """Share of words that one of the `window` words before them was already, in [0, 1]; NaN for no words."""
+    if window < 1:
+        raise ValueError(f"repetition: window={window} must be at least 1.")
+    found = []
+    for text in texts:
+        said = words(text)
+        again = sum(word in said[max(0, i - window) : i] for i, word in enumerate(said))
+        found.append(again / len(said) if said else math.nan)
+    return torch.tensor(found)
+
+
+def lengths(texts: Sequence[str]) -> Float[Tensor, " example"]:
+    """Words of each text."""
+    return torch.tensor([float(len(words(text))) for text in texts])
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, without punctuation."""
+    return _WORDS.findall(text.lower())
+
+
+def drift(
+    model: Any, examples: Sequence[Any], method: Method, lead_in: str | None = None, *, batch_size: int = 16
+) -> Float[Tensor, " example"]:
+    """KL(plain || method) of the token after the prompt (or `lead_in`), in nats; 0 where nothing changes.
+
+    Give neutral examples: there the method should change little. Rules of decoding take no part."""
+    plain = next_logits(model, examples, PLAIN, lead_in, batch_size=batch_size).double().log_softmax(-1)
+    other = next_logits(model, examples, method, lead_in, batch_size=batch_size).double().log_softmax(-1)
+    return F.kl_div(other, plain, reduction="none", log_target=True).sum(-1).clamp(min=0).float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A picture with a question of its own: what `answers` takes for an example."""
+
+    picture: Any
+    prompt: str
+
+
+def attribute_accuracy(
+    model: Any,
+    examples: Sequence[Any],
+    questions: Sequence[str],
+    truths: Sequence[str | Sequence[str]],
+    method: Method = PLAIN,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+) -> Float[Tensor, " example"]:
+    """1 where the answer to the example's question holds a true one as whole words, else 0.
+
+    truths: one text a question, or several of which any will do.
+    Raises: ValueError for numbers that do not match, or a truth without words."""
+    _require_pairs("attribute_accuracy", examples, questions)
+    _require_pairs("attribute_accuracy", examples, truths)
+    wanted = [[words(t) for t in ([truth] if isinstance(truth, str) else truth)] for truth in truths]
+    for truth, options in zip(truths, wanted, strict=True):
+        if not options or not all(options):
+            raise ValueError(f"attribute_accuracy: the truth {truth!r} holds no words to look for.")
+    asked = [Asked(picture=e.picture, prompt=q) for e, q in zip(examples, questions, strict=True)]
+    said = answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    hits = [any(_holds(words(text), option) for option in options) for text, options in zip(said, wanted, strict=True)]
+    return torch.tensor([float(hit) for hit in hits])
+
+
+def _holds(said: list[str], wanted: list[str]) -> bool:
+    n = len(wanted)
+    return any(said[i : i + n] == wanted for i in range(len(said) - n + 1))
+
+
+def latency_ratio(
+    model: Any,
+    examples: Sequence[Any],
+    method: Method,
+    *,
+    repeats: int = 5,
+    batch_size: int = 16,
+    max_new_tokens: int = 16,
+) -> float:
+    """Time of a token under the method over that of the plain model: the median ratio of interleaved pairs of runs.
+
+    Both run once before, to warm up. Texts that end early make fewer steps, so times count a step of the longest
+    text of each batch. Raises: ValueError for no examples or no repeats."""
+    if repeats < 1 or not examples:
+        raise ValueError(f"latency_ratio: give at least one example and repeats={repeats} of at least 1.")
+    ratios = []
+    for i in range(repeats + 1):
+        order = (PLAIN, method) if i % 2 else (method, PLAIN)  # whoever runs second finds warmer caches
+        took = {}
+        for which in order:
+            took[which is method] = _seconds(model, examples, which, batch_size, max_new_tokens)
+        if i:
+            ratios.append(took[True] / took[False])
+    return median(ratios)
+
+
+def _seconds(model: Any, examples: Sequence[Any], method: Method, batch_size: int, max_new_tokens: int) -> float:
+    """Seconds a step of generation, all of a method's preparations included."""
+    steps = 0
+
+    def count(ids: Tensor, scores: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        return scores
+
+    rule = method.decoding
+    counted = Method(
+        name=method.name,
+        interventions=method.interventions,
+        prompt=method.prompt,
+        decoding=lambda model, inputs: [*(rule(model, inputs) if rule else ()), count],
+    )
+    _wait(model)
+    start = time.perf_counter()
+    answers(model, examples, counted, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    _wait(model)
+    return (time.perf_counter() - start) / steps
+
+
+def _wait(model: Any) -> None:
+    if model.cfg.device is not None and model.cfg.device.type == "cuda":
+        torch.cuda.synchronize(model.cfg.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideEffects:
+    """A method's side effects, means over examples; None where nothing was given to measure it on.
+
+    perplexity: of its texts under the untouched model (geometric mean); distinct_1, distinct_2, repetition: shares;
+    length: words; drift: nats, on neutral examples; attributes: share right; latency: ratio to the plain model."""
+
+    method: str
+    n: int
+    perplexity: float
+    distinct_1: float
+    distinct_2: float
+    repetition: float
+    length: float
+    drift: float | None = None
+    attributes: float | None = None
+    latency: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number by name, JSON-able."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __repr__(self) -> str:
+        numbers = {k: v for k, v in self.to_dict().items() if k not in ("method", "n") and v is not None}
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        return f"SideEffects({self.method!r} on {self.n} examples: {parts})"
+
+
+def measure_side_effects(
+    model: Any,
+    examples: Sequence[Any],
+    method: Method = PLAIN,
+    texts: Sequence[str] | None = None,
+    *,
+    neutral: Sequence[Any] = (),
+    questions: Sequence[str] = (),
+    truths: Sequence[str | Sequence[str]] = (),
+    repeats: int = 0,
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+) -> SideEffects:
+    """All side effects of a method in one value.
+
+    texts: what the method said of the examples, made anew where left out. neutral: examples for the drift.
+    questions, truths: one an example, asked under the method. repeats: pairs of runs for the latency, 0 for none.
+    Raises: ValueError for no examples, or numbers that do not match."""
+    if not examples:
+        raise ValueError("measure_side_effects: give at least one example.")
+    said = texts
+    if said is None:
+        said = answers(model, examples, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    surprise = perplexity(model, examples, said, batch_size=batch_size)
+    right = kl = ratio = None
+    if questions or truths:
+        right = _mean(attribute_accuracy(model, examples, questions, truths, method, batch_size=batch_size))
+    if neutral:
+        kl = _mean(drift(model, neutral, method, batch_size=batch_size))
+    if repeats:
+        ratio = latency_ratio(
+            model, examples, method, repeats=repeats, batch_size=batch_size, max_new_tokens=max_new_tokens
+        )
+    return SideEffects(
+        method=method.name,
+        n=len(examples),
+        perplexity=math.exp(_mean(surprise.log())),
+        distinct_1=_mean(distinct(said, 1)),
+        distinct_2=_mean(distinct(said, 2)),
+        repetition=_mean(repetition(said)),
+        length=_mean(lengths(said)),
+        drift=kl,
+        attributes=right,
+        latency=ratio,
+    )
+
+
+def _mean(values: Tensor) -> float:
+    """The mean of the entries that exist, NaN where none does."""
+    there = values[~values.isnan()].tolist()
+    return mean(there) if there else math.nan
+
+
+def _require_pairs(who: str, examples: Sequence[Any], others: Sequence[Any]) -> None:
+    if len(examples) != len(others):
+        raise ValueError(f"{who}: {len(others)} texts for {len(examples)} examples; give one an example.")

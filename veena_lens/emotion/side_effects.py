@@ -159,12 +159,12 @@ def latency_ratio(
         raise ValueError(f"latency_ratio: give at least one example and repeats={repeats} of at least 1.")
     ratios = []
     for i in range(repeats + 1):
-        order = (PLAIN, method) if i % 2 else (method, PLAIN)  # whoever runs second finds warmer caches
-        took = {}
-        for which in order:
-            took[which is method] = _seconds(model, examples, which, batch_size, max_new_tokens)
+        both = [PLAIN, method]
+        took = [0.0, 0.0]
+        for at in (0, 1) if i % 2 else (1, 0):  # whoever runs second finds warmer caches
+            took[at] = _seconds(model, examples, both[at], batch_size, max_new_tokens)
         if i:
-            ratios.append(took[True] / took[False])
+            ratios.append(took[1] / took[0])
     return median(ratios)
 
 

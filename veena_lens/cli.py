@@ -48,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--model", nargs="+", help=f"{CHECKPOINT}; the first is chosen at the start (all embedded ones)"
     )
     explore.add_argument("--cache", metavar="FILE", help="open this activation cache; no model is loaded for it")
+    explore.add_argument("--device", help="run the models there (cpu)")
+    explore.add_argument("--dtype", choices=DTYPES, help="load them at this dtype (as stored)")
     explore.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
     explore.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
     explore.add_argument("--max-upload-mb", type=float, default=10, help="largest file that can be uploaded (10)")
@@ -159,7 +161,12 @@ def explore(args: argparse.Namespace) -> int:
         pixels=int(args.max_megapixels * 1e6),
         sweep_bytes=int(args.max_sweep_gb * 2**30),
     )
-    serve(args.model, args.cache, args.host, args.port, limits)
+    loading: dict[str, Any] = {"device": args.device}
+    if args.dtype is not None:
+        import torch
+
+        loading["dtype"] = getattr(torch, args.dtype)
+    serve(args.model, args.cache, args.host, args.port, limits, loading)
     return 0
 
 

@@ -327,6 +327,12 @@ def test_cache_opens_without_a_model(open_page: Any, tmp_path: Path) -> None:
         page.wait_for_selector("#look-view .vv-token")
         assert page.locator("#look-view .vv-answer").inner_text().strip() == "happy"
         assert page.input_value("#answer textarea") == "(a cache: c.safetensors)"
+        choose(page, "model", "tiny-qwen2vl-emotion")
+        page.click("#more button")
+        page.check("#cache-lens input")
+        page.set_input_files("#cache input[type=file]", str(path))
+        assert "This cache is of another model than tiny-qwen2vl-emotion" in error_of(page)
+        assert page.locator("#look-view .vv-answer").count() == 1  # what was there is still there
         page.close()
     finally:
         stop(process)

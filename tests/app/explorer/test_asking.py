@@ -67,7 +67,9 @@ def test_code_of_the_look_tab_runs(explorer: Explorer, session: Session, face: A
     assert "difference" in made.header["modes"] and "difference" in view.header["modes"]
 
 
-def test_export_opens_again(explorer: Explorer, session: Session, face: Any, run_code: Any, tmp_path: Path) -> None:
+def test_export_opens_again(
+    explorer: Explorer, session: Session, face: Any, run_code: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="then there is something to export"):
         asking.export_look(explorer, session)
     asked(explorer, session, face)
@@ -79,9 +81,14 @@ def test_export_opens_again(explorer: Explorer, session: Session, face: Any, run
     assert len(table) == 8 * 8 * 64 and len(pd.read_csv(files["attention.csv"])) == len(table)
     with Image.open(files["attention.png"]) as figure:
         assert figure.width > 400
-    again, code = asking.look_at_cache(explorer, session, files["cache.safetensors"])
-    assert again.title == NAME and again.header["panels"][0]["source"]
+    again, code = asking.look_at_cache(explorer, files["cache.safetensors"])
+    assert again.title == NAME and again.header["panels"][0]["source"] and "lens" not in again.header["modes"]
+    monkeypatch.chdir(session.folder)  # where the file lies
     assert isinstance(run_code(code)["view"], ExplorerView)
+    read, code = asking.look_at_cache(explorer, files["cache.safetensors"], NAME)
+    assert "lens" in read.header["modes"] and "lens" in run_code(code)["view"].header["modes"]
+    with pytest.raises(ValueError, match="This cache is of another model than tiny-qwen2vl-emotion"):
+        asking.look_at_cache(explorer, files["cache.safetensors"], "tiny-qwen2vl-emotion")
 
 
 def test_uploads_are_checked_before_they_are_decoded(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import types
 import warnings
@@ -24,9 +25,12 @@ from veena_lens.app.view.coding import unpack
 
 @pytest.fixture(scope="module")
 def app() -> Any:
+    async def made() -> Any:  # outside of a loop Gradio makes some that nobody closes
+        return make_app([NAME])
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Gradio's own
-        return make_app([NAME])
+        return asyncio.run(made())
 
 
 @pytest.fixture
@@ -124,9 +128,21 @@ def test_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = types.ModuleType("veena_lens.app.explorer.server")
     stand_in.serve = lambda *args: asked.append(args)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "veena_lens.app.explorer.server", stand_in)
-    arguments = ["--model", NAME, "--cache", "c.safetensors", "--port", "8000", "--max-upload-mb", "3"]
+    arguments = [
+        "--model",
+        NAME,
+        "--cache",
+        "c.safetensors",
+        "--port",
+        "8000",
+        "--max-upload-mb",
+        "3",
+        "--dtype",
+        "bfloat16",
+    ]
     assert cli.main(["explore", *arguments]) == 0
-    models, cache, host, port, limits = asked[0]
+    models, cache, host, port, limits, loading = asked[0]
+    assert loading == {"device": None, "dtype": torch.bfloat16}
     assert (models, cache, host, port) == ([NAME], "c.safetensors", "127.0.0.1", 8000)
     assert limits == Limits(upload_bytes=3 * 2**20)
 

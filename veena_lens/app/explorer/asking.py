@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from veena_lens.app.explorer.code import listed, program
 from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, direction_lines
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 IMPORTS = ("from veena_lens import HookedVLM", "from veena_lens.app.view import ExplorerView")
 
@@ -96,15 +94,21 @@ def look_code(asked: Asked, second: Shown | None, direction: Direction | None = 
     return program(imports, body, used)
 
 
-def look_at_cache(explorer: Explorer, session: Session, path: str | Path) -> tuple[ExplorerView, str]:
-    """The view of a cache file; no model is loaded. Raises: ValueError for a file that is no cache, or cut short."""
-    opened = open_cache(path)
-    view = ExplorerView.from_cache(opened, max_bytes=explorer.limits.view_bytes)
-    code = program(
-        ["from veena_lens.app.view import ExplorerView"],
-        [f"view = ExplorerView.from_cache({str(path)!r})", 'view.save("view.html")'],
-    )
-    return view, code
+def look_at_cache(explorer: Explorer, path: str | Path, name: str | None = None) -> tuple[ExplorerView, str]:
+    """The view of a cache file and its code; with the `name` of a model also the lens, without it none is loaded.
+
+    Raises: ValueError for a file that is no cache, was cut short, or is of another model."""
+    opened, limit = open_cache(path), explorer.limits.view_bytes
+    if name is None:
+        view = ExplorerView.from_cache(opened, max_bytes=limit)
+    else:
+        with explorer.using(name) as model:
+            view = ExplorerView.from_cache(opened, model=model, max_bytes=limit)
+    file, imports, body = Path(path).name, list(IMPORTS[1:]), []
+    if name is not None:
+        imports, body = list(IMPORTS), [f"model = HookedVLM.from_pretrained({name!r})"]
+    body += [f"view = ExplorerView.from_cache({file!r}{'' if name is None else ', model=model'})"]
+    return view, program(imports, [*body, 'view.save("view.html")'])
 
 
 def cell_boxes_of(inputs: Any, image: int = 0) -> Any:

@@ -50,6 +50,7 @@ def build(shared: Shared) -> None:
                     elem_id="second",
                 )
                 length = gr.Slider(1, explorer.limits.new_tokens, 64, step=1, label="Longest answer (tokens)")
+                lens = gr.Checkbox(False, label="Read caches with the chosen model, for the lens", elem_id="cache-lens")
                 cache = gr.File(
                     label="An activation cache (.safetensors)",
                     type="filepath",
@@ -86,11 +87,11 @@ def build(shared: Shared) -> None:
         yield text or "(nothing was said)", view_value(explorer.show(session, "look", found)), program
 
     @told
-    def opened(path: str | None, request: gr.Request) -> tuple[Any, Any, Any]:
+    def opened(path: str | None, with_lens: bool, model: str, request: gr.Request) -> tuple[Any, Any, Any]:
         if not path:
             return gr.skip(), gr.skip(), gr.skip()
         session = explorer.session(request.session_hash)
-        found, program = asking.look_at_cache(explorer, session, path)
+        found, program = asking.look_at_cache(explorer, path, model if with_lens else None)
         session.kept.pop("asked", None)
         return view_value(explorer.show(session, "look", found)), program, f"(a cache: {Path(path).name})"
 
@@ -101,14 +102,14 @@ def build(shared: Shared) -> None:
     stop.click(None, cancels=[asked], api_visibility="private")
     uploads.change(preview, [uploads, sample], thumbs, api_visibility="private", show_progress="hidden")
     sample.change(preview, [uploads, sample], thumbs, api_visibility="private", show_progress="hidden")
-    cache.upload(opened, cache, [view, code, answer], api_visibility="private")
+    cache.upload(opened, [cache, lens, shared.model], [view, code, answer], api_visibility="private")
     export_box("look", lambda session: asking.export_look(explorer, session), explorer)
 
     @told
     def first(model: str, name: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
         """What the page opens with: the cache of the command line, or the sample on a small model."""
         if explorer.cache is not None:
-            found = opened(str(explorer.cache), request)
+            found = opened(str(explorer.cache), False, model, request)
             yield thumbnails([]), found[2], found[0], found[1]
             return
         shown = preview(None, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ def make_app(
     cache: str | Path | None = None,
     limits: Limits | None = None,
     host: str = "127.0.0.1",
+    loading: Mapping[str, Any] | None = None,
 ) -> Any:
     """The web application (ASGI); `app.state.explorer` is its memory. Nothing listens yet.
 
     names: models to choose from, the first one chosen (None: the embedded ones). cache: a file that the page opens.
+    loading: settings of `HookedVLM.from_pretrained`, such as device and dtype.
     Raises: ImportError without Gradio; FileNotFoundError or ValueError for a cache that cannot be opened."""
     # Gradio reads these when it is imported: no report of use, no look for a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -42,7 +44,7 @@ def make_app(
     limits = limits or Limits()
     if cache is not None:
         open_cache(cache)  # says what is wrong before a server starts
-    explorer = Explorer(list(names or bundled_names()), limits, None if cache is None else Path(cache))
+    explorer = Explorer(list(names or bundled_names()), limits, None if cache is None else Path(cache), loading)
     demo = build_page(explorer)
     demo.queue(max_size=limits.queue, default_concurrency_limit=2, api_open=False)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -71,11 +73,12 @@ def serve(
     host: str = "127.0.0.1",
     port: int | None = None,
     limits: Limits | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> None:
     """Serve the page until interrupted. port: None takes the first free one from 7860.
 
     Raises: as `make_app`; ValueError for a port that is taken."""
-    app = make_app(names, cache, limits, host)
+    app = make_app(names, cache, limits, host, loading)
     import uvicorn
 
     chosen = free_port(host, port)

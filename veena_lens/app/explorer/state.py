@@ -12,7 +12,7 @@ import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +46,16 @@ class Session:
 class Explorer:
     """Models and sessions of one server."""
 
-    def __init__(self, names: Sequence[str], limits: Limits | None = None, cache: Path | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        limits: Limits | None = None,
+        cache: Path | None = None,
+        loading: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`loading`: settings of `HookedVLM.from_pretrained`, such as device and dtype."""
         self.names, self.limits, self.cache = list(names), limits or Limits(), cache
+        self._loading = dict(loading or {})
         self._models: OrderedDict[str, Any] = OrderedDict()
         self._locks: dict[str, threading.RLock] = {name: threading.RLock() for name in names}
         self._sessions: OrderedDict[str, Session] = OrderedDict()
@@ -87,7 +95,7 @@ class Explorer:
             if name not in self._models:
                 from veena_lens.model.model import HookedVLM
 
-                self._models[name] = HookedVLM.from_pretrained(name)
+                self._models[name] = HookedVLM.from_pretrained(name, **self._loading)
                 while len(self._models) > MOST_MODELS:
                     self._models.popitem(last=False)
             self._models.move_to_end(name)

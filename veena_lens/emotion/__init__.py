@@ -10,9 +10,22 @@ from typing import Any
 
 # Public name -> the module that holds it; a row a name, sorted by module.
 _HOMES = {
+    "RandomUnits": "controls",
+    "neuron_sizes": "controls",
+    "random_directions": "controls",
+    "random_heads": "controls",
+    "random_neurons": "controls",
     "Method": "methods",
     "answers": "methods",
     "next_logits": "methods",
+    "Example": "pairs",
+    "Pair": "pairs",
+    "PairSet": "pairs",
+    "load_pairs": "pairs",
+    "pairs_from_dataset": "pairs",
+    "pairs_from_folders": "pairs",
+    "pairs_from_records": "pairs",
+    "save_pairs": "pairs",
     "SideEffects": "side_effects",
     "measure_side_effects": "side_effects",
     "perplexity": "side_effects",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import BY_NAME, counted, raw_inputs, relative_error
-from veena_lens.interventions import Ablate, BoostAttention, Circuit, Patch, ScaleNeurons, Steer
+from veena_lens.interventions import Ablate, BoostAttention, Circuit, Patch, QuietHeads, ScaleNeurons, Steer, Turn
 from veena_lens.positions import position_mask
 
 NAME = "three-images-and-none"
@@ -43,6 +43,8 @@ KINDS = {
     "boost scale": lambda cache: BoostAttention(1, [0, 3], factor=4.0, mode="scale"),
     "boost mul": lambda cache: BoostAttention(0, factor=4.0, mode="mul"),
     "boost abs": lambda cache: BoostAttention(0, factor=4.0, mode="abs"),
+    "turn": lambda cache: Turn(1, torch.arange(48, dtype=torch.float64) - 20, 0.8),
+    "quiet heads": lambda cache: QuietHeads(1, keep=0.5, factor=0.1),
 }
 
 

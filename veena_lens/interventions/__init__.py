@@ -9,7 +9,9 @@ from veena_lens.interventions.circuit import Circuit
 from veena_lens.interventions.knockout import KnockOut
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Patch
+from veena_lens.interventions.quiet import QuietHeads
 from veena_lens.interventions.steer import Steer
+from veena_lens.interventions.turn import Turn
 from veena_lens.positions import Box, Tile
 
 __all__ = [
@@ -20,7 +22,9 @@ __all__ = [
     "Intervention",
     "KnockOut",
     "Patch",
+    "QuietHeads",
     "ScaleNeurons",
     "Steer",
     "Tile",
+    "Turn",
 ]

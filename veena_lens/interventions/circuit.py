@@ -21,10 +21,13 @@ from veena_lens.interventions.attention import BoostAttention
 from veena_lens.interventions.knockout import KnockOut
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Patch
+from veena_lens.interventions.quiet import QuietHeads
 from veena_lens.interventions.steer import Steer
+from veena_lens.interventions.turn import Turn
 from veena_lens.positions import Box, Tile
 
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOut)}
+_KINDS = (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOut, Turn, QuietHeads)
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 REGIONS: dict[str, Any] = {"Box": Box, "Tile": Tile}
 FORMAT = "veena_lens.Circuit/1"
 

@@ -312,6 +312,23 @@ def test_page_fits_its_window_and_keeps_contrast(open_page: Any, server: str, wi
         assert low_contrast(page, ".gradio-container") == [], name
 
 
+def test_what_has_the_keyboard_is_seen(open_page: Any, server: str) -> None:
+    page = opened(open_page, server)
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        found = page.evaluate(
+            "() => { const e = document.activeElement, s = getComputedStyle(e), b = e.getBoundingClientRect();"
+            " return [e.id || e.className || e.tagName, s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2,"
+            " b.width * b.height > 0]; }"
+        )
+        if found[0] == "BODY":
+            continue
+        reached.add(str(found[0]).split(" ")[0])
+        assert found[1] or not found[2], f"{found[0]} has the keyboard and does not show it"
+    assert {"ask", "stop"} <= reached and any("vv-" in name for name in reached)
+
+
 def test_cache_opens_without_a_model(open_page: Any, tmp_path: Path) -> None:
     from veena_lens import HookedVLM
 

@@ -137,6 +137,12 @@ def test_every_mode_draws_and_keeps_contrast(page: Any, mode: str) -> None:
     assert low_contrast(page, "#view") == []
 
 
+def test_notebook_frame_draws_without_a_kernel(view: ExplorerView, tmp_path: Path, open_page: Any) -> None:
+    (tmp_path / "cell.html").write_text(f"<!doctype html><body>{view._repr_html_()}</body>", encoding="utf-8")
+    page = open_page((tmp_path / "cell.html").as_uri())
+    page.frame_locator("iframe").locator(".vv-token").first.wait_for()
+
+
 @pytest.mark.parametrize("width", [800, 1280])
 def test_nothing_is_wider_than_the_window(view: ExplorerView, tmp_path: Path, open_page: Any, width: int) -> None:
     page = open_page(view.save(tmp_path / "view.html").as_uri(), width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import types
 import warnings
@@ -21,6 +22,21 @@ from veena_lens.app.explorer.limits import Limits
 from veena_lens.app.explorer.server import free_port, make_app
 from veena_lens.app.explorer.told import message, told
 from veena_lens.app.view.coding import unpack
+
+CALLED: list[Any] = []  # addresses that were called while the server was made and used
+
+
+@pytest.fixture(scope="module", autouse=True)
+def overheard() -> Iterator[None]:
+    connect = socket.socket.connect
+
+    def record(self: socket.socket, address: Any) -> None:
+        CALLED.append(address)
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", record)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +98,13 @@ def test_scripts_and_style_are_the_packages_own(client: Any) -> None:
     assert client.get("/veena/view.css").headers["content-type"].startswith("text/css")
 
 
-def test_port_that_is_taken_is_told() -> None:
-    import socket
+def test_server_itself_calls_nobody(client: Any) -> None:
+    assert client.get("/config").status_code == 200
+    away = [a for a in CALLED if isinstance(a, tuple) and a[0] not in ("127.0.0.1", "::1", "localhost")]
+    assert not away
 
+
+def test_port_that_is_taken_is_told() -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()

@@ -28,6 +28,8 @@ CSS = """
 .veena-drop .icon-wrap, .veena-drop .or { display: none; }
 .veena-drop .wrap { font-size: 14px; min-height: 0; padding-top: 22px; line-height: 1.3; }
 .veena-go { align-self: flex-end; max-height: 46px; }
+.gradio-container :focus-visible { outline: 3px solid #00598f !important; outline-offset: 2px; }
+.gradio-container input[type="range"]:focus-visible { outline-offset: 6px; }
 .veena-thumbs { display: flex; flex-wrap: wrap; gap: 10px; padding: 4px 0; }
 .veena-thumb { margin: 0; }
 .veena-thumb img { display: block; border-radius: 4px; border: 1px solid #d4d8de; height: auto; }

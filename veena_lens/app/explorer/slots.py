@@ -9,7 +9,6 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -118,9 +117,3 @@ def figure_html(figure: Figure, alt: str) -> str:
     """A figure as a picture in the page."""
     data = base64.b64encode(theme.encode(figure, "png")).decode("ascii")
     return f'<img class="veena-figure" src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">'
-
-
-def spread(values: Float[Tensor, "row column"], n: int) -> Float[Tensor, "n column"]:
-    """The rows that are there, then rows of NaN."""
-    missing = torch.full((n - len(values), values.shape[1]), torch.nan)
-    return torch.cat([values.float().cpu(), missing])

@@ -735,7 +735,8 @@ class View {
     const { context, w, h, scale } = sized;
     context.fillStyle = "#eceef1";
     context.fillRect(0, 0, w, h);
-    this.gridName.textContent = shape ? `Layers × ${this.state.mode === "lens" ? "words" : shape.columns > 1 ? "heads" : "mean"}: ${shape.name}` : "Layers × heads";
+    const across = this.state.mode === "lens" ? " × words" : this.state.mode === "norms" ? "" : shape?.columns === 1 ? ", mean over heads" : " × heads";
+    this.gridName.textContent = `Layers${across}${shape ? `: ${shape.name}` : ""}`;
     if (!shape) { this.gridLow.textContent = this.gridHigh.textContent = ""; return; }
     const { values, columns } = shape;
     let [low, high] = this.range(values, values.keys());
@@ -833,6 +834,7 @@ class View {
       const verb = { push: "takes from the picture", difference: "looks at the picture more by" }[state.mode] ?? "gives the picture";
       text += `: ${this.nameOf(this.query)} ${verb} ${this.map.show(total)}`;
     }
+    else if (this.map) text += `: ${this.nameOf(this.query)} ${this.map.show(this.map.values[this.query])}`;
     if (this.waiting.size) text += " · computing …";
     const note = this.map?.bundle && this.map.bundle.heads === 1 && header.heads > 1 && state.head !== MEAN
       && !this.host.fetch ? " (this file holds the mean over heads for this token)" : "";

@@ -15,9 +15,18 @@ _HOMES = {
     "random_directions": "controls",
     "random_heads": "controls",
     "random_neurons": "controls",
+    "extract": "extraction",
+    "string_to_list": "extraction",
+    "Lexicon": "lexicon",
+    "Wheel": "mapping",
     "Method": "methods",
     "answers": "methods",
     "next_logits": "methods",
+    "hit_rate": "metrics",
+    "open_vocabulary_score": "metrics",
+    "sample_hit": "metrics",
+    "sentiment_score": "metrics",
+    "token_hit_rate": "metrics",
     "Example": "pairs",
     "Pair": "pairs",
     "PairSet": "pairs",
@@ -29,6 +38,7 @@ _HOMES = {
     "SideEffects": "side_effects",
     "measure_side_effects": "side_effects",
     "perplexity": "side_effects",
+    "EmotionWheels": "wheels",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

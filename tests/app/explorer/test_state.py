@@ -86,6 +86,20 @@ def test_session_unused_for_longest_goes_first(explorer: Explorer) -> None:
     assert explorer.session("b").kept == {}  # made anew
 
 
+def test_model_that_is_no_longer_kept_takes_its_views_along(face: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("veena_lens.app.explorer.state.MOST_MODELS", 1)
+    explorer = Explorer([NAME, "tiny-qwen2vl-emotion"])
+    session = explorer.session("a tab")
+    for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 2):
+        pass
+    token = explorer.show(session, "look", asking.look(explorer, session)[0])
+    with explorer.using("tiny-qwen2vl-emotion"):
+        pass
+    assert explorer.view(token) is None and "look" not in session.kept and "asked" in session.kept
+    assert list(explorer._models) == ["tiny-qwen2vl-emotion"]
+    assert asking.look(explorer, session)[0].title == NAME  # asked again, it is loaded again
+
+
 def test_limit_that_allows_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="pixels=0 must be at least 1"):
         Limits(pixels=0)

@@ -194,7 +194,7 @@ def test_cache_without_attention_says_what_to_cache(model: Any, pair: Any) -> No
         ExplorerView.from_cache(cache_of(model, pair, ("hook_resid_post",)))
 
 
-def test_rows_of_a_batch_open_one_by_one(model: Any, pair: Any) -> None:
+def test_rows_of_a_batch_open_one_by_one(model: Any, pair: Any, tmp_path: Path) -> None:
     inputs = model.prepare(text=[QUESTION, "and?"], images=[[p.open()] for p in pair])
     names = [n for n in model.hook_dict if n.endswith("attn.hook_pattern") and n.startswith("blocks.")]
     _, cache = model.run_with_cache(inputs, names_filter=names)
@@ -203,6 +203,10 @@ def test_rows_of_a_batch_open_one_by_one(model: Any, pair: Any) -> None:
     expected = model.attention(alone, queries="last", keys="all").values[0, :, :, 0]
     shown = maps_of(view, query=view.header["query"])[..., view.inputs.attention_mask[0]]
     torch.testing.assert_close(shown, expected, rtol=0.03, atol=2e-4)
+    path = save_cache(cache, tmp_path / "c.safetensors", pictures=[pair[0].open()], tokenizer=model.tokenizer)
+    first, second = (ExplorerView.from_cache(path, row=row) for row in (0, 1))
+    assert first.header["panels"][0]["source"] and not second.header["panels"][0]["source"]
+    assert first.header["tokens"][0]["text"] == "<s>" and second.header["tokens"][0]["text"].startswith("#")
 
 
 def test_window_of_a_layer_hides_what_lies_before_it(model: Any, pair: Any) -> None:

@@ -91,15 +91,28 @@ class Explorer:
                 clean(model)
 
     def _loaded(self, name: str) -> Any:
-        with self._guard:
-            if name not in self._models:
-                from veena_lens.model.model import HookedVLM
+        """The model; the caller holds its name's lock, so that nobody else waits while it is read from disk."""
+        model = self._models.get(name)
+        if model is None:
+            from veena_lens.model.model import HookedVLM
 
-                self._models[name] = HookedVLM.from_pretrained(name, **self._loading)
-                while len(self._models) > MOST_MODELS:
-                    self._models.popitem(last=False)
+            model = HookedVLM.from_pretrained(name, **self._loading)
+        with self._guard:
+            self._models[name] = model
             self._models.move_to_end(name)
-            return self._models[name]
+            while len(self._models) > MOST_MODELS:
+                self._release(self._models.popitem(last=False)[1])
+        return model
+
+    def _release(self, model: Any) -> None:
+        """Drop the views that hold a model which is no longer kept, so that its memory is free again."""
+        for session in self._sessions.values():
+            for slot, token in list(session.tokens.items()):
+                view = self._views.get(token)
+                if view is not None and getattr(view.runs[0], "model", None) is model:
+                    self._views.pop(token)
+                    session.tokens.pop(slot)
+                    session.kept.pop(slot, None)
 
     # --- sessions -------------------------------------------------------------------------------------
     def session(self, key: str | None) -> Session:

@@ -118,8 +118,9 @@ class ExplorerView:
         """
         opened = open_cache(cache) if isinstance(cache, (str, Path)) else cache
         if isinstance(opened, OpenedCache):
-            pictures = opened.pictures if pictures is None else pictures
-            texts = opened.texts if texts is None and tokenizer is None else texts
+            is_first = row in (0, -len(opened.cache.inputs or [0]))  # the file tells of its first row alone
+            pictures = opened.pictures if pictures is None and is_first else pictures
+            texts = opened.texts if texts is None and tokenizer is None and is_first else texts
             title, windows, cache = title or opened.model_name, opened.about.get("windows"), opened.cache
         else:
             windows, cache = None, opened

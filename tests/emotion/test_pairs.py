@@ -136,6 +136,7 @@ def test_unreadable_pictures_are_left_out_when_asked(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"(?s)without 2 pictures.*scene-1-neutral"):
         kept = load_pairs(tmp_path, unreadable="skip")
     assert [(p.identity, p.emotion) for p in kept] == [("person-0", "sad"), ("person-2", "happy"), ("person-2", "sad")]
+    assert len(kept.skipped) == 2 and "2 pictures skipped" in repr(kept)
     assert {(s.identity, s.emotion) for s in kept.singles} == {("person-1", "happy"), ("person-1", "sad")}
 
 
@@ -169,12 +170,10 @@ def test_wrong_field_is_named_with_its_record(change: dict[str, Any], telling: s
 
 
 def test_emotion_that_no_wheel_covers_is_refused() -> None:
-    class Wheels:
-        def require(self, labels: list[str]) -> None:
-            raise ValueError(f"no wheel has {labels[0]!r}") if labels[0] == "sad" else None
-
     with pytest.raises(PairProblems, match="record 1, record 4: no wheel has 'sad'"):
         pairs_from_records(records(2), wheels=_Knowing("happy"))
+    with pytest.raises(PairProblems, match="'hapy'.*happy"):
+        pairs_from_records(records(2, ("hapy", "neutral")))
 
 
 class _Knowing:
@@ -223,6 +222,13 @@ def test_split_refuses_empty_parts() -> None:
         pairs_from_records(records(1)).split((1, 1))
     with pytest.raises(ValueError, match="positive"):
         pairs_from_records(records(2)).split((1, 0))
+
+
+def test_parts_can_have_names() -> None:
+    whole = pairs_from_records(records(6))
+    named = whole.divide({"directions": 2, "validation": 1}, seed=3)
+    assert list(named) == ["directions", "validation"] and [len(p.identities) for p in named.values()] == [4, 2]
+    assert named["validation"].fingerprint == whole.split((2, 1), seed=3)[1].fingerprint
 
 
 @given(n=st.integers(1, 14), seed=st.integers(0, 3))

@@ -76,7 +76,7 @@ def build(
         warnings.warn(f"{source}: going on without {len(lost)} pictures:\n{listed}", stacklevel=3)
         if not kept:
             raise PairProblems(source, ["none of the pictures can be read."])
-    return _assembled([_example(item) for item in kept], source)
+    return replace(_assembled([_example(item) for item in kept], source), skipped=tuple(map(str, lost.values())))
 
 
 def _example(item: Placed) -> Example:
@@ -161,10 +161,8 @@ def _duplicates(placed: Sequence[Placed]) -> list[str]:
 def _label_problems(placed: Sequence[Placed], wheels: Any) -> list[str]:
     """Emotions that no wheel covers; neutral needs none."""
     if wheels is None:
-        try:
-            from veena_lens.emotion.wheels import EmotionWheels
-        except ModuleNotFoundError:
-            return []
+        from veena_lens.emotion.wheels import EmotionWheels
+
         wheels = EmotionWheels.default()
     groups: dict[str, list[str]] = {}
     for item in placed:

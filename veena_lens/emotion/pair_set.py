@@ -138,13 +138,15 @@ class Pair:
 class PairSet(Sequence[Pair]):
     """A sequence of pairs, the neutral pictures as examples of their own, and `singles` that have no neutral twin.
 
-    Indexing and iteration give pairs; `examples` gives every example once, whatever it belongs to.
+    Indexing and iteration give pairs; `examples` gives every example once, whatever it belongs to. `skipped`: why
+    pictures were left out on loading.
     """
 
     pairs: tuple[Pair, ...]
     neutrals: tuple[Example, ...] = ()
     singles: tuple[Example, ...] = ()
     source: str = ""
+    skipped: tuple[str, ...] = ()
 
     @property
     def examples(self) -> tuple[Example, ...]:
@@ -268,6 +270,12 @@ class PairSet(Sequence[Pair]):
             )
         return parts
 
+    def divide(self, parts: Mapping[str, float | int], seed: int = 0) -> dict[str, PairSet]:
+        """`split` with names: {"directions": 2, "validation": 1} gives two thirds of the identities to the first.
+
+        Raises: as `split`."""
+        return dict(zip(parts, self.split(list(parts.values()), seed), strict=True))
+
     def sample(self, n: int, seed: int = 0) -> PairSet:
         """`n` pairs, emotions as equally often as their numbers allow, with the neutral pictures of their scenes.
 
@@ -336,6 +344,8 @@ class PairSet(Sequence[Pair]):
             found = {label: labels.count(label) for label in dict.fromkeys(labels)}
             if found and list(found) not in ([""], ["none"]):
                 rows.append(f"  {name}: " + ", ".join(f"{label or '-'} {count}" for label, count in found.items()))
+        if self.skipped:
+            rows.append(f"  {len(self.skipped)} pictures skipped (.skipped says why)")
         if self.source:
             rows.append(f"  from {self.source}")
         return "\n".join(rows)

@@ -32,6 +32,14 @@ def test_answer_grows_to_what_generate_gives(explorer: Explorer, session: Sessio
     assert "".join(words) == whole
 
 
+def test_answer_that_is_stopped_can_be_looked_at(explorer: Explorer, session: Session, face: Any) -> None:
+    steps = asking.ask(explorer, session, NAME, [face], QUESTION, 16)
+    said = [next(steps), next(steps)][-1]
+    steps.close()
+    view, _ = asking.look(explorer, session)
+    assert "".join(t["text"] for t in view.header["tokens"] if t.get("part") == "answer") == said
+
+
 def test_two_answers_at_once_do_not_mix(explorer: Explorer, face: Any) -> None:
     other = open_sample(next(name for name in samples() if name.startswith("sad")))
     alone = [asked(explorer, explorer.session("x"), picture)[-1] for picture in (face, other)]

@@ -30,7 +30,7 @@ class Asked:
 def ask(
     explorer: Explorer, session: Session, name: str, pictures: Sequence[Shown], prompt: str, max_new_tokens: int
 ) -> Iterator[str]:
-    """The answer as it grows; afterwards the session holds it as "asked".
+    """The answer as it grows; the session holds what is there so far as "asked".
 
     The model is free for others between two tokens; nothing is hooked meanwhile.
     Raises: ValueError for an empty or overlong prompt, or whatever the processor refuses."""
@@ -48,12 +48,13 @@ def ask(
     while True:
         with explorer.using(name):
             piece = next(steps, None)
+        text += piece or ""
+        answered = inputs.with_answer(text) if text else inputs
+        # Kept at each step: an answer that is stopped is one to look at as well.
+        session.kept["asked"] = Asked(model=name, pictures=tuple(pictures), prompt=prompt, inputs=answered, answer=text)
         if piece is None:
-            break
-        text += piece
+            return
         yield text
-    answered = inputs.with_answer(text) if text else inputs
-    session.kept["asked"] = Asked(model=name, pictures=tuple(pictures), prompt=prompt, inputs=answered, answer=text)
 
 
 def look(explorer: Explorer, session: Session, second: Shown | None = None) -> tuple[ExplorerView, str]:

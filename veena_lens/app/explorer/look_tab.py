@@ -12,6 +12,7 @@ from veena_lens.app.explorer import asking
 from veena_lens.app.explorer.parts import Shared, code_box, export_box
 from veena_lens.app.explorer.pictures import chosen, open_sample, samples, thumbnails
 from veena_lens.app.explorer.slots import view_slot, view_value
+from veena_lens.app.explorer.state import Session
 from veena_lens.app.explorer.told import told
 
 QUESTION = "how does the person in the picture feel?"
@@ -82,9 +83,20 @@ def build(shared: Shared) -> None:
         text = ""
         for text in asking.ask(explorer, session, model, pictures, question, int(most)):
             yield text, gr.skip(), gr.skip()
+        yield text or "(nothing was said)", *shown(session, other)
+
+    def shown(session: Session, other: str | None) -> tuple[str, str]:
         compared = None if other in (None, "none") else open_sample(other)
         found, program = asking.look(explorer, session, compared)
-        yield text or "(nothing was said)", view_value(explorer.show(session, "look", found)), program
+        return view_value(explorer.show(session, "look", found)), program
+
+    @told
+    def stopped(other: str, request: gr.Request) -> tuple[Any, Any, Any]:
+        session = explorer.session(request.session_hash)
+        asked = session.kept.get("asked")
+        if asked is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        return asked.answer or "(stopped before a word was said)", *shown(session, other)
 
     @told
     def opened(path: str | None, with_lens: bool, model: str, request: gr.Request) -> tuple[Any, Any, Any]:
@@ -99,7 +111,7 @@ def build(shared: Shared) -> None:
     asked = gr.on(
         [go.click, prompt.submit], ask, sources, [answer, view, code], concurrency_limit=4, api_visibility="private"
     )
-    stop.click(None, cancels=[asked], api_visibility="private")
+    stop.click(stopped, second, [answer, view, code], cancels=[asked], api_visibility="private")
     uploads.change(preview, [uploads, sample], thumbs, api_visibility="private", show_progress="hidden")
     sample.change(preview, [uploads, sample], thumbs, api_visibility="private", show_progress="hidden")
     cache.upload(opened, [cache, lens, shared.model], [view, code, answer], api_visibility="private")

@@ -256,5 +256,6 @@ def test_pairs_are_asked_and_their_code_runs(
     assert len(table) == pairs_tab.MOST and set(table["pair"]) <= set(patch_tab.pair_names())
     assert (table["hit"] == "hit").mean() > 0.5
     run_code(pairs_tab.pairs_code(NAME, "happy"))
-    assert table["of the emotional"][0] in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert table["of the emotional"][0] in said and said.count("[1.0, 1.0]") == (table["hit"] == table["hit "]).sum()
     assert len(pd.read_parquet(pairs_tab.export_pairs(session)[1])) == pairs_tab.MOST

@@ -15,8 +15,8 @@ from veena_lens.app.explorer.parts import Shared, code_box, export_box
 from veena_lens.app.explorer.patch_tab import pair_names
 from veena_lens.app.explorer.pictures import thumbnails
 from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.explorer.steering import is_hit
 from veena_lens.app.explorer.told import told
-from veena_lens.zoo.emotions import named_emotion
 
 MOST = 6
 
@@ -24,16 +24,16 @@ MOST = 6
 @torch.no_grad()
 def answered(explorer: Explorer, session: Session, name: str, emotion: str) -> pd.DataFrame:
     """What the model says of each test pair of an emotion, and whether it names what is drawn."""
-    pairs = [(key, pair) for key, pair in pair_names().items() if pair[0].emotion == emotion][:MOST]
+    pairs = [(key, pair) for key, pair in pair_names().items() if pair.emotion == emotion][:MOST]
     if not pairs:
         raise ValueError(f"No pairs of {emotion!r}; there are: {', '.join(FELT)}.")
-    pictures = [picture for _, pair in pairs for picture in pair]
+    pictures: Any = [picture for _, pair in pairs for picture in (pair.emotional, pair.neutral)]
     with explorer.using(name) as model:
         texts = model.generate(steps.ask(model, steps.SAY, pictures), max_new_tokens=16)
     rows = []
     for i, (key, pair) in enumerate(pairs):
         said = [text.strip() for text in texts[2 * i : 2 * i + 2]]
-        hits = [named_emotion(text) == picture.emotion for text, picture in zip(said, pair, strict=True)]
+        hits = [is_hit(text, p.emotion) for text, p in zip(said, (pair.emotional, pair.neutral), strict=True)]
         rows.append(
             {
                 "pair": key,
@@ -52,14 +52,15 @@ def pairs_code(name: str, emotion: str) -> str:
     """The program behind the Pairs tab."""
     body = [
         f"model = HookedVLM.from_pretrained({name!r})",
-        f'pairs = [p for p in bundled_pairs("test") if p[0].emotion == {emotion!r}][:{MOST}]',
-        "for emotional, neutral in pairs:",
-        f"    inputs = model.prepare(text=[{steps.SAY!r}] * 2, images=[[emotional.open()], [neutral.open()]])",
-        "    print(emotional.identity, model.generate(inputs, max_new_tokens=16))",
+        f'pairs = load_pairs().select(split="test", condition="none", emotion={emotion!r})[:{MOST}]',
+        "for pair in pairs:",
+        "    pictures = [[pair.emotional.open()], [pair.neutral.open()]]",
+        f"    inputs = model.prepare(text=[{steps.SAY!r}] * 2, images=pictures)",
+        "    texts = model.generate(inputs, max_new_tokens=16)",
+        "    hits = [sample_hit(texts[0], pair.emotion), sample_hit(texts[1], 'neutral')]".replace("'", '"'),
+        "    print(pair.identity, texts, hits)",
     ]
-    return program(
-        ["from veena_lens import HookedVLM", "from veena_lens.checkpoints.bundle import bundled_pairs"], body
-    )
+    return program(["from veena_lens import HookedVLM", "from veena_lens.emotion import load_pairs, sample_hit"], body)
 
 
 def export_pairs(session: Session) -> list[str]:
@@ -82,7 +83,7 @@ def build(shared: Shared) -> None:
     faces = gr.HTML(elem_id="faces", apply_default_css=False)
     table = gr.Dataframe(label="Answers", interactive=False, wrap=True, elem_id="answers")
     with gr.Row(equal_height=True):
-        names = [key for key, pair in pair_names().items() if pair[0].emotion == "happy"]
+        names = [key for key, pair in pair_names().items() if pair.emotion == "happy"]
         which = gr.Dropdown(names, value=names[0], label="Pair", elem_id="which-pair", scale=3)
         use = gr.Button("Patch this pair", elem_id="use-pair", scale=1, min_width=160, elem_classes="veena-go")
     code = code_box("pairs-code")
@@ -92,7 +93,8 @@ def build(shared: Shared) -> None:
         session = explorer.session(request.session_hash)
         found = answered(explorer, session, model, wanted)
         pairs = [pair_names()[key] for key in found["pair"]]
-        pictures = [(p.open(), f"{p.identity}, {p.emotion}") for pair in pairs for p in pair]
+        both = [picture for pair in pairs for picture in (pair.emotional, pair.neutral)]
+        pictures = [(p.open(), f"{p.identity}, {p.emotion}") for p in both]
         keys = list(found["pair"])
         return thumbnails(pictures, 104), found, gr.update(choices=keys, value=keys[0]), pairs_code(model, wanted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import gradio as gr
@@ -16,14 +17,15 @@ from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.app.explorer.sweeping import SweepAsked, Swept, TooLarge
 from veena_lens.app.explorer.told import told
 from veena_lens.app.steps import NAME
-from veena_lens.checkpoints.bundle import bundled_pairs
+from veena_lens.emotion import Pair, load_pairs
 
 SITES = {"heads": "heads", "residual": "resid", "attention outputs": "attn_out", "MLP outputs": "mlp_out"}
 
 
-def pair_names() -> dict[str, tuple[Any, Any]]:
+@lru_cache(maxsize=1)
+def pair_names() -> dict[str, Pair]:
     """Test pairs by a readable name."""
-    return {f"{first.emotion}, {first.identity}": (first, second) for first, second in bundled_pairs("test")}
+    return {f"{p.emotion}, {p.identity}": p for p in load_pairs().select(split="test", condition="none")}
 
 
 def pair_of(name: str, uploads: list[str] | None, limits: Any) -> tuple[Shown, Shown]:
@@ -34,7 +36,8 @@ def pair_of(name: str, uploads: list[str] | None, limits: Any) -> tuple[Shown, S
         return open_upload(uploads[0], limits), open_upload(uploads[1], limits)
     if name not in pair_names():
         raise ValueError(f"No pair {name!r}.")
-    first, second = (Shown(image=p.open(), name=p.file, is_sample=True) for p in pair_names()[name])
+    pair = pair_names()[name]
+    first, second = (Shown(image=p.open(), name=p.file, is_sample=True) for p in (pair.emotional, pair.neutral))
     return first, second
 
 

@@ -20,8 +20,8 @@ from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, dir
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.checkpoints.bundle import bundled_pictures
+from veena_lens.emotion import sample_hit
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
-from veena_lens.zoo.emotions import named_emotion
 
 N_FACES = 8
 SAY_TOKENS = 24
@@ -78,6 +78,11 @@ def scaled(circuit: Sequence[Any], alpha: float | int, beta: float | int, gamma:
     return Circuit(items, getattr(circuit, "name", ""), getattr(circuit, "meta", {}))
 
 
+def is_hit(text: str, emotion: str) -> bool:
+    """True where a text names the emotion on most of the wheels that show it (`veena_lens.emotion.sample_hit`)."""
+    return sample_hit(text, emotion) > 0.5
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Steered:
     """One answer without and with the edits, and how many neutral faces are called by the wanted emotion."""
@@ -91,8 +96,8 @@ class Steered:
     n_faces: int
 
     def is_hit(self, text: str) -> bool:
-        """True where the first emotion that a text names is the wanted one."""
-        return named_emotion(text) == self.wanted
+        """True where a text names the wanted emotion."""
+        return is_hit(text, self.wanted)
 
 
 @torch.no_grad()
@@ -115,7 +120,7 @@ def steer(
             edited = model.generate(many, max_new_tokens=8)
 
     def rate(texts: Sequence[str]) -> float:
-        return sum(named_emotion(text) == wanted for text in texts) / len(texts)
+        return sum(is_hit(text, wanted) for text in texts) / len(texts)
 
     found = Steered(
         circuit=circuit,

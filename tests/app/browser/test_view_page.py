@@ -11,8 +11,10 @@ import torch
 
 from tests.app.browser.conftest import low_contrast
 from tests.app.view.large import large_cache, large_picture
+from tests.app.view.sinking import SINKS, sinking_cache
 from veena_lens import HookedVLM
 from veena_lens.app.view import ExplorerView
+from veena_lens.app.view.coding import Coded
 from veena_lens.app.view.page import SCRIPT
 from veena_lens.checkpoints.bundle import bundled_pairs
 
@@ -148,6 +150,62 @@ def test_nothing_is_wider_than_the_window(view: ExplorerView, tmp_path: Path, op
     page = open_page(view.save(tmp_path / "view.html").as_uri(), width)
     page.wait_for_selector(".vv-token")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def shown_map(page: Any, **state: Any) -> torch.Tensor:
+    """The map that the page draws in a state, over all positions; NaN where it draws nothing."""
+    values = page.evaluate(
+        "(state) => { const v = document.querySelector('#view').veenaView; Object.assign(v.state, state); v.update();"
+        " return [...v.map.values].map((x) => (Number.isNaN(x) ? null : x)); }",
+        state,
+    )
+    return torch.tensor([float("nan") if v is None else v for v in values])
+
+
+def decoded(view: ExplorerView, query: int, run: int = 0, kind: str = "attention") -> torch.Tensor:
+    """[layer head pos] of a token, as Python decodes it."""
+    (bundle,) = [b for b in view.bundles if (b.key.query, b.key.run, b.key.kind) == (query, run, kind)]
+    return bundle.maps.decode(view.inputs.image_mask[0])
+
+
+def test_numbers_of_the_page_are_those_of_python(page: Any, view: ExplorerView) -> None:
+    query, close = view.header["query"], {"rtol": 1e-4, "atol": 1e-7}
+    first, second = decoded(view, query), decoded(view, query, run=1)
+    for mode, expected in (
+        ("attention", first),
+        ("difference", first - second),
+        ("push", decoded(view, query, 0, "push")),
+    ):
+        for layer, head in ((2, 5), (4, -1), (-1, 3), (-1, -1)):
+            chosen = expected if layer < 0 else expected[layer : layer + 1]
+            chosen = chosen if head < 0 else chosen[:, head : head + 1]
+            shown = shown_map(page, mode=mode, layer=layer, head=head)
+            torch.testing.assert_close(shown, chosen.mean((0, 1)), **close)
+    torch.testing.assert_close(
+        shown_map(page, mode="norms", layer=3), torch.from_numpy(view.arrays["norms"][3]).log10(), **close
+    )
+    lens = Coded(
+        values=torch.from_numpy(view.arrays["lens_maps"]), scales=torch.from_numpy(view.arrays["lens_scales"])
+    ).decode(view.inputs.image_mask[0])
+    torch.testing.assert_close(shown_map(page, mode="lens", layer=6, word=1), lens[1, 6], **close)
+    torch.testing.assert_close(shown_map(page, mode="lens", layer=-1, word=0), lens[0].mean(0), **close)
+
+
+def test_sinks_have_no_colour_and_the_other_weights_sum_to_one(open_page: Any, tmp_path: Path) -> None:
+    view = ExplorerView.from_cache(sinking_cache())
+    page = open_page(view.save(tmp_path / "sinks.html").as_uri())
+    page.wait_for_selector(".vv-token")
+    query = view.header["query"]
+    weights = decoded(view, query)[1]
+    shown = shown_map(page, mode="sinks", layer=1, head=-1)
+    assert shown.isnan().nonzero().flatten().tolist() == SINKS
+    left = weights.clone()
+    left[:, SINKS] = 0
+    expected = (left / (1 - weights[:, SINKS].sum(-1, keepdim=True))).mean(0)
+    torch.testing.assert_close(shown.nan_to_num(0.0), expected, rtol=1e-3, atol=1e-6)
+    assert abs(float(shown.nansum()) - 1) < 0.02
+    plain = shown_map(page, mode="sinks", layer=0, head=-1)  # a layer without sinks is as it was
+    torch.testing.assert_close(plain, decoded(view, query)[0].mean(0), rtol=1e-4, atol=1e-7)
 
 
 HOVERS = """async (what) => {

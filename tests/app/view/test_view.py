@@ -12,12 +12,13 @@ from torch import Tensor
 
 from tests.app.view.conftest import QUESTION
 from tests.app.view.large import N_IMAGE, large_cache, large_picture
+from tests.app.view.sinking import SINKS, sinking_cache
 from veena_lens import HookedVLM
 from veena_lens.activation_cache import ActivationCache, MissingActivation
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
 from veena_lens.app.view.bundles import Key
 from veena_lens.app.view.coding import Coded, unpack
-from veena_lens.app.view.rows import CachedRows, sink_queries
+from veena_lens.app.view.rows import CachedRows, cached_sinks, sink_queries
 from veena_lens.circuits import find_sinks, per_patch
 from veena_lens.interventions import Ablate
 
@@ -62,6 +63,19 @@ def test_sinks_of_a_cache_follow_the_rule_of_find_sinks(model: Any, pair: Any) -
     assert view.header["sinks"] == [found[str(layer)][0] for layer in range(model.cfg.n_layers)]
     run = ExplorerView.from_run(model, (pair[0].open(), QUESTION), answer=" happy")
     assert run.header["sinks"] == view.header["sinks"]
+
+
+def test_rule_of_sinks_is_that_of_find_sinks_where_there_are_some(model: Any, pair: Any) -> None:
+    cache = cache_of(model, pair)
+    rule = {"multiple": 2.0, "share": 0.3, "norm_multiple": 1.02}
+    expected = find_sinks(model, cache.inputs, **rule).meta["positions"]
+    norms = torch.stack([cache["resid_pre", layer][0].norm(dim=-1) for layer in range(model.cfg.n_layers)])
+    found = cached_sinks(CachedRows(cache=cache), norms, torch.ones(cache.inputs.shape[1], dtype=torch.bool), **rule)
+    assert found == [expected[str(layer)][0] for layer in range(model.cfg.n_layers)] and sum(map(len, found)) > 10
+
+
+def test_sinks_of_a_cache_are_named_layer_by_layer() -> None:
+    assert ExplorerView.from_cache(sinking_cache()).header["sinks"] == [[], SINKS]
 
 
 def test_a_long_prompt_is_asked_for_sinks_by_a_sample_with_its_last_token() -> None:

@@ -10,11 +10,22 @@ from typing import Any
 
 # Public name -> the module that holds it; a row a name, sorted by module.
 _HOMES = {
+    "conditions": "contexts",
+    "context_sentence": "contexts",
     "RandomUnits": "controls",
     "neuron_sizes": "controls",
     "random_directions": "controls",
     "random_heads": "controls",
     "random_neurons": "controls",
+    "noise_directions": "direction_controls",
+    "person_directions": "direction_controls",
+    "shuffled_directions": "direction_controls",
+    "swapped_directions": "direction_controls",
+    "Directions": "directions",
+    "TooFewPairs": "directions",
+    "directions_from": "directions",
+    "extract_directions": "directions",
+    "select_pairs": "directions",
     "extract": "extraction",
     "string_to_list": "extraction",
     "Lexicon": "lexicon",

@@ -1,7 +1,7 @@
 """Emotion labels in free text: a longest-match scan of word tokens, without a model and without chance.
 
-A negator at most three tokens before a match removes it, unless a stop, a comma or a word of contrast lies between
-("not sad but happy" names happy). Extraction knows no wheel: mapping labels to sectors is another function.
+Ambiguous forms count only where a feeling is spoken of, and negated ones do not count (`negation.py`). Extraction
+knows no wheel: mapping labels to sectors is another function.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from veena_lens.emotion.lexicon import Lexicon, default_lexicon, plain
+from veena_lens.emotion.negation import DEGREES, LINKS, MARKS, negated, words
 
 # A word with its inner apostrophes, or a mark that ends the reach of a negation.
-_TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|[.!?;:,\n()]")
-_NEGATORS = frozenset(
-    ["not", "no", "never", "none", "neither", "nor", "without", "hardly", "barely", "scarcely", "cannot", "nothing"]
-    + ["nobody", "lacks", "lacking", "lack", "dont", "doesnt", "isnt", "arent", "wasnt", "werent", "didnt", "cant"]
-    + ["wont", "hasnt", "havent", "hadnt", "wouldnt", "couldnt", "shouldnt", "aint"]
+_TOKEN = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[.!?;:,\n()\[\]\u2013\u2014]")
+_ARTICLES = words("a an the his her their deep great keen genuine intense mild slight")
+_SHOWING = words(
+    "show shows showing shown showed express expresses expressing expressed display displays displaying convey "
+    "conveys conveying suggest suggests suggesting indicate indicates indicating register registers in with"
 )
-_NEGATING_PHRASES = (("far", "from"), ("free", "of"), ("devoid", "of"), ("anything", "but"), ("instead", "of"))
-_CONTRASTS = frozenset(["but", "yet", "although", "though", "however", "rather", "instead", "whereas", "while"])
-# "not only happy", "not just sad", "no doubt angry": these turn a negation into a statement.
-_STATING = frozenset(["only", "just", "merely", "simply", "solely", "doubt"])
-REACH = 3
+# "a sense of relief", "full of hope": nouns and adjectives before "of" or "with" that make what follows a feeling.
+_HOLDERS = words(
+    "sense look feeling feelings expression mix mixture blend air full filled sign signs hint state wave moment "
+    "face emotion emotions smile overcome combination lot level touch glimmer"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,34 +61,48 @@ def matches(text: str, lexicon: Lexicon | None = None) -> Iterator[Match]:
     """Every emotion word of a text in order, repeated and negated ones too."""
     lexicon = default_lexicon() if lexicon is None else lexicon
     tokens = words_of(text)
-    start = 0
-    while start < len(tokens):
-        for size in range(min(lexicon.longest, len(tokens) - start), 0, -1):
-            label = lexicon.phrases.get(tuple(tokens[start : start + size]))
-            if label is not None:
-                if label:
-                    words = tuple(tokens[start : start + size])
-                    yield Match(label=label, words=words, negated=_negated(tokens, start))
-                start += size
-                break
-        else:
-            start += 1
+    spans = list(_spans(tokens, lexicon))
+    for (start, stop, form), removed in zip(spans, negated(tokens, [span[:2] for span in spans])):
+        yield Match(label=lexicon.base_of[form], words=tuple(tokens[start:stop]), negated=removed)
 
 
 def words_of(text: str) -> list[str]:
-    """The lower-case word tokens of a text, with the marks that end a negation's reach."""
+    """The lower-case word tokens of a text, with the marks that end a negation's reach; a possessive 's is dropped."""
     # Line ends are marks too; `plain` would turn them into blanks.
-    return _TOKEN.findall("\n".join(plain(line).replace("'s ", " ") for line in text.splitlines()))
+    tokens = _TOKEN.findall("\n".join(plain(line) for line in text.splitlines()))
+    return [token.removesuffix("'s") if token != "'s" else token for token in tokens]
 
 
-def _negated(tokens: Sequence[str], start: int) -> bool:
-    """Whether a negator within REACH tokens before `start` reaches it."""
-    for at in range(start - 1, max(start - 1 - REACH, -1), -1):
-        token = tokens[at]
-        if tuple(tokens[at - 1 : at + 1]) in _NEGATING_PHRASES:
-            return True
-        if not token[0].isalpha() or token in _CONTRASTS:
-            return False
-        if token in _NEGATORS or token.endswith("n't"):
-            return tokens[at + 1] not in _STATING
-    return False
+def _spans(tokens: Sequence[str], lexicon: Lexicon) -> Iterator[tuple[int, int, str]]:
+    """(first token, token after the last, form) of the longest matches, left to right."""
+    start = before = 0  # `before`: where the last match ended
+    while start < len(tokens):
+        step = 1
+        for size in range(min(lexicon.longest, len(tokens) - start), 0, -1):
+            form = lexicon.phrases.get(tuple(tokens[start : start + size]))
+            if form is None or (form in lexicon.guarded and not _is_felt(tokens, start, start + size, before)):
+                continue
+            step = size
+            if form:
+                before = start + size
+                yield start, before, form
+            break
+        start += step
+
+
+def _is_felt(tokens: Sequence[str], start: int, stop: int, before: int) -> bool:
+    """Whether an ambiguous form stands where a feeling is named; `before` is where the last match ended."""
+    at = start - 1
+    alone = (at < 0 or tokens[at] in MARKS) and (stop >= len(tokens) or tokens[stop] in MARKS)
+    if alone:
+        return True  # an item of a list, or the whole answer
+    while at >= 0 and (tokens[at] in DEGREES or tokens[at] in _ARTICLES):
+        at -= 1
+    if at < 0:
+        return False
+    last = tokens[at]
+    if last in LINKS or last in _SHOWING:
+        return at == start - 1 or tokens[start - 1] not in ("the", "his", "her", "their")
+    if last == "of":
+        return at > 0 and tokens[at - 1] in _HOLDERS
+    return last in ("and", "or", "nor", ",") and at == before and before > 0

@@ -28,15 +28,16 @@ NEUTRAL = "neutral"
 class EmotionWheels:
     """Wheels, the words that lead to them, and a lexicon to find emotion words in texts.
 
-    `forms`: surface form -> base words; `synonyms`: base word -> wheel words. `neutral_sector`: with the direct map,
-    words of the basic emotion neutral are a sector of their own on every wheel, though no wheel shows it.
+    `forms`: surface form -> base words; `synonyms`: base word -> wheel words. `own`: these are the project's wheels, on
+    which the direct map places a form where its base word lies, and makes the basic emotion neutral a sector of its own
+    on every wheel, though no wheel shows it.
     """
 
     wheels: tuple[Wheel, ...]
     forms: Mapping[str, Sequence[str]]
     synonyms: Mapping[str, Sequence[str]]
     words: Lexicon
-    neutral_sector: bool = False
+    own: bool = False
 
     @staticmethod
     def default() -> EmotionWheels:
@@ -187,9 +188,11 @@ class EmotionWheels:
     def _look_up(self, label: str, wheel: Wheel, level: str, mapping: str) -> str:
         if mapping == "official":
             return official_sector(label, wheel, level, self.forms, self.synonyms)
-        if self.neutral_sector and self.basic(label) == NEUTRAL:
+        if self.own and self.basic(label) == NEUTRAL:
             return NEUTRAL
-        return direct_sector(label, wheel, level, self.forms, self.synonyms)
+        # On our own wheels a noun lies where its adjective lies ("shock" with "shocked").
+        word = (self.words.base(label) or label) if self.own else label
+        return direct_sector(word, wheel, level, self.forms, self.synonyms)
 
     def _sectors(self, mapping: str, level: str) -> dict[tuple[str, str], str]:
         """What was looked up under a mapping and level; the arguments are checked here, once for all."""
@@ -211,10 +214,15 @@ def _default() -> EmotionWheels:
     lexicon = default_lexicon()
     found = json.loads((DATA / "wheels.json").read_text(encoding="utf-8"))
     wheels = tuple(Wheel(name, w["sectors"], w["source"], w["basics"]) for name, w in found.items())
-    # A base word leads to itself and to the sector of its basic emotion, wheel by wheel.
+    # A base word leads to itself, to its forms that a wheel prints, and to what stands for its basic emotion there.
+    printed = {word for wheel in wheels for word in wheel.words}
+    shown: dict[str, list[str]] = {base: [base] for base in lexicon.emotion_of}
+    for form, base in lexicon.base_of.items():
+        if form in printed and form != base:
+            shown[base].append(form)
     synonyms = {
-        base: tuple(dict.fromkeys([base, *(w.basics[emotion] for w in wheels if emotion in w.basics)]))
+        base: tuple(dict.fromkeys([*shown[base], *(w.basics[emotion] for w in wheels if emotion in w.basics)]))
         for base, emotion in lexicon.emotion_of.items()
     }
     forms = {form: (base,) for form, base in lexicon.base_of.items()}
-    return EmotionWheels(wheels=wheels, forms=forms, synonyms=synonyms, words=lexicon, neutral_sector=True)
+    return EmotionWheels(wheels=wheels, forms=forms, synonyms=synonyms, words=lexicon, own=True)

@@ -58,10 +58,56 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-sweep-gb", type=float, default=2, help="memory that a sweep's rows may take at once (2)"
     )
 
+    _add_mer_unibench(commands)
+
     for command in commands.choices.values():
         # Options of the whole command are understood behind the sub-command as well.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_mer_unibench(commands: Any) -> None:
+    """The three actions on MER-UniBench."""
+    parser = commands.add_parser("mer-unibench", help="check the benchmark's folders, score answer files, answer a set")
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+
+    check = actions.add_parser("check", help="which of the nine sets lie under a folder, and how to get the others")
+    check.add_argument("root", help="the folder that holds the sets' folders")
+
+    score = actions.add_parser("score", help="score an answer file, or every one under a folder")
+    score.add_argument(
+        "path", help="npz, csv, JSON Lines, a folder of <name>.npy, or a folder of results-<key> folders"
+    )
+    score.add_argument("--root", help="the folder that holds the sets' folders, for the labels")
+    score.add_argument("--set", metavar="KEY", help="the set of the answers, where the path does not tell")
+    score.add_argument("--mapping", choices=("official", "direct", "both"), default="both", help="of labels (both)")
+    score.add_argument("--wheels", metavar="FOLDER", help="the benchmark's own wheels (the project's)")
+    score.add_argument(
+        "--missing",
+        choices=("error", "empty"),
+        default="error",
+        help="samples without an answer: refuse, or score empty",
+    )
+
+    answer = actions.add_parser("answer", help="ask a model about every clip of a set; goes on where it stopped")
+    answer.add_argument("root", help="the folder that holds the sets' folders")
+    answer.add_argument("--model", required=True, help=CHECKPOINT)
+    answer.add_argument("--set", metavar="KEY", required=True, help="the set to answer")
+    answer.add_argument("--out", metavar="FILE", required=True, help="JSON Lines, one answer a line")
+    answer.add_argument("--circuit", metavar="FILE", help="answer under this saved circuit")
+    answer.add_argument("--frames", type=int, default=1, help="pictures a clip; one is the middle one (1)")
+    answer.add_argument("--faces", action="store_true", help="show aligned faces instead of frames")
+    answer.add_argument("--no-subtitle", action="store_true", help="leave what is said out of the prompt")
+    answer.add_argument("--batch-size", type=int, default=16, help="pictures at once (16)")
+    answer.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (32)")
+    answer.add_argument(
+        "--missing", choices=("error", "skip"), default="error", help="clips without pictures: refuse, or leave out"
+    )
+    answer.add_argument("--device", help="run the model there (cpu)")
+    answer.add_argument("--dtype", choices=DTYPES, help="load it at this dtype (as stored)")
+    for action in (check, score, answer):
+        action.add_argument("--folder", action="append", metavar="KEY=FOLDER", help="a set that lies elsewhere")
+        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +216,31 @@ def explore(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {"models": models, "inspect": inspect, "verify": verify, "demo": demo, "explore": explore}
+def mer_unibench(args: argparse.Namespace) -> int:
+    """Check, score or answer."""
+    from veena_lens.emotion.mer_unibench import command
+
+    folders = command.parse_folders(args.folder)
+    if args.action == "check":
+        from veena_lens.emotion.mer_unibench.checking import check_root
+
+        print(check_root(args.root, overrides=folders))
+    elif args.action == "score":
+        options = {"key": args.set, "mapping": args.mapping, "wheels": args.wheels, "missing": args.missing}
+        print(command.score_path(args.path, args.root, overrides=folders, **options))
+    else:
+        print(command.answer_command(args))
+    return 0
+
+
+COMMANDS = {
+    "models": models,
+    "inspect": inspect,
+    "verify": verify,
+    "demo": demo,
+    "explore": explore,
+    "mer-unibench": mer_unibench,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,212 @@
+"""Answers of a model on one set: one JSON line a sample, written as they come, resumed where they stopped.
+
+The first line holds the settings, so that a file is never continued under others. Which pictures were seen stands
+beside every answer. Scoring reads the file like any other (`answers.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image
+
+from veena_lens.emotion.mer_unibench.answers import json_rows
+from veena_lens.emotion.mer_unibench.faces import face_file
+from veena_lens.emotion.mer_unibench.loading import Sample
+from veena_lens.emotion.mer_unibench.media import Seen, find_video, frame_places, see
+from veena_lens.emotion.methods import PLAIN, Method, answers, batches
+from veena_lens.sweeps.running import bar
+
+QUESTION = "Which emotions does the person in this picture show? Name every emotion that you see."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRun:
+    """What a run wrote: its file, its settings, the answers by name, how many are new, and samples left out."""
+
+    path: Path
+    run: dict[str, Any]
+    values: dict[str, str]
+    new: int
+    left_out: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        lost = f", {len(self.left_out)} left out without pictures" if self.left_out else ""
+        return f"AnswerRun({self.path}: {len(self.values)} answers, {self.new} of them new{lost})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Asked:
+    """One picture of a clip and its prompt, as `methods.answers` takes them."""
+
+    picture: Image.Image
+    prompt: str
+
+
+def answer_set(
+    model: Any,
+    samples: Iterable[Sample],
+    *,
+    out: str | Path,
+    frames: int = 1,
+    faces: bool = False,
+    subtitle: bool = True,
+    method: Method | None = None,
+    question: str = QUESTION,
+    model_name: str = "",
+    batch_size: int = 16,
+    max_new_tokens: int = 32,
+    missing: str = "error",
+    progress: bool = False,
+) -> AnswerRun:
+    """Ask a model about every sample and write each answer to `out` (JSON Lines) as it comes.
+
+    frames: 1 takes the middle frame (or face), more a uniform choice; each picture is asked about alone and a clip's
+    answers are joined by line ends. subtitle: say in the prompt what is said in the clip. missing="skip" leaves out
+    samples without a video, and names them. Run again with the same arguments to do the rest.
+    Raises: FileNotFoundError listing samples without pictures, before any is asked; ValueError for a file of another
+    run, naming what differs; OSError on a full disk, with every finished answer kept."""
+    samples, method, out = list(samples), PLAIN if method is None else method, Path(out)
+    frame_places(1, frames)
+    _require_arguments(samples, missing, batch_size, max_new_tokens)
+    run = {
+        "set": samples[0].info.key,
+        "model": model_name or type(model).__name__,
+        "method": method.name,
+        "settings": json.loads(json.dumps(dict(method.settings), default=str)),
+        "frames": frames,
+        "faces": faces,
+        "subtitle": subtitle,
+        "question": question,
+        "max_new_tokens": max_new_tokens,
+    }
+    kept = _resume(out, run)
+    left_out = _without_pictures(samples, faces)
+    if left_out and missing == "error":
+        raise FileNotFoundError(
+            f"{len(left_out)} of {len(samples)} samples have no pictures: {', '.join(left_out[:20])}"
+            f"{', ...' if len(left_out) > 20 else ''}. {_why(samples, left_out[0], faces)} Add them, or go on without "
+            'them by missing="skip".'
+        )
+    lost = set(left_out)
+    todo = [sample for sample in samples if sample.name not in kept and sample.name not in lost]
+    show = bar(len(todo), progress, f"{run['set']} {method.name}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a", encoding="utf-8") as file:
+        if file.tell() == 0:
+            _write(file, out, [{"run": run}])
+        # A batch of clips holds `frames` pictures each; the model's batch stays at batch_size pictures.
+        for batch in batches(todo, max(1, batch_size // frames)):
+            seen = [see(sample, frames=frames, faces=faces) for sample in batch]
+            asked = _asked(batch, seen, question, subtitle)
+            texts = answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+            rows = _rows(batch, seen, texts)
+            _write(file, out, rows)
+            kept |= {row["name"]: row["answer"] for row in rows}
+            if show is not None:
+                show.update(len(batch))
+    if show is not None:
+        show.close()
+    return AnswerRun(path=out, run=run, values=kept, new=len(todo), left_out=tuple(left_out))
+
+
+def prompt_of(sample: Sample, question: str = QUESTION, subtitle: bool = True) -> str:
+    """The prompt about one clip: what is said in it, if wanted and there, then the question."""
+    if subtitle and sample.subtitle:
+        return f'The person says: "{sample.subtitle}" {question}'
+    return question
+
+
+def _asked(batch: Sequence[Sample], seen: Sequence[Seen], question: str, subtitle: bool) -> list[_Asked]:
+    return [
+        _Asked(picture=picture, prompt=prompt_of(sample, question, subtitle))
+        for sample, pictures in zip(batch, seen)
+        for picture in pictures.pictures
+    ]
+
+
+def _rows(batch: Sequence[Sample], seen: Sequence[Seen], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a clip; the texts come one a picture, clip after clip."""
+    rest = iter(texts)
+    return [
+        {
+            "name": sample.name,
+            "answer": "\n".join(next(rest).strip() for _ in pictures.pictures),
+            "seen": pictures.record(),
+        }
+        for sample, pictures in zip(batch, seen)
+    ]
+
+
+def _resume(out: Path, run: dict[str, Any]) -> dict[str, str]:
+    """Answers already in the file; a line cut off by a stop is taken away. Raises: ValueError for another run's."""
+    if not out.exists() or out.stat().st_size == 0:
+        return {}
+    rows = json_rows(out)
+    there = rows[0].get("run") if rows else None
+    if rows and there != run:
+        differing = [key for key in run if not isinstance(there, dict) or there.get(key) != run[key]]
+        found = {key: there.get(key) for key in differing} if isinstance(there, dict) else "no settings"
+        wanted = {key: run[key] for key in differing}
+        raise ValueError(
+            f"{out} holds another run: {found} instead of {wanted}. Name another file, or remove this one."
+        )
+    content = out.read_bytes()
+    if not content.endswith(b"\n"):
+        with out.open("r+b") as file:
+            file.truncate(content.rfind(b"\n") + 1)
+        rows = json_rows(out)
+    return {row["name"]: row["answer"] for row in rows[1:]}
+
+
+def _write(file: TextIO, out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    try:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        file.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC, f"The disk of {out} is full; the answers in it are kept. Free some space and run again."
+        ) from error
+
+
+def _without_pictures(samples: Sequence[Sample], faces: bool) -> list[str]:
+    lost = []
+    for sample in samples:
+        if faces and face_file(sample) is not None:
+            continue
+        try:
+            find_video(sample)
+        except FileNotFoundError:
+            lost.append(sample.name)
+    return lost
+
+
+def _why(samples: Sequence[Sample], name: str, faces: bool) -> str:
+    try:
+        find_video(next(sample for sample in samples if sample.name == name))
+    except FileNotFoundError as error:
+        return str(error) + (" There is no face array either." if faces else "")
+    return ""
+
+
+def _require_arguments(samples: Sequence[Sample], missing: str, batch_size: int, max_new_tokens: int) -> None:
+    if not samples:
+        raise ValueError("No samples were given: nothing to ask.")
+    keys = sorted({sample.info.key for sample in samples})
+    if len(keys) > 1:
+        raise ValueError(f"One file holds one set's answers; these samples are of {', '.join(keys)}.")
+    names = [sample.name for sample in samples]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"Samples came twice: {', '.join(twice[:10])}.")
+    if missing not in ("error", "skip"):
+        raise ValueError(f'missing={missing!r} must be "error" or "skip".')
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")

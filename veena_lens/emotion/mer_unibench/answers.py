@@ -1,0 +1,176 @@
+"""Answer files in every format that MER-UniBench's code writes or reads, and in JSON Lines of our own.
+
+Raw answers are texts; extracted ones are list strings, or sentiment words. Where a raw file lies beside its extracted
+one, the extracted one is read and the notes say so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from veena_lens.emotion.mer_unibench.labels import read_rows
+from veena_lens.emotion.mer_unibench.pickles import array_names, parse_array, read_array, read_dict
+from veena_lens.emotion.mer_unibench.sets import find_set
+
+Content = Literal["raw", "labels", "sentiment"]
+OPENSET, SENTIMENT = "-openset", "-openset-sentiment"
+FORMATS = (
+    "an npz with name2reason (raw answers), an npz with filenames and fileitems (-openset or -openset-sentiment), a "
+    "csv with name and reason or openset, a folder of <name>.npy, or JSON Lines with name and answer, labels or "
+    "sentiment"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Answers by sample name. content: raw texts, list strings of labels, or sentiment words.
+
+    `key` is the set that the path or the file tells, "" when neither does; `run` what the file says of how it came."""
+
+    path: Path
+    content: Content
+    values: Mapping[str, str]
+    key: str = ""
+    run: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Answers({self.path}: {len(self.values)} of {self.key or 'an unnamed set'}, {self.content})"
+
+
+def read_answers(path: str | Path, *, sentiment: bool = False, beside: bool = True) -> Answers:
+    """The answers in a file or folder of any known format.
+
+    sentiment: prefer the -openset-sentiment file of a stem where there is one. beside=False reads the very file that
+    was named. Raises: FileNotFoundError; ValueError for a file of no known format, naming the formats."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There are no answers at {path}; expected {FORMATS}.")
+    notes: tuple[str, ...] = ()
+    if beside and path.suffix == ".npz" and not path.stem.endswith((OPENSET, SENTIMENT)):
+        for ending in (SENTIMENT, OPENSET) if sentiment else (OPENSET,):
+            other = path.with_name(f"{path.stem}{ending}.npz")
+            if other.is_file():
+                notes = (f"read {other.name} in place of the raw answers beside it",)
+                path = other
+                break
+    content, values, run = _read(path)
+    if not values:
+        raise ValueError(f"{path} holds no answer.")
+    told = (run or {}).get("set")
+    key = find_set(told).key if told else set_in_path(path)
+    return Answers(path=path, content=content, values=values, key=key, run=run, notes=notes)
+
+
+def set_in_path(path: Path) -> str:
+    """The set that a `results-<key>` part of a path names, "" without one. Raises: ValueError for an unknown key."""
+    for part in reversed(path.parts[:-1] if path.is_file() else path.parts):
+        found = re.fullmatch(r"results-(\w+)", part)
+        if found:
+            return find_set(found[1]).key
+    return ""
+
+
+def answer_files(folder: Path) -> list[Path]:
+    """Every answer file under a folder, one a stem: the raw file, or the extracted one where there is no raw one."""
+    stems: dict[tuple[Path, str], Path] = {}
+    for path in sorted(folder.rglob("*.npz")):
+        stem = path.stem.removesuffix("-sentiment").removesuffix(OPENSET)
+        kept = stems.get((path.parent, stem))
+        # The shortest name is the raw file's; the reader finds the others beside it.
+        if kept is None or len(path.name) < len(kept.name):
+            stems[path.parent, stem] = path
+    return [*stems.values(), *sorted([*folder.rglob("*.csv"), *folder.rglob("*.jsonl")])]
+
+
+def _read(path: Path) -> tuple[Content, dict[str, str], dict[str, Any] | None]:
+    if path.is_dir():
+        return "raw", _read_folder(path), None
+    if path.suffix == ".npz":
+        return (*_read_npz(path), None)
+    if path.suffix == ".csv":
+        return (*_read_csv(path), None)
+    if path.suffix in (".jsonl", ".json"):
+        return _read_lines(path)
+    raise ValueError(f"{path} is no answer file; expected {FORMATS}.")
+
+
+def _read_npz(path: Path) -> tuple[Content, dict[str, str]]:
+    names = array_names(path)
+    if "name2reason" in names:
+        return "raw", {str(name): str(answer) for name, answer in read_dict(path, "name2reason").items()}
+    if not {"filenames", "fileitems"} <= set(names):
+        raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}; expected {FORMATS}.")
+    keys, items = read_array(path, "filenames"), read_array(path, "fileitems")
+    if keys.ndim != 1 or keys.shape != items.shape:
+        raise ValueError(f"{path}: filenames {keys.shape} and fileitems {items.shape} must be of one length.")
+    content: Content = "sentiment" if path.stem.endswith(SENTIMENT) else "labels"
+    return content, {str(key): str(item) for key, item in zip(keys.tolist(), items.tolist())}
+
+
+def _read_csv(path: Path) -> tuple[Content, dict[str, str]]:
+    try:
+        return "labels", {row["name"]: row["openset"] for row in read_rows(path, ("name", "openset"))}
+    except ValueError:
+        return "raw", {row["name"]: row["reason"] for row in read_rows(path, ("name", "reason"))}
+
+
+def _read_folder(path: Path) -> dict[str, str]:
+    """`<name>.npy`, each an array of one text."""
+    found = {}
+    for file in sorted(path.glob("*.npy")):
+        array = parse_array(file.read_bytes(), str(file))
+        if array.size != 1:
+            raise ValueError(f"{file}: expected one text, found an array of shape {array.shape}.")
+        found[file.stem] = str(np.ravel(array)[0])
+    if not found:
+        raise ValueError(f"The folder {path} holds no <name>.npy; expected {FORMATS}.")
+    return found
+
+
+def _read_lines(path: Path) -> tuple[Content, dict[str, str], dict[str, Any] | None]:
+    """Our JSON Lines: a first line {"run": ...}, if any, then one row a sample with name and answer, labels or
+    sentiment, the same for all. Raises: ValueError with the line's number."""
+    run, values, content = None, {}, None
+    for number, row in enumerate(json_rows(path), start=1):
+        if number == 1 and isinstance(row.get("run"), dict):
+            run = row["run"]
+            continue
+        field = next((field for field in ("sentiment", "labels", "answer") if field in row), None)
+        if field is None or "name" not in row or content not in (None, field):
+            raise ValueError(
+                f"{path}, line {number}: expected name and {content or 'answer, labels or sentiment'}; it has "
+                f"{', '.join(row)}."
+            )
+        content, value = field, row[field]
+        values[str(row["name"])] = value if isinstance(value, str) else "[" + ", ".join(map(str, value)) + "]"
+    kinds: dict[str | None, Content] = {"sentiment": "sentiment", "labels": "labels"}
+    return kinds.get(content, "raw"), values, run
+
+
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file; a last line that was cut off by a stop is left out.
+
+    Raises: ValueError for any other line that is no JSON object."""
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}.")
+        rows.append(row)
+    return rows

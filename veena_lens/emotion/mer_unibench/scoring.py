@@ -1,0 +1,182 @@
+"""Scoring answers on MER-UniBench: one primary metric a set, and their mean over the sets that were scored.
+
+HIT for classes, F_s for open-vocabulary labels, WAF for sentiment; a join report says which answers had no sample and
+which samples no answer. Source: Lian et al. 2025, AffectGPT (ICML).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from veena_lens.emotion.extraction import string_to_list
+from veena_lens.emotion.mer_unibench.answers import Answers
+from veena_lens.emotion.mer_unibench.loading import LoadedSet
+from veena_lens.emotion.mer_unibench.sets import SETS
+from veena_lens.emotion.metrics import sentiment_score, wheel_scores
+from veena_lens.emotion.wheels import EmotionWheels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """How answers and samples met, by name."""
+
+    matched: int
+    without_answer: tuple[str, ...]
+    without_sample: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        lost = f"{len(self.without_answer)} samples without an answer{_some(self.without_answer)}"
+        spare = f"{len(self.without_sample)} answers without a sample{_some(self.without_sample)}"
+        return f"{self.matched} joined, {lost}, {spare}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetScore:
+    """One set's primary metric in percent, with the others beside it (in percent), per-wheel counts and the join.
+
+    `mapping` is "" for sentiment, which knows none. `counted`: samples that took part, per wheel or once."""
+
+    key: str
+    metric: str
+    percent: float
+    mapping: str
+    details: Mapping[str, float]
+    counted: tuple[int, ...]
+    join: Join
+    content: str
+    path: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        others = ", ".join(f"{name} {value:.2f}" for name, value in self.details.items())
+        kind = f" ({self.mapping})" if self.mapping else ""
+        lines = [f"{self.key} {self.metric}{kind} {self.percent:.2f}   {others}   {self.content}, {self.path}"]
+        lines += [f"  counted {' '.join(map(str, self.counted))}; {self.join!r}"]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkScore:
+    """Unweighted mean of primary metrics in percent, over `keys`; `missing` are the other sets of the nine."""
+
+    percent: float
+    mapping: str
+    keys: tuple[str, ...]
+    missing: tuple[str, ...] = field(default=())
+
+    def __repr__(self) -> str:
+        lost = f"; missing: {', '.join(self.missing)}" if self.missing else ""
+        return f"mean over {len(self.keys)} of {len(SETS)} sets ({self.mapping}): {self.percent:.2f}{lost}"
+
+
+def score_answers(
+    loaded: LoadedSet,
+    answers: Answers | Mapping[str, Any],
+    wheels: EmotionWheels | None = None,
+    *,
+    mapping: str = "official",
+    missing: str = "error",
+    extractor: Callable[[str], Sequence[str]] | None = None,
+    judge: Callable[[Sequence[str]], str] | None = None,
+) -> SetScore:
+    """One set's primary metric.
+
+    answers: a file's, or name -> text. Raw texts go through `extractor` (default: the lexicon), list strings are taken
+    as they are; for sentiment, labels go through `judge` (default: the sign of their valences), words as they are.
+    Raises: ValueError naming samples without an answer (`missing="empty"` scores them as empty ones), or answers none
+    of which belongs to the set."""
+    wheels = EmotionWheels.default() if wheels is None else wheels
+    if not isinstance(answers, Answers):
+        from pathlib import Path
+
+        answers = Answers(path=Path("answers"), content="raw", values=dict(answers))
+    if answers.key and answers.key != loaded.info.key:
+        raise ValueError(f"{answers.path} holds answers of {answers.key}, not of {loaded.info.key}.")
+    joined = join(loaded.truths, answers.values)
+    if not joined.matched:
+        raise ValueError(
+            f"None of the {len(answers.values)} answers in {answers.path} belongs to {loaded.info.title}: names such "
+            f"as {next(iter(answers.values))!r} against {next(iter(loaded.truths))!r}. Is it another set's file?"
+        )
+    scored = {name: answers.values[name] for name in loaded.truths if name in answers.values}
+    kept = {"key": loaded.info.key, "metric": loaded.info.metric, "join": joined, "path": str(answers.path)}
+    kept |= {"content": answers.content, "notes": (*loaded.notes, *answers.notes)}
+    if loaded.info.kind == "sentiment":
+        words = _sentiments(scored, answers.content, wheels, extractor, judge)
+        truths = {name: float(value) for name, value in loaded.truths.items()}
+        score = sentiment_score(truths, words, missing=missing)
+        details = {"ACC": 100 * score.accuracy}
+        return SetScore(percent=100 * score.waf, mapping="", details=details, counted=(score.counted,), **kept)
+    labels = _labels(scored, answers.content, wheels, extractor)
+    truths = {name: str(value) for name, value in loaded.truths.items()}
+    per_wheel = wheel_scores(truths, labels, wheels, mapping=mapping, missing=missing)
+    means = {"HIT": [s.hit_rate for s in per_wheel], "F_s": [s.f_score for s in per_wheel]}
+    means |= {"Precision_s": [s.precision for s in per_wheel], "Recall_s": [s.recall for s in per_wheel]}
+    percents = {name: 100 * fmean(values) for name, values in means.items()}
+    if loaded.info.kind == "open":
+        percents.pop("HIT")
+    else:
+        percents = {"HIT": percents["HIT"]}
+    percent = percents.pop(loaded.info.metric)
+    counted = tuple(s.counted for s in per_wheel)
+    return SetScore(percent=percent, mapping=mapping, details=percents, counted=counted, **kept)
+
+
+def join(truths: Iterable[str], answers: Iterable[str]) -> Join:
+    """Names on both sides, and on one alone."""
+    samples, said = dict.fromkeys(truths), dict.fromkeys(answers)
+    return Join(
+        matched=sum(name in said for name in samples),
+        without_answer=tuple(name for name in samples if name not in said),
+        without_sample=tuple(name for name in said if name not in samples),
+    )
+
+
+def benchmark_mean(scores: Iterable[SetScore], mapping: str = "official") -> BenchmarkScore:
+    """Unweighted mean of the sets' primary metrics under one mapping; sentiment counts under both.
+
+    Raises: ValueError for two scores of one set, or none at all."""
+    chosen = [score for score in scores if score.mapping in ("", mapping)]
+    keys = [score.key for score in chosen]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice or not chosen:
+        raise ValueError(f"Give one score a set: {', '.join(twice) + ' came twice' if twice else 'there is none'}.")
+    return BenchmarkScore(
+        percent=fmean(score.percent for score in chosen),
+        mapping=mapping,
+        keys=tuple(info.key for info in SETS if info.key in keys),
+        missing=tuple(info.key for info in SETS if info.key not in keys),
+    )
+
+
+def _labels(
+    values: Mapping[str, str], content: str, wheels: EmotionWheels, extractor: Callable[[str], Sequence[str]] | None
+) -> dict[str, list[str]]:
+    if content == "sentiment":
+        raise ValueError("Sentiment words were given where emotion labels are scored; give the -openset file instead.")
+    if content == "labels":
+        return {name: string_to_list(value) for name, value in values.items()}
+    extractor = wheels.labels if extractor is None else extractor
+    return {name: list(extractor(value)) for name, value in values.items()}
+
+
+def _sentiments(
+    values: Mapping[str, str],
+    content: str,
+    wheels: EmotionWheels,
+    extractor: Callable[[str], Sequence[str]] | None,
+    judge: Callable[[Sequence[str]], str] | None,
+) -> dict[str, str]:
+    if content == "sentiment":
+        return dict(values)
+    judge = wheels.sentiment if judge is None else judge
+    return {name: judge(labels) for name, labels in _labels(values, content, wheels, extractor).items()}
+
+
+def _some(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"

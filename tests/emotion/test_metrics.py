@@ -53,6 +53,51 @@ def test_open_vocabulary_score_is_f_of_the_means_by_hand() -> None:
     assert (score.precision, score.recall) == (0.5, 0.375)
 
 
+def test_a_wheel_without_any_of_the_truths_has_no_say() -> None:
+    assert hit_rate({"a": "cross"}, {"a": "rage"}, BY_HAND) == 1.0
+    assert open_vocabulary_score({"a": "cross"}, {"a": "[rage, shy]"}, BY_HAND).precision == 0.5
+    assert hit_rate({"a": "loving"}, {"a": "adoring"}) == 1.0  # Ekman's wheel has no love
+    assert hit_rate({"a": "neutral"}, {"a": "neutral"}, mapping="official") == 0.0
+    assert hit_rate({"a": "neutral", "b": "sad"}, {"a": "calm", "b": "calm"}) == 0.5
+
+
+@needs_original
+def test_the_direct_map_tells_fear_from_joy_and_leaves_surprise_near_fear_on_one_wheel() -> None:
+    def hit(truth: str, guess: str, mapping: str) -> float:
+        return original().hit_rate({"a": truth}, {"a": guess}, mapping=mapping)
+
+    assert hit("fear", "happy", "official") == pytest.approx(0.4)
+    assert hit("fear", "happy", "direct") == 0.0
+    assert hit("happy", "joy", "direct") == 1.0
+    assert hit("fear", "surprise", "direct") == pytest.approx(0.2)
+    assert hit("surprise", "fear", "direct") == pytest.approx(0.25)  # off wheel 5
+    assert sample_hit(["fear"], "surprise", original()) == pytest.approx(0.25)
+
+
+@given(samples, st.sampled_from(["official", "direct"]))
+def test_scores_equal_their_plain_formulas(drawn: dict[str, tuple[list[str], list[str]]], mapping: str) -> None:
+    hits, fs = [], []
+    for wheel in WHEELS.wheels:
+        hit, precision, recall, n = 0.0, 0.0, 0.0, 0
+        for truth, guess in drawn.values():
+            y = {WHEELS.sector(word, wheel.name, mapping=mapping) for word in truth if word} - {""}
+            p = {WHEELS.sector(word, wheel.name, mapping=mapping) for word in guess if word} - {""}
+            if y:
+                both = len([sector for sector in y if sector in p])
+                n += 1
+                hit += both if mapping == "official" else both > 0
+                precision += both / len(p) if p else 0
+                recall += both / len(y)
+        if n:
+            hits.append(hit / n)
+            fs.append(2 * precision * recall / (precision + recall) / n if precision + recall else 0.0)
+    truths = {name: truth for name, (truth, _) in drawn.items()}
+    guesses = {name: guess for name, (_, guess) in drawn.items()}
+    assert hit_rate(truths, guesses, mapping=mapping) == pytest.approx(sum(hits) / len(hits) if hits else 0.0)
+    score = open_vocabulary_score(truths, guesses, mapping=mapping)
+    assert score.f_score == pytest.approx(sum(fs) / len(fs) if fs else 0.0)
+
+
 def test_nothing_over_nothing_is_zero() -> None:
     score = open_vocabulary_score({"a": "cross"}, {"a": "zzz"}, BY_HAND)
     assert (score.f_score, score.precision, score.recall) == (0.0, 0.0, 0.0)

@@ -64,11 +64,11 @@ def hit_rate(
     Truths and predictions: name -> label, bracketed list string or list of labels; `extractor` turns predicted texts
     into labels first (`wheels.extract`, or a judge of your own). In [0, 1], but several true labels can take the
     official mapping above 1, as in MER-UniBench; the direct one counts at most 1 a sample. A wheel on which no truth
-    lies counts 0. Raises: as `wheel_scores`."""
+    lies has no say. Raises: as `wheel_scores`."""
     scores = wheel_scores(
         truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor
     )
-    return fmean(score.hit_rate for score in scores)
+    return _mean([score.hit_rate for score in scores if score.counted])
 
 
 def open_vocabulary_score(
@@ -84,14 +84,16 @@ def open_vocabulary_score(
     """Set-based F-score, precision and recall of open-vocabulary labels: means over the wheels.
 
     Per wheel, precision = mean |Y & P|/|P| and recall = mean |Y & P|/|Y|, both 0 for an empty P; F is the harmonic
-    mean of these two means, 0 for 0/0. Dimensionless, in [0, 1]. Raises: as `wheel_scores`."""
+    mean of these two means, 0 for 0/0. A wheel on which no truth lies has no say. Dimensionless, in [0, 1].
+    Raises: as `wheel_scores`."""
     scores = wheel_scores(
         truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor
     )
+    counted = [score for score in scores if score.counted]
     return OpenVocabularyScore(
-        f_score=fmean(score.f_score for score in scores),
-        precision=fmean(score.precision for score in scores),
-        recall=fmean(score.recall for score in scores),
+        f_score=_mean([score.f_score for score in counted]),
+        precision=_mean([score.precision for score in counted]),
+        recall=_mean([score.recall for score in counted]),
         per_wheel=scores,
     )
 
@@ -217,6 +219,11 @@ def token_hit_rate(text: str, truth: str, wheels: EmotionWheels | None = None) -
         raise ValueError(f"The lexicon has no basic emotion for the truth {truth!r}; its basic emotions: {known}.")
     found = [wheels.words.emotion_of[match.label] for match in matches(text, wheels.words) if not match.negated]
     return found.count(emotion) / len(found) if found else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean, 0 without values: every truth lay on no wheel."""
+    return fmean(values) if values else 0.0
 
 
 def harmonic(precision: float, recall: float) -> float:

@@ -183,6 +183,18 @@ def test_saved_directions_come_back_to_the_bit(tmp_path: Path) -> None:
         Directions.load(tmp_path / "none")
 
 
+def test_fingerprint_knows_the_vectors_alone(tmp_path: Path) -> None:
+    found = directions_from(by_hand())
+    assert Directions.load(found.save(tmp_path / "d.safetensors")).fingerprint == found.fingerprint
+    assert found.fingerprint != noise_directions(found).fingerprint
+    torch.testing.assert_close(found.at(-1, "sad"), found.of("sad")[0])
+
+
+def test_curve_of_strengths_has_a_line_a_direction() -> None:
+    lines = directions_from(by_hand()).plot().axes[0].get_lines()
+    assert {line.get_label() for line in lines} >= {"happy", "sad", "overall"}
+
+
 def test_words_tell_numbers_and_doubts() -> None:
     found = directions_from(by_hand())
     assert "3 pairs" in repr(found)

@@ -7,11 +7,13 @@ trusted is measured beside them: number of pairs, spread, split-half cosine, cos
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +81,10 @@ class Directions:
     def of(self, emotion: str | None = None) -> Float[Tensor, "layer d_model"]:
         """S_l^e of an emotion, or the overall S_l. Raises: ValueError for an emotion without direction."""
         return self.overall if emotion is None else self.per_emotion[self._number(emotion)]
+
+    def at(self, layer: int, emotion: str | None = None) -> Float[Tensor, " d_model"]:
+        """One layer's vector, of an emotion or overall. Raises: ValueError for an unknown layer or emotion."""
+        return self.of(emotion)[require_layer(layer, self.n_layers, "Directions.at")]
 
     def contrast(self, emotion: str) -> Float[Tensor, "layer d_model"]:
         """D_l^e = S_l^e - mean over emotions of S_l^e': which emotion, not that there is one.
@@ -207,6 +213,14 @@ class Directions:
             title="Length of the directions",
             name="||S|| / mean ||h||",
         )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the vectors and their emotions: what a run that uses these directions goes by."""
+        digest = hashlib.sha256(json.dumps([list(self.emotions), list(self.overall.shape)]).encode())
+        for tensor in (self.overall, self.per_emotion, self.norms):
+            digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     # --- files and models -----------------------------------------------------------------------------
 

@@ -6,12 +6,13 @@ and samples whose truth lies on no sector of a wheel take no part there. Source:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from veena_lens.emotion.extraction import matches, string_to_list
+from veena_lens.emotion.judge import Extractor, read_labels
 from veena_lens.emotion.wheels import NEUTRAL, EmotionWheels
 
 Labels = str | Sequence[str]
@@ -57,7 +58,7 @@ def hit_rate(
     mapping: str = "direct",
     level: str = "level1",
     missing: str = "error",
-    extractor: Callable[[str], Sequence[str]] | None = None,
+    extractor: Extractor | None = None,
 ) -> float:
     """The share of samples whose predicted labels hit the true one's sector: mean over wheels of mean |Y & P|.
 
@@ -79,7 +80,7 @@ def open_vocabulary_score(
     level: str = "level1",
     mapping: str = "direct",
     missing: str = "error",
-    extractor: Callable[[str], Sequence[str]] | None = None,
+    extractor: Extractor | None = None,
 ) -> OpenVocabularyScore:
     """Set-based F-score, precision and recall of open-vocabulary labels: means over the wheels.
 
@@ -106,7 +107,7 @@ def wheel_scores(
     mapping: str = "direct",
     level: str = "level1",
     missing: str = "error",
-    extractor: Callable[[str], Sequence[str]] | None = None,
+    extractor: Extractor | None = None,
 ) -> tuple[WheelScore, ...]:
     """Hit rate, precision, recall and F of each wheel.
 
@@ -114,13 +115,8 @@ def wheel_scores(
     no label), or for a mapping or level that does not exist."""
     wheels = EmotionWheels.default() if wheels is None else wheels
     joined = _joined(truths, predictions, missing)
-    pairs = [
-        (
-            string_to_list(truth),
-            string_to_list(guess if extractor is None or guess is None else _extracted(extractor, guess)),
-        )
-        for truth, guess in joined
-    ]
+    guesses = _read([guess for _, guess in joined], extractor)
+    pairs = [(string_to_list(truth), guess) for (truth, _), guess in zip(joined, guesses)]
     return tuple(_wheel_score(pairs, wheels, wheel.name, level, mapping) for wheel in wheels.wheels)
 
 
@@ -182,18 +178,38 @@ def sample_hit(
     wheels: EmotionWheels | None = None,
     mapping: str = "direct",
     *,
-    extractor: Callable[[str], Sequence[str]] | None = None,
+    extractor: Extractor | None = None,
 ) -> float:
     """H(X, y): the share of wheels, among those on which the truth lies, whose sector of the truth is named.
 
     Above 0.5 a majority of wheels agrees. A text is searched for labels by `extractor` (default: the lexicon); labels
     are taken as they are. In [0, 1]. With the direct mapping, neutral as truth is hit by words of neutral, though no
     wheel shows it. Raises: ValueError for a truth that lies on no wheel."""
+    return sample_hits([text_or_labels], [truth], wheels, mapping, extractor=extractor)[0]
+
+
+def sample_hits(
+    texts_or_labels: Sequence[Labels],
+    truths: Sequence[str],
+    wheels: EmotionWheels | None = None,
+    mapping: str = "direct",
+    *,
+    extractor: Extractor | None = None,
+) -> list[float]:
+    """`sample_hit` of every text and truth; an extractor with `.batch` reads all texts at once.
+
+    Raises: ValueError for unequal lengths; otherwise as `sample_hit`."""
+    if len(texts_or_labels) != len(truths):
+        raise ValueError(f"{len(texts_or_labels)} texts and {len(truths)} truths: give one truth for each text.")
     wheels = EmotionWheels.default() if wheels is None else wheels
-    if extractor is not None and isinstance(text_or_labels, str):
-        labels = list(extractor(text_or_labels))
+    if extractor is None:
+        read = [wheels.labels(said) for said in texts_or_labels]
     else:
-        labels = wheels.labels(text_or_labels)
+        read = _read(texts_or_labels, extractor)
+    return [_hit(labels, truth, wheels, mapping) for labels, truth in zip(read, truths)]
+
+
+def _hit(labels: Sequence[str], truth: str, wheels: EmotionWheels, mapping: str) -> float:
     hits = []
     for wheel in wheels.wheels:
         true = wheels.sector(truth, wheel.name, mapping=mapping)
@@ -231,8 +247,12 @@ def harmonic(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _extracted(extractor: Callable[[str], Sequence[str]], guess: Any) -> Labels:
-    return extractor(guess) if isinstance(guess, str) else guess
+def _read(guesses: Sequence[Any], extractor: Extractor | None) -> list[list[str]]:
+    """Labels of each guess: texts through the extractor, all at once; without one, labels and list strings."""
+    if extractor is None:
+        return [string_to_list(guess) for guess in guesses]
+    read = iter(read_labels([guess for guess in guesses if isinstance(guess, str)], extractor))
+    return [next(read) if isinstance(guess, str) else string_to_list(guess) for guess in guesses]
 
 
 def _joined(truths: Mapping[str, Any], predictions: Mapping[str, Any], missing: str) -> list[tuple[Any, Any]]:

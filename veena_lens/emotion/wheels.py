@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veena_lens.emotion import extraction
+from veena_lens.emotion.judge import Extractor
 from veena_lens.emotion.lexicon import DATA, Lexicon, default_lexicon, plain
 from veena_lens.emotion.mapping import LEVELS, MAPPINGS, Wheel, direct_sector, official_sector
 
@@ -135,7 +136,7 @@ class EmotionWheels:
         mapping: str = "direct",
         level: str = "level1",
         missing: str = "error",
-        extractor: Callable[[str], Sequence[str]] | None = None,
+        extractor: Extractor | None = None,
     ) -> float:
         """See `veena_lens.emotion.hit_rate`."""
         from veena_lens.emotion import metrics
@@ -152,7 +153,7 @@ class EmotionWheels:
         level: str = "level1",
         mapping: str = "direct",
         missing: str = "error",
-        extractor: Callable[[str], Sequence[str]] | None = None,
+        extractor: Extractor | None = None,
     ) -> OpenVocabularyScore:
         """See `veena_lens.emotion.open_vocabulary_score`."""
         from veena_lens.emotion import metrics

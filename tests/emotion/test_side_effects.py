@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from veena_lens.checkpoints.bundle import bundled_pictures
+from tests.emotion.asked import NAMES, QUESTIONS, bundled, examples
+from veena_lens.emotion.decoding import vcd
 from veena_lens.emotion.methods import PLAIN, Method, next_logits
 from veena_lens.emotion.side_effects import (
-    Asked,
     attribute_accuracy,
+    described_accuracy,
     distinct,
     drift,
     latency_ratio,
@@ -23,21 +24,6 @@ from veena_lens.emotion.side_effects import (
     repetition,
 )
 from veena_lens.interventions import Steer
-
-NAMES = ("tiny-llava-emotion", "tiny-qwen2vl-emotion")
-QUESTIONS = ("How does this person feel?", "What do you see?", "Is this person happy or sad?")
-
-
-@cache
-def bundled(name: str) -> Any:
-    from veena_lens import HookedVLM
-
-    return HookedVLM.from_pretrained(name)
-
-
-@cache
-def examples() -> tuple[Asked, ...]:
-    return tuple(Asked(picture=p.path, prompt=q) for p, q in zip(bundled_pictures()[:3], QUESTIONS, strict=True))
 
 
 def pushed(alpha: float = 20.0) -> Method:
@@ -105,12 +91,29 @@ def test_distinct_repetition_and_length_are_counted_by_hand() -> None:
 
 def test_drift_is_the_divergence_of_the_next_tokens_and_nothing_for_no_method() -> None:
     model = bundled(NAMES[0])
-    assert drift(model, examples(), Method(name="nothing")).tolist() == [0, 0, 0]
+    torch.testing.assert_close(drift(model, examples(), Method(name="nothing")), torch.zeros(3), atol=1e-9, rtol=0)
     p = next_logits(model, examples()).double().softmax(-1)
     q = next_logits(model, examples(), pushed()).double().softmax(-1)
-    by_hand = (p * (p.log() - q.log())).sum(-1)
+    by_hand = (q * (q.log() - p.log())).sum(-1)
     assert by_hand.max() > 0.01
-    torch.testing.assert_close(drift(model, examples(), pushed()).double(), by_hand, rtol=1e-4, atol=1e-9)
+    found = drift(model, examples(), pushed())
+    torch.testing.assert_close(found.double(), by_hand, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(drift(model, examples(), pushed(), batch_size=1), found, rtol=1e-3, atol=1e-6)
+
+
+def test_drift_counts_rules_of_decoding_also_where_they_rule_tokens_out() -> None:
+    """All but the best token ruled out: KL = -log p(best)."""
+
+    def best_only(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.masked_fill(scores < scores.amax(-1, keepdim=True), -math.inf)
+
+    model = bundled(NAMES[0])
+    method = Method(name="best only", decoding=lambda model, inputs: [best_only])
+    by_hand = -next_logits(model, examples()).double().log_softmax(-1).amax(-1)
+    torch.testing.assert_close(drift(model, examples(), method).double(), by_hand, rtol=1e-4, atol=1e-6)
+    for lead_in in (None, "the person feels"):
+        contrast = drift(model, examples(), vcd(a=3.0, b=0.001, noise_step=900), lead_in)
+        assert bool(contrast.isfinite().all()) and contrast.max() > 0
 
 
 def test_an_attribute_counts_as_whole_words_and_any_true_one_will_do(monkeypatch) -> None:
@@ -130,21 +133,67 @@ def test_questions_are_asked_in_place_of_the_examples_prompts_and_under_the_meth
     assert attribute_accuracy(model, examples(), asked, plain, pushed(200.0)).sum() < 3
 
 
-def test_a_method_that_waits_is_slower_by_the_time_it_waits() -> None:
-    import time
+def test_latency_is_the_ratio_of_times_a_step_by_a_clock_of_our_own(monkeypatch) -> None:
+    """A forward takes 1, the rule 4 more, getting ready 3 for each batch."""
+    now = [0.0]
+    monkeypatch.setattr("veena_lens.emotion.side_effects.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    class Slow:
-        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.05)
-            return scores
+    def spend(time: float) -> None:
+        now[0] += time
+
+    def slow(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        spend(4)
+        return scores
+
+    def decoding(model: Any, inputs: Any) -> list[Any]:
+        spend(3)
+        return [slow]
 
     model = bundled(NAMES[0])
-    slow = Method(name="slow", decoding=lambda model, inputs: [Slow()])
-    ratio = latency_ratio(model, examples()[:1], slow, repeats=3, max_new_tokens=4)
-    same = latency_ratio(model, examples()[:1], PLAIN, repeats=3, max_new_tokens=4)
-    assert ratio > 2 * same and 0.3 < same < 3
+    with model.hooks([("hook_embed", lambda value, hook: spend(1))]):
+        settings = dict(repeats=2, max_new_tokens=3)
+        assert latency_ratio(model, examples()[:1], PLAIN, **settings) == 1
+        found = latency_ratio(model, examples()[:1], Method(name="slow", decoding=decoding), **settings)
+    assert found == pytest.approx((3 * (1 + 4) + 3) / 3)
     with pytest.raises(ValueError, match="repeats=0"):
-        latency_ratio(model, examples(), slow, repeats=0)
+        latency_ratio(model, examples(), PLAIN, repeats=0)
+
+
+def test_a_description_is_right_where_every_attribute_that_it_names_is() -> None:
+    truths = [
+        {"hair": "red", "background": "gray"},
+        {"hair": "gray", "background": "blue"},
+        {"hair": "red", "background": "blue"},
+        {"hair": "red"},
+    ]
+    templates = {"hair": ["{} hair", "hair is {}"], "background": ["{} background"]}
+    texts = [
+        "A person with red hair in front of a gray background.",
+        "The hair is gray, before a gray background.",
+        "red hair, or gray hair",
+        "someone in a predicament",
+    ]
+    found = described_accuracy(texts, truths, templates)
+    assert found[:3].tolist() == [1, 0.5, 0] and found[3].isnan()
+    with pytest.raises(ValueError, match="'hair' need"):
+        described_accuracy(texts, truths, {"hair": ["hair"]})
+    with pytest.raises(ValueError, match="1 texts for 4 examples"):
+        described_accuracy(texts[:1], truths, templates)
+
+
+def test_tokens_to_skip_are_not_counted_and_still_stand_before_others() -> None:
+    model, text = bundled(NAMES[0]), "the person feels happy."
+    inputs = model.prepare(text=QUESTIONS[0], images=examples()[0].picture, answer=text)
+    at = inputs.spans[0].answer
+    with torch.no_grad():
+        logs = model(inputs)[0].log_softmax(-1)
+    tokens = inputs.tokens[0, at].tolist()
+    said = {i: float(logs[at.start + i - 1, token]) for i, token in enumerate(tokens)}
+    skip = tokens[1]
+    kept = [value for i, value in said.items() if tokens[i] != skip]
+    found = perplexity(model, examples()[:1], [text], skip=[skip])
+    assert found.item() == pytest.approx(math.exp(-sum(kept) / len(kept)), rel=1e-4)
+    assert perplexity(model, examples()[:1], [text], skip=tokens).isnan().all()
 
 
 def test_side_effects_sum_up_what_was_given_and_leave_out_the_rest() -> None:

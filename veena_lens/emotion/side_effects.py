@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import mean, median
 from typing import Any
@@ -18,25 +18,32 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.emotion.methods import PLAIN, Method, answers, batches, next_logits
+from veena_lens.emotion.methods import PLAIN, Method, answers, batches, next_logits, prepared
 
 _WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 @torch.no_grad()
 def perplexity(
-    model: Any, examples: Sequence[Any], texts: Sequence[str], *, batch_size: int = 16
+    model: Any,
+    examples: Sequence[Any],
+    texts: Sequence[str],
+    *,
+    skip: Collection[int] = (),
+    batch_size: int = 16,
 ) -> Float[Tensor, " example"]:
     """How surprised the untouched model is by each text, given the example's picture and own prompt.
 
     exp(mean over the text's tokens of -log p(token | picture, prompt, tokens before)), at least 1; NaN for a text
-    without tokens. The end of the text is not counted. Interventions in force do not act.
+    without tokens. The end of the text is not counted, nor are tokens of `skip` (which still stand before others): a
+    text that names another emotion than the picture's need not be less fluent. Interventions in force do not act.
     Raises: ValueError for numbers of texts and examples that differ, or a batch size below 1.
     """
     _require_pairs("perplexity", examples, texts)
     if batch_size < 1:
         raise ValueError(f"perplexity: batch_size={batch_size} must be at least 1.")
     found = []
+    skipped = set(skip)
     pairs = list(zip(examples, texts, strict=True))
     with model.untouched():
         for batch in batches(pairs, batch_size):
@@ -51,8 +58,10 @@ def perplexity(
                     continue
                 # Only the rows that predict a token of the text are unembedded: a vocabulary is wide.
                 logits = model._unembed(resid[row : row + 1, at.start - 1 : at.stop - 1])[0].float()
-                loss = F.cross_entropy(logits, inputs.tokens[row, at].to(logits.device))
-                found.append(float(loss.exp()))
+                tokens = inputs.tokens[row, at].to(logits.device)
+                loss = F.cross_entropy(logits, tokens, reduction="none")
+                counted = loss[[int(token) not in skipped for token in tokens]]
+                found.append(float(counted.mean().exp()) if len(counted) else math.nan)
     return torch.tensor(found)
 
 
@@ -92,15 +101,28 @@ def words(text: str) -> list[str]:
     return _WORDS.findall(text.lower())
 
 
+@torch.no_grad()
 def drift(
     model: Any, examples: Sequence[Any], method: Method, lead_in: str | None = None, *, batch_size: int = 16
 ) -> Float[Tensor, " example"]:
-    """KL(plain || method) of the token after the prompt (or `lead_in`), in nats; 0 where nothing changes.
+    """KL(method || plain) of the token after the prompt (or `lead_in`), in nats; 0 where nothing changes.
 
-    Give neutral examples: there the method should change little. Rules of decoding take no part."""
+    Rules of decoding count. This way round it is finite where a rule rules tokens out. Give neutral examples: there
+    the method should change little. Raises: as `next_logits`."""
     plain = next_logits(model, examples, PLAIN, lead_in, batch_size=batch_size).double().log_softmax(-1)
-    other = next_logits(model, examples, method, lead_in, batch_size=batch_size).double().log_softmax(-1)
-    return F.kl_div(other, plain, reduction="none", log_target=True).sum(-1).clamp(min=0).float()
+    found = []
+    for batch in batches(examples, batch_size):
+        inputs = prepared(model, batch, method, lead_in)
+        rules = () if method.decoding is None else method.decoding(model, inputs)
+        with method.applied(model, inputs):
+            resid = model(inputs, stop_at_layer=model.cfg.n_layers)
+            logits = model._unembed(resid[:, -1:])[:, 0].float()
+            for rule in rules:
+                logits = rule(inputs.tokens, logits)
+        found.append(logits.double().cpu().log_softmax(-1))
+    other = torch.cat(found)
+    terms = torch.where(other.isneginf(), 0.0, other.exp() * (other - plain))
+    return terms.sum(-1).clamp(min=0).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +157,31 @@ def attribute_accuracy(
     said = answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
     hits = [any(_holds(words(text), option) for option in options) for text, options in zip(said, wanted, strict=True)]
     return torch.tensor([float(hit) for hit in hits])
+
+
+def described_accuracy(
+    texts: Sequence[str], truths: Sequence[Mapping[str, str]], templates: Mapping[str, Sequence[str]]
+) -> Float[Tensor, " example"]:
+    """Of the attributes that a description names, the share that it names right; NaN where it names none.
+
+    truths: attribute -> value, an example each. templates: attribute -> ways to name it with "{}" for the value, such
+    as {"hair": ["{} hair", "hair is {}"]}. The values of all examples are looked for, as whole words; naming a wrong
+    value beside the true one counts as wrong.
+    Raises: ValueError for numbers that do not match, or a template without "{}"."""
+    _require_pairs("described_accuracy", truths, texts)
+    for name, ways in templates.items():
+        if not ways or any("{}" not in way for way in ways):
+            raise ValueError(f'described_accuracy: the templates {list(ways)} of {name!r} need a "{{}}" each.')
+    values = {name: sorted({truth[name] for truth in truths if name in truth}) for name in templates}
+    found = []
+    for text, truth in zip(texts, truths, strict=True):
+        said, right = words(text), []
+        for name, ways in templates.items():
+            named = {v for v in values[name] for way in ways if _holds(said, words(way.replace("{}", v)))}
+            if named and name in truth:
+                right.append(named == {truth[name]})
+        found.append(sum(right) / len(right) if right else math.nan)
+    return torch.tensor(found)
 
 
 def _holds(said: list[str], wanted: list[str]) -> bool:
@@ -201,7 +248,8 @@ class SideEffects:
     """A method's side effects, means over examples; None where nothing was given to measure it on.
 
     perplexity: of its texts under the untouched model (geometric mean); distinct_1, distinct_2, repetition: shares;
-    length: words; drift: nats, on neutral examples; attributes: share right; latency: ratio to the plain model."""
+    length: words; drift: nats, on neutral examples; attributes: share of questions answered right; described: share of
+    the attributes named in the texts that are right; latency: ratio to the plain model."""
 
     method: str
     n: int
@@ -212,6 +260,7 @@ class SideEffects:
     length: float
     drift: float | None = None
     attributes: float | None = None
+    described: float | None = None
     latency: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -233,6 +282,7 @@ def measure_side_effects(
     neutral: Sequence[Any] = (),
     questions: Sequence[str] = (),
     truths: Sequence[str | Sequence[str]] = (),
+    templates: Mapping[str, Sequence[str]] | None = None,
     repeats: int = 0,
     batch_size: int = 16,
     max_new_tokens: int = 32,
@@ -240,7 +290,8 @@ def measure_side_effects(
     """All side effects of a method in one value.
 
     texts: what the method said of the examples, made anew where left out. neutral: examples for the drift.
-    questions, truths: one an example, asked under the method. repeats: pairs of runs for the latency, 0 for none.
+    questions, truths: one an example, asked under the method. templates: for the attributes that the texts name
+    (`described_accuracy`), held against the examples' `.attributes`. repeats: pairs of runs for the latency, 0: none.
     Raises: ValueError for no examples, or numbers that do not match."""
     if not examples:
         raise ValueError("measure_side_effects: give at least one example.")
@@ -248,7 +299,10 @@ def measure_side_effects(
     if said is None:
         said = answers(model, examples, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
     surprise = perplexity(model, examples, said, batch_size=batch_size)
-    right = kl = ratio = None
+    right = kl = ratio = named = None
+    if templates:
+        truth = [{name: str(value) for name, value in e.attributes.items()} for e in examples]
+        named = _mean(described_accuracy(said, truth, templates))
     if questions or truths:
         right = _mean(attribute_accuracy(model, examples, questions, truths, method, batch_size=batch_size))
     if neutral:
@@ -267,6 +321,7 @@ def measure_side_effects(
         length=_mean(lengths(said)),
         drift=kl,
         attributes=right,
+        described=named,
         latency=ratio,
     )
 

@@ -53,12 +53,16 @@ class Turn:
         """The turned output where `at`, else as it was."""
         if self.strength == 0:
             return activation
-        x = activation if activation.dtype == torch.float64 else activation.float()
+        rows = at.any(-1)  # where each row has a direction of its own, the others need no arithmetic
+        chosen = activation[rows]
+        x = chosen if chosen.dtype == torch.float64 else chosen.float()
         v = F.normalize(self.vector.to(x), dim=-1)
         away = F.cosine_similarity(x, -v, dim=-1).clamp(min=0)[..., None] if self.adaptive else 0.0
         turned = F.normalize(F.normalize(x, dim=-1) + self.strength * (1 + away) * v, dim=-1)
         turned = turned * x.norm(dim=-1, keepdim=True)
-        return torch.where(at[..., None], turned.to(activation), activation)
+        out = activation.clone()
+        out[rows] = torch.where(at[rows][..., None], turned.to(activation), chosen)
+        return out
 
     def __repr__(self) -> str:
         rule = "" if self.adaptive else ", adaptive=False"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +133,27 @@ def test_streamed_sums_equal_all_at_once(n: int, size: int, seed: int) -> None:
         cosines.append(torch.cosine_similarity(a, b, dim=-1))
     r = torch.stack(cosines).mean(0)
     close(found.split_half().values[-1], 2 * r / (1 + r.abs()), rtol=1e-9, atol=1e-9)
+
+
+def test_no_more_than_two_batches_are_held_however_many_there_are() -> None:
+    zero = torch.zeros(40, 2, 3, dtype=torch.float64)
+    selected = made_up(["happy"] * 40, zero + 1, zero, 2)
+    held: list[weakref.ref[Tensor]] = []
+    most = 0
+
+    def batches() -> Iterator[Any]:
+        nonlocal most
+        for mine, emotional, neutral in selected.states:
+            one = emotional.clone()
+            held.append(weakref.ref(one))
+            most = max(most, sum(ref() is not None for ref in held))
+            yield mine, one, neutral
+            del one
+
+    found = directions_from(replace(selected, states=batches()))
+    assert found.counts == {"happy": 40}
+    assert len(held) == 20
+    assert most <= 2
 
 
 def test_halves_never_part_a_person_and_are_as_large() -> None:

@@ -52,7 +52,7 @@ def string_to_list(labels: str | Sequence[str] | None) -> list[str]:
 def extract(text: str, lexicon: Lexicon | None = None) -> list[str]:
     """Base words of the emotions that a text names, in order, each once; negated ones are left out.
 
-    "She isn't sad, she is over the moon and grinning" -> ["elated", "smiling"]."""
+    "She isn't sad, she is over the moon and quite calm" -> ["elated", "calm"]."""
     found = (match.label for match in matches(text, lexicon) if not match.negated)
     return list(dict.fromkeys(found))
 

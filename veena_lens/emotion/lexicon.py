@@ -2,9 +2,9 @@
 
 Data, not code: `data/lexicon.json` lists base words with their inflections, nouns, adverbs and phrases, and phrases
 that hold an emotion word and name none ("neutral background"). A form marked "!" is known when it comes as a label and
-never looked for in texts: it names a cause ("a frightening mask") or has other everyday senses. A form marked "?"
-counts in a text only where a feeling is spoken of ("feels content", not "the content"). `extraction.py` scans texts
-with it, `wheels.py` places it.
+never looked for in texts: it names a cause ("a frightening mask") or a sign ("a smile", which one may describe and yet
+name a wrong emotion), or has other everyday senses. A form marked "?" counts in a text only where a feeling is spoken
+of ("feels content", not "the content"). `extraction.py` scans texts with it, `wheels.py` places it.
 """
 
 from __future__ import annotations

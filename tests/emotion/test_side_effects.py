@@ -203,6 +203,16 @@ def test_side_effects_sum_up_what_was_given_and_leave_out_the_rest() -> None:
     )
     assert found.latency is None and found.drift is not None and found.attributes is not None
     assert found.drift == pytest.approx(drift(model, examples(), pushed()).mean().item(), rel=1e-4)
+    later = measure_side_effects(
+        model, examples(), pushed(), ["sad"] * 3, neutral=examples(), lead_in="the person feels"
+    )
+    assert later.drift == pytest.approx(drift(model, examples(), pushed(), "the person feels").mean().item(), rel=1e-4)
     assert found.to_dict()["method"] == "pushed" and "perplexity" in repr(found) and "latency" not in repr(found)
+    described = [
+        SimpleNamespace(picture=e.picture, prompt=e.prompt, attributes={"hair": hair})
+        for e, hair in zip(examples(), ("red", "gray", "red"), strict=True)
+    ]
+    texts = ["red hair", "red hair", "a hat"]
+    assert measure_side_effects(model, described, texts=texts, templates={"hair": ["{} hair"]}).described == 0.5
     with pytest.raises(ValueError, match="at least one example"):
         measure_side_effects(model, [])

@@ -280,6 +280,7 @@ def measure_side_effects(
     texts: Sequence[str] | None = None,
     *,
     neutral: Sequence[Any] = (),
+    lead_in: str | None = None,
     questions: Sequence[str] = (),
     truths: Sequence[str | Sequence[str]] = (),
     templates: Mapping[str, Sequence[str]] | None = None,
@@ -289,7 +290,8 @@ def measure_side_effects(
 ) -> SideEffects:
     """All side effects of a method in one value.
 
-    texts: what the method said of the examples, made anew where left out. neutral: examples for the drift.
+    texts: what the method said of the examples, made anew where left out. neutral: examples for the drift,
+    after `lead_in` (of an answer that always opens alike, the first token says little).
     questions, truths: one an example, asked under the method. templates: for the attributes that the texts name
     (`described_accuracy`), held against the examples' `.attributes`. repeats: pairs of runs for the latency, 0: none.
     Raises: ValueError for no examples, or numbers that do not match."""
@@ -306,7 +308,7 @@ def measure_side_effects(
     if questions or truths:
         right = _mean(attribute_accuracy(model, examples, questions, truths, method, batch_size=batch_size))
     if neutral:
-        kl = _mean(drift(model, neutral, method, batch_size=batch_size))
+        kl = _mean(drift(model, neutral, method, lead_in, batch_size=batch_size))
     if repeats:
         ratio = latency_ratio(
             model, examples, method, repeats=repeats, batch_size=batch_size, max_new_tokens=max_new_tokens

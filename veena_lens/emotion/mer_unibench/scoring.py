@@ -113,9 +113,11 @@ def score_answers(
     labels = _labels(scored, answers.content, wheels, extractor)
     truths = {name: str(value) for name, value in loaded.truths.items()}
     per_wheel = wheel_scores(truths, labels, wheels, mapping=mapping, missing=missing)
-    means = {"HIT": [s.hit_rate for s in per_wheel], "F_s": [s.f_score for s in per_wheel]}
-    means |= {"Precision_s": [s.precision for s in per_wheel], "Recall_s": [s.recall for s in per_wheel]}
-    percents = {name: 100 * fmean(values) for name, values in means.items()}
+    # A wheel on which no truth lies says nothing.
+    used = [s for s in per_wheel if s.counted]
+    means = {"HIT": [s.hit_rate for s in used], "F_s": [s.f_score for s in used]}
+    means |= {"Precision_s": [s.precision for s in used], "Recall_s": [s.recall for s in used]}
+    percents = {name: 100 * fmean(values or [0.0]) for name, values in means.items()}
     if loaded.info.kind == "open":
         percents.pop("HIT")
     else:

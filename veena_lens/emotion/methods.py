@@ -53,6 +53,9 @@ class Method:
         return f"Method({self.name!r}{': ' if parts else ''}{parts})"
 
 
+# Where tools read: the last token of the prompt, or of the answer's lead-in where there is one; and the query with it.
+ROWS: dict[str, Any] = {"last": -1, "query": "query+answer"}
+
 PLAIN = Method(name="plain", about="the model as it is")
 
 

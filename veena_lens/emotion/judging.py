@@ -1,0 +1,152 @@
+"""The judgement beside the main table: random components of the same layers, other pictures, and side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veena_lens.emotion.choosing import Ways
+from veena_lens.emotion.controls import random_heads, random_neurons
+from veena_lens.emotion.enhance import ena, vee
+from veena_lens.emotion.evaluation import NEUTRAL, Evaluation, evaluate
+from veena_lens.emotion.key_neurons import KeyNeurons
+from veena_lens.emotion.methods import PLAIN, Method
+from veena_lens.emotion.settings import Settings
+from veena_lens.emotion.side_effects import SideEffects, measure_side_effects
+from veena_lens.emotion.tuning import Tuned
+from veena_lens.emotion.work import Work, model_key
+from veena_lens.sweeps.running import bar
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RandomControls:
+    """`table`: for VEE and ENA and every condition, the chosen components' hit rate ("real"), that of random ones from
+    the same layers (mean, low and high of the middle 95 %), and the percentile of the real one among them."""
+
+    table: Any
+    draws: int
+    crowded: bool
+
+    def __repr__(self) -> str:
+        note = "; layers without room reuse chosen ones" if self.crowded else ""
+        return f"RandomControls({self.draws} draws{note})\n{self.table.round(3).to_string(index=False)}"
+
+
+def random_controls(
+    model: Any,
+    conditions: Mapping[str, Sequence[Any]],
+    tuned: Mapping[str, Tuned],
+    test: Evaluation,
+    ways: Ways,
+    neurons: KeyNeurons,
+    settings: Settings,
+    *,
+    wheels: Any = None,
+    out: Path | None = None,
+    progress: bool = True,
+) -> RandomControls:
+    """Layer-matched random heads and neurons with the settings that were tuned for the real ones.
+
+    All conditions that conflict, and pictures alone. The random sets share number and layers with the chosen ones.
+    """
+    import pandas as pd
+
+    wanted = {c: x for c, x in conditions.items() if c == "alone" or c.startswith("conflict")}
+    rows, crowded = [], False
+    n = settings.random_draws
+    families: list[tuple[str, Any, Any]] = []
+    if n and "VEE" in tuned:
+        chosen = dict(tuned["VEE"].method.settings)
+        drawn = random_heads(ways.heads, model.cfg, n, settings.seed)
+        crowded |= bool(drawn.crowded)
+        families.append(("VEE", drawn, lambda x, s=chosen: vee(x, s["beta"], mode=s["mode"])))
+    if n and "ENA" in tuned:
+        chosen = dict(tuned["ENA"].method.settings)
+        drawn = random_neurons(neurons.neurons[: chosen["k"]], model.cfg, n, settings.seed)
+        crowded |= bool(drawn.crowded)
+        families.append(("ENA", drawn, lambda x, s=chosen: ena(x, s["gamma"])))
+    for name, drawn, build in families:
+        methods = []
+        for i, units in enumerate(drawn):
+            made = build(units)
+            about = {"made": made.name, "units": [list(u) for u in units]}
+            methods.append(Method(name=f"{name}, random {i}", interventions=made, settings=about))
+        found = evaluate(
+            model, wanted, methods, wheels=wheels, batch_size=settings.batch_size,
+            max_new_tokens=settings.max_new_tokens, draws=settings.draws, out=out, progress=progress,
+        )  # fmt: skip
+        for condition in wanted:
+            values = torch.stack([found.hits[condition][m.name].mean() for m in methods])
+            real = test.hits[condition][name].mean()
+            low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+            below = float((values < real).double().mean() + 0.5 * (values == real).double().mean())
+            rows.append(
+                {"method": name, "condition": condition, "plain": float(test.hits[condition][PLAIN.name].mean())}
+                | {"real": float(real), "random": float(values.mean()), "low": low, "high": high, "percentile": below}
+            )
+    return RandomControls(table=pd.DataFrame(rows), draws=n, crowded=crowded)
+
+
+def elsewhere(part: Any, settings: Settings) -> dict[str, list[Any]]:
+    """Pictures of other kinds (held-out styles, emoji), by split and style, without contexts."""
+    found: dict[str, list[Any]] = {}
+    for example in part.examples:
+        name = example.style if example.split in ("", example.style) else f"{example.split}: {example.style}"
+        found.setdefault(name, []).append(example)
+    return {name: _most(examples, settings.test_pictures) for name, examples in found.items()}
+
+
+def _most(examples: list[Any], most: int | None) -> list[Any]:
+    return examples if most is None else examples[:most]
+
+
+def side_effects(
+    model: Any,
+    conditions: Mapping[str, Sequence[Any]],
+    test: Evaluation,
+    tuned: Mapping[str, Tuned],
+    settings: Settings,
+    *,
+    out: Path | None = None,
+    progress: bool = True,
+) -> list[SideEffects]:
+    """Fluency, repetition, drift on neutral pictures, other questions' answers and time, of the plain model and of
+    every tuned method, on test pictures without context. Attributes only where `settings.questions` has questions."""
+    examples = list(conditions["alone"])
+    neutral = [e for e in examples if e.emotion == NEUTRAL]
+    asked, truths, of = [], [], []
+    for example in examples:
+        for name, question in (settings.questions or {}).items():
+            if name in example.attributes:
+                of.append(example)
+                asked.append(question)
+                truths.append(str(example.attributes[name]))
+    found = []
+    methods = [PLAIN, *[t.method for t in tuned.values()]]
+    work = Work(out, {"what": "side effects", "model": model_key(model), "n": len(examples), "asked": len(asked)})
+    show = bar(len(methods), progress, "side effects")
+    for method in methods:
+
+        def run(method: Method = method) -> dict[str, Any]:
+            from veena_lens.emotion.side_effects import attribute_accuracy
+
+            texts = test.texts["alone"][method.name]
+            one = measure_side_effects(
+                model, examples, method, texts, neutral=neutral, repeats=3, batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+            ).to_dict()  # fmt: skip
+            if asked:
+                right = attribute_accuracy(model, of, asked, truths, method, batch_size=settings.batch_size)
+                one["attributes"] = float(right.mean())
+            return {"one": one}
+
+        found.append(SideEffects(**work.do(f"{method.name} {dict(method.settings)}", run)["one"]))
+        if show is not None:
+            show.update(1)
+    if show is not None:
+        show.close()
+    return found

@@ -1,0 +1,129 @@
+"""A run as numbers: what results.json holds, and the table of the README made from it."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from veena_lens.emotion.pipeline import VeenaRun
+
+FORMAT = "veena_lens.results/1"
+OURS = ("VEE", "ENA", "VEENA", "VEENA adaptive")
+
+
+def results_of(run: VeenaRun) -> dict[str, Any]:
+    """Everything that a run measured, as JSON holds it; NaN becomes null."""
+    layers, heads = run.layers, run.heads
+    found = {
+        "format": FORMAT,
+        "model": run.model,
+        "settings": run.settings.as_json(),
+        "identities": {name: list(names) for name, names in run.splits.items()},
+        "versions": {name: version(name) for name in ("torch", "transformers", "transformer_lens")}
+        | {"python": platform.python_version()},
+        "seconds": dict(run.seconds),
+        "directions": {
+            "counts": _counts(run.directions.counts),
+            "summary": _records(run.directions.summary()),
+        },
+        "key_layers": {
+            "best": layers.best,
+            "band": layers.band,
+            "emotional": layers.emotional,
+            "neutral": layers.neutral,
+            "pairs": layers.n_pairs,
+            "agreement_of_soft_and_generated": layers.agreement,
+            "by_layer": layers.summary().to_dict("records"),
+            "by_dose": {
+                "layers": list(layers.restored.labels["layer"]),
+                "alphas": list(layers.restored.labels["alpha"]),
+                "C": layers.restored.values[..., 1].tolist(),
+                "control": layers.control.values[..., 1].tolist(),
+                "perplexity": layers.fluency.values.tolist(),
+            },
+            "crossed_at_best": {
+                "emotions": list(layers.crossed.labels["named"]),
+                "shares": layers.crossed.select(layer=layers.best).values.tolist(),
+            },
+        },
+        "stages": {"layers": run.stages.spans(), "decodable": run.stages.decodable.values.tolist()},
+        "key_heads": {
+            "heads": [list(h) for h in heads.heads],
+            "pairs": heads.n_pairs,
+            "dropped": heads.dropped,
+            "table": heads.table.head(32).to_dict("records"),
+            "edges": run.edges.to_dict("records"),
+            "execution": run.execution.to_dict("records"),
+        },
+        "key_neurons": run.neurons.table.to_dict("records"),
+        "ways": {"table": run.ways.table.to_dict("records"), "winner": list(run.ways.winner)},
+        "tuned": {
+            name: {"settings": dict(t.method.settings), "worth": t.worth, "trials": t.trials.to_dict("records")}
+            for name, t in run.tuned.items()
+        },
+        "test": {"table": run.test.table().to_dict("records"), "by_emotion": run.test.per_emotion().to_dict("records")},
+        "random": {"draws": run.random.draws, "table": run.random.table.to_dict("records")},
+        "elsewhere": None if run.elsewhere is None else run.elsewhere.table().to_dict("records"),
+        "doses": run.doses.to_dict("records"),
+        "side_effects": [e.to_dict() for e in run.effects],
+    }
+    return _clean(found)
+
+
+def save_results(run: VeenaRun, path: str | Path) -> Path:
+    """Write results.json, replacing it in one step."""
+    path = Path(path)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(results_of(run), indent=1) + "\n")
+    part.replace(path)
+    return path
+
+
+def main_table(results: dict[str, Any], methods: list[str] | None = None) -> str:
+    """The main table as Markdown: a row a method, a column a condition; hit rate in percent with its interval, and
+    where the difference to the plain model is significant (p < 0.05, paired, identities' signs flipped) a star."""
+    rows = results["test"]["table"]
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    wanted = list(dict.fromkeys(row["method"] for row in rows)) if methods is None else methods
+    false = {row["method"]: row["false"] for row in rows if row["condition"] == "alone"}
+    lines = ["| method | " + " | ".join(conditions) + " | false emotion |"]
+    lines.append("|---" * (len(conditions) + 2) + "|")
+    for method in wanted:
+        cells = []
+        for condition in conditions:
+            row = next(r for r in rows if r["method"] == method and r["condition"] == condition)
+            star = "*" if row.get("p") is not None and row["p"] < 0.05 else ""
+            cells.append(f"{100 * row['hit']:.1f}{star} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]")
+        wrong = "" if false.get(method) is None else f"{100 * false[method]:.1f}"
+        lines.append(f"| {method} | " + " | ".join(cells) + f" | {wrong} |")
+    return "\n".join(lines)
+
+
+def _counts(counts: Any) -> Any:
+    return counts if isinstance(counts, (dict, list)) else _records(counts)
+
+
+def _records(table: Any) -> Any:
+    table = (
+        table.to_frame()
+        if hasattr(table, "to_frame") and hasattr(table, "axes") and hasattr(table, "exists")
+        else table
+    )
+    return table.to_dict("records") if hasattr(table, "to_dict") else table
+
+
+def _clean(value: Any) -> Any:
+    """What JSON holds: numbers of numpy and tensors as Python's, NaN and infinities as null."""
+    if isinstance(value, dict):
+        return {str(k): _clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_clean(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, (str, bytes)):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

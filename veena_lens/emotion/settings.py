@@ -1,0 +1,85 @@
+"""How much of everything a run does: presets from a smoke test to the tables of a paper."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MODES = ("scale", "renorm")
+WAYS = ("patching", "conflict gradient", "alone gradient", "intention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes and grids of one run. Numbers of pairs and pictures are upper bounds; None takes all there are.
+
+    tau, alphas, k_heads, k_neurons: as method and paper name them. trials: settings tried for every family on the
+    validation split, ours and rivals alike. random_draws: matched random components. ways, modes: how heads are ranked
+    and act. lead_in: put before the answer wherever states are read, so that the last token is where the emotion is
+    said next; None reads at the last prompt token, as the paper does. events: context sentences by emotion in place of
+    the built-in ones. questions: a question for each attribute of the pictures, to see whether other answers stay
+    right.
+    """
+
+    preset: str = "quick"
+    tau: float | int = 0.5
+    minimum: int = 8
+    alphas: tuple[float, ...] = (0.1, 0.2, 0.4, 0.8, 1.6)
+    scale: str = "relative"
+    direction_pairs: int | None = None
+    mechanism_pairs: int | None = 56
+    layer_pairs: int | None = 28
+    conflict_examples: int | None = 48
+    validation_pictures: int | None = 16
+    test_pictures: int | None = 64
+    k_heads: int = 10
+    k_neurons: int = 30
+    betas: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
+    gammas: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
+    trials: int = 8
+    ways: tuple[str, ...] = WAYS[:3]
+    modes: tuple[str, ...] = MODES
+    questions: dict[str, str] | None = None
+    rivals: bool = True
+    random_draws: int = 20
+    depth: int = 2
+    strengths: tuple[str, ...] = ("weak", "plain", "strong")
+    events: dict[str, list[str]] | None = None
+    question: str | None = None
+    lead_in: str | None = "The person feels"
+    max_new_tokens: int = 16
+    batch_size: int = 16
+    max_rows: int = 256
+    draws: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("k_heads", "k_neurons", "trials", "max_new_tokens", "batch_size", "max_rows", "draws", "minimum"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Settings: {name}={getattr(self, name)} must be at least 1.")
+        if self.random_draws < 0:
+            raise ValueError(f"Settings: random_draws={self.random_draws} must not be negative.")
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+PRESETS: dict[str, Settings] = {
+    "tiny": Settings(
+        preset="tiny", minimum=2, alphas=(0.4, 1.6), direction_pairs=35, mechanism_pairs=14, layer_pairs=7,
+        conflict_examples=14, validation_pictures=8, test_pictures=16, betas=(2.0, 5.0), gammas=(2.0, 5.0), trials=2,
+        ways=WAYS[:2], modes=("scale",), random_draws=2, rivals=False, depth=1, draws=200, strengths=("plain",),
+    ),
+    "quick": Settings(),
+    "full": Settings(
+        preset="full", direction_pairs=None, mechanism_pairs=210, layer_pairs=84, conflict_examples=192,
+        validation_pictures=96, test_pictures=None, ways=WAYS, trials=12, max_new_tokens=24,
+    ),
+}  # fmt: skip
+
+
+def preset(name: str) -> Settings:
+    """A preset by name. Raises: ValueError for an unknown one."""
+    if name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}; presets: {', '.join(PRESETS)}.")
+    return PRESETS[name]

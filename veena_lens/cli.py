@@ -43,6 +43,30 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="out/demo", help="folder of the page and its figures (out/demo)")
     demo.add_argument("--model", nargs="+", help=f"{CHECKPOINT}; several are compared (all embedded ones)")
 
+    run = commands.add_parser("run", help="locate a model's emotion circuit, enhance it, and judge it: report.html")
+    run.add_argument("--model", default="tiny-llava-emotion", help=f"{CHECKPOINT} (tiny-llava-emotion)")
+    run.add_argument("--pairs", metavar="DIR", help="folder of pairs with manifest.jsonl (the embedded pictures)")
+    run.add_argument("--out", default="out/veena", help="folder of the results; the same command resumes (out/veena)")
+    run.add_argument("--preset", choices=("tiny", "quick", "full"), default="quick", help="how much of all (quick)")
+    run.add_argument("--question", help="ask this of every picture (the manifest's question)")
+    run.add_argument("--seed", type=int, help="of splits, draws and intervals (0)")
+    run.add_argument("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
+    run.add_argument("--dry-run", action="store_true", help="estimate memory and time; no weights are read")
+    run.add_argument("--device", help="run the model there (cpu)")
+    run.add_argument("--dtype", choices=DTYPES, help="load it at this dtype (as stored)")
+
+    enhance = commands.add_parser("enhance", help="describe a picture with and without a saved circuit")
+    enhance.add_argument("--circuit", metavar="FILE", required=True, help="circuit.safetensors of a run")
+    enhance.add_argument("--image", metavar="FILE", required=True, action="append", help="a picture; may be repeated")
+    enhance.add_argument("--model", help=f"{CHECKPOINT} (the one that the circuit names)")
+    enhance.add_argument("--question", help="ask this (how does the person in the picture feel?)")
+    enhance.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (64)")
+    enhance.add_argument("--device", help="run the model there (cpu)")
+    enhance.add_argument("--dtype", choices=DTYPES, help="load it at this dtype (as stored)")
+
+    results = commands.add_parser("results", help="print the main table of a results.json as Markdown")
+    results.add_argument("path", help="results.json of a run")
+
     explore = commands.add_parser("explore", help="look inside a model in the browser, with your own pictures")
     explore.add_argument(
         "--model", nargs="+", help=f"{CHECKPOINT}; the first is chosen at the start (all embedded ones)"
@@ -233,11 +257,56 @@ def mer_unibench(args: argparse.Namespace) -> int:
     return 0
 
 
+def run(args: argparse.Namespace) -> int:
+    """The whole method."""
+    from veena_lens.app.veena_command import run_command
+
+    run_command(
+        args.model,
+        args.pairs,
+        args.out,
+        preset_name=args.preset,
+        dtype=args.dtype,
+        device=args.device,
+        seed=args.seed,
+        question=args.question,
+        skip_unreadable=args.skip_unreadable,
+        dry_run=args.dry_run,
+    )
+    return 0
+
+
+def enhance(args: argparse.Namespace) -> int:
+    """One or more pictures with and without a circuit."""
+    from veena_lens.app.veena_command import enhance_command
+
+    enhance_command(
+        args.circuit,
+        args.image,
+        model=args.model,
+        question=args.question,
+        max_new_tokens=args.max_new_tokens,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    return 0
+
+
+def results(args: argparse.Namespace) -> int:
+    """The main table."""
+    from veena_lens.app.veena_command import table_command
+
+    return table_command(args.path)
+
+
 COMMANDS = {
     "models": models,
     "inspect": inspect,
     "verify": verify,
     "demo": demo,
+    "run": run,
+    "enhance": enhance,
+    "results": results,
     "explore": explore,
     "mer-unibench": mer_unibench,
 }

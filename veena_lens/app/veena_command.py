@@ -147,9 +147,9 @@ def enhance_command(
     lens = HookedVLM.from_pretrained(name, **loading)
     asked = question or "how does the person in the picture feel?"
     examples = [Example(picture=image, emotion="", question=asked) for image in images]
-    call = {"max_new_tokens": max_new_tokens, "batch_size": 8}
-    plain = answers(lens, examples, **call)
-    changed = answers(lens, examples, Method(name=made.name or "circuit", interventions=made), **call)
+    method = Method(name=made.name or "circuit", interventions=made)
+    plain = answers(lens, examples, batch_size=8, max_new_tokens=max_new_tokens)
+    changed = answers(lens, examples, method, batch_size=8, max_new_tokens=max_new_tokens)
     found = []
     for image, before, after in zip(images, plain, changed, strict=True):
         found.append({"image": image, "without": before.strip(), "with": after.strip()})

@@ -1,10 +1,12 @@
 """`veena-lens mer-unibench`: what it prints, and what it refuses in one line."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tests.emotion.mer_unibench.synthetic import Made
+from tests.emotion.wheel_data import FOLDER, needs_original
 from veena_lens import cli
 
 
@@ -34,6 +36,31 @@ def test_score_of_one_file_counts_one_of_nine(made: Made, capsys: pytest.Capture
     code, out, _ = _run(capsys, "score", path, "--root", made.root, "--missing", "empty", "--mapping", "direct")
     assert code == 0 and "(official)" not in out
     assert "mean over 1 of 9 sets (direct)" in out and "missing: ovmerdplus, mer2023" in out
+
+
+def test_our_own_files_of_two_methods_have_a_mean_each(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for method in ("plain", "circuit"):
+        for key in ("meld", "sims"):
+            rows = [{"run": {"set": key, "model": "m", "method": method}}]
+            rows += [{"name": name, "answer": "He is angry"} for name in made.truths[key]]
+            (tmp_path / f"{key}-{method}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = _run(capsys, "score", tmp_path, "--root", made.root, "--mapping", "direct")
+    assert code == 0
+    assert "m/plain: mean over 2 of 9 sets (direct)" in out and "m/circuit: mean over 2 of 9 sets (direct)" in out
+
+
+@needs_original
+def test_score_with_the_original_wheels_drops_disgust_on_two_of_five(
+    made: Made, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made.output / "results-meld" / "run_a" / "stem.npz"
+    words = ["score", path, "--root", made.root, "--missing", "empty", "--wheels", FOLDER, "--mapping", "official"]
+    code, out, _ = _run(capsys, *words)
+    assert code == 0
+    # Neutral is on none; disgust is off wheels 3 and 5, surprise off wheel 5.
+    assert "counted 6 6 5 6 4;" in out and "give --wheels" not in out
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veena_lens.emotion.mer_unibench.answers import answer_files, read_answers, set_in_path
+from veena_lens.emotion.mer_unibench.answers import Answers, answer_files, read_answers, set_in_path
 from veena_lens.emotion.mer_unibench.loading import LoadedSet, Overrides, load_set
 from veena_lens.emotion.mer_unibench.scoring import SetScore, benchmark_mean, score_answers
 from veena_lens.emotion.mer_unibench.sets import SETS, find_set
@@ -67,7 +67,7 @@ def score_path(
         answers = read_answers(file, sentiment=find_set(mine).kind == "sentiment")
         for m in mappings if find_set(mine).kind != "sentiment" else mappings[:1]:
             score = score_answers(loaded[mine], answers, known, mapping=m, missing=missing)
-            stems.setdefault(_stem(file), []).append(score)
+            stems.setdefault(_stem(answers), []).append(score)
             lines.append(repr(score))
     return "\n".join([*lines, *_means(stems, mappings)])
 
@@ -98,10 +98,15 @@ def _set_of(file: Path, key: str | None) -> str:
     return told
 
 
-def _stem(file: Path) -> str:
-    """The run and checkpoint of a file, the same over the sets."""
-    name = file.stem.removesuffix("-sentiment").removesuffix("-openset")
-    return f"{file.parent.name}/{name}" if set_in_path(file) else "answers"
+def _stem(answers: Answers) -> str:
+    """What made the answers, the same over the sets: run and checkpoint, or model and method."""
+    if answers.run is not None:
+        told = [str(answers.run[part]) for part in ("model", "method") if part in answers.run]
+        return "/".join(told) or "answers"
+    if not set_in_path(answers.path):
+        return "answers"
+    name = answers.path.stem.removesuffix("-sentiment").removesuffix("-openset")
+    return f"{answers.path.parent.name}/{name}"
 
 
 def _means(stems: Mapping[str, list[SetScore]], mappings: tuple[str, ...]) -> list[str]:

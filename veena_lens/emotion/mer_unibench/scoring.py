@@ -51,9 +51,10 @@ class SetScore:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        others = ", ".join(f"{name} {value:.2f}" for name, value in self.details.items())
         kind = f" ({self.mapping})" if self.mapping else ""
-        lines = [f"{self.key} {self.metric}{kind} {self.percent:.2f}   {others}   {self.content}, {self.path}"]
+        others = [f"{name} {value:.2f}" for name, value in self.details.items()]
+        head = f"{self.key} {self.metric}{kind} {self.percent:.2f}"
+        lines = ["   ".join(filter(None, [head, ", ".join(others), f"{self.content}, {self.path}"]))]
         lines += [f"  counted {' '.join(map(str, self.counted))}; {self.join!r}"]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 

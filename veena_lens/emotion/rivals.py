@@ -216,7 +216,7 @@ def families(
     ]
     if directions is not None:
         # In units of the mean difference itself, where 1 moves a neutral state onto an emotional one.
-        alphas = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0]
+        alphas = [0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0]
         if key_layer is not None:
             places = _grid(layer=[key_layer], positions=["last+generated", "prompt"])
         else:

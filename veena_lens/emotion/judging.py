@@ -49,13 +49,13 @@ def random_controls(
     out: Path | None = None,
     progress: bool = True,
 ) -> RandomControls:
-    """Layer-matched random heads and neurons with the settings that were tuned for the real ones.
-
-    All conditions that conflict, and pictures alone. The random sets share number and layers with the chosen ones.
-    """
+    """Layer-matched random heads and neurons with the settings that were tuned for the real ones, under
+    `settings.random_conditions`. The random sets have as many members in each layer as the chosen ones."""
     import pandas as pd
 
-    wanted = {c: x for c, x in conditions.items() if c == "alone" or c.startswith("conflict")}
+    chosen = settings.random_conditions
+    names = [c for c in conditions if c == "alone" or c.startswith("conflict")] if chosen is None else list(chosen)
+    wanted = {c: conditions[c] for c in names if c in conditions}
     rows, crowded = [], False
     n = settings.random_draws
     families: list[tuple[str, Any, Any]] = []

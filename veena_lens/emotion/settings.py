@@ -14,11 +14,11 @@ class Settings:
     """Sizes and grids of one run. Numbers of pairs and pictures are upper bounds; None takes all there are.
 
     tau, alphas, k_heads, k_neurons: as method and paper name them. trials: settings tried for every family on the
-    validation split, ours and rivals alike. random_draws: matched random components. ways, modes: how heads are ranked
-    and act. lead_in: put before the answer wherever states are read, so that the last token is where the emotion is
-    said next; None reads at the last prompt token, as the paper does. events: context sentences by emotion in place of
-    the built-in ones. questions: a question for each attribute of the pictures, to see whether other answers stay
-    right.
+    validation split, ours and rivals alike. random_draws: matched random components, judged under
+    random_conditions (None: alone and every conflict). ways, modes: how heads are ranked and act. lead_in: put before
+    the answer wherever states are read, so that the last token is where the emotion is said next; None reads at the
+    last prompt token, as the paper does. events: context sentences by emotion in place of the built-in ones. questions:
+    a question for each attribute of the pictures, to see whether other answers stay right.
     """
 
     preset: str = "quick"
@@ -42,6 +42,7 @@ class Settings:
     questions: dict[str, str] | None = None
     rivals: bool = True
     random_draws: int = 20
+    random_conditions: tuple[str, ...] | None = None
     depth: int = 2
     strengths: tuple[str, ...] = ("weak", "plain", "strong")
     events: dict[str, list[str]] | None = None
@@ -69,11 +70,15 @@ PRESETS: dict[str, Settings] = {
         preset="tiny", minimum=2, alphas=(0.4, 1.6), direction_pairs=35, mechanism_pairs=14, layer_pairs=7,
         conflict_examples=14, validation_pictures=8, test_pictures=16, betas=(2.0, 5.0), gammas=(2.0, 5.0), trials=2,
         ways=WAYS[:2], modes=("scale",), random_draws=2, rivals=False, depth=1, draws=200, strengths=("plain",),
+        random_conditions=("conflict, plain",),
     ),
-    "quick": Settings(),
+    "quick": Settings(
+        ways=WAYS[:2], trials=6, betas=(1.5, 2.0, 3.0, 5.0), gammas=(1.5, 2.0, 3.0, 5.0), test_pictures=32,
+        strengths=("plain", "strong"), random_conditions=("conflict, plain",), layer_pairs=21, mechanism_pairs=49,
+    ),
     "full": Settings(
         preset="full", direction_pairs=None, mechanism_pairs=210, layer_pairs=84, conflict_examples=192,
-        validation_pictures=96, test_pictures=None, ways=WAYS, trials=12, max_new_tokens=24,
+        validation_pictures=64, test_pictures=None, ways=WAYS, trials=12, max_new_tokens=24,
     ),
 }  # fmt: skip
 

@@ -301,7 +301,7 @@ def test_a_models_own_depth_scales_the_layers_that_the_sources_give() -> None:
     assert found["spin"][0]["layers"] == list(range(20))
     assert sorted({s["keep"] for s in found["spin"]}) == [22 / 32, 27 / 32, 30 / 32]
     steered = {f.name: f.grid for f in families(deep, directions=MeanDifference(32))}["plain steering"]
-    assert {s["layer"] for s in steered} == {8, 16, 24} and {s["alpha"] for s in steered} == {0.25, 1.25, 2.5, 8.0}
+    assert [s["layer"] for s in steered] == [8, 16, 24] * 4 and len({s["alpha"] for s in steered}) == 4
 
 
 def test_public_names_of_rivals_exist_and_questions_stay_different() -> None:

@@ -104,7 +104,13 @@ def test_the_original_word_table_is_exact() -> None:
 @needs_original
 def test_the_direct_map_puts_fear_among_fears_and_changes_two_to_three_percent() -> None:
     wheels = original()
-    assert [wheels.sector("fear", k) for k in NUMBERS] == ["scared", "fearful", "scared", "fear", "scared"]
+    assert [wheels.sector("fear", k, mapping="direct") for k in NUMBERS] == [
+        "scared",
+        "fearful",
+        "scared",
+        "fear",
+        "scared",
+    ]
     assert [wheels.sector("fear", k, mapping="official") for k in NUMBERS][1:] == [
         "happy",
         "joyful",
@@ -112,7 +118,7 @@ def test_the_direct_map_puts_fear_among_fears_and_changes_two_to_three_percent()
         "joyful",
     ]
     for k in NUMBERS:
-        both = [(wheels.sector(f, k, mapping="official"), wheels.sector(f, k)) for f in wheels.forms]
+        both = [(wheels.sector(f, k, mapping="official"), wheels.sector(f, k, mapping="direct")) for f in wheels.forms]
         mapped = [(a, b) for a, b in both if a or b]
         assert all(a and b for a, b in mapped)
         assert 0.015 < sum(a != b for a, b in mapped) / len(mapped) < 0.035
@@ -166,3 +172,11 @@ def test_spreadsheets_without_the_reader_name_the_extra(tmp_path: Path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "openpyxl", None)
     with pytest.raises(ImportError, match=r"veena-lens\[wheels\]"):
         EmotionWheels.from_affectgpt(tmp_path)
+
+
+def test_imported_wheels_map_officially_unless_told_otherwise() -> None:
+    imported = EmotionWheels(wheels=WHEELS.wheels, forms=WHEELS.forms, synonyms=WHEELS.synonyms, words=WHEELS.words)
+    assert (imported.mapping, WHEELS.mapping) == ("official", "direct")
+    for label in ("fear", "joyful", "neutral"):
+        assert imported.sector(label, 1) == imported.sector(label, 1, mapping="official")
+        assert WHEELS.sector(label, 1) == WHEELS.sector(label, 1, mapping="direct")

@@ -55,7 +55,7 @@ def hit_rate(
     predictions: Mapping[str, Labels],
     wheels: EmotionWheels | None = None,
     *,
-    mapping: str = "direct",
+    mapping: str | None = None,
     level: str = "level1",
     missing: str = "error",
     extractor: Extractor | None = None,
@@ -65,7 +65,7 @@ def hit_rate(
     Truths and predictions: name -> label, bracketed list string or list of labels; `extractor` turns predicted texts
     into labels first (`wheels.extract`, or a judge of your own). In [0, 1], but several true labels can take the
     official mapping above 1, as in MER-UniBench; the direct one counts at most 1 a sample. A wheel on which no truth
-    lies has no say. Raises: as `wheel_scores`."""
+    lies has no say. mapping: None is `wheels.mapping`. Raises: as `wheel_scores`."""
     scores = wheel_scores(
         truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor
     )
@@ -78,7 +78,7 @@ def open_vocabulary_score(
     wheels: EmotionWheels | None = None,
     *,
     level: str = "level1",
-    mapping: str = "direct",
+    mapping: str | None = None,
     missing: str = "error",
     extractor: Extractor | None = None,
 ) -> OpenVocabularyScore:
@@ -104,7 +104,7 @@ def wheel_scores(
     predictions: Mapping[str, Labels],
     wheels: EmotionWheels | None = None,
     *,
-    mapping: str = "direct",
+    mapping: str | None = None,
     level: str = "level1",
     missing: str = "error",
     extractor: Extractor | None = None,
@@ -114,6 +114,7 @@ def wheel_scores(
     Raises: ValueError without truths, for truths without a prediction (all named; `missing="empty"` scores them as
     no label), or for a mapping or level that does not exist."""
     wheels = EmotionWheels.default() if wheels is None else wheels
+    mapping = wheels.mapping if mapping is None else mapping
     joined = _joined(truths, predictions, missing)
     guesses = _read([guess for _, guess in joined], extractor)
     pairs = [(string_to_list(truth), guess) for (truth, _), guess in zip(joined, guesses)]

@@ -57,18 +57,25 @@ class EmotionWheels:
         wheels, synonyms, forms = read_affectgpt(Path(folder))
         return EmotionWheels(wheels=wheels, forms=forms, synonyms=synonyms, words=default_lexicon())
 
-    def sector(self, label: str, wheel: int | str = 1, level: str = "level1", mapping: str = "direct") -> str:
+    def sector(self, label: str, wheel: int | str = 1, level: str = "level1", mapping: str | None = None) -> str:
         """The sector of a label on one wheel, "" when it is on none; wheels count from 1 or go by name.
 
+        mapping: "official" (MER-UniBench's, the default of imported wheels) or "direct" (ours, that of our own wheels).
         Raises: ValueError for a wheel, level or mapping that does not exist."""
+        mapping = self.mapping if mapping is None else mapping
         found, by_label = self.wheel(wheel), self._sectors(mapping, level)
         key = (found.name, plain(label))
         if key not in by_label:
             by_label[key] = self._look_up(label, found, level, mapping)
         return by_label[key]
 
+    @property
+    def mapping(self) -> str:
+        """How labels find their sectors unless told otherwise: "direct" on our own wheels, else "official"."""
+        return "direct" if self.own else "official"
+
     def sectors(
-        self, labels: Iterable[str], wheel: int | str = 1, level: str = "level1", mapping: str = "direct"
+        self, labels: Iterable[str], wheel: int | str = 1, level: str = "level1", mapping: str | None = None
     ) -> frozenset[str]:
         """The set of sectors of some labels; labels on no sector vanish."""
         return frozenset(self.sector(label, wheel, level, mapping) for label in labels) - {""}
@@ -133,7 +140,7 @@ class EmotionWheels:
         truths: Mapping[str, str | Sequence[str]],
         predictions: Mapping[str, str | Sequence[str]],
         *,
-        mapping: str = "direct",
+        mapping: str | None = None,
         level: str = "level1",
         missing: str = "error",
         extractor: Extractor | None = None,
@@ -151,7 +158,7 @@ class EmotionWheels:
         predictions: Mapping[str, str | Sequence[str]],
         *,
         level: str = "level1",
-        mapping: str = "direct",
+        mapping: str | None = None,
         missing: str = "error",
         extractor: Extractor | None = None,
     ) -> OpenVocabularyScore:

@@ -3,6 +3,8 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
+# How much `make demo` does of the method: tiny, quick or full.
+PRESET ?= quick
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -14,8 +16,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMPS)/base  ## describe, look inside and steer the embedded models: out/demo/index.html
+demo: $(STAMPS)/demo  ## look inside the embedded models, locate and enhance their emotion circuit: out/
 	$(BIN)/veena-lens demo --out out/demo
+	$(BIN)/veena-lens run --model tiny-llava-emotion --preset $(PRESET) --out out/veena-$(PRESET)/tiny-llava-emotion
+	$(BIN)/veena-lens run --model tiny-qwen2vl-emotion --preset $(PRESET) --out out/veena-$(PRESET)/tiny-qwen2vl-emotion
 
 explore: $(STAMPS)/explore  ## look inside the embedded models in the browser, with your own pictures
 	$(BIN)/veena-lens explore
@@ -68,7 +72,7 @@ $(STAMPS)/base: $(STAMPS)/torch pyproject.toml
 	$(PIP) -e .
 	@touch $@
 
-$(STAMPS)/explore $(STAMPS)/test $(STAMPS)/browser $(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/notebooks: $(STAMPS)/%: $(STAMPS)/base
+$(STAMPS)/demo $(STAMPS)/explore $(STAMPS)/test $(STAMPS)/browser $(STAMPS)/dev $(STAMPS)/docs $(STAMPS)/notebooks: $(STAMPS)/%: $(STAMPS)/base
 	@echo "installing what '$*' needs"
 	$(PIP) -e '.[$*]'
 	@touch $@

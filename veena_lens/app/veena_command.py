@@ -74,10 +74,14 @@ def settings_for(
     if question is not None:
         settings = replace(settings, question=question)
     if embedded or all(e.style in ("avataaars", "open-peeps", "micah", "emoji") for e in pairs.examples):
-        from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS
+        from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
 
-        known = {name: questions[0] for name, questions in ATTRIBUTE_QUESTIONS.items()}
-        settings = replace(settings, questions={n: known[n] for n in ("hair", "background", "glasses") if n in known})
+        settings = replace(
+            settings,
+            questions={name: ATTRIBUTE_QUESTIONS[name][0] for name in ("hair", "background", "glasses")},
+            describe=EMOTION_QUESTIONS["caption"][0],
+            templates={"hair": ["{} hair"], "background": ["{} background"]},
+        )
     return settings
 
 

@@ -335,13 +335,13 @@ def _controls(report: Report, run: VeenaRun) -> None:
             for r in other.to_dict("records")
         ]
         report.table(["pictures", "method", "n", "hit rate, %", "95 %"], rows, caption="Other pictures, no context.")
-    names = ("perplexity", "distinct_2", "repetition", "length", "drift", "attributes", "latency")
+    names = ("perplexity", "distinct_2", "repetition", "length", "drift", "attributes", "described", "latency")
     rows = []
     for effect in run.effects:
         values = effect.to_dict()
         rows.append([values["method"], *[None if values[n] is None else float(values[n]) for n in names]])
     columns = ["method", "perplexity", "distinct-2", "repetition", "words", "drift on neutral, nats"]
-    columns += ["other answers right", "time ratio"]
+    columns += ["other answers right", "described right", "time ratio"]
     report.table(columns, rows, caption="On test pictures without context.")
 
 

@@ -14,12 +14,19 @@ from veena_lens.emotion.controls import random_heads, random_neurons
 from veena_lens.emotion.enhance import ena, vee
 from veena_lens.emotion.evaluation import NEUTRAL, Evaluation, evaluate
 from veena_lens.emotion.key_neurons import KeyNeurons
-from veena_lens.emotion.methods import PLAIN, Method
+from veena_lens.emotion.methods import PLAIN, Method, answers
 from veena_lens.emotion.settings import Settings
-from veena_lens.emotion.side_effects import SideEffects, measure_side_effects
+from veena_lens.emotion.side_effects import (
+    SideEffects,
+    attribute_accuracy,
+    described_accuracy,
+    measure_side_effects,
+)
 from veena_lens.emotion.tuning import Tuned
 from veena_lens.emotion.work import Work, model_key
 from veena_lens.sweeps.running import bar
+
+DESCRIPTION = 48  # tokens
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -132,16 +139,18 @@ def side_effects(
     for method in methods:
 
         def run(method: Method = method) -> dict[str, Any]:
-            from veena_lens.emotion.side_effects import attribute_accuracy
-
-            texts = test.texts["alone"][method.name]
             one = measure_side_effects(
-                model, examples, method, texts, neutral=neutral, repeats=3, batch_size=settings.batch_size,
-                max_new_tokens=settings.max_new_tokens,
+                model, examples, method, test.texts["alone"][method.name], neutral=neutral, lead_in=settings.lead_in,
+                repeats=3, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
             ).to_dict()  # fmt: skip
             if asked:
                 right = attribute_accuracy(model, of, asked, truths, method, batch_size=settings.batch_size)
                 one["attributes"] = float(right.mean())
+            if settings.describe and settings.templates:
+                told = [e.asked(settings.describe) for e in examples]
+                said = answers(model, told, method, batch_size=settings.batch_size, max_new_tokens=DESCRIPTION)
+                facts = [{name: str(value) for name, value in e.attributes.items()} for e in examples]
+                one["described"] = float(described_accuracy(said, facts, settings.templates).nanmean())
             return {"one": one}
 
         found.append(SideEffects(**work.do(f"{method.name} {dict(method.settings)}", run)["one"]))

@@ -6,6 +6,7 @@ in the output folder as they come, so that a run stopped at any moment goes on w
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,8 @@ def run_veena(
     from veena_lens.emotion.wheels import EmotionWheels
 
     settings = preset(settings) if isinstance(settings, str) else settings
+    if importlib.util.find_spec("sklearn") is None:
+        raise ImportError("run_veena fits linear probes with scikit-learn; install it: pip install 'veena-lens[demo]'.")
     wheels = EmotionWheels.default() if wheels is None else wheels
     pairs = load_pairs() if pairs is None else pairs
     out = Path(out)

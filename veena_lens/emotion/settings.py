@@ -18,7 +18,8 @@ class Settings:
     random_conditions (None: alone and every conflict). ways, modes: how heads are ranked and act. lead_in: put before
     the answer wherever states are read, so that the last token is where the emotion is said next; None reads at the
     last prompt token, as the paper does. events: context sentences by emotion in place of the built-in ones. questions:
-    a question for each attribute of the pictures, to see whether other answers stay right.
+    a question for each attribute of the pictures, to see whether other answers stay right; describe, templates: a
+    question for a description, and how it words each attribute.
     """
 
     preset: str = "quick"
@@ -40,6 +41,8 @@ class Settings:
     ways: tuple[str, ...] = WAYS[:3]
     modes: tuple[str, ...] = MODES
     questions: dict[str, str] | None = None
+    describe: str | None = None
+    templates: dict[str, list[str]] | None = None
     rivals: bool = True
     random_draws: int = 20
     random_conditions: tuple[str, ...] | None = None

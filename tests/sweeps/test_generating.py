@@ -82,6 +82,7 @@ def test_several_prompts_and_a_score_of_the_texts(embedded: HookedVLM) -> None:
     )
     plain = embedded.generate(inputs, max_new_tokens=16)
     assert [row[0] for row in result.texts] == plain
+    assert result.scores is not None
     assert result.scores.shape == (2, 2) and result.scores[0, 0] == len(plain[0].split())
     frame = result.to_frame()
     assert len(frame) == 4 and set(frame["entry"]) == set(result.labels) and "nothing" in repr(result)

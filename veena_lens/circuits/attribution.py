@@ -34,7 +34,8 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_unit
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
-from veena_lens.sweeps.patching import KINDS, patch_sweep
+from veena_lens.sweeps.layout import KINDS
+from veena_lens.sweeps.patching import patch_sweep
 from veena_lens.sweeps.running import bar
 
 

@@ -14,6 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def _require_tokens(metric: str, tokens: Sequence[int], logits: Tensor) -> None:
+    """Raises: ValueError for a token id that the vocabulary lacks."""
+    outside = [t for t in tokens if not 0 <= t < logits.shape[-1]]
+    if outside:
+        raise ValueError(f"{metric}: token id {outside[0]} does not exist; the vocabulary has {logits.shape[-1]}.")
+
+
 @dataclass(frozen=True)
 class logit_diff:  # noqa: N801 (read as a function)
     """Logit of the `correct` token minus that of the `wrong` one."""
@@ -22,6 +29,7 @@ class logit_diff:  # noqa: N801 (read as a function)
     wrong: int
 
     def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
+        _require_tokens("logit_diff", (self.correct, self.wrong), logits)
         return logits[:, self.correct] - logits[:, self.wrong]
 
 
@@ -32,6 +40,7 @@ class log_prob:  # noqa: N801
     token: int
 
     def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
+        _require_tokens("log_prob", (self.token,), logits)
         return logits.log_softmax(-1)[:, self.token]
 
 
@@ -42,6 +51,8 @@ class kl:  # noqa: N801
     reference: Float[Tensor, " d_vocab"]
 
     def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
+        if self.reference.shape != logits.shape[-1:]:
+            raise ValueError(f"kl: the reference must be [{logits.shape[-1]}], not {list(self.reference.shape)}.")
         want = self.reference.to(logits).log_softmax(-1)
         return (want.exp() * (want - logits.log_softmax(-1))).sum(-1)
 
@@ -55,6 +66,9 @@ class project:  # noqa: N801
     positions: Any = "last"
 
     def __call__(self, activation: Float[Tensor, "rows n d_model"]) -> Float[Tensor, " rows"]:
+        if self.direction.shape != activation.shape[-1:]:
+            wanted, shape = activation.shape[-1], list(self.direction.shape)
+            raise ValueError(f"project: the direction must be [{wanted}] as {self.site} is, not {shape}.")
         unit = self.direction / (self.direction.norm() + 1e-12)
         return (activation @ unit.to(activation)).mean(-1)
 
@@ -78,6 +92,7 @@ class soft_hit:  # noqa: N801
             raise ValueError(f"soft_hit: token ids {sorted(shared)} stand in two sets; drop them from both.")
 
     def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
+        _require_tokens("soft_hit", [*self.tokens, *(t for o in self.others for t in o)], logits)
         logp = logits.log_softmax(-1)
         target = logp[:, list(self.tokens)].logsumexp(-1)
         rivals = torch.stack([logp[:, list(o)].logsumexp(-1) for o in self.others])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.sweeps.rows import AnyRow, BaseRun
+from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow
 
 
 @torch.no_grad()
@@ -21,7 +21,9 @@ def run_naive(
     for row in rows:
 
         def edit(tensor: Tensor, hook: Any, row: AnyRow = row) -> Tensor:
-            return row.edit(tensor, 0) if row.is_picture else row.edit(tensor[0], 0)[None]
+            if isinstance(row, PictureRow):
+                return row.edit(tensor, 0, range(len(tensor)))
+            return row.edit(tensor[0], 0)[None]
 
         with model.hooks([(row.site, edit)]):
             out, cache = model.run_with_cache(base.inputs, names_filter=list(sites))

@@ -1,8 +1,7 @@
-"""Rows that edit pictures on their way into the text: which of them correspond, and encoding them again.
+"""Which places of pictures correspond in two runs, and the rows that edit them.
 
-An edit of the tower, the connector or the features reaches the text at the first token of its picture, in block 0.
-The pictures of the rows of one batch go through the tower together; what was encoded once and is not edited is not
-encoded again.
+An edit of the tower, the connector or the features reaches the text at the first token of its picture (of its tile,
+where pictures have tiles), in block 0.
 """
 
 from __future__ import annotations
@@ -12,58 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.hook_table import layer_of, row_of
+from veena_lens.hook_table import row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
-from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow
-
-FEATURE_SITES = ("hook_image_features",)
-
-
-@dataclass(frozen=True, eq=False)
-class Entering:
-    """What enters block 0 of each row [rows pos d_model], and what later layers add."""
-
-    resid: Float[Tensor, "rows pos d_model"]
-    deepstack: dict[int, Float[Tensor, "rows pos d_model"]]
+from veena_lens.sweeps.rows import PictureRow
 
 
 def is_picture_site(name: str) -> bool:
     """True for hooks of the tower, the connector and the features."""
     return row_of(name).axis_names[0] != "batch"
-
-
-def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> Entering:
-    """The merged sequence of each row, under its own edit of the pictures.
-
-    Features are edited where they lie in the sequence; for tower and connector the row's pictures run again."""
-    n, tokens = len(rows), base.inputs.image_mask[0].nonzero().flatten()
-    if all(row.site in FEATURE_SITES or row.site.startswith("deepstack.") for row in rows):
-        resid = base.resid[0].expand(n, -1, -1).clone()
-        deepstack = {layer: added.expand(n, -1, -1).clone() for layer, added in base.deepstack.items()}
-        for i, row in enumerate(rows):
-            stream = resid if row.site in FEATURE_SITES else deepstack[(layer_of(row.site) or 0) + 1]
-            stream[i, tokens] = row.edit(stream[i, tokens], 0)
-        return Entering(resid, deepstack)
-    sites: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        sites.setdefault(row.site, []).append(i)
-
-    def make(members: list[int]) -> Any:
-        def edit(tensor: Tensor, hook: Any) -> Tensor:
-            parts = list(tensor.chunk(n))
-            for i in members:
-                parts[i] = rows[i].edit(parts[i], 0)
-            return torch.cat(parts)
-
-        return edit
-
-    with model.hooks([(site, make(members)) for site, members in sites.items()]):
-        resid, deepstack = model._embed(base.inputs[[0] * n])
-    return Entering(resid, deepstack)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +44,19 @@ def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
     return (sizes if in_tower else sizes // cfg.vision.merge_size**2).tolist()
 
 
+def first_tokens(inputs: MultimodalInputs) -> list[int]:
+    """Of each picture the first position of the text that reads it; the last position for a tile that none reads."""
+    assert inputs.picture_images is not None
+    found, before = [], [0] * len(inputs.spans[0].images)
+    for image in inputs.picture_images.tolist():
+        span = inputs.spans[0].images[image]
+        tokens = (inputs.image_mask[0, span].nonzero().flatten() + span.start).tolist()
+        tiles = inputs.token_tiles[0][image] if inputs.token_tiles else [0] * len(tokens)
+        tile, before[image] = before[image], before[image] + 1
+        found.append(tokens[tiles.index(tile)] if tile in tiles else inputs.shape[1] - 1)
+    return found
+
+
 def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any, is_each: bool) -> PicturePlaces:
     """Where a site on pictures is edited. Words and regions choose image tokens (of features); at the tower and the
     connector, numbers and slices count positions of every picture, and "all" or "each" takes them all.
@@ -96,10 +67,10 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
     tokens = inputs.image_mask[0].nonzero().flatten()
     if row_of(name).axis_names[0] == "n_image_tokens":
         chosen = position_mask(inputs, "image" if is_each else positions)[0][tokens]
-        places = chosen.nonzero().flatten()
+        places = chosen.nonzero().flatten().cpu()
         if not len(places):
             raise ValueError(f"positions={positions!r} select no image token for {name} in {inputs!r}.")
-        return PicturePlaces(places, None, tokens[places])
+        return PicturePlaces(places, None, tokens.cpu()[places])
     whole = is_each or (isinstance(positions, str) and positions in ("all", "image"))
     asked: list[int] | None = None
     if isinstance(positions, int):
@@ -111,7 +82,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
             f"positions={positions!r} name tokens of the text; {name} lies on pictures: give 'all', 'each', numbers "
             "or a slice of its own positions, or patch hook_image_features, what the decoder reads."
         )
-    first = [int(inputs.image_mask[0, span].nonzero()[0, 0]) + span.start for span in inputs.spans[0].images]
+    first = first_tokens(inputs)
     places, pictures, starts = [], [], []
     for picture, size in enumerate(sizes_at(cfg, inputs, name)):
         every = list(range(size))
@@ -123,16 +94,21 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
             raise ValueError(f"positions={positions!r}: picture {picture} has {size} positions at {name}.")
         places += chosen
         pictures += [picture] * len(chosen)
-        starts += [first[int(inputs.picture_images[picture])]] * len(chosen)
+        starts += [first[picture]] * len(chosen)
     if not places:
         raise ValueError(f"positions={positions!r} select nothing at {name}.")
     return PicturePlaces(torch.tensor(places), torch.tensor(pictures), torch.tensor(starts))
 
 
 def picture_rows(
-    name: str, value: Tensor | None, here: PicturePlaces, units: Sequence[int | None], groups: Sequence[Sequence[int]]
+    name: str,
+    value: Tensor | None,
+    here: PicturePlaces,
+    there: PicturePlaces,
+    units: Sequence[int | None],
+    groups: Sequence[Sequence[int]],
 ) -> list[PictureRow]:
-    """The rows of a site; `value` is the source's whole activation on pictures of the same shapes (None: a plan)."""
+    """The rows of a site; `value` is the source's whole activation (None: a plan), `there` the places in it."""
     axes = row_of(name).axis_names
     if value is not None and here.pictures is not None:
         value = value.movedim(axes.index("query_pos") if "query_pos" in axes else 1, 1)
@@ -140,11 +116,10 @@ def picture_rows(
     for unit in units:
         for group in groups:
             chosen = list(group)
-            places = here.places[chosen]
             pictures = None if here.pictures is None else here.pictures[chosen]
             taken = torch.empty(0)
             if value is not None:
-                at = places.to(value.device)
+                at = there.places[chosen].to(value.device)
                 taken = value[at] if pictures is None else value[pictures.to(value.device), at]
-            rows.append(PictureRow(name, places, pictures, taken, int(here.starts[chosen].min()), unit))
+            rows.append(PictureRow(name, here.places[chosen], pictures, taken, int(here.starts[chosen].min()), unit))
     return rows

@@ -7,19 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from veena_lens.sweeps.rows import AnyRow
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.sweeps.rows import AnyRow, PictureRow
+from veena_lens.sweeps.tower import blocks_again
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`token_layers` counts positions times layers that are recomputed; `naive` the same for whole forwards."""
+    """`token_layers` counts positions times layers of the decoder that are recomputed; `naive` the same for whole
+    forwards. `tower_blocks` counts blocks of the tower that pictures pass again, once a picture; `naive_tower` the same
+    for whole forwards, each of which encodes its pictures."""
 
     n_rows: int
     n_positions: int
     n_layers: int
     token_layers: int
-    n_whole: int  # rows that reach everything, which no engine can shorten
+    n_whole: int  # rows that reach everything from the first picture on, which no engine can shorten
     row_bytes: int = 0  # activations of the longest row while it is in a block
+    tower_blocks: int = 0
+    naive_tower: int = 0
 
     @property
     def naive(self) -> int:
@@ -31,27 +37,47 @@ class Plan:
         return self.naive / max(1, self.token_layers + self.n_positions * self.n_layers)
 
     def __repr__(self) -> str:
-        whole = f"; {self.n_whole} rows reach everything and cost a whole run each" if self.n_whole else ""
+        rows = f"{self.n_whole} row reaches" if self.n_whole == 1 else f"{self.n_whole} rows reach"
+        whole = f"; {rows} everything from the first picture on and cost about a whole run each" if self.n_whole else ""
+        tower = ""
+        if self.naive_tower:
+            saved = self.naive_tower - self.tower_blocks
+            tower = (
+                f"; tower: pictures pass {self.tower_blocks:,} blocks again, {saved:,} of {self.naive_tower:,} saved"
+            )
         return (
             f"Plan({self.n_rows} rows of {self.n_positions} positions and {self.n_layers} layers: "
-            f"{self.token_layers:,} token-layers against {self.naive:,}, about {self.saving:.1f} times less{whole})"
+            f"{self.token_layers:,} token-layers against {self.naive:,}, about {self.saving:.1f} times less"
+            f"{tower}{whole})"
         )
 
 
-def plan_of(cfg: Any, rows: Sequence[AnyRow], n_positions: int) -> Plan:
+def plan_of(cfg: Any, rows: Sequence[AnyRow], inputs: MultimodalInputs) -> Plan:
     """The plan of one pair's rows."""
+    n_positions, spans = inputs.shape[1], inputs.spans[0].images
+    first = spans[0].start if spans else 0
     cost = sum((n_positions - row.start) * (cfg.n_layers - row.layer) for row in rows)
-    whole = sum(row.start == 0 and row.layer == 0 for row in rows)
+    whole = sum(row.start <= first and row.layer == 0 for row in rows)
     longest = max((n_positions - row.start for row in rows), default=0)
-    return Plan(len(rows), n_positions, cfg.n_layers, cost, whole, row_bytes(cfg, longest, n_positions))
+    size = row_bytes(cfg, longest, n_positions)
+    n_pictures = 0 if inputs.picture_rows is None else len(inputs.picture_rows)
+    again = naive = 0
+    if n_pictures:
+        n_blocks = cfg.vision.n_layers
+        again = sum(len(row.held) * blocks_again(row.site, n_blocks) for row in rows if isinstance(row, PictureRow))
+        naive = len(rows) * n_pictures * n_blocks
+        held = max((len(row.held) for row in rows if isinstance(row, PictureRow)), default=0)
+        patches = cfg.vision.n_positions if inputs.picture_grids is None else int(inputs.picture_grids.prod(-1).max())
+        size = max(size, row_bytes(cfg.vision, patches, patches, cfg.dtype) * held)
+    return Plan(len(rows), n_positions, cfg.n_layers, cost, whole, size, again, naive)
 
 
-def row_bytes(cfg: Any, tail: int, n_positions: int) -> int:
+def row_bytes(cfg: Any, tail: int, n_positions: int, dtype: Any = None) -> int:
     """Bytes that a row holds while it passes a block: residuals, norms, queries, keys and values, scores and pattern
     over all positions, and the MLP's hidden layer."""
     width = 6 * cfg.d_model + (2 * cfg.n_heads + 4 * cfg.n_key_value_heads) * cfg.d_head + 3 * cfg.d_mlp
     per_token = width + 3 * cfg.n_heads * n_positions
-    size = getattr(cfg.dtype, "itemsize", 4)
+    size = getattr(cfg.dtype if dtype is None else dtype, "itemsize", 4)
     return tail * per_token * size
 
 
@@ -64,6 +90,8 @@ def whole_plan(plans: Sequence[Plan]) -> Plan:
         sum(p.token_layers for p in plans),
         sum(p.n_whole for p in plans),
         max(p.row_bytes for p in plans),
+        sum(p.tower_blocks for p in plans),
+        sum(p.naive_tower for p in plans),
     )
 
 

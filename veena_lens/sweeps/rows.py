@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -78,13 +78,24 @@ class PictureRow:
     layer: int = 0
     is_picture = True
 
-    def edit(self, activation: Float[Tensor, ...], start: int) -> Float[Tensor, ...]:
-        """The activation on this row's own pictures (or its image tokens), edited out of place."""
+    @property
+    def held(self) -> list[int]:
+        """The pictures that it edits."""
+        return [] if self.pictures is None else sorted(set(self.pictures.tolist()))
+
+    def edit(
+        self, activation: Float[Tensor, ...], start: int, pictures: Sequence[int] | None = None
+    ) -> Float[Tensor, ...]:
+        """The activation on this row's pictures (or its image tokens), edited out of place; `pictures` are those
+        that it holds (default: those that are edited)."""
         axes = row_of(self.site).axis_names
         places, value = self.places.to(activation.device), self.value.to(activation)
         axis = axes.index("query_pos") if "query_pos" in axes else 1
         moved = activation if self.pictures is None else activation.movedim(axis, 1)
-        index = (places,) if self.pictures is None else (self.pictures.to(activation.device), places)
+        index: tuple[Tensor, ...] = (places,)
+        if self.pictures is not None:
+            there = list(self.held if pictures is None else pictures)
+            index = (torch.tensor([there.index(p) for p in self.pictures.tolist()], device=places.device), places)
         if self.unit is not None:
             rest = [a for i, a in enumerate(axes) if i not in (0, axis)]
             unit_axis = 1 + next(i for i, a in enumerate(rest) if a in (*HEAD_AXES, "d_mlp"))
@@ -100,6 +111,19 @@ AnyRow: TypeAlias = Row | PictureRow
 
 
 @dataclass(frozen=True, eq=False)
+class SeenPictures:
+    """What the base run's tower and connector made of every picture [picture ...]: the residual that enters a block
+    (n_layers: leaves the last), what features and inner layers are read from, features, and what the connector and
+    the mergers of inner layers make of them."""
+
+    entering: Mapping[int, Tensor]
+    kept: Mapping[int, Tensor]
+    features: Tensor
+    projected: Tensor
+    merged: Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class BaseRun:
     """One unpatched run of one row: residuals that enter each block, keys (after rotary) and values."""
 
@@ -110,32 +134,8 @@ class BaseRun:
     logits: Float[Tensor, " d_vocab"]
     seen: Mapping[str, Tensor] = field(default_factory=dict)  # activations that metrics read, [pos ...] each
     deepstack: Mapping[int, Tensor] = field(default_factory=dict)  # a layer: what is added at its input [1 pos d_model]
+    pictures: SeenPictures | None = None  # where rows edit tower or connector
 
     @property
     def length(self) -> int:
         return self.inputs.shape[1]
-
-
-@torch.no_grad()
-def base_run(model: Any, inputs: MultimodalInputs, sites: Sequence[str] = ()) -> BaseRun:
-    """Run once and keep what rows and metrics (`sites`) need; images are encoded here, and again only where an edit
-    changes them."""
-    n = model.cfg.n_layers
-    names = {f"blocks.{i}.{part}" for i in range(n) for part in ("hook_resid_pre", "attn.hook_rot_k", "attn.hook_v")}
-    names |= set(sites)
-    inner = [f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack) if inputs.pixel_values is not None]
-    names |= set(inner)
-    logits, cache = model.run_with_cache(inputs, names_filter=sorted(names))
-
-    def layers(part: str) -> list[Tensor]:
-        return [cache[f"blocks.{i}.{part}"][0] for i in range(n)]
-
-    return BaseRun(
-        inputs,
-        layers("hook_resid_pre"),
-        layers("attn.hook_rot_k"),
-        layers("attn.hook_v"),
-        logits[0, -1],
-        {site: cache[site][0] for site in sites},
-        {i + 1: model.scatter_deepstack(cache[name], inputs) for i, name in enumerate(inner)},
-    )

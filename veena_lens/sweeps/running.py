@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.naive import run_naive
 from veena_lens.sweeps.rows import AnyRow, BaseRun
+from veena_lens.sweeps.store import Store
 from veena_lens.sweeps.suffix import chunks, run_staircase
 
 ENGINES = ("suffix", "naive")
@@ -89,12 +85,14 @@ def _named(name: str) -> str:
     return f" {name!r}" if name else ""
 
 
-def base_metrics(model: Any, metrics: Mapping[str, Any], base: BaseRun) -> dict[str, Tensor]:
+def base_metrics(model: Any, metrics: Mapping[str, Any], base: BaseRun, pair: int) -> dict[str, Tensor]:
     """Each metric of an unpatched run, a scalar. Raises: ValueError for one that is not finite there."""
     found = apply_metrics(model, metrics, base, base.logits[None], {site: x[None] for site, x in base.seen.items()})
     for name, value in found.items():
         if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"The metric{_named(name)} is {value[0].item()} on an unpatched run: nothing to compare.")
+            raise ValueError(
+                f"The metric{_named(name)} is {value[0].item()} on an unpatched run of pair {pair}: nothing to compare."
+            )
     return {name: value[0] for name, value in found.items()}
 
 
@@ -127,47 +125,6 @@ def run_rows(
         if progress is not None:
             progress.update(len(members))
     return values
-
-
-def experiment_of(model: Any, runs: Sequence[MultimodalInputs], *settings: Any) -> dict[str, Any]:
-    """What makes a sweep the same sweep: weights, inputs and settings. Tensors among the settings count by their
-    numbers."""
-    weight = model.embed.weight.detach().double().sum().item()
-    return {
-        "model": [model.cfg.model_name, weight, str(model.cfg.dtype)],
-        "tokens": [run.tokens.tolist() for run in runs],
-        "pixels": [None if run.pixel_values is None else run.pixel_values.double().sum().item() for run in runs],
-        "settings": [s.tolist() if isinstance(s, Tensor) else repr(s) for s in settings],
-    }
-
-
-class Store:
-    """Results of a sweep's chunks in a folder: written under a temporary name, then renamed; read on resuming."""
-
-    def __init__(self, folder: Path, experiment: dict[str, Any]) -> None:
-        text = json.dumps(experiment, sort_keys=True, default=str)
-        self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "experiment.json").write_text(text)
-
-    def under(self, name: str) -> Store:
-        """A part of the same store."""
-        part = object.__new__(Store)
-        part.folder = self.folder / name
-        part.folder.mkdir(exist_ok=True)
-        return part
-
-    def read(self, number: int) -> dict[str, Tensor] | None:
-        path = self.folder / f"{number:06d}.safetensors"
-        if not path.is_file():
-            return None
-        return {name.removeprefix("metric "): value for name, value in load_file(str(path)).items()}
-
-    def write(self, number: int, values: Mapping[str, Tensor]) -> None:
-        path = self.folder / f"{number:06d}.safetensors"
-        part = path.with_suffix(".part")
-        save_file({f"metric {name}": value.detach().cpu().contiguous() for name, value in values.items()}, str(part))
-        part.rename(path)
 
 
 def bar(total: int, show: bool, what: str) -> Any:

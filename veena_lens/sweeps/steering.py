@@ -12,19 +12,20 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse, position_mask
+from veena_lens.sweeps.base import base_run
+from veena_lens.sweeps.pairs import positions_of_row
 from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
 from veena_lens.sweeps.result import SweepResult
-from veena_lens.sweeps.rows import Row, base_run
+from veena_lens.sweeps.rows import Row
 from veena_lens.sweeps.running import (
-    Store,
     bar,
     base_metrics,
-    experiment_of,
     metrics_of,
     require_engine,
     run_rows,
     sites_of,
 )
+from veena_lens.sweeps.store import Store, experiment_of
 
 
 def steer_sweep(
@@ -70,7 +71,7 @@ def steer_sweep(
     swept: list[tuple[MultimodalInputs, list[Row]]] = []
     for i in range(len(inputs)):
         row = inputs[i].trimmed()
-        places = position_mask(row, positions)[0].nonzero().flatten()
+        places = position_mask(row, positions_of_row(inputs, positions, i))[0].nonzero().flatten()
         if not len(places):
             raise ValueError(f"positions={positions!r} select nothing in row {i}.")
         rows = [
@@ -79,7 +80,7 @@ def steer_sweep(
             for alpha in alphas
         ]
         swept.append((row, rows))
-    plan = whole_plan([plan_of(cfg, rows, row.shape[1]) for row, rows in swept])
+    plan = whole_plan([plan_of(cfg, rows, row) for row, rows in swept])
     if plan_only:
         return plan
     max_rows = rows_within(plan, max_rows, max_bytes)
@@ -92,7 +93,7 @@ def steer_sweep(
     for i, (row, rows) in enumerate(swept):
         part = None if store is None else store.under(f"row{i}")
         base = base_run(model, row, sites)
-        plain.append(base_metrics(model, metrics, base))
+        plain.append(base_metrics(model, metrics, base, i))
         values.append(run_rows(model, base, rows, metrics, engine=engine, max_rows=max_rows, progress=show, store=part))
     if show is not None:
         show.close()

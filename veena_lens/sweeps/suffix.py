@@ -19,8 +19,8 @@ from veena_lens.components.context import Context
 from veena_lens.components.prefix import SharedPrefix
 from veena_lens.hook_table import layer_of
 from veena_lens.model.decoder import run_blocks
-from veena_lens.sweeps.pictures import encode_again
 from veena_lens.sweeps.rows import AnyRow, BaseRun, Row
+from veena_lens.sweeps.tower import encode_again
 
 
 def chunks(rows: Sequence[AnyRow], max_rows: int) -> Iterator[list[int]]:

@@ -7,6 +7,9 @@ that a model can be exported whole.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -76,19 +79,39 @@ class ClipTower(nn.Module):
         self.unused = Unused(cfg)
 
     def forward(self, pixels: Float[Tensor, "picture channel height width"], grids: None = None) -> Seen:
-        resid = self.embed(pixels)
-        context = Context(key_mask=None, n_new=resid.shape[1], is_causal=False)
-        features: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            resid = block.hook_resid_pre(resid)
-            features[layer] = resid
-            resid = block.rest(resid, context)
-        features[len(self.blocks)] = resid
-        chosen = torch.cat([features[i] for i in self.cfg.feature_layers], -1)
+        resid, kept = self.embed(pixels), {}
+        context = self.context(grids, resid.shape[1], resid.device)
+        for layer in range(self.cfg.n_layers):
+            resid = self.step(layer, resid, context, kept)
+        return self.leave(resid, kept)
+
+    def context(self, grids: None, length: int, device: torch.device) -> Context:
+        """What the blocks share: pictures of one size, every patch read by every other."""
+        return Context(key_mask=None, n_new=length, is_causal=False)
+
+    def step(
+        self, layer: int, resid: Float[Tensor, "picture pos d_model"], context: Context, kept: dict[int, Tensor]
+    ) -> Float[Tensor, "picture pos d_model"]:
+        """The residual after one block; what enters it goes into `kept` where it is a feature."""
+        block: Any = self.blocks[layer]
+        resid = block.hook_resid_pre(resid)
+        if layer in self.cfg.feature_layers:
+            kept[layer] = resid
+        return block.rest(resid, context)
+
+    def leave(self, resid: Float[Tensor, "picture pos d_model"], kept: Mapping[int, Tensor]) -> Seen:
+        """The features: streams of the chosen depths side by side."""
+        streams = {**kept, self.cfg.n_layers: resid}
+        chosen = torch.cat([streams[i] for i in self.cfg.feature_layers], -1)
         return Seen(chosen[:, 1:] if self.cfg.drop_class_token else chosen)
 
-    def embed(self, pixels: Float[Tensor, "picture channel height width"]) -> Float[Tensor, "picture pos d_model"]:
+    def kept_names(self) -> dict[int, str]:
+        """The hook that hears each value of `kept`."""
+        return {i: f"vision.blocks.{i}.hook_resid_pre" for i in self.cfg.feature_layers if i < self.cfg.n_layers}
+
+    def embed(
+        self, pixels: Float[Tensor, "picture channel height width"], grids: None = None
+    ) -> Float[Tensor, "picture pos d_model"]:
         """The residual stream that enters block 0."""
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
         if self.cfg.has_class_token:

@@ -6,6 +6,8 @@ themselves alone. After the blocks, squares of patches are joined: each is what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -27,6 +29,11 @@ from veena_lens.vision.seen import Seen
 def joined_squares(x: Float[Tensor, "picture pos d_model"], merge: int) -> Float[Tensor, "picture token d_joined"]:
     """Patches of a square side by side, as one vector."""
     return rearrange(x, "n (p k) d -> n p (k d)", k=merge**2)
+
+
+def _sizes(grids: Int[Tensor, "picture 2"] | None) -> list[tuple[int, int]]:
+    assert grids is not None
+    return [(int(h), int(w)) for h, w in grids.tolist()]
 
 
 class FlatPatchEmbed(nn.Module):
@@ -56,26 +63,53 @@ class QwenTower(nn.Module):
         self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps)
 
     def forward(self, patches: Float[Tensor, "picture pos d_patch"], grids: Int[Tensor, "picture 2"] | None) -> Seen:
-        assert grids is not None
-        sizes = [(int(h), int(w)) for h, w in grids.tolist()]
-        places = pad_sequence([patch_places(size, self.cfg.merge_size) for size in sizes], batch_first=True)
-        mask = self.mask(sizes, patches.shape[1]).to(patches.device)
+        resid, kept = self.embed(patches, grids), {}
+        context = self.context(grids, resid.shape[1], resid.device)
+        for layer in range(self.cfg.n_layers):
+            resid = self.step(layer, resid, context, kept)
+        return self.leave(resid, kept)
+
+    def embed(
+        self, patches: Float[Tensor, "picture pos d_patch"], grids: Int[Tensor, "picture 2"] | None
+    ) -> Float[Tensor, "picture pos d_model"]:
+        """The residual stream that enters block 0."""
         resid = self.hook_embed(self.patch_embed(patches.to(self.patch_embed.weight.dtype)))
-        if self.cfg.position_grid:
-            resid = resid + self.hook_pos_embed(self.position_embeddings(sizes))
-        exact = self.cfg.casts == "none" and resid.dtype == torch.float64
+        if not self.cfg.position_grid:
+            return resid
+        positions = self.position_embeddings(_sizes(grids))
+        missing = resid.shape[1] - positions.shape[1]  # pictures may be padded beyond the longest of them
+        return resid + self.hook_pos_embed(F.pad(positions, (0, 0, 0, missing)) if missing else positions)
+
+    def context(self, grids: Int[Tensor, "picture 2"] | None, length: int, device: torch.device) -> Context:
+        """What the blocks share: which patches exist, and where each lies in its picture."""
+        sizes = _sizes(grids)
+        places = pad_sequence([patch_places(size, self.cfg.merge_size) for size in sizes], batch_first=True)
+        places = F.pad(places, (0, 0, 0, length - places.shape[1]))
+        exact = self.cfg.casts == "none" and self.patch_embed.weight.dtype == torch.float64
         assert self.cfg.rope_theta is not None
         tables = axial_tables(
-            places.to(patches.device), self.cfg.rope_theta, self.cfg.d_head, torch.float64 if exact else torch.float32
+            places.to(device), self.cfg.rope_theta, self.cfg.d_head, torch.float64 if exact else torch.float32
         )
-        context = Context(key_mask=mask, n_new=resid.shape[1], is_causal=False, rotary=tables)
-        inner: dict[int, Tensor] = {}
-        for layer, block in enumerate(self.blocks):
-            resid = block(resid, context)
-            if layer in self.cfg.deepstack_layers:
-                inner[layer] = resid.clone()  # a hook of the next block may write into its input
+        mask = self.mask(sizes, length).to(device)
+        return Context(key_mask=mask, n_new=length, is_causal=False, rotary=tables)
+
+    def step(
+        self, layer: int, resid: Float[Tensor, "picture pos d_model"], context: Context, kept: dict[int, Tensor]
+    ) -> Float[Tensor, "picture pos d_model"]:
+        """The residual after one block, which goes into `kept` where the decoder reads it besides the features."""
+        resid = self.blocks[layer](resid, context)
+        if layer in self.cfg.deepstack_layers:
+            kept[layer] = resid.clone()  # a hook of the next block may write into its input
+        return resid
+
+    def leave(self, resid: Float[Tensor, "picture pos d_model"], kept: Mapping[int, Tensor]) -> Seen:
+        """The features of joined squares, and the inner layers' outputs."""
         features = joined_squares(self.ln_post(resid), self.cfg.merge_size)
-        return Seen(features, tuple(inner[layer] for layer in self.cfg.deepstack_layers))
+        return Seen(features, tuple(kept[layer] for layer in self.cfg.deepstack_layers))
+
+    def kept_names(self) -> dict[int, str]:
+        """The hook that hears each value of `kept`."""
+        return {i: f"vision.blocks.{i}.hook_resid_post" for i in self.cfg.deepstack_layers}
 
     def position_embeddings(self, sizes: list[tuple[int, int]]) -> Float[Tensor, "picture pos d_model"]:
         """The learned table resampled to each picture, padded."""

@@ -64,8 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     enhance.add_argument("--device", help="run the model there (cpu)")
     enhance.add_argument("--dtype", choices=DTYPES, help="load it at this dtype (as stored)")
 
-    results = commands.add_parser("results", help="print the main table of a results.json as Markdown")
+    results = commands.add_parser("results", help="print a table of a results.json as Markdown")
     results.add_argument("path", help="results.json of a run")
+    results.add_argument("--part", default="main", help="main, random, ways, tuned, effects, elsewhere, layers, heads")
 
     explore = commands.add_parser("explore", help="look inside a model in the browser, with your own pictures")
     explore.add_argument(
@@ -296,7 +297,7 @@ def results(args: argparse.Namespace) -> int:
     """The main table."""
     from veena_lens.app.veena_command import table_command
 
-    return table_command(args.path)
+    return table_command(args.path, args.part)
 
 
 COMMANDS = {

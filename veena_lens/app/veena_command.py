@@ -13,7 +13,7 @@ import torch
 from veena_lens.app.veena_report import write_veena_report
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pipeline import VeenaRun, part_identities, run_veena
-from veena_lens.emotion.results import main_table, results_of, save_results
+from veena_lens.emotion.results import main_table, part_table, results_of, save_results
 from veena_lens.emotion.settings import Settings, preset
 from veena_lens.interventions import Circuit
 
@@ -161,10 +161,10 @@ def enhance_command(
     return found
 
 
-def table_command(path: str) -> int:
-    """Print the main table of a results.json as Markdown."""
+def table_command(path: str, part: str = "main") -> int:
+    """Print a part of a results.json as Markdown: the main table, or another (`part_table`)."""
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"No results at {file}; `veena-lens run --out DIR` writes DIR/results.json.")
-    sys.stdout.write(main_table(json.loads(file.read_text())) + "\n")
+    sys.stdout.write(part_table(json.loads(file.read_text()), part) + "\n")
     return 0

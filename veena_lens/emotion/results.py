@@ -103,6 +103,97 @@ def main_table(results: dict[str, Any], methods: list[str] | None = None) -> str
     return "\n".join(lines)
 
 
+def part_table(results: dict[str, Any], part: str) -> str:
+    """One part of a run as Markdown: "main", "random", "ways", "tuned", "effects", "elsewhere", "layers" or "heads".
+
+    Raises: ValueError for an unknown part."""
+    if part == "main":
+        return main_table(results)
+    if part not in PARTS:
+        raise ValueError(f"No part {part!r}; parts: main, {', '.join(PARTS)}.")
+    return PARTS[part](results)
+
+
+def _random(results: dict[str, Any]) -> str:
+    rows = [
+        [r["method"], r["condition"], _percent(r["plain"]), _percent(r["real"]), _percent(r["random"])]
+        + [f"{_percent(r['low'])} to {_percent(r['high'])}", f"{100 * r['percentile']:.0f}"]
+        for r in results["random"]["table"]
+    ]
+    return _markdown(["method", "condition", "plain", "chosen", "random", "95 % of random", "percentile"], rows)
+
+
+def _ways(results: dict[str, Any]) -> str:
+    rows = [
+        [r["way"], r["mode"], _percent(r["plain"]), _percent(r["worth"]), _percent(r["harm"]), f"{r['perplexity']:.2f}"]
+        for r in results["ways"]["table"]
+    ]
+    return _markdown(["heads ranked by", "mode", "plain", "worth", "harm", "perplexity"], rows)
+
+
+def _tuned(results: dict[str, Any]) -> str:
+    rows = []
+    for name, tuned in results["tuned"].items():
+        shown = {k: v for k, v in tuned["settings"].items() if k not in ("layers", "directions", "vectors", "source")}
+        settings = ", ".join(f"{k} {v}" for k, v in shown.items())
+        allowed = sum(bool(t["allowed"]) for t in tuned["trials"])
+        rows.append([name, settings, _percent(tuned["worth"]), f"{allowed} of {len(tuned['trials'])}"])
+    return _markdown(["method", "settings", "worth", "trials allowed"], rows)
+
+
+def _effects(results: dict[str, Any]) -> str:
+    names = ["perplexity", "distinct_2", "repetition", "drift", "attributes", "described", "latency"]
+    rows = [[e["method"], *["" if e.get(n) is None else f"{e[n]:.3g}" for n in names]] for e in results["side_effects"]]
+    return _markdown(["method", *[n.replace("_", "-") for n in names]], rows)
+
+
+def _elsewhere(results: dict[str, Any]) -> str:
+    rows = [
+        [r["condition"], r["method"], str(r["n"]), _percent(r["hit"]), f"{_percent(r['low'])} to {_percent(r['high'])}"]
+        for r in results["elsewhere"] or []
+    ]
+    return _markdown(["pictures", "method", "n", "hit rate", "95 %"], rows)
+
+
+def _layers(results: dict[str, Any]) -> str:
+    rows = [
+        [str(r["layer"]), f"{r['C']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}", f"{r['control']:.2f}"]
+        + ["yes" if r["in_band"] else ""]
+        for r in results["key_layers"]["by_layer"]
+    ]
+    return _markdown(["layer", "C", "95 %", "random direction", "in the band"], rows)
+
+
+def _heads(results: dict[str, Any]) -> str:
+    rows = [
+        [f"L{r['layer']}H{r['head']}", f"{r['effect']:.3f}", f"{r['low']:.3f} to {r['high']:.3f}", r["rows"]]
+        + [f"{r['intention']:.2f}", _percent(r["from_picture"]), r["label"], r["emotion"]]
+        for r in results["key_heads"]["table"]
+        if r["key"]
+    ]
+    return _markdown(["head", "restores", "95 %", "at", "intention", "from picture, %", "kind", "most"], rows)
+
+
+PARTS: dict[str, Any] = {
+    "random": _random,
+    "ways": _ways,
+    "tuned": _tuned,
+    "effects": _effects,
+    "elsewhere": _elsewhere,
+    "layers": _layers,
+    "heads": _heads,
+}
+
+
+def _percent(x: float | None) -> str:
+    return "" if x is None else f"{100 * x:.1f}"
+
+
+def _markdown(columns: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
 def _counts(counts: Any) -> Any:
     return counts if isinstance(counts, (dict, list)) else _records(counts)
 

@@ -99,7 +99,9 @@ class Intervening:
         before = self._applied
         self._applied = [*before, *planned]
         try:
-            edits = [(p.name, self._hook_of(p)) for p in planned if p.bias_layer is None]
+            # A factor of 1 is no edit: to hear the pattern for it would leave the fused kernel, whose last bits differ.
+            acting = [p for p in planned if getattr(p.intervention, "factor", None) != 1]
+            edits = [(p.name, self._hook_of(p)) for p in acting if p.bias_layer is None]
             with self.hooks(edits):  # type: ignore[attr-defined]
                 yield self
         finally:

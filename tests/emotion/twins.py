@@ -1,0 +1,45 @@
+"""Twins of eight people, two emotions each, and directions from them, made once for all tests that locate."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from tests.emotion.asked import NAMES, bundled
+from veena_lens.emotion.directions import Directions, extract_directions
+from veena_lens.emotion.pairs import Pair, load_pairs
+from veena_lens.emotion.slot import LEAD_IN, AnswerSlot, answer_slot
+
+EMOTIONS = ("happy", "angry")
+LLAVA, QWEN = NAMES
+QUESTION = "name the emotions of the person in the picture."
+
+
+@cache
+def twins(people: int = 8) -> tuple[Pair, ...]:
+    """Two pairs a person, asked so that the answer begins with the emotion."""
+    found = load_pairs().select(split="development", emotion=list(EMOTIONS)).without_context()
+    return tuple(found.select(identity=[f"avataaars-{10000 + i}" for i in range(people)]).asked(QUESTION))
+
+
+@cache
+def directions(name: str = LLAVA) -> Directions:
+    """Directions of all sixteen pairs at the last token of the lead-in."""
+    return extract_directions(
+        bundled(name), twins(), tau=-1, require_neutral=False, minimum=8, lead_in=LEAD_IN, progress=False
+    )
+
+
+@cache
+def slot(name: str = LLAVA) -> AnswerSlot:
+    return answer_slot(bundled(name), EMOTIONS)
+
+
+@cache
+def precise() -> Any:
+    """The bundled LLaVA in float64."""
+    from veena_lens import HookedVLM
+
+    return HookedVLM.from_pretrained(LLAVA, dtype=torch.float64)

@@ -20,6 +20,7 @@ from veena_lens.emotion.side_effects import (
     SideEffects,
     attribute_accuracy,
     described_accuracy,
+    latency_ratio,
     measure_side_effects,
 )
 from veena_lens.emotion.tuning import Tuned
@@ -141,8 +142,12 @@ def side_effects(
         def run(method: Method = method) -> dict[str, Any]:
             one = measure_side_effects(
                 model, examples, method, test.texts["alone"][method.name], neutral=neutral, lead_in=settings.lead_in,
-                repeats=3, batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
+                batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
             ).to_dict()  # fmt: skip
+            one["latency"] = latency_ratio(
+                model, examples[: settings.batch_size], method, batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+            )  # fmt: skip
             if asked:
                 right = attribute_accuracy(model, of, asked, truths, method, batch_size=settings.batch_size)
                 one["attributes"] = float(right.mean())

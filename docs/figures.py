@@ -1,0 +1,88 @@
+"""Draw the pictures of docs/concepts.md: `python docs/figures.py`. Everything in them is computed by the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from veena_lens import HookedVLM, plots
+from veena_lens.checkpoints import bundled_pairs
+from veena_lens.positions import position_mask
+from veena_lens.sweeps import patch_sweep
+from veena_lens.sweeps.metrics import logit_diff
+
+FOLDER = Path(__file__).parent
+QUESTION = "how does the person in the picture feel?"
+LEAD = "the person feels"
+
+
+def chessboard(height: int, width: int) -> torch.Tensor:
+    """Alternating cells, so that each can be seen."""
+    return ((torch.arange(height)[:, None] + torch.arange(width)) % 2).float()
+
+
+def spans(model: HookedVLM) -> dict[str, object]:
+    """The words for positions over one prompt and its answer, and the cells of pictures of two shapes."""
+    from PIL import Image
+
+    happy = bundled_pairs("test")[0][0].open().convert("RGB")
+    inputs = model.prepare(text=QUESTION, images=happy).with_answer(f"{LEAD} happy.")
+    words = ("image", "query", "last", "generated", "prompt")
+    chosen = torch.stack([position_mask(inputs, word)[0] for word in words]).float()
+    strip = plots.heatmap(
+        chosen, y=words, x_name=f"position of {inputs.shape[1]}", numbers=False, limits=(0, 1), name="chosen"
+    )
+    qwen = HookedVLM.from_pretrained("tiny-qwen2vl-emotion")
+    wide = happy.resize((300, 120), Image.Resampling.LANCZOS)
+    asked = qwen.prepare(text=QUESTION, images=wide)
+    return {
+        "spans.png": strip,
+        "cells.png": plots.overlay(
+            happy, chessboard(*inputs.grids[0][0]), patch_boxes=inputs.patch_boxes[0][0], title="a cell, a token"
+        ),
+        "cells-wide.png": plots.overlay(
+            wide, chessboard(*asked.grids[0][0]), patch_boxes=asked.patch_boxes[0][0], title="a cell, a token"
+        ),
+    }
+
+
+def staircase(model: HookedVLM) -> dict[str, object]:
+    """Which layers each row of a head sweep recomputes: row h of layer l joins the batch at layer l."""
+    layers = torch.arange(model.cfg.n_layers)
+    patched = layers.repeat_interleave(model.cfg.n_heads)
+    runs = (layers[:, None] >= patched).float()
+    figure = plots.heatmap(
+        runs, x_name="patch (eight heads a layer)", y_name="layer", numbers=False, limits=(0, 1), name="recomputed"
+    )
+    return {"staircase.png": figure}
+
+
+def restoration(model: HookedVLM) -> dict[str, object]:
+    """What a patch of the stream brings back, over layers and positions; and head by head."""
+    emotional, neutral = next(pair for pair in bundled_pairs("test") if pair[0].emotion == "surprised")
+    clean, corrupted = (model.prepare(text=QUESTION, images=p.open()).with_answer(LEAD) for p in (emotional, neutral))
+    metric = logit_diff(model.to_single_token(" surprised"), model.to_single_token(" neutral"))
+    effects = patch_sweep(model, clean, corrupted, sites="resid", positions="each", metric=metric, progress=False)
+    values = effects.as_scores().values.float()
+    image = clean.image_mask[0].cpu()
+    text = [place for place in range(clean.shape[1]) if not image[place]]
+    table = torch.cat([values[:, image].amax(1, keepdim=True), values[:, text]], 1)
+    words = ["image (largest)", *(model.to_string(clean.tokens[0, place][None]).strip() for place in text)]
+    return {
+        "restoration.png": plots.heatmap(
+            table, x=words, x_name="position", y_name="layer", name="effect restored", center=0, numbers=False
+        ),
+    }
+
+
+def draw(folder: Path = FOLDER) -> list[Path]:
+    """Write every figure; gives back their paths."""
+    torch.set_grad_enabled(False)
+    model = HookedVLM.from_pretrained("tiny-llava-emotion")
+    figures = spans(model) | staircase(model) | restoration(model)
+    return [plots.save(figure, folder / name) for name, figure in figures.items()]  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    print(*draw(), sep="\n")

@@ -164,9 +164,10 @@ def own_families(
 ) -> list[tuple[str, list[dict[str, Any]], Any]]:
     """(name, grid, build) of VEE, ENA, VEENA and its adaptive variant."""
     heads, mode, found = ways.heads, ways.mode, neurons.neurons
-    compared = len(ways.table)
-    left = max(1, settings.trials - compared)
     betas, gammas, n = list(settings.betas), list(settings.gammas), settings.trials
+    # The comparison of rankings and modes spent trials of VEE, the winner's at FIRST_BETA among them.
+    others = [{"beta": b} for b in betas if b != FIRST_BETA]
+    doses = sorted([{"beta": FIRST_BETA}, *spaced(others, max(1, n - len(ways.table)))], key=lambda x: x["beta"])
     sizes = sorted({min(10, len(found)), len(found)})
 
     def build_vee(beta: float) -> Method:
@@ -183,7 +184,7 @@ def own_families(
         return adaptive.method(heads, found, beta, gamma, kind, mode=mode)
 
     return [
-        ("VEE", spaced([{"beta": b} for b in betas], left), build_vee),
+        ("VEE", doses, build_vee),
         ("ENA", spaced([{"gamma": g, "k": k} for g in gammas for k in sizes], n), build_ena),
         ("VEENA", spaced([{"beta": b, "gamma": g} for b in betas for g in gammas[::2]], n), build_veena),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from veena_lens.emotion.choosing import Ways
 from veena_lens.emotion.controls import random_heads, random_neurons
-from veena_lens.emotion.enhance import ena, vee
+from veena_lens.emotion.enhance import ena, vee, veena
 from veena_lens.emotion.evaluation import NEUTRAL, Evaluation, evaluate
 from veena_lens.emotion.key_neurons import KeyNeurons
 from veena_lens.emotion.methods import PLAIN, Method, answers
@@ -32,7 +33,7 @@ DESCRIPTION = 48  # tokens
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RandomControls:
-    """`table`: for VEE and ENA and every condition, the chosen components' hit rate ("real"), that of random ones from
+    """`table`: for VEE, ENA and VEENA and every condition, the chosen components' hit rate ("real"), that of random ones from
     the same layers (mean, low and high of the middle 95 %), and the percentile of the real one among them."""
 
     table: Any
@@ -77,11 +78,21 @@ def random_controls(
         drawn = random_neurons(neurons.neurons[: chosen["k"]], model.cfg, n, settings.seed)
         crowded |= bool(drawn.crowded)
         families.append(("ENA", drawn, lambda x, s=chosen: ena(x, s["gamma"])))
+    if n and "VEENA" in tuned:
+        both = dict(tuned["VEENA"].method.settings)
+        pairs = zip(
+            random_heads(ways.heads, model.cfg, n, settings.seed + 1),
+            random_neurons(neurons.neurons, model.cfg, n, settings.seed + 1),
+            strict=True,
+        )
+        families.append(
+            ("VEENA", list(pairs), lambda x, s=both: veena(x[0], x[1], s["beta"], s["gamma"], mode=s["mode"]))
+        )
     for name, drawn, build in families:
         methods = []
         for i, units in enumerate(drawn):
             made = build(units)
-            about = {"made": made.name, "units": [list(u) for u in units]}
+            about = {"made": made.name, "units": json.loads(json.dumps(units))}
             methods.append(Method(name=f"{name}, random {i}", interventions=made, settings=about))
         found = evaluate(
             model, wanted, methods, wheels=wheels, batch_size=settings.batch_size,

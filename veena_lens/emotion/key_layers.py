@@ -26,6 +26,7 @@ from veena_lens.emotion.slot import AnswerSlot, emotion_tokens
 from veena_lens.emotion.wheels import EmotionWheels
 from veena_lens.emotion.work import Work, directions_key, model_key
 from veena_lens.interventions import Steer
+from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import generation_sweep, steer_sweep
 from veena_lens.sweeps.running import bar
@@ -134,9 +135,13 @@ def key_layers(
     chosen = list(range(model.cfg.n_layers)) if layers is None else [int(layer) for layer in layers]
     if not pairs or not chosen or not len(alphas):
         raise ValueError(f"key_layers: {len(pairs)} pairs, layers {chosen}, alphas {list(alphas)}: none may be empty.")
+    chosen = [require_layer(layer, model.cfg.n_layers, "key_layers") for layer in chosen]
     if random_directions < 1:
         raise ValueError(f"key_layers: random_directions={random_directions} must be at least 1.")
     directions.check(model)
+    directions.vectors(scale)
+    for emotion in dict.fromkeys(pair.emotion for pair in pairs):
+        directions.of(emotion)
     wheels = EmotionWheels.default() if wheels is None else wheels
     skip = emotion_tokens(model, [*directions.emotions, "neutral"], wheels)
     noise = _random_units(random_directions, directions, seed)
@@ -149,14 +154,14 @@ def key_layers(
     found = []
     for i, pair in enumerate(pairs):
         units = noise[i % random_directions]
-        name = f"{pair.emotional.picture} {pair.neutral.picture} {pair.neutral.prompt} {i % random_directions}"
+        name = f"{pair.emotion} {pair.emotional.picture} {pair.neutral.picture} {pair.neutral.prompt}"
 
         def run(pair: Any = pair, units: Tensor = units) -> dict[str, Any]:
             return _inject(
                 model, pair, directions, chosen, alphas, scale, positions, units, slot, skip, max_new_tokens, max_rows
             )
 
-        found.append(work.do(name, run))
+        found.append(work.do(f"{name} {i % random_directions}", run))
         if show is not None:
             show.update(1)
     if show is not None:
@@ -274,7 +279,7 @@ def _judged(
         control=Scores(ratio(fake - base, gap, weights), axes, bounds, "C of random directions"),
         by_layer=Scores(by_layer, ("layer", "bound"), per_layer, "C"),
         control_by_layer=Scores(control, ("layer", "bound"), per_layer, "C of random directions"),
-        crossed=_crossed(pairs, found, layers, fluent, directions.emotions, wheels),
+        crossed=_crossed(pairs, found, layers, alphas, fluent, directions.emotions, wheels),
         fluency=Scores(fluency, ("layer", "alpha"), labels, "perplexity", "ratio"),
         soft=soft,
         agreement=agreement,
@@ -307,6 +312,7 @@ def _crossed(
     pairs: Sequence[Any],
     found: Sequence[dict[str, Any]],
     layers: list[int],
+    alphas: Sequence[float | int],
     fluent: Tensor,
     emotions: Sequence[str],
     wheels: Any,
@@ -324,7 +330,8 @@ def _crossed(
             doses = fluent[i].nonzero().flatten()
             if not len(doses):
                 continue
-            named = wheels.emotions(one["texts"][i * n_alphas + int(doses[-1])])
+            largest = max(doses.tolist(), key=lambda dose: alphas[dose])
+            named = wheels.emotions(one["texts"][i * n_alphas + largest])
             for column, name in enumerate(wanted):
                 counts[i, row, column] += name in named
     values = counts / totals[None, :, None]

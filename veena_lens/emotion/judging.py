@@ -33,8 +33,8 @@ DESCRIPTION = 48  # tokens
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RandomControls:
-    """`table`: for VEE, ENA and VEENA and every condition, the chosen components' hit rate ("real"), that of random ones from
-    the same layers (mean, low and high of the middle 95 %), and the percentile of the real one among them."""
+    """`table`: for VEE, ENA and VEENA and every condition, the hit rate of the chosen components ("real"), that of
+    random ones of the same layers (mean, low and high of the middle 95 %), and the real one's percentile among them."""
 
     table: Any
     draws: int

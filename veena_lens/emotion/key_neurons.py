@@ -25,9 +25,9 @@ Neuron = tuple[int, int]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeyNeurons:
-    """`table`: layer, neuron, value (mean push), consistency, rows ("last" or "query"), kind, why, emotion words among
-    the promoted tokens, mean activations on emotional and neutral pictures; best first. `trace` (layer, neuron): mean
-    push at the last token over pairs."""
+    """`table`: layer, neuron, emotion (whose pairs, "" for all), value (mean push), consistency, rows ("last" or
+    "query"), kind, why, emotion words among the promoted tokens, mean activations there on emotional and neutral
+    pictures; best first. `trace` (layer, neuron): mean push at the last token over pairs."""
 
     table: Any
     trace: Scores
@@ -106,9 +106,9 @@ def key_neurons(
 ) -> KeyNeurons:
     """The `k` neurons that push most along the direction at the last token, and `confirm` early ones at the query.
 
-    Kept where at least `consistency` of the pairs agree in sign. Neurons up to the key `layer` that push at the query
-    become contextual triggers where path patching confirms their effect on a key head (`heads`). Kinds follow
-    `circuits.neuron_kinds` with all emotion words of `wheels`.
+    Kept where at least `consistency` of the pairs agree in sign, all or those of one emotion (`strongest_neurons`).
+    Neurons up to the key `layer` that push at the query become contextual triggers where path patching confirms their
+    effect on a key head (`heads`). Kinds follow `circuits.neuron_kinds` with all emotion words of `wheels`.
     Raises: ValueError for no pairs. Source: Zhang et al. 2026, arXiv 2605.21980, names the kinds; the rules are ours.
     """
     import pandas as pd
@@ -121,28 +121,27 @@ def key_neurons(
 
         wheels = EmotionWheels.default()
     words = {w for e in directions.emotions for w in wheels.lexicon(e) if " " not in w}
-    overall = directions.of(None)
     trace, means = neuron_pushes(model, pairs, directions, lead_in=lead_in, batch_size=batch_size)
-    late = neuron_kinds(model, top_neurons(trace, k, consistency), words, overall, layer, at="last")
-    late = late.assign(rows="last")
-    tables = [late]
+    emotions = [p.emotion for p in pairs]
+    late = _kinds(model, strongest_neurons(trace, emotions, k, consistency), words, directions, layer, "last", None)
+    tables, sides = [late], {"last": means.values}
     if heads is not None and heads.heads and confirm:
-        early, _ = neuron_pushes(model, pairs, directions, "query", lead_in=lead_in, batch_size=batch_size)
+        early, at_query = neuron_pushes(model, pairs, directions, "query", lead_in=lead_in, batch_size=batch_size)
         first = max(head for head in heads.heads)[0]
         kept = Scores(early.values[:, :first], early.axes, {"layer": list(range(first))}, early.name)
         if first > 0:
-            table = top_neurons(kept, confirm, consistency)
+            table = strongest_neurons(kept, emotions, confirm, consistency)
             sure = _confirmed(model, spread_over(pairs, 12), directions, heads, table)
-            table = neuron_kinds(model, table, words, overall, layer, at="query", confirmed=sure)
-            tables.append(table.assign(rows="query"))
+            tables.append(_kinds(model, table, words, directions, layer, "query", sure))
+            sides["query"] = at_query.values
     table = pd.concat(tables, ignore_index=True)
     at = [(int(a), int(n)) for a, n in zip(table["layer"], table["neuron"], strict=True)]
     table = table.assign(
-        emotional=[float(means.values[0, a, n]) for a, n in at],
-        neutral=[float(means.values[1, a, n]) for a, n in at],
+        emotional=[float(sides[rows][0, a, n]) for rows, (a, n) in zip(table["rows"], at, strict=True)],
+        neutral=[float(sides[rows][1, a, n]) for rows, (a, n) in zip(table["rows"], at, strict=True)],
         promotes=[
-            _words(model, a, n, float(v) * _sign(model, directions, a, n))
-            for (a, n), v in zip(at, table["value"], strict=True)
+            _words(model, a, n, float(v) * _sign(model, directions, a, n, e))
+            for (a, n), v, e in zip(at, table["value"], table["emotion"], strict=True)
         ],
     )
     mean = trace.mean("pair")
@@ -151,9 +150,44 @@ def key_neurons(
     )
 
 
-def _sign(model: Any, directions: Any, layer: int, neuron: int) -> float:
+def strongest_neurons(trace: Scores, emotions: Sequence[str], k: int, consistency: float | int = 0.8) -> Any:
+    """The `k` neurons of largest mean push, of all pairs or of one emotion's: a table with the columns of `top_neurons`
+    and "emotion" ("" where all pairs are meant).
+
+    A neuron that serves one emotion pushes little on the pairs of the others, and their signs are noise; so each
+    neuron's mean and the share of pairs that agree in sign are also taken within each emotion of at least four pairs,
+    and the larger mean among those that are consistent counts, once a neuron."""
+    import pandas as pd
+
+    tables: list[Any] = [top_neurons(trace, k, consistency).assign(emotion="")]
+    for emotion in dict.fromkeys(emotions):
+        rows = [i for i, name in enumerate(emotions) if name == emotion]
+        if len(rows) >= 4 and len(rows) < len(emotions):
+            mine = Scores(trace.values[rows], trace.axes, {"layer": trace.labels["layer"]}, trace.name)
+            tables.append(top_neurons(mine, k, consistency).assign(emotion=emotion))
+    table: Any = pd.concat([t for t in tables if len(t)] or tables[:1], ignore_index=True)
+    table = table[table["value"] > 0].sort_values(by="value", ascending=False, kind="stable")
+    return table.drop_duplicates(["layer", "neuron"]).head(k).reset_index(drop=True)
+
+
+def _kinds(
+    model: Any, table: Any, words: set[str], directions: Any, layer: int, rows: str, confirmed: set[Neuron] | None
+) -> Any:
+    """The table with kinds, each neuron on the direction of its own emotion, in the same order."""
+    import pandas as pd
+
+    parts = []
+    for emotion, some in table.groupby("emotion", sort=False):
+        direction = directions.of(emotion or None)
+        parts.append(neuron_kinds(model, some, words, direction, layer, at=rows, confirmed=confirmed))
+    if not parts:
+        return table.assign(kind="", lexicon_tokens=0, why="", rows=rows)
+    return pd.concat(parts).sort_index().assign(rows=rows)
+
+
+def _sign(model: Any, directions: Any, layer: int, neuron: int, emotion: str = "") -> float:
     row = model.blocks[layer].mlp.W_out.detach()[neuron]
-    return float(row.double() @ directions.unit(None)[layer].to(row).double())
+    return float(row.double() @ directions.unit(emotion or None)[layer].to(row).double())
 
 
 def _words(model: Any, layer: int, neuron: int, signed: float, n: int = 8) -> list[str]:

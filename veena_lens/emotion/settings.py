@@ -80,8 +80,8 @@ PRESETS: dict[str, Settings] = {
         strengths=("plain", "strong"), random_conditions=("conflict, plain",), layer_pairs=21, mechanism_pairs=49,
     ),
     "full": Settings(
-        preset="full", mechanism_pairs=None, layer_pairs=49, conflict_examples=192, validation_pictures=32,
-        test_pictures=None, ways=WAYS, trials=12, random_conditions=("conflict, plain", "conflict, strong"),
+        preset="full", mechanism_pairs=None, layer_pairs=49, conflict_examples=192, validation_pictures=24,
+        test_pictures=None, ways=WAYS, trials=12, random_conditions=("conflict, plain",),
         max_new_tokens=20,
     ),
 }  # fmt: skip

@@ -149,7 +149,9 @@ def evaluate(
     texts: dict[str, dict[str, list[str]]] = {c: {} for c in conditions}
     for method in methods:
         about = {"what": "answers", "model": model_key(model), "method": method.name, "settings": dict(method.settings)}
-        work = Work(out, about | {"tokens": max_new_tokens})
+        # Settings need not tell one set of heads from another; the interventions themselves do.
+        does = [] if callable(method.interventions) else [repr(x) for x in method.interventions]
+        work = Work(out, about | {"does": does, "tokens": max_new_tokens})
         for condition, examples in conditions.items():
             said: list[str] = []
             for some in batches(examples, batch_size):

@@ -46,9 +46,11 @@ def boost_gradients(
 ) -> Scores:
     """d margin / d beta at beta = 1 for every head, axes (example, layer, head), for mode "scale" or "renorm".
 
-    Raises: ValueError for another mode, or inside torch.inference_mode."""
+    Raises: ValueError for another mode, no examples, or inside torch.inference_mode."""
     if mode not in UNITS:
         raise ValueError(f"boost_gradients: mode={mode!r} must be one of {', '.join(UNITS)}.")
+    if not examples:
+        raise ValueError("boost_gradients: there are no examples.")
     if torch.is_inference_mode_enabled():
         raise ValueError("boost_gradients needs gradients: leave torch.inference_mode().")
     found = []
@@ -94,9 +96,11 @@ def boost_effects(
 ) -> Scores:
     """The change of the margin when one head's attention to the picture is strengthened by `factor`, exactly.
 
-    Axes (example, head), heads labelled "L3H2"; log odds. Raises: ValueError for no heads."""
+    Axes (example, head), heads labelled "L3H2"; log odds. Raises: ValueError for no heads or examples."""
     if not heads:
         raise ValueError("boost_effects: the list of heads is empty.")
+    if not examples:
+        raise ValueError("boost_effects: there are no examples.")
     entries: list[list[Any]] = [[]]
     entries += [
         [BoostAttention(layer=a, heads=[h], queries=queries, factor=float(factor), mode=mode)] for a, h in heads
@@ -125,5 +129,9 @@ def best_heads(scores: Scores, k: int, layers: Sequence[int] | None = None) -> l
         keep = torch.tensor([at in set(layers) for at in mean.labels["layer"]])
         values = torch.where(keep[:, None], values, -torch.inf)
     n_heads = values.shape[1]
-    order = values.flatten().argsort(descending=True, stable=True)[:k].tolist()
+    order = [
+        i
+        for i in values.flatten().argsort(descending=True, stable=True)[:k].tolist()
+        if values.flatten()[i] > -torch.inf
+    ]
     return [(int(mean.labels["layer"][i // n_heads]), i % n_heads) for i in order]

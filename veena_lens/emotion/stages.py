@@ -71,7 +71,8 @@ def stage_bounds(
     out = [restored_low[i] > control_high[i] and accuracy_low[i] > accuracy_control[i] for i in range(n)]
     first = out.index(True) if True in out else n
     best = max(accuracy)
-    base = accuracy_control[accuracy.index(best)] if isinstance(accuracy, list) else 0.0
+    peak = list(accuracy).index(best)
+    base = min(best, accuracy_control[peak])  # never better than chance: it is as good as it gets at its best layer
     saturates = next(i for i in range(n) if accuracy[i] >= base + SATURATED * (best - base))
     top = max(reading) if len(reading) else 0.0
     ends = max((i for i, r in enumerate(reading) if top > 0 and r >= 0.1 * top), default=0)
@@ -108,11 +109,13 @@ def find_stages(
     at_query = heads.effects.select(rows="query").mean("pair").values.nan_to_num(0).clamp_min(0).sum(-1)
     reading = torch.zeros(model.cfg.n_layers, dtype=torch.float64)
     reading[: len(at_query)] = at_query
-    low, high = layers.by_layer.values[:, 0], layers.control_by_layer.values[:, 2]
+    low, high = torch.full_like(reading, -1), torch.full_like(reading, 1)  # a layer not measured restores nothing
+    measured = list(layers.by_layer.labels["layer"])
+    low[measured] = layers.by_layer.values[:, 0].nan_to_num(-1)
+    high[measured] = layers.control_by_layer.values[:, 2].nan_to_num(1)
     first, last = stage_bounds(
-        low.nan_to_num(-1).tolist(), high.nan_to_num(1).tolist(), column["accuracy"], column["low"], column["control"],
-        reading.tolist(),
-    )  # fmt: skip
+        low.tolist(), high.tolist(), column["accuracy"], column["low"], column["control"], reading.tolist()
+    )
     where = {"layer": list(range(model.cfg.n_layers))}
     decodable = Scores(table, ("layer", "statistic"), where | {"statistic": names}, "accuracy at the query", "share")
     return Stages(

@@ -169,6 +169,7 @@ def own_families(
     others = [{"beta": b} for b in betas if b != FIRST_BETA]
     doses = sorted([{"beta": FIRST_BETA}, *spaced(others, max(1, n - len(ways.table)))], key=lambda x: x["beta"])
     sizes = sorted({min(10, len(found)), len(found)})
+    middle = gammas[-3:-1] or gammas  # a grid of one has no middle
 
     def build_vee(beta: float) -> Method:
         return Method(name="VEE", interventions=vee(heads, beta, mode=mode), settings={"mode": mode})
@@ -189,7 +190,7 @@ def own_families(
         ("VEENA", spaced([{"beta": b, "gamma": g} for b in betas for g in gammas[::2]], n), build_veena),
         (
             "VEENA adaptive",
-            spaced([{"beta": b, "gamma": g, "kind": k} for b in betas[-4:] for g in gammas[-3:-1] for k in KINDS], n),
+            spaced([{"beta": b, "gamma": g, "kind": k} for b in betas[-4:] for g in middle for k in KINDS], n),
             build_adaptive,
         ),
     ]

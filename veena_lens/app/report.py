@@ -173,6 +173,7 @@ figure { margin: 1.2rem 0; }
 img { max-width: 100%; height: auto; vertical-align: middle; }
 figure > img { background: #ffffff; border: 1px solid var(--line); border-radius: 6px; padding: 6px; }
 .picture > img, td > img { padding: 0; border-radius: 4px; }
+td > img { max-width: none; }
 figcaption { color: var(--quiet); font-size: .9rem; max-width: 75ch; margin-top: .4rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0; }
 .picture { margin: 0; max-width: 200px; }

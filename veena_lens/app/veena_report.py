@@ -40,6 +40,11 @@ def _percent(x: float | None, digits: int = 1) -> str:
     return "" if x is None or x != x else f"{100 * x:.{digits}f}"
 
 
+def _shown(method: str) -> str:
+    """A method's name on the page, where "plain" is also a strength of contexts."""
+    return "plain model" if method == "plain" else method
+
+
 def _lead(run: VeenaRun) -> str:
     table = run.test.table()
     conflict = [c for c in run.test.hits if c.startswith("conflict")] or list(run.test.hits)
@@ -61,7 +66,7 @@ def _main_table(report: Report, run: VeenaRun) -> None:
     conditions = list(run.test.hits)
     rows = []
     for method in run.test.methods:
-        cells: list[Any] = [method]
+        cells: list[Any] = [_shown(method)]
         for condition in conditions:
             row = table[(table["method"] == method) & (table["condition"] == condition)].iloc[0]
             star = "*" if row.get("p") is not None and row["p"] < 0.05 else ""
@@ -72,14 +77,18 @@ def _main_table(report: Report, run: VeenaRun) -> None:
     report.section(
         "What each method is worth",
         f"Hit rate in percent on {n} pictures of identities that no choice has seen, with 95 % intervals over "
-        "identities. A star marks a paired difference to the plain model with p < 0.05. The last column is the share "
-        "of neutral pictures, without context, that are given an emotion.",
+        "identities: the share of answers that name the emotion the picture shows. Columns: the picture alone; after "
+        "a sentence that agrees with it (consistent); after one that says another emotion (conflict), told weakly, "
+        "plainly or strongly. A star marks a paired difference to the plain model with p < 0.05. The last column is "
+        "the share of neutral pictures, without context, that are given an emotion.",
+        "VEE strengthens the attention of key heads to the picture, ENA amplifies key neurons, VEENA does both; the "
+        "adaptive variant sets its strength for each picture. Other rows are rivals, tuned with as many trials.",
     )
-    report.table(["method", *conditions, "false"], rows)
+    report.table(["method", *conditions, "false emotion, %"], rows)
     values = run.test.scores().select(bound="mean").values.T
     figure = plots.heatmap(
-        100 * values, x=conditions, y=list(run.test.methods), title="Hit rate on held-out pictures", name="hit rate",
-        unit="percent", limits=(0, 100),
+        100 * values, x=conditions, y=[_shown(m) for m in run.test.methods], unit="percent",
+        title="Hit rate on held-out pictures", name="hit rate", limits=(0, 100),
     )  # fmt: skip
     report.figure(figure, alt="heat map of hit rates by method and condition", caption="The table as a picture.")
 
@@ -107,11 +116,12 @@ def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
         picture = Thumbnail(open_picture(example.picture), f"picture of {example.emotion}")
         told = f"{example.context} ({example.context_emotion}, {example.context_strength})"
         rows.append([picture, example.emotion, told, *[x for pair in zip(said, marks, strict=True) for x in pair]])
-    columns = ["", "shows", "context", *[x for n in names for x in (n, "")]]
+    columns = ["picture", "shows", "context", *[x for n in names for x in (_shown(n), "")]]
     report.section(
         "Before and after",
-        f"Of {len(found)} answers under a conflicting context {len(better)} became right and {len(worse)} became "
-        "wrong; examples of each, and of answers that did not change.",
+        f"Of {len(found)} answers under a conflicting context {len(better)} became right with {names[-1]} and "
+        f"{len(worse)} became wrong; examples of each, and of answers that stayed right or wrong. After each context "
+        "stand its emotion and strength.",
     )
     report.table(columns, rows, tones=TONES)
 
@@ -143,13 +153,17 @@ def _layers(report: Report, run: VeenaRun) -> None:
         layers.crossed.select(layer=layers.best).values, x=names, y=names, x_name="named", y_name="injected",
         title=f"Injected and named, layer {layers.best}", name="share", limits=(0, 1),
     )  # fmt: skip
-    band = "no layer is" if layers.band is None else f"{show_run(range(layers.band[0], layers.band[1] + 1))} are"
+    band = "no layer is" if layers.band is None else show_run(range(layers.band[0], layers.band[1] + 1))
+    if layers.band is not None:
+        band += " is" if layers.band[0] == layers.band[1] else " are"
     spans = run.stages.spans()
     stages = ", ".join(f"{name}: {show_run(x)}" for name, x in spans.items())
     report.section(
         "Key layers",
         f"Best layer {layers.best}; {band} above the control. Emotional pictures hit {_percent(layers.emotional)} %, "
-        f"neutral ones {_percent(layers.neutral)} % ({layers.n_pairs} pairs). C is averaged over doses whose answers "
+        f"neutral ones {_percent(layers.neutral)} % ({layers.n_pairs} pairs). C is how far the direction, put into "
+        f"runs on neutral pictures, takes the hit rate to that of emotional ones (0 not at all, 1 all the way). It is "
+        f"averaged over doses whose answers "
         f"stay fluent. Soft and generated changes agree with a rank correlation of {layers.agreement:.2f}.",
         f"Stages by the curves: {stages}.",
     )
@@ -180,12 +194,14 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
         f"picture is put into the neutral run ({heads.n_pairs} pairs): interval above 0, change along the direction, "
         "and significant among all heads.",
     )
-    figure = heads.plot(title="Restored by one head, the better of query and last token", center=0)
-    report.figure(figure, alt="heat map of what each head restores")
+    figure = heads.plot(title="Restored by one head", center=0)
+    report.figure(
+        figure, alt="heat map of what each head restores", caption="At the query or the last token, the better."
+    )
     rows = [
         [f"L{r['layer']}H{r['head']}", "key" if r["key"] else "", f"{r['effect']:.3f}"]
         + [f"[{r['low']:.3f}, {r['high']:.3f}]", str(r["rows"]), float(r["intention"]), _percent(r["from_picture"], 0)]
-        + [float(r["tau"]), float(r["tau_crossed"]), str(r["label"]), str(r["emotion"])]
+        + [_number(r["tau"]), _number(r["tau_crossed"]), str(r["label"]), str(r["emotion"])]
         for r in heads.table.head(16).to_dict("records")
     ]
     columns = [
@@ -201,7 +217,16 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
         "kind",
         "most",
     ]
+    unsure = all(r["tau"] != r["tau"] for r in heads.table.to_dict("records"))
+    if unsure:
+        columns, rows = columns[:7], [row[:7] for row in rows]
     report.table(columns, rows, tones=TONES)
+    report.text(
+        "Each head's own emotion is left open: there are too few pairs of each."
+        if unsure
+        else "tau: how much more a head serves one emotion than the others, from 0 (general) to 1 (one emotion alone); "
+        "cross-fitted: the emotion chosen and judged on different pairs."
+    )
     pair = _example_pair(run)
     if heads.heads and pair is not None:
         lead_in = heads.meta.get("lead_in")
@@ -221,8 +246,8 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
         rows = [
             [
                 int(r["level"]),
-                r["sender"],
-                r["receiver"],
+                _part(r["sender"]),
+                _part(r["receiver"]),
                 _interval(r),
                 float(r["path"]),
             ]
@@ -236,6 +261,16 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
         rows = [[f"L{r['layer']}H{r['head']}", _interval(r)] for r in run.execution.to_dict("records")]
         report.text("After the key layer: what single heads restore of the lead of the emotion's words.")
         report.table(["head", "restores"], rows)
+
+
+def _part(name: str) -> str:
+    """A part of the model as people write it: "3_mlp_out" is the MLP of layer 3."""
+    return f"MLP {name.removesuffix('_mlp_out')}" if name.endswith("_mlp_out") else name
+
+
+def _number(x: Any) -> float | None:
+    """A cell of a table; what is not known stays empty."""
+    return None if x is None or x != x else float(x)
 
 
 def _interval(row: dict[str, Any]) -> str:
@@ -257,8 +292,15 @@ def _example_pair(run: VeenaRun) -> Any:
 
 def _neurons(report: Report, run: VeenaRun) -> None:
     rows = [
-        [f"L{r['layer']}N{r['neuron']}", str(r["kind"]), str(r["rows"]), float(r["value"]), float(r["consistency"])]
-        + [int(r["lexicon_tokens"]), ", ".join(w for w in r["promotes"] if w.isprintable() and w != "\ufffd")]
+        [
+            f"L{r['layer']}N{r['neuron']}",
+            str(r["kind"]),
+            str(r["emotion"] or "all"),
+            str(r["rows"]),
+            float(r["value"]),
+            float(r["consistency"]),
+        ]
+        + [int(r["lexicon_tokens"]), ", ".join(w.strip() for w in r["promotes"] if any(c.isalnum() for c in w))]
         for r in run.neurons.table.head(40).to_dict("records")
     ]
     counts = run.neurons.table["kind"].value_counts().to_dict()
@@ -268,7 +310,7 @@ def _neurons(report: Report, run: VeenaRun) -> None:
         + ", ".join(f"{n} {kind}" for kind, n in counts.items())
         + ". Kinds follow a fixed rule on what the output weights promote and where the push was read.",
     )
-    report.table(["neuron", "kind", "at", "push", "consistency", "emotion words of 20", "promotes"], rows)
+    report.table(["neuron", "kind", "pairs", "at", "push", "consistency", "emotion words of 20", "promotes"], rows)
 
 
 def _choices(report: Report, run: VeenaRun) -> None:
@@ -321,13 +363,15 @@ def _controls(report: Report, run: VeenaRun) -> None:
         + [f"[{_percent(r['low'], 0)}, {_percent(r['high'], 0)}]", _percent(r["percentile"], 0)]
         for r in table.to_dict("records")
     ]
-    report.table(["method", "condition", "plain", "chosen", "random", "95 % of random", "percentile"], rows)
+    report.table(
+        ["method", "condition", "plain model, %", "chosen, %", "random, %", "95 % of random", "percentile"], rows
+    )
     if run.elsewhere is not None:
         other = run.elsewhere.table()
         rows = [
             [
                 r["condition"],
-                r["method"],
+                _shown(r["method"]),
                 int(r["n"]),
                 _percent(r["hit"]),
                 f"[{_percent(r['low'], 0)}, {_percent(r['high'], 0)}]",
@@ -339,7 +383,7 @@ def _controls(report: Report, run: VeenaRun) -> None:
     rows = []
     for effect in run.effects:
         values = effect.to_dict()
-        rows.append([values["method"], *[None if values[n] is None else float(values[n]) for n in names]])
+        rows.append([_shown(values["method"]), *[_number(values[n]) for n in names]])
     columns = ["method", "perplexity", "distinct-2", "repetition", "words", "drift on neutral, nats"]
     columns += ["other answers right", "described right", "time ratio"]
     report.table(columns, rows, caption="On test pictures without context.")

@@ -52,16 +52,22 @@ def run_command(
     lens = HookedVLM.from_pretrained(model, **loading)
     run = run_veena(lens, found, out, settings)
     save_results(run, Path(out) / "results.json")
-    write_veena_report(run, lens, Path(out) / "report.html", _command(model, pairs, out, preset_name))
+    given = {"--dtype": dtype, "--device": device, "--seed": seed, "--question": question}
+    command = _command(model, pairs, out, preset_name, given, skip_unreadable)
+    write_veena_report(run, lens, Path(out) / "report.html", command)
     print(main_table(results_of(run)))
     print(run)
     print(f"report: {Path(out) / 'report.html'}")
     return run
 
 
-def _command(model: str, pairs: str | None, out: str, preset_name: str) -> list[str]:
-    where = [] if pairs is None else ["--pairs", pairs]
-    return ["veena-lens", "run", "--model", model, *where, "--out", out, "--preset", preset_name]
+def _command(
+    model: str, pairs: str | None, out: str, preset_name: str, given: dict[str, Any], skip_unreadable: bool = False
+) -> list[str]:
+    """The command line of a run, with the options that were given."""
+    options = {"--model": model, "--pairs": pairs, "--out": out, "--preset": preset_name} | given
+    parts = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+    return ["veena-lens", "run", *parts, *(["--skip-unreadable"] if skip_unreadable else [])]
 
 
 def settings_for(
@@ -136,11 +142,15 @@ def enhance_command(
 ) -> list[dict[str, str]]:
     """Describe pictures with and without a saved circuit; prints both, and returns them.
 
-    The model is that named in the circuit unless given. Raises: ValueError where neither says which."""
+    The model is that named in the circuit unless given. Raises: ValueError where neither says which, and
+    FileNotFoundError for pictures that are not there, all at once."""
     from veena_lens import HookedVLM
     from veena_lens.emotion.methods import answers
     from veena_lens.emotion.pair_set import Example
 
+    missing = [image for image in images if not Path(image).is_file()]
+    if missing:
+        raise FileNotFoundError(f"No picture at {', '.join(missing)}; nothing was loaded.")
     made = Circuit.load(circuit)
     name = model or made.meta.get("model")
     if not name:

@@ -30,9 +30,13 @@ def spans(model: HookedVLM) -> dict[str, object]:
     inputs = model.prepare(text=QUESTION, images=happy).with_answer(f"{LEAD} happy.")
     words = ("image", "query", "last", "generated", "prompt")
     chosen = torch.stack([position_mask(inputs, word)[0] for word in words]).float()
+    image = inputs.spans[0].images[0]
+    shown = [place for place in range(inputs.shape[1]) if not image.start + 2 <= place < image.stop - 2]
+    tokens = [model.to_string(inputs.tokens[0, place][None]).strip() for place in shown]
     strip = plots.heatmap(
-        chosen, y=words, x_name=f"position of {inputs.shape[1]}", numbers=False, limits=(0, 1), name="chosen"
-    )
+        chosen[:, shown], x=tokens, y=words, numbers=False, limits=(0, 1), name="chosen",
+        x_name=f"token (of the picture's {image.stop - image.start} the first and last two)",
+    )  # fmt: skip
     qwen = HookedVLM.from_pretrained("tiny-qwen2vl-emotion")
     wide = happy.resize((300, 120), Image.Resampling.LANCZOS)
     asked = qwen.prepare(text=QUESTION, images=wide)
@@ -48,12 +52,11 @@ def spans(model: HookedVLM) -> dict[str, object]:
 
 
 def staircase(model: HookedVLM) -> dict[str, object]:
-    """Which layers each row of a head sweep recomputes: row h of layer l joins the batch at layer l."""
+    """Which layers the rows of a head sweep recompute: those of layer l join the batch at layer l."""
     layers = torch.arange(model.cfg.n_layers)
-    patched = layers.repeat_interleave(model.cfg.n_heads)
-    runs = (layers[:, None] >= patched).float()
+    runs = (layers[:, None] >= layers).float()
     figure = plots.heatmap(
-        runs, x_name="patch (eight heads a layer)", y_name="layer", numbers=False, limits=(0, 1), name="recomputed"
+        runs, x_name="rows that patch a head of layer", y_name="layer", numbers=False, limits=(0, 1), name="recomputed"
     )
     return {"staircase.png": figure}
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = "veena_lens.Scores/1"
+POSITION_AXES = ("pos", "query", "key")
+MOST_LINES = 8
 Label = str | int | float | bool | None
 
 
@@ -157,27 +159,75 @@ class Scores:
 
     # Pictures and files
 
-    def plot(self, interactive: bool = False, **settings: Any) -> Any:
+    def plot(
+        self, interactive: bool = False, picture: Any = None, tokens: Sequence[str] | None = None, **settings: Any
+    ) -> Any:
         """A curve (one axis) or a heat map (two), axes of length 1 aside; `settings` go to `veena_lens.plots`.
 
-        interactive: plotly's figure with the same data and colours, to hover over (`veena_lens.plots.interactive`)."""
+        An axis "bound" (low, mean, high), as `circuits.bootstrap` gives, is drawn as a band about the curve. picture:
+        where these are attention of heads, a map a head over it (`plots.head_view`). tokens: the texts of the
+        positions, to label an axis "pos", "query" or "key". interactive: plotly's figure with the same data and
+        colours, to hover over (`veena_lens.plots.interactive`)."""
         from veena_lens import plots as static
         from veena_lens.plots import interactive as hovered
 
         plots: Any = hovered if interactive else static
+        if picture is not None:
+            return plots.head_view(picture, self, tokens=tokens, **settings)
+        if list(self.labels.get("bound", ())) == ["low", "mean", "high"]:
+            return self._plot_bounds(plots, interactive, tokens, settings)
         long = tuple(axis for axis in self.axes if len(self.labels[axis]) > 1)
         if len(long) not in (1, 2):
             todo = "select or reduce some: .select(layer=5), .mean('head')" if long else "it is a single number"
             raise ValueError(f"plot() draws one axis or two; these Scores have {len(long)}, {long}: {todo}.")
         single = [f"{axis} {self.labels[axis][0]}" for axis in self.axes if axis not in long]
         title = ", ".join([self.name.replace("_", " "), *single])
-        nan = torch.full((), math.nan, dtype=torch.float64)
-        table = torch.where(self.exists.cpu(), _numbers(self.values), nan).reshape([len(self.labels[a]) for a in long])
+        table = self._table(long)
         settings = {"title": title, "name": self.name.replace("_", " "), "unit": self.unit, **settings}
+        labels = {axis: self._shown(axis, tokens) for axis in long}
         if len(long) == 1:
-            return plots.curves(table, **{"x": self.labels[long[0]], "x_name": long[0], **settings})
+            return plots.curves(table, **{"x": labels[long[0]], "x_name": long[0], **settings})
         y, x = long
-        return plots.heatmap(table, **{"x": self.labels[x], "y": self.labels[y], "x_name": x, "y_name": y, **settings})
+        return plots.heatmap(table, **{"x": labels[x], "y": labels[y], "x_name": x, "y_name": y, **settings})
+
+    def _plot_bounds(
+        self, plots: Any, interactive: bool, tokens: Sequence[str] | None, settings: dict[str, Any]
+    ) -> Any:
+        """Curves with their intervals, a line an entry of a first short axis; else a heat map of the means."""
+        low, mean, high = (self.select(bound=bound) for bound in ("low", "mean", "high"))
+        long = tuple(axis for axis in mean.axes if len(self.labels[axis]) > 1)
+        if len(long) not in (1, 2) or (len(long) == 2 and len(self.labels[long[0]]) > MOST_LINES):
+            return mean.plot(interactive, tokens=tokens, **settings)
+        name = self.name.replace("_", " ")
+        lines = None if len(long) == 1 else [f"{long[0]} {label}" for label in self.labels[long[0]]]
+        about = {
+            "x": self._shown(long[-1], tokens),
+            "x_name": long[-1],
+            "lines": lines,
+            "name": name,
+            "unit": self.unit,
+        }
+        ends = (low._table(long), high._table(long))
+        return plots.curves(mean._table(long), interval=ends, **{**about, **settings})
+
+    def _table(self, long: Sequence[str]) -> Tensor:
+        """The numbers over some axes, NaN where none exists."""
+        nan = torch.full((), math.nan, dtype=torch.float64)
+        return torch.where(self.exists.cpu(), _numbers(self.values), nan).reshape([len(self.labels[a]) for a in long])
+
+    def _shown(self, axis: str, tokens: Sequence[str] | None) -> Sequence:
+        """Labels of an axis as a figure shows them: texts at positions, where they are known."""
+        labels = self.labels[axis]
+        texts = self.meta.get("token_texts") if tokens is None else list(tokens)
+        if texts is None or axis not in POSITION_AXES:
+            return labels
+        if all(isinstance(label, int) and 0 <= label < len(texts) for label in labels):
+            return [texts[label] for label in labels]
+        if len(texts) == len(labels):
+            return texts
+        raise ValueError(
+            f"plot: {len(texts)} tokens do not name the {len(labels)} entries of {axis!r}: {_few(labels)}."
+        )
 
     def save(self, path: str | Path) -> Path:
         """Write everything to `path` (safetensors, the words as JSON in its header), replacing it in one step."""

@@ -3,14 +3,15 @@
 Backward activation patching, level 0: each head's output of the emotional run is put into the neutral run, at the
 query or at the last token, and what comes back of <h_l*[N], S_l*> is its effect. A head is key when its effect is
 above zero by its interval and by sign flips of whole identities (corrected for all heads), and its change points along
-the direction (I_delta > 0). Specific or general is told by its push on pairs of each emotion.
+the direction (I_delta > 0). Flipped are changes of <h, S>, which exchanged twins turn round; the share restored is
+positive either way. Specific or general is told by its push on pairs of each emotion.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from veena_lens.circuits import (
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.emotion.slot import AnswerSlot
 from veena_lens.emotion.work import Work, directions_key, model_key
+from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import project
@@ -108,6 +110,8 @@ def head_effects(
     pairs = list(pairs)
     if not pairs:
         raise ValueError("head_effects: there are no pairs.")
+    directions.check(model)
+    layer = require_layer(layer, model.cfg.n_layers, "head_effects")
     chosen = list(range(layer + 1)) if layers is None else [int(x) for x in layers]
     about = {"what": "heads", "layer": layer, "rows": list(rows), "layers": chosen, "lead_in": lead_in}
     work = Work(out, about | {"model": model_key(model), "directions": directions_key(directions)})
@@ -128,7 +132,8 @@ def head_effects(
             ends = torch.stack([parts[0].clean[0], parts[0].corrupted[0]])
             return {"values": torch.stack([p.values for p in parts]).double(), "ends": ends.double()}
 
-        found.append(work.do(f"{pair.emotional.picture} {pair.neutral.picture} {pair.neutral.prompt}", run))
+        name = f"{pair.emotion} {pair.emotional.picture} {pair.neutral.picture} {pair.neutral.prompt}"
+        found.append(work.do(name, run))
         if show is not None:
             show.update(1)
     if show is not None:
@@ -143,7 +148,9 @@ def relative_effects(
     rows: Sequence[str],
     layers: Sequence[int],
 ) -> Scores:
-    """Effects from the metric of patched runs and of both ends (emotional, neutral); weak pairs are masked."""
+    """Effects from the metric of patched runs and of both ends (emotional, neutral); weak pairs are masked.
+
+    meta["gap"]: emotional less neutral of each pair, in the metric's unit."""
     gap = ends[:, 0] - ends[:, 1]
     spread = ends.flatten().std() if len(ends) > 1 else torch.tensor(0.0)
     keep = gap.abs() > 0.05 * spread
@@ -151,7 +158,8 @@ def relative_effects(
     effects = torch.where(keep[:, None, None, None], effects, torch.nan)
     labels = {"pair": list(range(len(values))), "rows": list(rows), "layer": list(layers)}
     mask = None if bool(keep.all()) else keep[:, None, None, None].expand(effects.shape)
-    return Scores(effects, ("pair", "rows", "layer", "head"), labels, "restored", "share", mask=mask)
+    axes, about = ("pair", "rows", "layer", "head"), {"gap": gap.tolist()}
+    return Scores(effects, axes, labels, "restored", "share", mask=mask, meta=about)
 
 
 def key_heads(
@@ -172,14 +180,18 @@ def key_heads(
 ) -> KeyHeads:
     """The at most `k` heads, up to the key layer, that carry the emotion there.
 
-    Key: the lower bound of the mean effect is above 0, I_delta > 0, and the effect significant at false discovery rate
-    `q` among all heads when signs of whole identities are flipped (twins exchanged). In the order of their effect.
-    The table adds I_delta (cosine) and W (push) at the last token, the picture's share of the push, the specificity
-    index of the push over emotions (tau; cross-fitted; p by shuffled labels) and its label.
+    Key: the lower bound of the mean effect is above 0, I_delta > 0, and the change that the head makes to m positive
+    and significant at false discovery rate `q` among all heads when signs of whole identities are flipped (twins
+    exchanged). In the order of their effect. The table adds that change, I_delta (cosine) and W (push) at the last
+    token, the picture's share of the push, the specificity index of the push over emotions (tau; cross-fitted; p by
+    shuffled labels) and its label.
     Raises: ValueError for no pairs, fewer than two identities, or an unknown layer.
     Source: Zhang et al. 2026, arXiv 2605.21980, names the steps; the rules are ours.
     """
     pairs = list(pairs)
+    if pairs and len({p.identity for p in pairs}) < 2:
+        raise ValueError(f"key_heads: all pairs are of {pairs[0].identity!r}; intervals need at least two identities.")
+    layer = require_layer(layer, model.cfg.n_layers, "key_heads")
     effects = head_effects(
         model, pairs, directions, layer, lead_in=lead_in, max_rows=max_rows, out=out, progress=progress
     )
@@ -187,7 +199,9 @@ def key_heads(
     identities, emotions = [p.identity for p in pairs], [p.emotion for p in pairs]
     best = best_rows(effects)
     bounds = bootstrap(best, groups=identities, draws=draws, seed=seed)
-    p = sign_flip(best, draws=draws, seed=seed, groups=identities)
+    gap = torch.tensor(effects.meta["gap"], dtype=torch.float64)
+    changes = replace(best, values=best.values * gap[:, None, None])
+    p = sign_flip(changes, draws=draws, seed=seed, groups=identities)
     adjusted = benjamini_hochberg(p, q)
     which = effects.mean("pair").values.nan_to_num(-torch.inf).argmax(0)
     meaning = specificity(push, emotions, identities, seed)
@@ -197,12 +211,13 @@ def key_heads(
         for head in range(best.shape[2]):
             low, mean, high = bounds.values[i, head].tolist()
             line = {"layer": int(at), "head": head, "effect": mean, "low": low, "high": high}
+            line |= {"change": float(changes.values[:, i, head].nanmean())}
             line |= {"rows": effects.labels["rows"][int(which[i, head])], "q": float(adjusted.values[i, head])}
             line |= {"intention": float(intention.values[:, i, head].mean())}
             line |= {"push": float(push.values[:, i, head].mean()), "from_picture": float(shares[i, head])}
             rows.append(line | {name: values[i][head] for name, values in meaning.items()})
     table = _ranked(rows)
-    is_key = (table["low"] > 0) & (table["intention"] > 0) & (table["q"] <= q)
+    is_key = (table["low"] > 0) & (table["change"] > 0) & (table["intention"] > 0) & (table["q"] <= q)
     heads = [(int(r.layer), int(r.head)) for r in table[is_key].head(k).itertuples()]
     table = table.assign(key=[(a, b) in heads for a, b in zip(table["layer"], table["head"], strict=True)])
     dropped = 0 if effects.mask is None else int((~effects.mask[:, 0, 0, 0]).sum())
@@ -315,7 +330,10 @@ def execution_heads(
 ) -> Any:
     """Heads after the key layer by what they restore of the soft hit at the answer slot: a table, best first.
 
-    Columns layer, head, effect, low, high (interval over identities). Empty where no layer follows."""
+    Columns layer, head, effect, low, high (interval over identities). Empty where no layer follows.
+    Raises: ValueError for no pairs."""
+    if not pairs:
+        raise ValueError("execution_heads: there are no pairs.")
     layers = list(range(after + 1, model.cfg.n_layers))
     show = bar(len(pairs) if layers else 0, progress, "execution heads: pairs")
     values, ends = [], []
@@ -335,9 +353,9 @@ def execution_heads(
         return _ranked([{"layer": 0, "head": 0, "effect": 0.0, "low": 0.0, "high": 0.0}]).iloc[:0]
     effects = best_rows(relative_effects(torch.stack(values)[:, None], torch.stack(ends), ["last"], layers))
     bounds = bootstrap(effects, groups=[p.identity for p in pairs], draws=draws, seed=seed)
-    rows = [
-        {"layer": at, "head": h} | dict(zip(("low", "effect", "high"), bounds.values[i, h].tolist(), strict=True))
-        for i, at in enumerate(layers)
-        for h in range(effects.shape[2])
-    ]
+    rows = []
+    for i, at in enumerate(layers):
+        for head in range(effects.shape[2]):
+            low, mean, high = bounds.values[i, head].tolist()
+            rows.append({"layer": at, "head": head, "effect": mean, "low": low, "high": high})
     return _ranked(rows).head(k)

@@ -199,7 +199,7 @@ def _words(model: Any, layer: int, neuron: int, signed: float, n: int = 8) -> li
     return [text.strip() for text in texts[0 if signed >= 0 else 1]]
 
 
-def _confirmed(model: Any, pairs: Sequence[Any], directions: Any, heads: KeyHeads, table: Any) -> set[Neuron]:
+def _confirmed(model: Any, pairs: Sequence[Any], directions: Any, heads: Any, table: Any) -> set[Neuron]:
     """Neurons whose change, on the direct path to a later key head alone, raises that head's push in the mean."""
     sure: set[Neuron] = set()
     neurons = [(int(a), int(n)) for a, n in zip(table["layer"], table["neuron"], strict=True)]

@@ -6,8 +6,9 @@ Every function returns a `matplotlib.figure.Figure` of its own; pyplot's global 
 """
 
 from veena_lens.plots.cells import heatmap
+from veena_lens.plots.heads import head_view
 from veena_lens.plots.lines import curves
 from veena_lens.plots.pictures import overlay, overlays
 from veena_lens.plots.theme import encode, save
 
-__all__ = ["curves", "encode", "heatmap", "overlay", "overlays", "save"]
+__all__ = ["curves", "encode", "head_view", "heatmap", "overlay", "overlays", "save"]

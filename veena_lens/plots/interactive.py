@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Real
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from PIL import Image
 from torch import Tensor
 
+from veena_lens.inputs import MultimodalInputs
 from veena_lens.plots import theme
 from veena_lens.plots.cells import colour_scale
+from veena_lens.plots.head_data import head_maps
+from veena_lens.plots.lines import band_of
 from veena_lens.plots.pictures import cell_boxes, picture_scale
 
 SCALES = {theme.SIGNED: "RdBu_r", theme.UNSIGNED: "Viridis", theme.ON_PICTURE: "Inferno"}
@@ -62,8 +65,8 @@ def heatmap(
     shown = f"{x_name or 'x'} %{{x}}<br>{y_name or 'y'} %{{y}}<br>{name or 'value'} %{{z:.4g}} {unit}"
     trace = go.Heatmap(
         z=table,
-        x=[str(label) for label in xs],
-        y=[str(label) for label in ys],
+        x=_apart(xs),
+        y=_apart(ys),
         zmin=low,
         zmax=high,
         colorscale=colours,
@@ -89,16 +92,15 @@ def curves(
     name: str = "",
     unit: str = "",
     spread: Float[Tensor, "line x"] | Float[Tensor, " x"] | np.ndarray | None = None,
+    interval: tuple[Any, Any] | None = None,
 ) -> Any:
-    """As `plots.curves`: a line a row, with a band of +- `spread` where given.
+    """As `plots.curves`: a line a row, with a band of +- `spread` or of `interval` (low, high).
 
     Raises: ValueError as `plots.curves`; ImportError without plotly."""
     go, table = _plotly(), np.atleast_2d(theme.to_numpy(values))
     if table.ndim != 2 or not table.size:
         raise ValueError(f"curves wants values [x] or [line x], found shape {list(table.shape)}; select or reduce.")
-    band = None if spread is None else np.atleast_2d(theme.to_numpy(spread))
-    if band is not None and band.shape != table.shape:
-        raise ValueError(f"spread has shape {list(band.shape)}, the values {list(table.shape)}; they must agree.")
+    band = band_of(table, spread, interval)
     places = list(theme.check_labels(x, table.shape[1], "x"))
     names = None if lines is None else theme.check_labels(lines, table.shape[0], "lines")
     figure = go.Figure()
@@ -107,7 +109,7 @@ def curves(
         dash = DASHES[i // len(theme.LINE_COLOURS) % len(DASHES)]
         label = "" if names is None else str(names[i])
         if band is not None:
-            edge = np.concatenate([row + band[i], (row - band[i])[::-1]])
+            edge = np.concatenate([band[1][i], band[0][i][::-1]])
             figure.add_scatter(
                 x=[*places, *places[::-1]], y=edge, fill="toself", fillcolor=colour, opacity=0.18, line={"width": 0},
                 hoverinfo="skip", showlegend=False,
@@ -140,41 +142,74 @@ def overlay(
         raise ValueError(f"overlay wants values [height width], found shape {list(grid.shape)}.")
     boxes = cell_boxes(image, grid, box, patch_boxes)
     norm, colours = picture_scale(grid, limits)
-    low, high = _edges(norm)
     figure = go.Figure()
     grey = image.convert("L").convert("RGB")
     figure.add_layout_image(
         source=_data_uri(grey), xref="x", yref="y", x=0, y=0, sizex=image.width, sizey=image.height,
         sizing="stretch", layer="below",
     )  # fmt: skip
-    for (left, top, right, bottom), value in zip(boxes, grid.flatten(), strict=True):
-        if not np.isfinite(value) or not np.isfinite([left, top, right, bottom]).all():
-            continue
-        share = 0.5 if high == low else (value - low) / (high - low)
-        red, green, blue = (round(255 * part) for part in colours(float(np.clip(share, 0, 1)))[:3])
-        figure.add_shape(
-            type="rect", x0=left, x1=right, y0=top, y1=bottom, line={"width": 0},
-            fillcolor=f"rgba({red},{green},{blue},0.6)",
-        )  # fmt: skip
-    height, width = grid.shape
-    cells = [(y, x) for y in range(height) for x in range(width)]
-    middle = np.asarray(boxes, dtype=float)
-    figure.add_scatter(
-        x=(middle[:, 0] + middle[:, 2]) / 2,
-        y=(middle[:, 1] + middle[:, 3]) / 2,
-        mode="markers",
-        marker={
-            "size": 12, "opacity": 0, "color": grid.flatten(), "cmin": low, "cmax": high,
-            "colorscale": SCALES[colours.name], "showscale": True, "colorbar": {"title": theme.with_unit(name, unit)},
-        },
-        customdata=cells,
-        text=[f"{value:.4g} {unit}" for value in grid.flatten()],
-        hovertemplate="row %{customdata[0]}, column %{customdata[1]}<br>%{text}<extra></extra>",
-        showlegend=False,
-    )  # fmt: skip
+    _lay(figure, grid, boxes, norm, colours, {})
+    figure.add_trace(_points(go, grid, boxes, norm, colours, theme.with_unit(name, unit), unit))
     figure.update_xaxes(range=[0, image.width], visible=False, constrain="domain")
     figure.update_yaxes(range=[image.height, 0], visible=False, scaleanchor="x")
     return _styled(figure, title)
+
+
+def head_view(
+    picture: Image.Image,
+    attention: Any,
+    inputs: MultimodalInputs | None = None,
+    *,
+    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None = None,
+    limits: Sequence[int | float] | None = None,
+    scale: str = "shared",
+    title: str | None = None,
+    columns: int = 4,
+    **chosen: Any,
+) -> Any:
+    """As `plots.head_view`: a map a head; a cell's place and weight, and the head's shares, under the pointer.
+
+    Raises: ValueError as `plots.head_view`; ImportError without plotly."""
+    go, data = _plotly(), head_maps(attention, inputs, **chosen)
+    from plotly.subplots import make_subplots
+
+    data = data.scaled(scale)
+    norm, colours = picture_scale(data.maps, limits)
+    boxes = data.boxes if patch_boxes is None else patch_boxes
+    n = 1 + len(data.heads)
+    columns = max(1, min(columns, n))
+    rows = -(-n // columns)
+    names = ["picture", *(f"head {head}{data.largest(i)}" for i, head in enumerate(data.heads))]
+    gap = min(0.2, 0.9 / max(1, rows - 1))
+    figure = make_subplots(rows, columns, subplot_titles=names, horizontal_spacing=0.02, vertical_spacing=gap)
+    sheets = [_data_uri(picture), _data_uri(picture.convert("L").convert("RGB"))]
+    for place in range(n):
+        axis = "" if place == 0 else str(place + 1)
+        at = {"xref": f"x{axis}", "yref": f"y{axis}"}
+        figure.add_layout_image(
+            source=sheets[place > 0], x=0, y=0, sizex=picture.width, sizey=picture.height, sizing="stretch",
+            layer="below", **at,
+        )  # fmt: skip
+        y, x = divmod(place, columns)
+        values = np.full((1, 1), np.nan) if place == 0 else data.maps[place - 1]
+        mine = cell_boxes(picture, values, None, None if place == 0 else boxes)
+        hover = "" if place == 0 else f"<br>head {data.heads[place - 1]}: {data.words(place - 1)}"
+        _lay(figure, values, mine, norm, colours, at)
+        figure.add_trace(
+            _points(go, values, mine, norm, colours, f"attention ({data.unit})", data.unit, hover, is_first=place == 1),
+            row=y + 1,
+            col=x + 1,
+        )
+        bare = {"showticklabels": False, "showgrid": False, "zeroline": False, "ticks": "", "constrain": "domain"}
+        below = "" if place == 0 else data.words(place - 1).replace(", other", ",<br>other")
+        under = {"text": below, "standoff": 4, "font": {"size": 11}}
+        figure.update_xaxes(range=[0, picture.width], title=under, row=y + 1, col=x + 1, **bare)
+        figure.update_yaxes(
+            range=[picture.height, 0], visible=False, scaleanchor=f"x{axis}", row=y + 1, col=x + 1
+        )  # fmt: skip
+    figure.update_annotations(font_size=12)
+    figure.update_layout(width=230 * columns + 120, height=260 * rows + 90)
+    return _styled(figure, data.title if title is None else title, top=90)
 
 
 def save(figure: Any, path: str | Path) -> Path:
@@ -187,6 +222,57 @@ def save(figure: Any, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(path, include_plotlyjs=True, full_html=True)
     return path
+
+
+def _lay(
+    figure: Any, grid: np.ndarray, boxes: np.ndarray, norm: Normalize, colours: Colormap, at: dict[str, str]
+) -> None:
+    """A half-transparent rectangle a cell, where its patch lies; cells that do not exist are left open."""
+    low, high = _edges(norm)
+    for (left, top, right, bottom), value in zip(boxes, grid.flatten(), strict=True):
+        if not np.isfinite(value) or not np.isfinite([left, top, right, bottom]).all():
+            continue
+        share = 0.5 if high == low else (value - low) / (high - low)
+        red, green, blue = (round(255 * part) for part in colours(float(np.clip(share, 0, 1)))[:3])
+        figure.add_shape(
+            type="rect", x0=left, x1=right, y0=top, y1=bottom, line={"width": 0},
+            fillcolor=f"rgba({red},{green},{blue},0.6)", **at,
+        )  # fmt: skip
+
+
+def _points(
+    go: Any,
+    grid: np.ndarray,
+    boxes: np.ndarray,
+    norm: Normalize,
+    colours: Colormap,
+    label: str,
+    unit: str,
+    more: str = "",
+    is_first: bool = True,
+) -> Any:
+    """Invisible points in the middle of the cells: what the pointer reads, and the colour bar."""
+    low, high = _edges(norm)
+    middle = np.asarray(boxes, dtype=float)
+    return go.Scatter(
+        x=(middle[:, 0] + middle[:, 2]) / 2,
+        y=(middle[:, 1] + middle[:, 3]) / 2,
+        mode="markers",
+        marker={
+            "size": 12, "opacity": 0, "color": grid.flatten(), "cmin": low, "cmax": high,
+            "colorscale": SCALES[colours.name], "showscale": is_first, "colorbar": {"title": label},
+        },
+        customdata=[(y, x) for y in range(grid.shape[0]) for x in range(grid.shape[1])],
+        text=[f"{value:.4g} {unit}" if np.isfinite(value) else "left out" for value in grid.flatten()],
+        hovertemplate="row %{customdata[0]}, column %{customdata[1]}<br>%{text}" + more + "<extra></extra>",
+        showlegend=False,
+    )  # fmt: skip
+
+
+def _apart(labels: Sequence) -> list[str]:
+    """Labels as text; with their place where two are alike, which plotly would draw as one."""
+    texts = [str(label) for label in labels]
+    return texts if len(set(texts)) == len(texts) else [f"{i} {text}" for i, text in enumerate(texts)]
 
 
 def _scale(
@@ -209,6 +295,6 @@ def _data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _styled(figure: Any, title: str) -> Any:
-    figure.update_layout(title=title, template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50})
+def _styled(figure: Any, title: str, top: int = 50) -> Any:
+    figure.update_layout(title=title, template="plotly_white", margin={"l": 60, "r": 20, "t": top, "b": 50})
     return figure

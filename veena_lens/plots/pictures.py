@@ -49,12 +49,12 @@ def overlay(
     if grid.ndim != 2:
         raise ValueError(f"overlay wants values [height width], found shape {list(grid.shape)}; see `overlays`.")
     figure, panels, norm, colours = _panels(image, grid[None], 2, limits)
-    _show(panels[0], image)
-    _lay(panels[1], image, grid, box, patch_boxes, norm, colours)
+    show(panels[0], image)
+    lay(panels[1], image, grid, box, patch_boxes, norm, colours)
     with theme.themed():
         panels[0].set_title("picture")
         panels[1].set_title(theme.printable(title))
-        _colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
+        colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
     return figure
 
 
@@ -80,13 +80,13 @@ def overlays(
     names = [""] * len(grids) if titles is None else theme.check_labels(titles, len(grids), "titles")
     figure, panels, norm, colours = _panels(images[0], grids, len(grids), limits, columns)
     for panel, picture, grid, caption in zip(panels, images, grids, names, strict=True):
-        _lay(panel, picture, grid, box, patch_boxes, norm, colours)
+        lay(panel, picture, grid, box, patch_boxes, norm, colours)
         with theme.themed():
             panel.set_title(theme.printable(caption), fontsize=9)
     with theme.themed():
         if title:
             figure.suptitle(theme.printable(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
-        _colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
+        colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
     return figure
 
 
@@ -115,7 +115,8 @@ def _panels(
     return figure, panels, norm, colours
 
 
-def _show(panel: Axes, image: Image.Image, as_grey: bool = False) -> None:
+def show(panel: Axes, image: Image.Image, as_grey: bool = False) -> None:
+    """Draw the picture in a panel, in its own colours or in pale grey below a map."""
     # Pixel edges lie on whole numbers, so that a box (0, 0, width, height) is exactly the picture; what is drawn is
     # no larger than a figure can show.
     small = image.convert("RGB")
@@ -129,11 +130,12 @@ def _show(panel: Axes, image: Image.Image, as_grey: bool = False) -> None:
     panel.set(xlim=(0, image.width), ylim=(image.height, 0), aspect="equal")
 
 
-def _lay(
+def lay(
     panel: Axes, image: Image.Image, grid: np.ndarray, box: Box | None,
     patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None, norm: Normalize, colours: Colormap,
 ) -> None:  # fmt: skip
-    _show(panel, image, as_grey=True)
+    """Lay a map over the grey picture, each cell on its patch; NaN shows the grey of what does not exist."""
+    show(panel, image, as_grey=True)
     if patch_boxes is None:
         left, top, right, bottom = box or (0, 0, image.width, image.height)
         extent = (left, right, bottom, top)
@@ -164,9 +166,14 @@ def cell_boxes(
     return np.stack([left + x * width, top + y * height, left + (x + 1) * width, top + (y + 1) * height], -1)
 
 
-def _colour_bar(figure: Figure, panels: Sequence[Axes], norm: Normalize, colours: Colormap, label: str) -> None:
+def colour_bar(
+    figure: Figure, panels: Sequence[Axes], norm: Normalize, colours: Colormap, label: str, aspect: float | int = 20
+) -> None:
+    """One bar for all panels, as pale as the maps are."""
     # Opaque white below the half-transparent colours would pale the bar alone; the picture's mean grey does not.
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=list(panels), fraction=0.04, pad=0.02, alpha=OPACITY)
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=list(panels), fraction=0.04, pad=0.02, alpha=OPACITY, aspect=aspect
+    )
     bar.ax.set_facecolor("#bfbfbf")
     bar.outline.set_visible(False)
     bar.set_label(theme.printable(label))

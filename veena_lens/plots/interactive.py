@@ -180,7 +180,7 @@ def head_view(
     columns = max(1, min(columns, n))
     rows = -(-n // columns)
     names = ["picture", *(f"head {head}{data.largest(i)}" for i, head in enumerate(data.heads))]
-    gap = min(0.2, 0.9 / max(1, rows - 1))
+    gap = min(0.15, 0.9 / max(1, rows - 1))
     figure = make_subplots(rows, columns, subplot_titles=names, horizontal_spacing=0.02, vertical_spacing=gap)
     sheets = [_data_uri(picture), _data_uri(picture.convert("L").convert("RGB"))]
     for place in range(n):

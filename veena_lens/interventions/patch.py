@@ -50,6 +50,11 @@ class Patch:
         object.__setattr__(self, "_values", values.detach())
 
     @property
+    def n_rows(self) -> int | None:
+        """Rows of the source; None at hooks that count pictures or image tokens."""
+        return len(self._values) if row_of(canonical(self.name)).axis_names[0] == "batch" else None
+
+    @property
     def is_whole(self) -> bool:
         """True where the source is a bare tensor of whole rows, whose positions are those of the run itself."""
         return self._chosen is None

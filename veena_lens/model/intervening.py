@@ -152,11 +152,11 @@ class Intervening:
             n = len(run.inputs)
             if applied.n_rows is not None and applied.n_rows != n:
                 raise ValueError(f"intervene(per_row=...): {applied.n_rows} lists for a batch of {n} rows.")
-            n_source = applied.intervention.n_rows if isinstance(applied.intervention, Patch) else None
+            n_source = getattr(applied.intervention, "n_rows", None)
             if n_source not in (None, 1, n):
                 raise ValueError(
-                    f"{applied.intervention!r}: its source has {n_source} rows, the run {n}; give a source of one row, or "
-                    "of as many as the run has."
+                    f"{applied.intervention!r}: its source has {n_source} rows, the run {n}; give a source of one row, "
+                    "or of as many as the run has."
                 )
             keys = getattr(applied.intervention, "keys", None)
             needs_image = keys is not None and "image" in _words(keys)

@@ -14,6 +14,7 @@ from veena_lens.activation_cache import ActivationCache
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import canonical, row_of
 from veena_lens.interventions.base import require_site, selection, show_units
+from veena_lens.interventions.fitting import require_fill
 from veena_lens.positions import parse, position_mask
 
 
@@ -67,8 +68,10 @@ class Ablate:
         return value[chosen].mean(0)
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """The hook point it is named by."""
-        return require_site(cfg, self.name, self.heads, self.neurons, "Ablate")
+        """The hook point it is named by. Raises: ValueError for a value that does not fit this model."""
+        site = require_site(cfg, self.name, self.heads, self.neurons, "Ablate")
+        require_fill(cfg, self.name, self._fill.shape, "Ablate")
+        return site
 
     def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:
         """The value at the chosen places, else the activation as it was."""

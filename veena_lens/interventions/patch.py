@@ -13,7 +13,9 @@ from torch import Tensor
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import canonical, row_of
+from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_site, selection, show_units
+from veena_lens.interventions.fitting import places_of_run, require_source
 from veena_lens.positions import parse, position_mask, reaches_generated
 
 
@@ -60,8 +62,39 @@ class Patch:
         return self._chosen is None
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """The hook point it is named by."""
-        return require_site(cfg, self.name, self.heads, self.neurons, "Patch")
+        """The hook point it is named by. Raises: ValueError for a source of another model's shape."""
+        site = require_site(cfg, self.name, self.heads, self.neurons, "Patch")
+        require_source(cfg, self.name, self._values.shape, "Patch")
+        return site
+
+    def require_fit(self, cfg: HookedVLMConfig, inputs: MultimodalInputs, length: int, at: Bool[Tensor, ...]) -> None:
+        """Raises: ValueError, before a run, for a source that does not fit its rows, pictures or positions."""
+        axes, shape = row_of(canonical(self.name)).axis_names, list(self._values.shape)
+        sizes = places_of_run(cfg, inputs, self.name, length)
+        chosen = self._chosen
+        answers = {0 if s.answer is None else s.answer.stop - s.answer.start for s in inputs.spans}
+        n_answer = answers.pop() if len(answers) == 1 else 0  # of unequal ones the prompts would lie elsewhere
+        for axis, size in sizes.items():
+            found = shape[axes.index(axis)]
+            is_row = axis == "batch" and found == 1
+            # Without a cache of keys and values, generation runs its own tokens again behind the source's.
+            is_grown = chosen is None and axis.endswith("pos") and size - n_answer <= found <= size
+            if found == size or is_row or is_grown or (chosen is not None and axis != "batch"):
+                continue
+            raise ValueError(
+                f"Patch: the source of {self.name} is {shape}, of {axis} {found}; this run has {axis} {size}. Give one "
+                "row or as many as the run's, and a cache with its inputs to patch runs of different length."
+            )
+        if chosen is not None:
+            self._require_counts(chosen.expand(len(at), -1) if len(chosen) == 1 else chosen, at.cpu())
+
+    def _require_counts(self, chosen: Bool[Tensor, "rows _"], at: Bool[Tensor, "rows pos"]) -> None:
+        """Raises: ValueError where a row asks for more positions than its source has chosen."""
+        if not reaches_generated(self.positions) and bool((at.sum(-1) > chosen.sum(-1)).any()):
+            raise ValueError(
+                f"Patch: positions {self.positions!r} are {at.sum(-1).tolist()} in the run's rows but only "
+                f"{chosen.sum(-1).tolist()} in the source's."
+            )
 
     def edit(
         self,
@@ -86,12 +119,7 @@ class Patch:
         if chosen is None:
             if values.shape == activation.shape:
                 return values, at
-            if before is None or not bool(before.any()):
-                raise ValueError(
-                    f"Patch: the source of {self.name} is {list(values.shape)}, the run's {list(activation.shape)}; "
-                    "give a cache with its inputs to patch runs of different length."
-                )
-            return activation, torch.zeros_like(at)
+            return self._grown(activation, values, at) if before is None else (activation, torch.zeros_like(at))
         chosen = chosen.to(at.device)
         if len(chosen) == 1 and len(at) > 1:
             chosen = chosen.expand(len(at), -1)
@@ -102,17 +130,33 @@ class Patch:
         start = at.new_zeros(len(at), dtype=torch.long) if before is None else before.to(at.device)
         rank = start[:, None] + at.long().cumsum(-1) - 1  # the k-th chosen position of the row
         have = chosen.sum(-1)
-        if not reaches_generated(self.positions) and bool((at.sum(-1) > have).any()):
-            raise ValueError(
-                f"Patch: positions {self.positions!r} are {at.sum(-1).tolist()} in the run's rows but only "
-                f"{have.tolist()} in the source's."
-            )
+        self._require_counts(chosen, at)
         at = at & (rank < have[:, None])
         places = torch.argsort((~chosen).long(), dim=-1, stable=True)
         index = places.gather(1, rank.clamp(0, places.shape[1] - 1))
         axis = axes.index("pos") if "pos" in axes else axes.index("query_pos")
         moved = values.movedim(axis, 1)[torch.arange(len(at), device=at.device)[:, None], index]
         return moved.movedim(1, axis), at
+
+    def _grown(self, activation: Tensor, values: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """The source's values in front of what a longer run has at its end, and the chosen positions that it has.
+
+        Raises: ValueError where the source is no shorter run of the same rows."""
+        axes = row_of(canonical(self.name)).axis_names
+        longer = [i for i, axis in enumerate(axes) if axis in ("pos", "query_pos", "key_pos")]
+        lengths = {values.shape[i] for i in longer}
+        rest = [i for i in range(values.ndim) if i not in longer]
+        if axes[0] != "batch" or len(lengths) > 1 or any(values.shape[i] != activation.shape[i] for i in rest):
+            raise ValueError(
+                f"Patch: the source of {self.name} is {list(values.shape)}, the run's {list(activation.shape)}; "
+                "give a cache with its inputs to patch runs of different length."
+            )
+        n = min(*lengths, at.shape[1])
+        out, index = activation.clone(), tuple(slice(n) if i in longer else slice(None) for i in range(values.ndim))
+        out[index] = values[index]
+        at = at.clone()
+        at[:, n:] = False
+        return out, at
 
     def __repr__(self) -> str:
         parts = show_units(heads=self.heads, neurons=self.neurons, positions=self.positions)

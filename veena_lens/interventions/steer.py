@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class Steer:
             raise ValueError(f"Steer: the vector must be [d_model], not {list(self.vector.shape)}; pick one layer's.")
         if not torch.isfinite(self.vector).all():
             raise ValueError("Steer: the vector holds values that are not finite.")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"Steer: alpha={self.alpha} must be finite.")
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """blocks.{layer}.hook_resid_post."""

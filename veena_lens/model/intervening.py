@@ -17,8 +17,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from veena_lens.activation_cache import ActivationCache
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.interventions.base import Intervention
+from veena_lens.interventions.fitting import is_same_model, picture_positions
 from veena_lens.interventions.patch import Patch
 from veena_lens.model.run import Run
 from veena_lens.positions import parse, position_mask, reaches_generated
@@ -41,15 +43,13 @@ class Applied:
             chosen[self.row] = True
         return chosen
 
-    def mask(self, run: Run, activation: Tensor | None = None) -> Bool[Tensor, "rows pos"]:
-        """Positions of this chunk that it edits; at a hook of the tower, positions of each picture."""
+    def mask(self, run: Run, n_positions: int = 1) -> Bool[Tensor, "rows pos"]:
+        """Positions of this chunk that it edits; at a hook of the tower, of the `n_positions` of each picture."""
         rows, axes = self.rows(run), row_of(self.name).axis_names
         if axes[0] == "batch":
             return run.mask(self.intervention.positions) & rows[:, None]
         if axes[0] == "picture":
-            n = activation.shape[1] if activation is not None else 1
-            positions = self.intervention.positions if activation is not None else "all"
-            return run.picture_mask(positions, rows, n)
+            return run.picture_mask(self.intervention.positions, rows, n_positions)
         chosen = position_mask(run.inputs, self.intervention.positions) & rows[:, None]
         return chosen[run.inputs.image_mask][:, None]
 
@@ -68,12 +68,11 @@ class Intervening:
     """Mixin of HookedVLM."""
 
     _applied: list[Applied]
+    _row_counts: tuple[int, ...] = ()
     _run: Run | None
     _rows: Any
 
-    def intervene(
-        self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Sequence[Any]] | None = None
-    ) -> Any:
+    def intervene(self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None) -> Any:
         """Apply interventions inside a `with` block; `per_row` gives one list a row of the batch.
 
         An empty list changes nothing; blocks nest, outer interventions acting first.
@@ -86,18 +85,26 @@ class Intervening:
                 interventions = [interventions]
             planned = [self._plan(i) for i in interventions or ()]
         else:
-            planned = [self._plan(i, row, len(per_row)) for row, mine in enumerate(per_row) for i in mine]
-        return self._intervening(planned)
+            lists = [[mine] if isinstance(mine, Intervention) else mine for mine in per_row]
+            planned = [self._plan(i, row, len(lists)) for row, mine in enumerate(lists) for i in mine]
+        return self._intervening(planned, () if per_row is None else (len(per_row),))
 
     def _plan(self, intervention: Any, row: int | None = None, n_rows: int | None = None) -> Applied:
         if not isinstance(intervention, Intervention):
             raise TypeError(f"intervene: {intervention!r} is no intervention (Steer, ...).")
+        for source in (getattr(intervention, "source", None), getattr(intervention, "reference", None)):
+            theirs = getattr(source, "model", None)
+            if isinstance(source, ActivationCache) and theirs is not None and not is_same_model(self, theirs):
+                raise ValueError(
+                    f"{intervention!r}: the cache was made by another model, {theirs!r}. To patch across models on "
+                    "purpose, give the activation itself: source=cache[name]."
+                )
         return Applied(intervention, intervention.site(self.cfg), row, n_rows)  # type: ignore[attr-defined]
 
     @contextmanager
-    def _intervening(self, planned: list[Applied]) -> Iterator[Any]:
-        before = self._applied
-        self._applied = [*before, *planned]
+    def _intervening(self, planned: list[Applied], n_rows: tuple[int, ...] = ()) -> Iterator[Any]:
+        before, counts = self._applied, self._row_counts
+        self._applied, self._row_counts = [*before, *planned], (*counts, *n_rows)
         try:
             # A factor of 1 is no edit: to hear the pattern for it would leave the fused kernel, whose last bits differ.
             acting = [p for p in planned if getattr(p.intervention, "factor", None) != 1]
@@ -105,23 +112,26 @@ class Intervening:
             with self.hooks(edits):  # type: ignore[attr-defined]
                 yield self
         finally:
-            self._applied = before
+            self._applied, self._row_counts = before, counts
 
     @contextmanager
     def untouched(self) -> Iterator[Any]:
         """Interventions in force, and who watches attention, rest inside the block; hooks added by hand do not."""
         before, self._applied = self._applied, []
+        counts, self._row_counts = self._row_counts, ()
         watching, self._rows = self._rows, None
         try:
             yield self
         finally:
-            self._applied, self._rows = before, watching
+            self._applied, self._row_counts, self._rows = before, counts, watching
 
     def _hook_of(self, applied: Applied) -> Any:
+        axes = row_of(applied.name).axis_names
+
         def edit(tensor: Tensor, hook: HookPoint) -> Tensor | None:
             if self._run is None or applied not in self._applied:
                 return None
-            at = applied.mask(self._run, tensor).to(tensor.device)
+            at = applied.mask(self._run, tensor.shape[-2 if "query_pos" in axes else 1]).to(tensor.device)
             if not bool(at.any()):
                 return None
             if isinstance(applied.intervention, Patch) and self._run.start > 0:
@@ -146,12 +156,19 @@ class Intervening:
                 total = bias if total is None else total + bias
         return total
 
+    def _picture_positions(self, applied: Applied, run: Run) -> int:
+        """How many positions a picture has where an intervention edits pictures."""
+        if row_of(applied.name).axis_names[0] != "picture" or run.inputs.pixel_values is None:
+            return 1
+        return picture_positions(self.cfg, run.inputs, applied.name)  # type: ignore[attr-defined]
+
     def _check_reach(self, run: Run) -> None:
         """Raises: ValueError, before any computing, for an intervention that cannot act on these inputs."""
+        n = len(run.inputs)
+        for lists in self._row_counts:
+            if lists != n:
+                raise ValueError(f"intervene(per_row=...): {lists} lists for a batch of {n} rows.")
         for applied in self._applied:
-            n = len(run.inputs)
-            if applied.n_rows is not None and applied.n_rows != n:
-                raise ValueError(f"intervene(per_row=...): {applied.n_rows} lists for a batch of {n} rows.")
             n_source = getattr(applied.intervention, "n_rows", None)
             if n_source not in (None, 1, n):
                 raise ValueError(
@@ -164,6 +181,9 @@ class Intervening:
                 raise ValueError(
                     f"{applied.intervention!r} has no keys to act on: no row of {run.inputs!r} has a picture."
                 )
-            if not reaches_generated(applied.intervention.positions) and not bool(applied.mask(run).any()):
+            at = applied.mask(run, self._picture_positions(applied, run))
+            if isinstance(applied.intervention, Patch):
+                applied.intervention.require_fit(self.cfg, run.inputs, run.stop, at)  # type: ignore[attr-defined]
+            if not reaches_generated(applied.intervention.positions) and not bool(at.any()):
                 where = "every row" if applied.row is None else f"row {applied.row}"
                 raise ValueError(f"{applied.intervention!r} selects no position in {where} of {run.inputs!r}.")

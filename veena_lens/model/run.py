@@ -54,6 +54,10 @@ class Run:
         if owners is None:
             return torch.zeros(0, n_positions, dtype=torch.bool, device=rows.device)
         at = torch.zeros(len(owners), n_positions, dtype=torch.bool, device=rows.device)
+        numbers = [chosen] if isinstance(chosen, int) else chosen if isinstance(chosen, list) else []
+        for number in numbers:
+            if not -n_positions <= number < n_positions:
+                raise IndexError(f"position {number} is outside pictures of {n_positions} positions.")
         if isinstance(chosen, tuple):
             if any(word not in PICTURE_WORDS for word in chosen):
                 raise ValueError(

@@ -7,7 +7,7 @@ edits; each recomputes its own tail and goes on from there, token by token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,9 +97,8 @@ def generation_sweep(
         row = model._as_prompt(inputs[i].trimmed())
         found: list[list[int]] = [[] for _ in lists]
         starts = [first_edited(model, row, mine) for mine in lists]
-        order = sorted(range(len(lists)), key=lambda j: starts[j])
-        for at in range(0, len(order), max_rows):
-            members = order[at : at + max_rows]
+        again = [any(_on_pictures(model, item) for item in mine) for mine in lists]  # these encode their own pictures
+        for members in _batches(again, starts, max_rows):
             mine = [lists[j] for j in members]
             if engine == "naive":
                 with model.intervene(per_row=mine):
@@ -119,6 +118,18 @@ def generation_sweep(
         scores = torch.stack([_scored(score, row, len(lists)) for row in texts])
     labels = [", ".join(map(repr, mine)) or "nothing" for mine in lists]
     return GenerationSweep(texts, tokens, scores, labels)
+
+
+def _on_pictures(model: Any, item: Any) -> bool:
+    return row_of(item.site(model.cfg)).axis_names[0] != "batch"
+
+
+def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Iterator[list[int]]:
+    """Entries that decode together: those that edit pictures apart from the others, earlier starts first."""
+    for kind in (False, True):
+        order = sorted((j for j in range(len(starts)) if again[j] == kind), key=lambda j: starts[j])
+        for at in range(0, len(order), max_rows):
+            yield order[at : at + max_rows]
 
 
 def _as_list(entry: Any) -> list[Any]:
@@ -166,7 +177,7 @@ def _continue(
     prefix = SharedPrefix([k[0, :start] for k in keys], [v[0, :start] for v in values], start, model.cfg.window)
     rows = row[[0] * n]
     tail = KVCache(model.cfg.n_layers)
-    on_pictures = any(row_of(i.site(model.cfg)).axis_names[0] != "batch" for mine in lists for i in mine)
+    on_pictures = any(_on_pictures(model, item) for mine in lists for item in mine)
 
     def next_logits(new: Tensor) -> Tensor:
         n_new = new.shape[1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from veena_lens.hook_table import hooks_of, require_hook
-from veena_lens.interventions.base import require_unit
+from veena_lens.hook_table import hooks_of, require_hook, row_of
+from veena_lens.interventions.base import HEAD_AXES, require_unit
 from veena_lens.sweeps.pictures import is_picture_site
 
 KINDS = {
@@ -35,6 +35,8 @@ class Layout:
             self.sites = [f"blocks.{i}.{part}" for i in chosen]
             self.named = False
             self.layers = list(chosen)
+            if units is not None and self.unit is None:
+                raise ValueError(f"units={list(units)}: sites={sites!r} has neither heads nor neurons.")
             if self.unit is not None:
                 n = cfg.n_heads if self.unit == "head" else cfg.d_mlp
                 self.units = [
@@ -49,6 +51,12 @@ class Layout:
             known = hooks_of(cfg)
             self.sites = [_site_before_the_head(require_hook(n, known)) for n in names]
             self.names, self.named = names, True
+            if layers is not None:
+                raise ValueError(
+                    f"layers={list(layers)} goes with sites such as 'heads'; named sites name their layer."
+                )
+            if units is not None:
+                self.unit, self.units = _units_of(cfg, self.sites, units)
         if not self.sites or not self.units:
             raise ValueError("patch_sweep: no site to patch; layers, units and sites must not be empty.")
         self.on_pictures = is_picture_site(self.sites[0])
@@ -57,6 +65,22 @@ class Layout:
                 "patch_sweep: sites on pictures and in the text count other positions; sweep them one after another, "
                 f"not {self.sites}."
             )
+
+
+def _units_of(cfg: Any, sites: Sequence[str], units: Sequence[int]) -> tuple[str, list[int | None]]:
+    """("head" or "neuron", the chosen ones) of named sites. Raises: ValueError where a site has none, or not these."""
+    kinds, chosen = set(), []
+    for name in sites:
+        axes = row_of(name).axis_names
+        axis = next((a for a in axes if a in (*HEAD_AXES, "d_mlp")), None)
+        if axis is None:
+            raise ValueError(f"units={list(units)}: {name} has axes {' '.join(axes)}, neither heads nor neurons.")
+        of = cfg.vision if name.startswith("vision.") else cfg
+        kinds.add("neuron" if axis == "d_mlp" else "head")
+        chosen.append([require_unit(u, getattr(of, axis), f"patch_sweep: {name}", max(kinds)) for u in units])
+    if len(kinds) > 1 or any(one != chosen[0] for one in chosen):
+        raise ValueError(f"units={list(units)} mean other heads or neurons at {', '.join(sites)}; sweep them apart.")
+    return kinds.pop(), list(chosen[0])
 
 
 def _site_before_the_head(name: str) -> str:

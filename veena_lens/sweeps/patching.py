@@ -25,6 +25,7 @@ from veena_lens.sweeps.running import (
     base_metrics,
     metrics_of,
     require_engine,
+    require_inputs,
     run_rows,
     sites_of,
 )
@@ -65,12 +66,12 @@ def patch_sweep(
     another shape or that is not finite on an unpatched run, or a budget too small for one row.
     """
     metrics = {} if plan_only and metric is None else metrics_of(metric)
+    for name, inputs in (("clean", clean), ("corrupted", corrupted)):
+        require_inputs(inputs, name)
     if direction not in ("denoising", "noising"):
         raise ValueError(f"direction={direction!r} must be 'denoising' or 'noising'.")
     if len(clean) != len(corrupted):
         raise ValueError(f"{len(clean)} clean rows and {len(corrupted)} corrupted ones; pairs need equal numbers.")
-    if max_rows < 1:
-        raise ValueError(f"max_rows={max_rows} must be at least 1.")
     if not is_each(positions):
         parse(positions)
     layout = Layout(model, sites, layers, units)
@@ -110,11 +111,12 @@ def patch_sweep(
     results = {}
     for name in metrics:
         found, first, second = (torch.stack([x[name] for x in part]) for part in (values, of_clean, of_corrupted))
-        results[name] = _result(layout, pairs, found, first, second, positions, direction)
+        results[name] = _result(model, layout, pairs, found, first, second, positions, direction)
     return results if isinstance(metric, Mapping) else results[""]
 
 
 def _result(
+    model: Any,
     layout: Layout,
     pairs: list[Pair],
     values: Tensor,
@@ -141,7 +143,7 @@ def _result(
         drop.append("pos")
     if layout.named:
         shaped = shaped.transpose(0, 1)
-        axes = ["site", "pair", "unit", "pos"]
+        axes = ["site", "pair", layout.unit or "unit", "pos"]
         labels["site"] = list(layout.names)
     index = tuple(0 if a in drop else slice(None) for a in axes)
     kept = tuple(a for a in axes if a not in drop)
@@ -152,5 +154,13 @@ def _result(
         clean,
         corrupted,
         direction,
-        {"positions": str(positions)},
+        {"positions": str(positions), **_texts(model, layout, pairs, positions)},
     )
+
+
+def _texts(model: Any, layout: Layout, pairs: list[Pair], positions: Any) -> dict[str, list[str]]:
+    """What stands at each position, to label the axis "pos": where every one is patched, and all pairs say the same."""
+    rows = {tuple(pair.base.tokens[0].tolist()) for pair in pairs}
+    if not is_each(positions) or layout.on_pictures or len(rows) > 1 or model.tokenizer is None:
+        return {}
+    return {"token_texts": [model.tokenizer.decode([token]) for token in rows.pop()]}

@@ -97,6 +97,8 @@ def whole_plan(plans: Sequence[Plan]) -> Plan:
 
 def rows_within(plan: Plan, max_rows: int, max_bytes: int | None) -> int:
     """How many rows travel together. Raises: ValueError for a budget that holds no single row."""
+    if max_rows < 1:
+        raise ValueError(f"max_rows={max_rows} must be at least 1.")
     if max_bytes is None:
         return max_rows
     if max_bytes < plan.row_bytes:

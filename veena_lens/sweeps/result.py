@@ -99,5 +99,6 @@ class SweepResult:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{a} {n}" for a, n in zip(self.axes, self.values.shape, strict=True))
-        best = self.scores.nan_to_num(-torch.inf).max() if self.values.numel() else float("nan")
-        return f"SweepResult({self.direction}: {sizes}; largest effect {float(best):.3f})"
+        known = self.scores[~self.scores.isnan()]
+        best = f"largest effect {float(known.max()):.3f}" if len(known) else "the two runs do not differ"
+        return f"SweepResult({self.direction}: {sizes}; {best})"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.naive import run_naive
 from veena_lens.sweeps.rows import AnyRow, BaseRun
@@ -26,6 +27,14 @@ def require_engine(model: Any, engine: str) -> None:
             "The suffix engine runs rows through parts of the model, where hooks of whole runs have no meaning: leave "
             "the `with model.intervene(...)` block, call model.reset_hooks(), or use engine='naive'."
         )
+
+
+def require_inputs(inputs: Any, name: str) -> None:
+    """Raises: TypeError for what is no prepared inputs, ValueError for a batch without rows."""
+    if not isinstance(inputs, MultimodalInputs):
+        raise TypeError(f"{name} must be prepared inputs (model.prepare, model.inputs_from_hf), not {inputs!r}.")
+    if not len(inputs):
+        raise ValueError(f"{name} holds no row; give at least one prompt.")
 
 
 def metrics_of(metric: Any) -> dict[str, Any]:
@@ -77,7 +86,7 @@ def apply_metrics(
         if not isinstance(out, Tensor) or out.shape != (n,):
             shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"The metric{_named(name)} must give one number a row, [{n}], not {shape}.")
-        values[name] = out
+        values[name] = out if out.is_floating_point() else out.double()
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from veena_lens.sweeps.running import (
     base_metrics,
     metrics_of,
     require_engine,
+    require_inputs,
     run_rows,
     sites_of,
 )
@@ -55,6 +57,7 @@ def steer_sweep(
     """
     cfg = model.cfg
     require_engine(model, engine)
+    require_inputs(inputs, "inputs")
     parse(positions)
     chosen = list(range(cfg.n_layers)) if layers is None else [i + cfg.n_layers if i < 0 else i for i in layers]
     if not chosen or not all(0 <= i < cfg.n_layers for i in chosen) or not len(alphas):
@@ -65,6 +68,8 @@ def steer_sweep(
         raise ValueError(
             f"vectors must be [{cfg.d_model}] or [{cfg.n_layers} {cfg.d_model}], not {list(vectors.shape)}."
         )
+    if not bool(torch.isfinite(vectors).all()) or not all(math.isfinite(alpha) for alpha in alphas):
+        raise ValueError(f"steer_sweep: vectors and alphas {list(alphas)} must be finite.")
     per_layer = vectors.expand(cfg.n_layers, -1)
     metrics = {} if plan_only and metric is None else metrics_of(metric)
     sites = sites_of(model, metrics)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer, require_units
+from veena_lens.interventions.base import require_layer, require_units, show
 from veena_lens.positions import parse
 
 MODES = ("renorm", "logit", "scale", "mul", "abs")
@@ -73,6 +73,9 @@ class BoostAttention:
     def positions(self) -> Any:
         """The query positions."""
         return self.queries
+
+    def __repr__(self) -> str:
+        return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """hook_pattern for scale, else hook_attn_scores of the layer (reached as a bias in renorm and logit)."""

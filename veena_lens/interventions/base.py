@@ -7,6 +7,7 @@ applies it. Layers are resolved and checked once, when `intervene` is called.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -114,6 +115,34 @@ def selection(
     return mask
 
 
+def plain(value: Any) -> Any:
+    """Numbers and lists of numpy and torch as Python's own, so that JSON and a repr hold them; the rest as it is.
+
+    A mask stays a tensor."""
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        return value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, (list, tuple, range)):
+        return [plain(part) for part in value]
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in a repr: of a mask its shape and how much it selects, of a long list its ends."""
+    value = plain(value)
+    if isinstance(value, Tensor):
+        return f"<mask {list(value.shape)}, {int(value.sum())} chosen>"
+    if isinstance(value, list) and len(value) > 12:
+        return f"[{', '.join(map(repr, value[:4]))}, ... {value[-1]!r} ({len(value)})]"
+    return repr(value)
+
+
 def show_units(**parts: Any) -> str:
     """`heads=[3], positions='query'` for a repr; parts that are None are left out."""
-    return ", ".join(f"{k}={v!r}" for k, v in parts.items() if v is not None)
+    return ", ".join(f"{k}={shown(v)}" for k, v in parts.items() if v is not None)
+
+
+def show(item: Any) -> str:
+    """The repr of an intervention that is numbers and words: its fields, readably."""
+    return f"{type(item).__name__}({show_units(**{f.name: getattr(item, f.name) for f in fields(item)})})"

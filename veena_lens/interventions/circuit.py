@@ -18,6 +18,7 @@ from torch import Tensor
 
 from veena_lens.interventions.ablate import Ablate
 from veena_lens.interventions.attention import BoostAttention
+from veena_lens.interventions.base import plain
 from veena_lens.interventions.knockout import KnockOut
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Patch
@@ -63,7 +64,7 @@ class Circuit(Sequence[Any]):
         items = [_pack(item, str(i), tensors) for i, item in enumerate(self.interventions)]
         about = {"format": FORMAT, "name": self.name, "meta": self.meta, "interventions": items}
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()} or {"empty": torch.zeros(1)}
-        save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about)})
+        save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about, default=plain)})
         return path
 
     @classmethod
@@ -109,7 +110,7 @@ def _pack(item: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         elif isinstance(value, slice):
             out[f.name] = {"slice": [value.start, value.stop, value.step]}
         else:
-            out[f.name] = list(value) if isinstance(value, (tuple, range)) else value
+            out[f.name] = plain(value)
     if isinstance(item, Patch) and item._chosen is not None:
         tensors[f"{prefix}._chosen"] = item._chosen
         out["_chosen"] = {"tensor": f"{prefix}._chosen"}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
 from veena_lens.interventions.attention import places
-from veena_lens.interventions.base import require_layer, require_units
+from veena_lens.interventions.base import require_layer, require_units, show
 from veena_lens.positions import parse
 
 
@@ -42,6 +42,9 @@ class KnockOut:
     def positions(self) -> Any:
         """The query positions."""
         return self.queries
+
+    def __repr__(self) -> str:
+        return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """hook_attn_scores of the layer, reached as a bias."""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer, require_units, selection
+from veena_lens.interventions.base import require_layer, require_units, selection, show
 from veena_lens.positions import parse
 
 
@@ -32,6 +32,9 @@ class ScaleNeurons:
         parse(self.positions)
         if not math.isfinite(self.factor):
             raise ValueError(f"ScaleNeurons: factor={self.factor} must be finite.")
+
+    def __repr__(self) -> str:
+        return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """blocks.{layer}.mlp.hook_post."""

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer
+from veena_lens.interventions.base import require_layer, show
 from veena_lens.positions import parse
 
 
@@ -47,6 +47,9 @@ class QuietHeads:
     def positions(self) -> Any:
         """The query positions."""
         return self.queries
+
+    def __repr__(self) -> str:
+        return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """hook_pattern of the layer."""

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer
+from veena_lens.interventions.base import require_layer, shown
 from veena_lens.positions import parse
 
 
@@ -51,4 +51,4 @@ class Steer:
     def __repr__(self) -> str:
         norm = float(self.vector.float().norm())
         vector = f"[{len(self.vector)}] of norm {norm:.3g}"
-        return f"Steer(layer={self.layer}, vector={vector}, alpha={self.alpha:g}, positions={self.positions!r})"
+        return f"Steer(layer={self.layer}, vector={vector}, alpha={self.alpha:g}, positions={shown(self.positions)})"

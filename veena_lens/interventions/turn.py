@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer
+from veena_lens.interventions.base import require_layer, shown
 from veena_lens.positions import parse
 
 
@@ -68,5 +68,5 @@ class Turn:
         rule = "" if self.adaptive else ", adaptive=False"
         return (
             f"Turn(layer={self.layer}, vector=[{len(self.vector)}], strength={self.strength:g}, "
-            f"positions={self.positions!r}{rule})"
+            f"positions={shown(self.positions)}{rule})"
         )

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tests.cases import BY_NAME, IMAGE_TOKEN, PAD, build_hf, counted, raw_inputs, relative_error
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, Patch, ScaleNeurons, Steer
-from veena_lens.interventions.base import plain
 from veena_lens.positions import position_mask
 
 NAME = "three-images-and-none"
@@ -402,30 +401,3 @@ def test_every_kind_prints_in_a_few_lines(source: Any) -> None:
     assert len(repr(circuit).splitlines()) <= 10 and "14 more" in repr(circuit)
     for item in circuit:
         assert repr(item).startswith(type(item).__name__) and len(repr(item)) < 200
-
-
-def test_numbers_of_numpy_and_masks_travel_and_print(tmp_path: Any, model: Any, inputs: Any) -> None:
-    """Heads that a table of results names are numpy's numbers; a mask prints its size, not its entries."""
-    import numpy as np
-
-    mask = torch.zeros(inputs.shape, dtype=torch.bool)
-    mask[:, -2:] = True
-    items = [
-        Ablate("blocks.0.attn.hook_z", heads=range(1, 3), positions=[np.int64(-1)]),
-        Ablate("blocks.1.attn.hook_z", heads=(3,), positions=mask),
-        Steer(1, torch.ones(48), 2.0, positions=mask),
-        ScaleNeurons(1, range(20), 3.0, positions=mask),
-        BoostAttention(1, heads=[0], keys=mask.roll(-2, 1), queries=mask),
-    ]
-    circuit = Circuit(items, meta={"effect": np.float32(0.5), "heads": np.arange(2)})
-    loaded = Circuit.load(circuit.save(tmp_path / "circuit.safetensors"))
-    assert loaded.meta == {"effect": 0.5, "heads": [0, 1]}
-    with torch.no_grad():
-        with model.intervene(circuit):
-            first = model(inputs)
-        with model.intervene(loaded):
-            assert torch.equal(model(inputs), first)
-    assert plain([np.int64(3), torch.tensor(2), np.array([1])]) == [3, 2, [1]]
-    for item in (*circuit, *loaded):
-        assert len(repr(item).splitlines()) == 1 and len(repr(item)) < 200, item
-    assert "<mask [3, 18], 6 chosen>" in repr(items[2]) and "neurons=[0, 1, 2, 3, ... 19 (20)]" in repr(items[3])

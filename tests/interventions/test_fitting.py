@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from tests.cases import BY_NAME, build_hf, counted, native_model, raw_inputs
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens import HookedVLM
-from veena_lens.interventions import Ablate, BoostAttention, KnockOut, Patch, ScaleNeurons, Steer, Tile
+from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOut, Patch, ScaleNeurons, Steer, Tile
+from veena_lens.interventions.base import plain
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,29 @@ def test_a_bare_source_acts_alike_with_and_without_kept_keys(site: str, position
     with model.intervene([Patch(site, source, positions=positions)]):
         kept, again = (model.generate(row, use_past_kv_cache=use, **kw) for use in (True, False))
     assert torch.equal(kept, again)
+
+
+def test_numbers_of_numpy_and_masks_travel_and_print(tmp_path: Any, runs: dict[str, Any]) -> None:
+    """Heads that a table of results names are numpy's numbers; a mask prints its size, not its entries."""
+    model, inputs = runs["model"], runs["inputs"]
+    mask = torch.zeros(inputs.shape, dtype=torch.bool)
+    mask[:, -2:] = True
+    items = [
+        Ablate("blocks.0.attn.hook_z", heads=range(1, 3), positions=[np.int64(-1)]),
+        Ablate("blocks.1.attn.hook_z", heads=(3,), positions=mask),
+        Steer(1, torch.ones(48), 2.0, positions=mask),
+        ScaleNeurons(1, range(20), 3.0, positions=mask),
+        BoostAttention(1, heads=[0], keys=mask.roll(-2, 1), queries=mask),
+    ]
+    circuit = Circuit(items, meta={"effect": np.float32(0.5), "heads": np.arange(2)})
+    loaded = Circuit.load(circuit.save(tmp_path / "circuit.safetensors"))
+    assert loaded.meta == {"effect": 0.5, "heads": [0, 1]}
+    with torch.no_grad():
+        with model.intervene(circuit):
+            first = model(inputs)
+        with model.intervene(loaded):
+            assert torch.equal(model(inputs), first)
+    assert plain([np.int64(3), torch.tensor(2), np.array([1])]) == [3, 2, [1]]
+    for item in (*circuit, *loaded):
+        assert len(repr(item).splitlines()) == 1 and len(repr(item)) < 200, item
+    assert "<mask [2, 17], 4 chosen>" in repr(items[2]) and "neurons=[0, 1, 2, 3, ... 19 (20)]" in repr(items[3])

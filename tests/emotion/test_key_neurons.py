@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.emotion.asked import bundled
-from tests.emotion.twins import LLAVA, QWEN, directions, twins
+from tests.emotion.twins import LLAVA, QWEN, directions, heads_of, twins
 from veena_lens.emotion import key_neurons as module
 from veena_lens.emotion.key_neurons import KeyNeurons, key_neurons, neuron_pushes, strongest_neurons
 from veena_lens.emotion.methods import prepared
@@ -93,11 +93,6 @@ def test_some_neurons_of_the_embedded_model_speak_emotion_words() -> None:
     assert any(len(words) == 8 for words in mine["promotes"])
 
 
-def heads_of(*heads: tuple[int, int]) -> Any:
-    table = pd.DataFrame([{"layer": a, "head": h, "rows": "last"} for a, h in heads])
-    return SimpleNamespace(heads=list(heads), table=table, meta={"lead_in": LEAD_IN})
-
-
 def test_a_neuron_is_confirmed_where_its_path_helps_a_later_key_head(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -110,7 +105,7 @@ def test_a_neuron_is_confirmed_where_its_path_helps_a_later_key_head(monkeypatch
 
     monkeypatch.setattr(module, "path_patching", paths)
     table = pd.DataFrame({"layer": [0, 1, 2], "neuron": [1, 2, 3]})
-    sure = module._confirmed(bundled(LLAVA), twins()[:1], directions(), heads_of((2, 0), (3, 1)), table)
+    sure = module._confirmed(bundled(LLAVA), twins()[:1], directions(), heads_of([(2, 0), (3, 1)]), table)
     assert asked == [(["L0N1", "L1N2"], ["L2H0"]), (["L1N2", "L2N3"], ["L3H1"])]
     assert sure == {(0, 1), (1, 2)}
 

@@ -6,36 +6,16 @@ from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 
 from tests.emotion.asked import bundled
-from tests.emotion.twins import LLAVA, directions, twins
+from tests.emotion.twins import LLAVA, directions, heads_of, twins
 from veena_lens.emotion import tracing as module
-from veena_lens.emotion.key_heads import KeyHeads
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.emotion.slot import LEAD_IN
 from veena_lens.emotion.tracing import COLUMNS, head_push, push_of, spread_over, trace_back
 from veena_lens.interventions import Patch
-from veena_lens.scores import Scores
-
-
-def found(heads: list[tuple[int, int]], every: list[tuple[int, int]] | None = None) -> KeyHeads:
-    none = Scores(torch.zeros(1), ("layer",))
-    table = pd.DataFrame([{"layer": a, "head": h, "rows": "last"} for a, h in every or heads])
-    rest: dict[str, Any] = dict.fromkeys(("effects", "intention", "push", "routes"), none)
-    return KeyHeads(
-        table=table,
-        heads=heads,
-        layer=3,
-        n_pairs=4,
-        dropped=0,
-        emotions=[],
-        identities=[],
-        meta={"lead_in": LEAD_IN},
-        **rest,
-    )
 
 
 def test_push_of_a_head_by_hand() -> None:
@@ -67,7 +47,7 @@ def test_pairs_are_taken_from_all_identities_and_emotions_alike() -> None:
 
 def test_edges_equal_one_patch_at_a_time_and_are_kept_where_both_speak_for_them() -> None:
     model, d, pairs, head = bundled(LLAVA), directions(), list(twins()[:4]), (1, 2)
-    edges = trace_back(model, pairs, found([head]), d, depth=1, top=3, draws=50, progress=False)
+    edges = trace_back(model, pairs, heads_of([head]), d, depth=1, top=3, draws=50, progress=False)
     assert list(edges.columns) == list(COLUMNS) and 1 <= len(edges) <= 3
     assert set(edges["receiver"]) == {"L1H2"} and set(edges["level"]) == {1} and set(edges["rows"]) == {"last"}
     assert edges["effect"].is_monotonic_decreasing and bool((edges["effect"] > 0).all())
@@ -106,7 +86,7 @@ def test_kept_heads_become_targets_once_and_no_deeper_than_asked(monkeypatch: py
     }
     monkeypatch.setattr(module, "_senders", senders(table))
     every = [(a, h) for a in range(4) for h in range(6)]
-    heads = found([(3, 0), (2, 5), (0, 1)], every)
+    heads = heads_of([(3, 0), (2, 5), (0, 1)], every)
 
     def edges(**more: Any) -> list[tuple[int, str, str]]:
         frame = trace_back(None, [], heads, None, progress=False, **more)
@@ -121,7 +101,7 @@ def test_kept_heads_become_targets_once_and_no_deeper_than_asked(monkeypatch: py
 
 
 def test_no_key_heads_and_those_of_the_first_layer_have_no_edges() -> None:
-    for heads in (found([], [(0, 0)]), found([(0, 4)])):
+    for heads in (heads_of([], [(0, 0)]), heads_of([(0, 4)])):
         edges = trace_back(bundled(LLAVA), list(twins()[:4]), heads, directions(), progress=False)
         assert len(edges) == 0 and list(edges.columns) == list(COLUMNS)
 
@@ -130,4 +110,4 @@ def test_no_key_heads_and_those_of_the_first_layer_have_no_edges() -> None:
 def test_sizes_below_one_are_named(name: str) -> None:
     sizes: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match=f"{name}=0.*must be at least 1"):
-        trace_back(None, [], found([(1, 0)]), None, **sizes)
+        trace_back(None, [], heads_of([(1, 0)]), None, **sizes)

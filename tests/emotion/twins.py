@@ -5,12 +5,15 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pandas as pd
 import torch
 
 from tests.emotion.asked import NAMES, bundled
 from veena_lens.emotion.directions import Directions, extract_directions
+from veena_lens.emotion.key_heads import KeyHeads
 from veena_lens.emotion.pairs import Pair, load_pairs
 from veena_lens.emotion.slot import LEAD_IN, AnswerSlot, answer_slot
+from veena_lens.scores import Scores
 
 EMOTIONS = ("happy", "angry")
 LLAVA, QWEN = NAMES
@@ -43,3 +46,21 @@ def precise() -> Any:
     from veena_lens import HookedVLM
 
     return HookedVLM.from_pretrained(LLAVA, dtype=torch.float64)
+
+
+def heads_of(heads: list[tuple[int, int]], every: list[tuple[int, int]] | None = None) -> KeyHeads:
+    """Key heads as if found, patched at the last token; `every` is what the table lists."""
+    none = Scores(torch.zeros(1), ("layer",))
+    table = pd.DataFrame([{"layer": a, "head": h, "rows": "last"} for a, h in every or heads])
+    rest: dict[str, Any] = dict.fromkeys(("effects", "intention", "push", "routes"), none)
+    return KeyHeads(
+        table=table,
+        heads=heads,
+        layer=3,
+        n_pairs=4,
+        dropped=0,
+        emotions=[],
+        identities=[],
+        meta={"lead_in": LEAD_IN},
+        **rest,
+    )

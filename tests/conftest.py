@@ -19,6 +19,12 @@ hypothesis.settings.load_profile("tests")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Names with an address in them differ between processes, and workers side by side refuse to start."""
+    if named := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError("test names hold an address; give these parameters ids:\n  " + "\n  ".join(named))
+
+
 @pytest.fixture
 def model_of() -> Iterator[Callable[..., Any]]:
     """`model_of(case, dtype, casts)`: the shared native model; after the test no hook may be left on it."""

@@ -47,6 +47,11 @@ def test_named_sites_unit_by_unit_equal_whole_forwards(sites: list[str], units: 
     assert whole.axes == ("site", "pair") and not torch.allclose(fast.values[..., 0], whole.values)
 
 
+def _told(value: Any) -> str:
+    """A test's name: what is wrong, by its option; functions and long tensors have no name that stays the same."""
+    return "-".join(value) if isinstance(value, dict) else value
+
+
 @pytest.mark.parametrize(
     ("kw", "telling"),
     [
@@ -71,7 +76,7 @@ def test_named_sites_unit_by_unit_equal_whole_forwards(sites: list[str], units: 
         (dict(metric=lambda logits: 3.0), "one number a row.*float"),
         (dict(metric={"a": logit_diff(5, 6), "b": lambda x: x[:, 0] / 0 * 0}), "metric 'b' is nan"),
     ],
-    ids=str,
+    ids=_told,
 )
 def test_bad_sweeps_are_refused_before_a_row_runs(kw: dict[str, Any], telling: str, runs, monkeypatch) -> None:
     from veena_lens.sweeps import running
@@ -98,7 +103,7 @@ def test_bad_sweeps_are_refused_before_a_row_runs(kw: dict[str, Any], telling: s
         (dict(positions="lats"), "lats"),
         (dict(engine="quick"), "quick"),
     ],
-    ids=str,
+    ids=_told,
 )
 def test_bad_steering_sweeps_are_refused(kw: dict[str, Any], telling: str, runs) -> None:
     model, inputs, _ = runs

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veena_lens.checkpoints.bundle import bundled_names, bundled_pairs, bundled_path, bundled_pictures
     from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict
-    from veena_lens.checkpoints.layouts import layout_of
     from veena_lens.checkpoints.loading import Checkpoint, load_generation_config, load_processor, open_checkpoint
     from veena_lens.checkpoints.processing import inputs_from_hf, pad_token_of, prepare
     from veena_lens.checkpoints.registry import all_adapters, find_adapter
@@ -28,7 +27,6 @@ _HOMES = {
     "load_generation_config": "loading",
     "load_processor": "loading",
     "open_checkpoint": "loading",
-    "layout_of": "layouts",
     "inputs_from_hf": "processing",
     "pad_token_of": "processing",
     "prepare": "processing",
@@ -48,7 +46,6 @@ __all__ = [
     "fill_from_state_dict",
     "find_adapter",
     "inputs_from_hf",
-    "layout_of",
     "load_generation_config",
     "load_processor",
     "open_checkpoint",

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from veena_lens.checkpoints.any_size import Source, match_tokens
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import is_any_of
-from veena_lens.vision.anyres import AnyresLayout, anyres_layout
+from veena_lens.vision.packing import layout_of
 from veena_lens.vision.positions import multimodal_positions
 
 
@@ -92,13 +92,6 @@ def _fixed(cfg: HookedVLMConfig) -> _Image:
     n, (height, width) = cfg.vision.n_features, cfg.vision.grid
     first = n - height * width  # a class token stands first; a strategy that drops a patch leaves no whole grid
     return _Image(n, (height, width), tuple(range(first, n)) if first >= 0 else ())
-
-
-def layout_of(cfg: HookedVLMConfig, size: Sequence[int]) -> AnyresLayout:
-    """The any-resolution layout of a picture of (height, width) pixels."""
-    assert cfg.vision is not None
-    height, width = (int(s) for s in size)
-    return anyres_layout((height, width), cfg.image_pinpoints, cfg.vision.image_size, cfg.vision.patch_size)
 
 
 def _anyres(

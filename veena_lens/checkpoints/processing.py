@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from veena_lens.checkpoints.layouts import arrange_images, layout_of
+from veena_lens.checkpoints.layouts import arrange_images
 from veena_lens.checkpoints.pictures import cell_boxes, patch_boxes
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
+from veena_lens.vision.packing import layout_of
 
 
 def prepare(

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from veena_lens.checkpoints.layouts import layout_of
 from veena_lens.checkpoints.loading import Checkpoint, open_checkpoint
 from veena_lens.hook_table import hooks_of, layer_of
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
+from veena_lens.vision.packing import layout_of
 
 # Largest difference allowed, relative to the largest logit.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -37,8 +37,8 @@ from veena_lens.model.intervening import Intervening
 from veena_lens.model.run import Run
 from veena_lens.model.text import TextInterface
 from veena_lens.model.weights import StackedWeights
-from veena_lens.vision.anyres import pack
-from veena_lens.vision.connector import Connector
+from veena_lens.vision.connector import make_connector
+from veena_lens.vision.packing import pack_features
 from veena_lens.vision.qwen import DeepstackMerger
 from veena_lens.vision.seen import Seen
 from veena_lens.vision.towers import make_tower
@@ -65,7 +65,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         self._rows: AttentionRows | None = None
         if cfg.vision is not None and cfg.connector is not None:
             self.vision = make_tower(cfg.vision)
-            self.connector = Connector(cfg.connector)
+            self.connector = make_connector(cfg.connector)
             self.hook_image_features = HookPoint()
             if cfg.image_layout == "anyres":
                 self.image_newline = nn.Parameter(torch.zeros(cfg.d_model))
@@ -338,14 +338,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         self, features: Float[Tensor, "picture pos d_model"], inputs: MultimodalInputs
     ) -> Float[Tensor, "n_image_tokens d_model"]:
         """Features of pictures in the order of the image tokens that they fill."""
-        if self.cfg.image_layout == "dynamic":
-            sizes = [h * w for row in inputs.grids for h, w in row]
-            return torch.cat([x[:n] for x, n in zip(features, sizes, strict=True)])
-        if self.cfg.image_layout != "anyres":
-            return features.flatten(0, 1)
-        layouts = [checkpoints.layout_of(self.cfg, size) for size in inputs.extras["image_sizes"].tolist()]
-        tiles = features.split([layout.n_tiles for layout in layouts])
-        return torch.cat([pack(t, layout, self.image_newline) for t, layout in zip(tiles, layouts, strict=True)])
+        return pack_features(self.cfg, features, inputs, getattr(self, "image_newline", None))
 
     def _unembed(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return self.unembed(self.ln_final(resid.to(self.ln_final.weight.device)))

@@ -23,3 +23,8 @@ class Connector(nn.Module):
     def forward(self, features: Float[Tensor, "picture pos d_in"]) -> Float[Tensor, "picture pos d_model"]:
         pre = self.hook_pre(self.proj_in(self.hook_in(features)))
         return self.hook_out(self.proj_out(self.hook_post(self.act(pre))))
+
+
+def make_connector(cfg: ConnectorConfig) -> Connector:
+    """The connector that a configuration asks for, with random weights."""
+    return Connector(cfg)

@@ -10,12 +10,12 @@ import torch
 
 from tests.cases import BY_NAME
 from tests.circuits.runs import KINDS, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
-from veena_lens.checkpoints import layout_of
 from veena_lens.circuits.attribution import attribution_patching, check_attribution, image_attribution
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
+from veena_lens.vision.packing import layout_of
 
 EXACT: dict[str, Any] = dict(rtol=1e-9, atol=1e-10)
 

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veena_lens.checkpoints import layout_of
 from veena_lens.circuits.gradients import Places
 from veena_lens.circuits.measuring import padded
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.vision.packing import layout_of
 
 TOWER_SITE = "vision.hook_embed"
 PICTURE_SITES = ("hook_image_features", "hook_embed", TOWER_SITE)

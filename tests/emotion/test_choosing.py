@@ -15,8 +15,8 @@ from tests.emotion.small_run import small_pairs
 from tests.emotion.test_adaptive import FOUND
 from veena_lens.emotion.choosing import Ways, conditions_of, final_circuit, own_families, spaced, spread_examples
 from veena_lens.emotion.enhance import ena, vee, veena
-from veena_lens.emotion.key_neurons import KeyNeurons
 from veena_lens.emotion.methods import Method
+from veena_lens.emotion.neuron_search import KeyNeurons
 from veena_lens.emotion.pair_set import Example
 from veena_lens.emotion.settings import preset
 from veena_lens.emotion.tuning import Tuned

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from veena_lens.emotion import stages as module
-from veena_lens.emotion.key_heads import KeyHeads
-from veena_lens.emotion.key_layers import KeyLayers
+from veena_lens.emotion.head_search import KeyHeads
+from veena_lens.emotion.layer_search import KeyLayers
 from veena_lens.emotion.stages import Stages, find_stages, show_run, stage_bounds
 from veena_lens.scores import Scores
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veena_lens.emotion.directions import extract_directions
-from veena_lens.emotion.key_heads import key_heads
+from veena_lens.emotion.head_search import key_heads
 from veena_lens.emotion.pairs import PairSet, load_pairs
 from veena_lens.emotion.planted import plant_circuit
 from veena_lens.emotion.planted_scores import labels_under_chance, localise, swapped_at_random

@@ -16,10 +16,10 @@ from veena_lens.emotion.boosts import best_heads, boost_gradients
 from veena_lens.emotion.contexts import conditions
 from veena_lens.emotion.enhance import ena, vee, veena
 from veena_lens.emotion.evaluation import evaluate
-from veena_lens.emotion.key_heads import KeyHeads
-from veena_lens.emotion.key_layers import FLUENCY
-from veena_lens.emotion.key_neurons import KeyNeurons
+from veena_lens.emotion.head_search import KeyHeads
+from veena_lens.emotion.layer_search import FLUENCY
 from veena_lens.emotion.methods import Method
+from veena_lens.emotion.neuron_search import KeyNeurons
 from veena_lens.emotion.settings import Settings
 from veena_lens.emotion.slot import AnswerSlot
 from veena_lens.emotion.tuning import HARM, Tuned, fluency_ratio, tune, worth_of

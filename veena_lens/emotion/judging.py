@@ -14,8 +14,8 @@ from veena_lens.emotion.choosing import Ways
 from veena_lens.emotion.controls import random_heads, random_neurons
 from veena_lens.emotion.enhance import ena, vee, veena
 from veena_lens.emotion.evaluation import NEUTRAL, Evaluation, evaluate
-from veena_lens.emotion.key_neurons import KeyNeurons
 from veena_lens.emotion.methods import PLAIN, Method, answers
+from veena_lens.emotion.neuron_search import KeyNeurons
 from veena_lens.emotion.settings import Settings
 from veena_lens.emotion.side_effects import (
     SideEffects,

@@ -18,9 +18,9 @@ from veena_lens.emotion import choosing, judging
 from veena_lens.emotion.adaptive import Adaptive, fit_adaptive
 from veena_lens.emotion.directions import Directions, extract_directions
 from veena_lens.emotion.evaluation import NEUTRAL, Evaluation, evaluate
-from veena_lens.emotion.key_heads import KeyHeads, execution_heads, key_heads
-from veena_lens.emotion.key_layers import KeyLayers, key_layers
-from veena_lens.emotion.key_neurons import KeyNeurons, key_neurons
+from veena_lens.emotion.head_search import KeyHeads, execution_heads, key_heads
+from veena_lens.emotion.layer_search import KeyLayers, key_layers
+from veena_lens.emotion.neuron_search import KeyNeurons, key_neurons
 from veena_lens.emotion.settings import Settings, preset
 from veena_lens.emotion.slot import LEAD_IN, AnswerSlot, answer_slot
 from veena_lens.emotion.stages import Stages, find_stages

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from veena_lens.circuits import copying_strength, head_intention
 from veena_lens.emotion.direction_set import Directions
-from veena_lens.emotion.key_heads import KeyHeads, key_heads, specificity
-from veena_lens.emotion.key_neurons import KeyNeurons, key_neurons, neuron_pushes
+from veena_lens.emotion.head_search import KeyHeads, key_heads, specificity
 from veena_lens.emotion.methods import answers, batches, prepared
+from veena_lens.emotion.neuron_search import KeyNeurons, key_neurons, neuron_pushes
 from veena_lens.emotion.planted import Plant, Unit
 
 if TYPE_CHECKING:

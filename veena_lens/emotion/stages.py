@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from veena_lens.circuits import linear_probes
-from veena_lens.emotion.key_heads import KeyHeads
-from veena_lens.emotion.key_layers import KeyLayers
+from veena_lens.emotion.head_search import KeyHeads
+from veena_lens.emotion.layer_search import KeyLayers
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.scores import Scores
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.circuits import bootstrap, path_patching
-from veena_lens.emotion.key_heads import Head, KeyHeads
+from veena_lens.emotion.head_search import Head, KeyHeads
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep

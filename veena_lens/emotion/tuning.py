@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from veena_lens.emotion.evaluation import Evaluation, evaluate
-from veena_lens.emotion.key_layers import FLUENCY
+from veena_lens.emotion.layer_search import FLUENCY
 from veena_lens.emotion.methods import PLAIN, Method
 from veena_lens.emotion.side_effects import perplexity
 from veena_lens.emotion.slot import emotion_tokens

@@ -14,9 +14,9 @@ from PIL import Image
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, slot, twins
-from veena_lens.emotion import key_layers as module
+from veena_lens.emotion import layer_search as module
 from veena_lens.emotion.direction_controls import noise_directions
-from veena_lens.emotion.key_layers import KeyLayers, _choose, _judged, key_layers
+from veena_lens.emotion.layer_search import KeyLayers, _choose, _judged, key_layers
 from veena_lens.emotion.methods import Method, answers, next_logits
 from veena_lens.emotion.pairs import Example, Pair
 from veena_lens.emotion.wheels import EmotionWheels

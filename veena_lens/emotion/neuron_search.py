@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veena_lens.circuits import neuron_kinds, neuron_trace, path_patching, promoted_tokens, top_neurons
-from veena_lens.emotion.key_heads import KeyHeads
+from veena_lens.emotion.head_search import KeyHeads
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.emotion.tracing import push_of, spread_over
 from veena_lens.scores import Scores

@@ -12,7 +12,7 @@ import torch
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, precise, slot, twins
-from veena_lens.emotion import key_heads as module
+from veena_lens.emotion import head_search as module
 from veena_lens.emotion.head_search import (
     KeyHeads,
     best_rows,

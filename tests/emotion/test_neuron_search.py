@@ -12,7 +12,7 @@ import torch
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, heads_of, twins
-from veena_lens.emotion import key_neurons as module
+from veena_lens.emotion import neuron_search as module
 from veena_lens.emotion.methods import prepared
 from veena_lens.emotion.neuron_search import KeyNeurons, key_neurons, neuron_pushes, strongest_neurons
 from veena_lens.emotion.slot import LEAD_IN

@@ -207,3 +207,34 @@ def test_boosting_a_picture_that_is_not_there_is_refused(model_of) -> None:
     text = torch.tensor([[5, 6, 7]])
     with pytest.raises(ValueError, match="no row"), model.intervene([BoostAttention(0)]):
         model(text)
+
+
+def test_alike_edits_of_several_rows_act_as_one_and_equal_each_row_alone(ready) -> None:
+    model, inputs, plain, _ = ready
+    strong = [BoostAttention(1, [0, 2], factor=3.0, mode="scale") for _ in range(3)]
+    weak, quiet = BoostAttention(1, [0, 2], factor=0.5, mode="scale"), QuietHeads(1, keep=0.5)
+    lists: list[list[Any]] = [[strong[0], quiet], [strong[1], quiet], [quiet, strong[2]], [weak]]
+    lists += [[]] * (len(inputs) - len(lists))
+    lists = lists[: len(inputs)]
+    with torch.no_grad():
+        with model.intervene(per_row=lists):
+            # Place 0: the strong boosts of rows 0 and 1, row 2's quieting, row 3's; place 1: quieting, row 2's boost.
+            assert [x.of for x in model._applied][:2] == [(0, 1), (2,)] and (0, 1) in [x.of for x in model._applied[2:]]
+            together = model(inputs)
+        for row, mine in enumerate(lists):
+            with model.intervene(mine):
+                alone = model(inputs)
+            keep = inputs.attention_mask[row]
+            assert relative_error(together[row][keep], (alone if mine else plain)[row][keep]) < 1e-12
+
+
+def test_empty_selection_of_one_row_among_alike_ones_is_named(ready) -> None:
+    model, inputs, _, _ = ready
+    boost = BoostAttention(1, queries=slice(0, 1))
+    held = [bool(m[0]) for m in inputs.attention_mask]  # a padded row has no token there
+    assert any(held) and not all(held), "the case must have padded rows and one without"
+    with (
+        model.intervene(per_row=[[boost]] * len(inputs)),
+        pytest.raises(ValueError, match=f"no position in row {held.index(False)} "),
+    ):
+        model(inputs)

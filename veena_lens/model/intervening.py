@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,28 +19,29 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.hook_table import layer_of, row_of
-from veena_lens.interventions.base import Intervention
+from veena_lens.interventions.attention import BoostAttention
+from veena_lens.interventions.base import Intervention, plain
 from veena_lens.interventions.fitting import is_same_model, picture_positions
 from veena_lens.interventions.patch import Patch
+from veena_lens.interventions.quiet import QuietHeads
 from veena_lens.model.run import Run
 from veena_lens.positions import parse, position_mask, reaches_generated
 
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """One intervention in force: its hook point, and the row it is for (None: every row of any batch)."""
+    """One intervention in force: its hook point, and the rows it is for (None: every row of any batch)."""
 
     intervention: Any
     name: str
-    row: int | None = None
-    n_rows: int | None = None
+    of: tuple[int, ...] | None = None
 
     def rows(self, run: Run) -> Bool[Tensor, " batch"]:
         """The rows it is for."""
         n = len(run.inputs)
-        chosen = torch.full((n,), self.row is None, dtype=torch.bool, device=run.inputs.device)
-        if self.row is not None:
-            chosen[self.row] = True
+        chosen = torch.full((n,), self.of is None, dtype=torch.bool, device=run.inputs.device)
+        if self.of is not None:
+            chosen[list(self.of)] = True
         return chosen
 
     def mask(self, run: Run, n_positions: int = 1) -> Bool[Tensor, "rows pos"]:
@@ -53,6 +54,13 @@ class Applied:
         chosen = position_mask(run.inputs, self.intervention.positions) & rows[:, None]
         return chosen[run.inputs.image_mask][:, None]
 
+    def nowhere(self, at: Bool[Tensor, "rows pos"]) -> str | None:
+        """Which of its rows a mask leaves empty, in words, or None; several rows only where a site has a row each."""
+        if self.of is None or len(self.of) == 1:
+            where = "every row" if self.of is None else f"row {self.of[0]}"
+            return None if bool(at.any()) else where
+        return next((f"row {row}" for row in self.of if not bool(at[row].any())), None)
+
     @property
     def bias_layer(self) -> int | None:
         """The layer whose fused attention takes it as a bias, None for an edit of an activation."""
@@ -62,6 +70,35 @@ class Applied:
 def _words(positions: Any) -> tuple[str, ...]:
     chosen = parse(positions)
     return chosen if isinstance(chosen, tuple) else ()
+
+
+def _together(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """(intervention, rows): those at the same place of several rows' lists that are alike act as one edit of all.
+
+    Each row's own order is kept, and rows do not meet."""
+    for place in range(max(map(len, lists), default=0)):
+        groups: dict[Any, tuple[Any, list[int]]] = {}
+        for row, mine in enumerate(lists):
+            if place < len(mine):
+                alike = _content(mine[place]) or (row,)
+                groups.setdefault(alike, (mine[place], []))[1].append(row)
+        for intervention, rows in groups.values():
+            yield intervention, tuple(rows)
+
+
+def _content(item: Any) -> tuple[Any, ...] | None:
+    """Type and fields of an edit of attention that is numbers and words alone, else None: it stands for itself."""
+    if not isinstance(item, (BoostAttention, QuietHeads)):
+        return None
+    found: list[Any] = [type(item)]
+    for part in (getattr(item, f.name) for f in fields(item)):
+        plain_part = plain(part)
+        if isinstance(plain_part, (list, slice)):
+            plain_part = repr(plain_part)
+        elif not isinstance(plain_part, (int, float, str, type(None))):
+            return None
+        found.append((type(part), plain_part))
+    return tuple(found)
 
 
 class Intervening:
@@ -86,10 +123,10 @@ class Intervening:
             planned = [self._plan(i) for i in interventions or ()]
         else:
             lists = [[mine] if isinstance(mine, Intervention) else mine for mine in per_row]
-            planned = [self._plan(i, row, len(lists)) for row, mine in enumerate(lists) for i in mine]
+            planned = [self._plan(i, rows) for i, rows in _together(lists)]
         return self._intervening(planned, () if per_row is None else (len(per_row),))
 
-    def _plan(self, intervention: Any, row: int | None = None, n_rows: int | None = None) -> Applied:
+    def _plan(self, intervention: Any, of: tuple[int, ...] | None = None) -> Applied:
         if not isinstance(intervention, Intervention):
             raise TypeError(f"intervene: {intervention!r} is no intervention (Steer, ...).")
         for source in (getattr(intervention, "source", None), getattr(intervention, "reference", None)):
@@ -99,7 +136,7 @@ class Intervening:
                     f"{intervention!r}: the cache was made by another model, {theirs!r}. To patch across models on "
                     "purpose, give the activation itself: source=cache[name]."
                 )
-        return Applied(intervention, intervention.site(self.cfg), row, n_rows)  # type: ignore[attr-defined]
+        return Applied(intervention, intervention.site(self.cfg), of)  # type: ignore[attr-defined]
 
     @contextmanager
     def _intervening(self, planned: list[Applied], n_rows: tuple[int, ...] = ()) -> Iterator[Any]:
@@ -177,13 +214,14 @@ class Intervening:
                 )
             keys = getattr(applied.intervention, "keys", None)
             needs_image = keys is not None and "image" in _words(keys)
-            if needs_image and applied.row is None and not bool(run.key_mask(applied.intervention.keys).any()):
+            if needs_image and applied.of is None and not bool(run.key_mask(applied.intervention.keys).any()):
                 raise ValueError(
                     f"{applied.intervention!r} has no keys to act on: no row of {run.inputs!r} has a picture."
                 )
             at = applied.mask(run, self._picture_positions(applied, run))
             if isinstance(applied.intervention, Patch):
                 applied.intervention.require_fit(self.cfg, run.inputs, run.stop, at)  # type: ignore[attr-defined]
-            if not reaches_generated(applied.intervention.positions) and not bool(at.any()):
-                where = "every row" if applied.row is None else f"row {applied.row}"
+            if reaches_generated(applied.intervention.positions):
+                continue
+            if (where := applied.nowhere(at)) is not None:
                 raise ValueError(f"{applied.intervention!r} selects no position in {where} of {run.inputs!r}.")

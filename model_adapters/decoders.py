@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from model_adapters.reading import activation, refuse_unread, rope
@@ -39,14 +40,15 @@ MAY_BE_BIASED = ("llama", "qwen3", "qwen3_vl_text")  # all four, where attention
 NORMED = ("qwen3", "qwen3_vl_text")  # q and k, before rotary
 
 
-def decoder_fields(config: Any, root: Any = None) -> dict[str, Any]:
-    """Fields of HookedVLMConfig that a text config gives; `root` is the whole model's config where it differs.
+def decoder_fields(config: Any, root: Any = None, harmless: Sequence[str] = ()) -> dict[str, Any]:
+    """Fields of HookedVLMConfig that a text config gives; `root` is the whole model's config where it differs, and
+    `harmless` names further fields that nothing needs to read.
 
     Raises: ValueError for a decoder of another kind, or a value that nothing reads."""
     kind = config.model_type
     if kind not in KINDS:
         raise ValueError(f"Text decoder {kind!r} is not supported; supported: {', '.join(KINDS)}.")
-    refuse_unread(config, READ, HARMLESS)
+    refuse_unread(config, READ, (*HARMLESS, *harmless))
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
     bias = kind in MAY_BE_BIASED and bool(config.attention_bias)
     root = config if root is None else root

@@ -47,6 +47,16 @@ def tower_config(config: Any, feature_layer: int | Sequence[int], strategy: str)
         kind=kind,  # type: ignore[arg-type]
         n_layers=n_live,
         n_unused_layers=config.num_hidden_layers - n_live,
+        feature_layers=layers,
+        drop_class_token=strategy == "default",
+        has_pooling_head=kind == "siglip" and bool(getattr(config, "vision_use_head", True)),
+        **block_fields(config),
+    )
+
+
+def block_fields(config: Any) -> dict[str, Any]:
+    """Fields of VisionConfig that say what blocks and patches are."""
+    return dict(
         d_model=config.hidden_size,
         n_heads=config.num_attention_heads,
         d_head=config.hidden_size // config.num_attention_heads,
@@ -60,9 +70,6 @@ def tower_config(config: Any, feature_layer: int | Sequence[int], strategy: str)
         image_size=config.image_size,
         patch_size=config.patch_size,
         n_channels=config.num_channels,
-        feature_layers=layers,
-        drop_class_token=strategy == "default",
-        has_pooling_head=kind == "siglip" and bool(getattr(config, "vision_use_head", True)),
     )
 
 
@@ -79,7 +86,7 @@ def tower_weights(vision: VisionConfig) -> WeightMap:
     ends = {
         "patch_embed.weight": "embeddings.patch_embedding.weight",
         "pos_embed.weight": "embeddings.position_embedding.weight",
-    } | _with_bias("unused.ln_post", "post_layernorm")
+    } | _with_bias("ln_post" if vision.has_last_norm else "unused.ln_post", "post_layernorm")
     if vision.kind == "clip":
         # The missing letter is in the checkpoints' own name.
         ends |= {"class_embedding": "embeddings.class_embedding"} | _with_bias("ln_pre", "pre_layrnorm")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Casts = Literal["hf", "none"]
-ImageLayout = Literal["fixed", "anyres", "dynamic"]
+ImageLayout = Literal["fixed", "anyres", "dynamic", "tiles"]
 ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 
 
@@ -118,6 +118,9 @@ class VisionConfig(TransformerConfig):
 
     CLIP and SigLIP: `feature_layers` index the L + 1 hidden states (0 is the input of block 0), already
     non-negative; `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
+    `has_last_norm` says that features are normed after the last block. With `has_fraction_positions` (Idefics3) a
+    picture may be smaller than the square it lies in, and a patch's position follows from the share of the picture's
+    height and width at which it lies; `merge_size` patches a side are then joined into what one token reads.
 
     Qwen ("qwen"): pictures of any size (`image_size` 0), in squares of `merge_size` patches a side that one token
     reads; `temporal_patch_size` frames make one picture. `rope_theta` is the base of the rotary positions over
@@ -133,6 +136,8 @@ class VisionConfig(TransformerConfig):
     feature_layers: tuple[int, ...] = ()
     drop_class_token: bool = False
     has_pooling_head: bool = False
+    has_last_norm: bool = False
+    has_fraction_positions: bool = False
     temporal_patch_size: int = 1
     merge_size: int = 1
     patch_bias: bool = False
@@ -155,6 +160,11 @@ class VisionConfig(TransformerConfig):
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"VisionConfig: image_size={self.image_size} is smaller than one patch ({self.patch_size} pixels)."
+            )
+        if self.grid[0] % self.merge_size:
+            raise ValueError(
+                f"VisionConfig: {self.grid[0]} patches a side (image_size={self.image_size}, patch_size="
+                f"{self.patch_size}) must be a multiple of merge_size={self.merge_size}."
             )
         for layer in self.feature_layers:
             if not 0 <= layer <= self.n_layers:
@@ -179,6 +189,11 @@ class VisionConfig(TransformerConfig):
         return side, side
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """(height, width) in tokens of one picture, where all have one size."""
+        return self.grid[0] // self.merge_size, self.grid[1] // self.merge_size
+
+    @property
     def has_class_token(self) -> bool:
         return self.kind == "clip"
 
@@ -189,19 +204,21 @@ class VisionConfig(TransformerConfig):
 
     @property
     def n_features(self) -> int:
-        """Features a picture gives: positions, less the class token where the strategy drops token 0."""
-        return self.n_positions - int(self.drop_class_token)
+        """Features a picture gives: positions (or joined squares), less the class token where token 0 is dropped."""
+        return self.n_positions // self.merge_size**2 - int(self.drop_class_token)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ConnectorConfig(_Printed):
-    """The projector between tower and decoder: two linear maps with an activation in between."""
+    """The projector between tower and decoder: two linear maps with an activation in between ("mlp"), or one map
+    ("linear"; `d_hidden` 0)."""
 
     d_in: int
     d_hidden: int
     d_out: int
     act_fn: Activation = "gelu"
     bias: bool = True
+    kind: Literal["mlp", "linear"] = "mlp"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -258,6 +275,11 @@ class HookedVLMConfig(TransformerConfig):
         """How many inner layers of the tower reach the decoder besides: the i-th at the input of layer i + 1 (the last
         of as many as there are layers joins after the blocks; further ones reach nothing)."""
         return 0 if self.vision is None else min(len(self.vision.deepstack_layers), self.n_layers)
+
+    @property
+    def has_hidden_connector(self) -> bool:
+        """True where the projector has a hidden layer."""
+        return self.connector is not None and self.connector.kind == "mlp"
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:

@@ -94,9 +94,9 @@ VISION_HOOKS: tuple[Hook, ...] = (
     Hook("vision.ln_post.hook_normalized", "picture pos d_model", "its output", needs="ln_post"),
 )
 CONNECTOR_HOOKS: tuple[Hook, ...] = (
-    Hook("connector.hook_in", "picture pos d_in", "features that the projector reads (Qwen: joined squares)"),
-    Hook("connector.hook_pre", "picture pos d_hidden", "before its activation function"),
-    Hook("connector.hook_post", "picture pos d_hidden", "after its activation function"),
+    Hook("connector.hook_in", "picture pos d_in", "features that the projector reads (Qwen, Idefics3: joined squares)"),
+    Hook("connector.hook_pre", "picture pos d_hidden", "before its activation function", needs="hidden_layer"),
+    Hook("connector.hook_post", "picture pos d_hidden", "after its activation function", needs="hidden_layer"),
     Hook("connector.hook_out", "picture pos d_model", "projected features"),
     Hook("hook_image_features", "n_image_tokens d_model", "what is scattered into the sequence, row after row"),
 )
@@ -115,7 +115,7 @@ def _has(cfg: TransformerConfig, need: str, decoder: bool) -> bool:
     if need == "ln_pre":
         return kind == "clip"
     if need == "ln_post":
-        return kind == "qwen"
+        return kind == "qwen" or bool(getattr(cfg, "has_last_norm", False))
     if need == "pos_embed":
         return kind in ("clip", "siglip") or bool(getattr(cfg, "position_grid", 0))
     if need == "deepstack":
@@ -140,7 +140,7 @@ def hooks_of(cfg: HookedVLMConfig) -> dict[str, Hook]:
     table: dict[str, Hook] = {}
     if cfg.vision is not None:
         table |= _expand(VISION_HOOKS, cfg.vision, decoder=False)
-        table |= {h.name: h for h in CONNECTOR_HOOKS}
+        table |= {h.name: h for h in CONNECTOR_HOOKS if not h.needs or cfg.has_hidden_connector}
         table |= {h.name.format(l=i): h for h in DEEPSTACK_HOOKS for i in range(cfg.n_deepstack)}
     return table | _expand(DECODER_HOOKS, cfg, decoder=True)
 

@@ -100,8 +100,9 @@ class MultimodalInputs:
     position_ids: [batch pos], or [3 batch pos] for multimodal rotary. pixel_values: what the tower reads,
     [picture ...] (any size: [picture patch numbers], padded); picture_rows: the row that owns each picture;
     picture_images: which of the row's images it belongs to; picture_grids: (height, width) in patches of each, where
-    pictures have any size; image_rows: the row of each image. A picture is an image, a tile of one, or a pair of
-    frames of a video, which counts as an image of its own.
+    pictures have any size; patch_mask: [picture patch], False at patches of the square that a smaller picture does not
+    have, None where all are whole; image_rows: the row of each image. A picture is an image, a tile of one (the whole
+    view first), or a pair of frames of a video, which counts as an image of its own.
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
     one an image; grid_places: which of an image's tokens are the cells of that grid, row by row (the others are a
     class token, a whole view, newlines). token_tiles: the tile of each of an image's tokens (0 the whole view, -1 a
@@ -120,6 +121,7 @@ class MultimodalInputs:
     picture_rows: Int[Tensor, " picture"] | None = None
     picture_images: Int[Tensor, " _"] | None = None
     picture_grids: Int[Tensor, "picture 2"] | None = None
+    patch_mask: Bool[Tensor, "picture patch"] | None = None
     image_rows: Int[Tensor, " image"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spans: tuple[Spans, ...] = ()
@@ -183,6 +185,7 @@ class MultimodalInputs:
             picture_rows=new_picture_rows,
             picture_images=_take(self.picture_images, pictures),
             picture_grids=picture_grids,
+            patch_mask=_take(self.patch_mask, pictures),
             image_rows=new_image_rows,
             extras={k: v[images.to(v.device)] if images is not None else v for k, v in self.extras.items()},
             spans=tuple(self.spans[i] for i in chosen),
@@ -210,6 +213,7 @@ class MultimodalInputs:
                     "picture_rows",
                     "picture_images",
                     "picture_grids",
+                    "patch_mask",
                     "image_rows",
                 )
             },
@@ -217,6 +221,12 @@ class MultimodalInputs:
         )
 
     # --- what the rows hold --------------------------------------------------------------------------
+    @property
+    def picture_shapes(self) -> Tensor | None:
+        """What a tower must know of its pictures beside their pixels: grids of those of any size, or the patches that
+        smaller ones have; None where all are alike."""
+        return self.patch_mask if self.picture_grids is None else self.picture_grids
+
     @property
     def image_token_ids(self) -> tuple[int, ...]:
         """Tokens whose places pictures fill."""

@@ -1,4 +1,4 @@
-"""How pictures fill image tokens: a fixed number each, any-resolution tiles, or patches of pictures of any size.
+"""How pictures fill image tokens: a fixed number each, tiles packed together or apart, or patches of any size.
 
 Given a processor's pixel tensors and the token counts of each row, says which row owns which picture, how many
 tokens each image fills, and which of them are the cells of its grid.
@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veena_lens.checkpoints.any_size import Source, match_tokens
+from veena_lens.checkpoints.tiled import in_tower_order, tile_grids, tiles_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import is_any_of
 from veena_lens.vision.packing import layout_of
 from veena_lens.vision.positions import multimodal_positions
+from veena_lens.vision.tiles import TileLayout
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class ImageSet:
     tiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
     picture_images: Tensor | None = None
     picture_grids: Tensor | None = None
+    patch_mask: Tensor | None = None
     positions: Tensor | None = None
 
 
@@ -67,6 +70,8 @@ def arrange_images(
         return ImageSet(None, None, None, [[] for _ in counts], none, none)
     if cfg.image_layout == "dynamic":
         return _of_any_size(cfg, tokens, mask, pixel_values, extras)
+    if cfg.image_layout == "tiles":
+        return _in_tiles(cfg, tokens, mask, pixel_values, extras)
     pixels = torch.as_tensor(pixel_values)
     if cfg.image_layout == "anyres":
         images, pixels, kept = _anyres(cfg, pixels, extras)
@@ -151,6 +156,34 @@ def _of_any_size(
         picture_images=torch.tensor([i for row in found.frames for i in range(len(row))]),
         picture_grids=torch.tensor([frame.grid for frame in frames]),
         positions=multimodal_positions(mask, found.groups),
+    )
+
+
+def _in_tiles(
+    cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, pixel_values: Any, extras: Mapping[str, Any]
+) -> ImageSet:
+    assert cfg.vision is not None and cfg.image_token_id is not None
+    pixels, real = tiles_of(cfg.vision, pixel_values, extras)
+    size = cfg.vision.n_features
+    grids = [tile_grids(row[keep].tolist(), cfg.image_token_id, size) for row, keep in zip(tokens, mask, strict=True)]
+    flat = torch.tensor([grid for row in grids for grid in row], dtype=torch.long).reshape(-1, 2)
+    pixels, real = in_tower_order(pixels, real, flat)
+    rows = [[TileLayout(tiles=grid, side=cfg.vision.token_grid[0]) for grid in row] for row in grids]
+    if not len(flat):  # padding and nothing else
+        none: tuple[tuple[Any, ...], ...] = ((),) * len(rows)
+        return ImageSet(None, None, None, [[] for _ in rows], none, none)
+    owned = [(i, image) for i, row in enumerate(rows) for image, x in enumerate(row) for _ in range(x.n_tiles)]
+    return ImageSet(
+        pixels,
+        torch.tensor([row for row, _ in owned]),
+        torch.tensor([i for i, row in enumerate(rows) for _ in row]),
+        [[x.n_tokens for x in row] for row in rows],
+        tuple(tuple(x.grid for x in row) for row in rows),
+        tuple(tuple(tuple(x.grid_places()) for x in row) for row in rows),
+        {"tile_grids": flat},
+        tuple(tuple(tuple(x.token_tiles()) for x in row) for row in rows),
+        torch.tensor([image for _, image in owned]),
+        patch_mask=real,
     )
 
 

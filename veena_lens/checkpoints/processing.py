@@ -164,6 +164,7 @@ KNOWN_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 LAYOUT_KEYS = {  # what an image layout reads besides
     "anyres": ("image_sizes",),
     "dynamic": ("image_grid_thw", "pixel_values_videos", "video_grid_thw"),
+    "tiles": ("pixel_attention_mask",),
 }
 IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # what the tokens say themselves
 
@@ -300,6 +301,7 @@ def assemble(
         picture_rows=images.picture_rows,
         picture_images=images.picture_images,
         picture_grids=images.picture_grids,
+        patch_mask=images.patch_mask,
         image_rows=images.image_rows,
         extras=images.extras,
         spans=find_spans(tokens, mask, cfg.image_token_ids, images.lengths),

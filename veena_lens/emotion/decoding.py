@@ -181,6 +181,7 @@ def without_pictures(model: Any, inputs: MultimodalInputs) -> MultimodalInputs:
         picture_rows=None,
         picture_images=None,
         picture_grids=None,
+        patch_mask=None,
         image_rows=None,
         extras={},
         spans=find_spans(tokens, mask, None, (), answered),

@@ -79,7 +79,8 @@ def _require_own_pictures(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Non
     else:
         size = [vision.n_channels, vision.image_size, vision.image_size]
         wanted = f"[pictures {' '.join(map(str, size))}]"
-        fits = found[1:] == size and ("image_sizes" in inputs.extras) == (cfg.image_layout == "anyres")
+        of_layout = [("anyres", "image_sizes"), ("tiles", "tile_grids")]
+        fits = found[1:] == size and all((key in inputs.extras) == (cfg.image_layout == x) for x, key in of_layout)
     if not fits:
         raise ValueError(
             f"The inputs were prepared for another model: their pictures are {found}, this model takes {wanted}. "

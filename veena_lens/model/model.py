@@ -306,7 +306,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         """What the tower makes of the pictures; None without pictures."""
         if inputs.pixel_values is None:
             return None
-        return self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device), inputs.picture_grids)
+        return self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device), inputs.picture_shapes)
 
     def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
         """What the tower and the connector make of the pictures, row after row; None without pictures."""

@@ -159,13 +159,14 @@ class _Again:
         inner_after = [self._of(known.kept[layer], past, total) for layer in model_layers]
         if not past:
             return after, inner_after
-        grids = inputs.picture_grids
+        shapes = inputs.picture_shapes
         _, joined = self._entries(EMBEDDING)
         resid, context = None, None
         if joined:
             pixels = inputs.pixel_values.to(tower.patch_embed.weight.device)
             with self.model.hooks(self._edits(EMBEDDING)):
-                resid = tower.embed(self._of(pixels, 0, joined), None if grids is None else self._of(grids, 0, joined))
+                mine = None if shapes is None else self._of(shapes, 0, joined)
+                resid = tower.embed(self._of(pixels, 0, joined), mine)
         kept: dict[int, Tensor] = {}
         for layer in range(self.depths[0] if not joined else 0, n):
             first, stop = self._entries(layer)
@@ -174,7 +175,7 @@ class _Again:
                 joined, context = stop, None
             assert resid is not None
             if context is None:
-                mine = None if grids is None else self._of(grids, 0, joined)
+                mine = None if shapes is None else self._of(shapes, 0, joined)
                 context = tower.context(mine, resid.shape[1], resid.device)
             fresh: dict[int, Tensor] = {}
             with self.model.hooks(self._edits(layer)):

@@ -1,8 +1,9 @@
 """CLIP and SigLIP towers: patches, positions, blocks; features are residual streams of chosen depth.
 
-SigLIP differs from CLIP by a bias on the patches, no class token and no norm before the blocks. Weights that
-never reach the features (later blocks, the last norm, SigLIP's pooling head) are kept, without hooks, so
-that a model can be exported whole.
+SigLIP differs from CLIP by a bias on the patches, no class token and no norm before the blocks. Some models norm the
+features after the blocks, take pictures that fill a part of the square only, or join squares of patches into one
+feature. Weights that never reach the features (later blocks, a last norm that is not applied, SigLIP's pooling head)
+are kept, without hooks, so that a model can be exported whole.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -22,6 +23,7 @@ from veena_lens.components.context import Context
 from veena_lens.components.hooks import drop_hooks
 from veena_lens.components.norms import LayerNorm
 from veena_lens.config import VisionConfig
+from veena_lens.vision.fractions import fraction_positions
 from veena_lens.vision.seen import Seen
 
 
@@ -57,7 +59,8 @@ class Unused(nn.Module):
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(cfg, cfg.n_layers + i, has_rotary=False) for i in range(cfg.n_unused_layers))
-        self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps)
+        if not cfg.has_last_norm:
+            self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps)
         if cfg.has_pooling_head:
             self.head = PoolingHead(cfg)
         drop_hooks(self)
@@ -76,18 +79,24 @@ class ClipTower(nn.Module):
         self.hook_embed, self.hook_pos_embed = HookPoint(), HookPoint()
         self.ln_pre = LayerNorm(cfg.d_model, cfg.norm_eps) if cfg.kind == "clip" else None
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=False) for layer in range(cfg.n_layers))
+        self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps) if cfg.has_last_norm else None
         self.unused = Unused(cfg)
 
-    def forward(self, pixels: Float[Tensor, "picture channel height width"], grids: None = None) -> Seen:
-        resid, kept = self.embed(pixels), {}
-        context = self.context(grids, resid.shape[1], resid.device)
+    def forward(
+        self,
+        pixels: Float[Tensor, "picture channel height width"],
+        real: Bool[Tensor, "picture pos"] | None = None,
+    ) -> Seen:
+        """`real` is False at the patches that a picture smaller than its square does not have."""
+        resid, kept = self.embed(pixels, real), {}
+        context = self.context(real, resid.shape[1], resid.device)
         for layer in range(self.cfg.n_layers):
             resid = self.step(layer, resid, context, kept)
         return self.leave(resid, kept)
 
-    def context(self, grids: None, length: int, device: torch.device) -> Context:
-        """What the blocks share: pictures of one size, every patch read by every other."""
-        return Context(key_mask=None, n_new=length, is_causal=False)
+    def context(self, real: Bool[Tensor, "picture pos"] | None, length: int, device: torch.device) -> Context:
+        """What the blocks share: every patch of a picture is read by every other."""
+        return Context(key_mask=None if real is None else real.to(device), n_new=length, is_causal=False)
 
     def step(
         self, layer: int, resid: Float[Tensor, "picture pos d_model"], context: Context, kept: dict[int, Tensor]
@@ -100,9 +109,14 @@ class ClipTower(nn.Module):
         return block.rest(resid, context)
 
     def leave(self, resid: Float[Tensor, "picture pos d_model"], kept: Mapping[int, Tensor]) -> Seen:
-        """The features: streams of the chosen depths side by side."""
+        """The features: streams of the chosen depths side by side; patches of a square joined row by row."""
         streams = {**kept, self.cfg.n_layers: resid}
         chosen = torch.cat([streams[i] for i in self.cfg.feature_layers], -1)
+        if self.ln_post is not None:
+            chosen = self.ln_post(chosen)
+        if self.cfg.merge_size > 1:
+            height, side = self.cfg.token_grid[0], self.cfg.merge_size
+            chosen = rearrange(chosen, "n (h a w b) d -> n (h w) (a b d)", h=height, a=side, b=side)
         return Seen(chosen[:, 1:] if self.cfg.drop_class_token else chosen)
 
     def kept_names(self) -> dict[int, str]:
@@ -110,7 +124,9 @@ class ClipTower(nn.Module):
         return {i: f"vision.blocks.{i}.hook_resid_pre" for i in self.cfg.feature_layers if i < self.cfg.n_layers}
 
     def embed(
-        self, pixels: Float[Tensor, "picture channel height width"], grids: None = None
+        self,
+        pixels: Float[Tensor, "picture channel height width"],
+        real: Bool[Tensor, "picture pos"] | None = None,
     ) -> Float[Tensor, "picture pos d_model"]:
         """The residual stream that enters block 0."""
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
@@ -118,8 +134,17 @@ class ClipTower(nn.Module):
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.hook_embed(x)
         positions = self.pos_embed.weight
+        if self.cfg.has_fraction_positions:
+            positions = self.pos_embed(self._fractions(real, x.device))
         if self.hook_pos_embed._forward_hooks or self.hook_pos_embed._backward_hooks:
             # A copy a picture: the weight itself must not be reached by an edit in place.
             positions = self.hook_pos_embed(positions.expand(len(x), -1, -1).clone())
         x = x + positions
         return x if self.ln_pre is None else self.ln_pre(x)
+
+    def _fractions(self, real: Bool[Tensor, "picture pos"] | None, device: torch.device) -> Int[Tensor, "#picture pos"]:
+        """Places in the table of positions, one row for all pictures where they are whole."""
+        height, width = self.cfg.grid
+        if real is None:
+            real = torch.ones(1, height * width, dtype=torch.bool)
+        return fraction_positions(real.to(device).unflatten(1, (height, width)), height)

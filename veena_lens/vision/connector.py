@@ -1,6 +1,8 @@
-"""The projector of the LLaVA family: two linear maps with an activation in between."""
+"""Projectors from the tower to the decoder: two linear maps with an activation in between, or a single one."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from veena_lens.config import ConnectorConfig
 
 
 class Connector(nn.Module):
-    """Features of the tower -> the decoder's width."""
+    """Features of the tower -> the decoder's width, through a hidden layer."""
 
     def __init__(self, cfg: ConnectorConfig) -> None:
         super().__init__()
@@ -25,6 +27,21 @@ class Connector(nn.Module):
         return self.hook_out(self.proj_out(self.hook_post(self.act(pre))))
 
 
-def make_connector(cfg: ConnectorConfig) -> Connector:
+class LinearConnector(nn.Module):
+    """Features of the tower -> the decoder's width, by one linear map."""
+
+    def __init__(self, cfg: ConnectorConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(cfg.d_in, cfg.d_out, bias=cfg.bias)
+        self.hook_in, self.hook_out = HookPoint(), HookPoint()
+
+    def forward(self, features: Float[Tensor, "picture pos d_in"]) -> Float[Tensor, "picture pos d_model"]:
+        return self.hook_out(self.proj(self.hook_in(features)))
+
+
+CONNECTORS: dict[str, Callable[[ConnectorConfig], nn.Module]] = {"mlp": Connector, "linear": LinearConnector}
+
+
+def make_connector(cfg: ConnectorConfig) -> nn.Module:
     """The connector that a configuration asks for, with random weights."""
-    return Connector(cfg)
+    return CONNECTORS[cfg.kind](cfg)

@@ -11,6 +11,7 @@ from torch import Tensor
 from veena_lens.config import HookedVLMConfig, ImageLayout
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.vision.anyres import AnyresLayout, anyres_layout, pack
+from veena_lens.vision.tiles import reading_order
 
 Packer = Callable[[HookedVLMConfig, Tensor, MultimodalInputs, Tensor | None], Tensor]
 
@@ -49,4 +50,9 @@ def _dynamic(cfg: HookedVLMConfig, features: Tensor, inputs: MultimodalInputs, n
     return torch.cat([x[:n] for x, n in zip(features, sizes, strict=True)])
 
 
-PACKERS: dict[ImageLayout, Packer] = {"fixed": _fixed, "anyres": _anyres, "dynamic": _dynamic}
+def _tiles(cfg: HookedVLMConfig, features: Tensor, inputs: MultimodalInputs, newline: Tensor | None) -> Tensor:
+    """The whole view of every image goes behind its tiles."""
+    return features[reading_order(inputs.extras["tile_grids"]).to(features.device)].flatten(0, 1)
+
+
+PACKERS: dict[ImageLayout, Packer] = {"fixed": _fixed, "anyres": _anyres, "dynamic": _dynamic, "tiles": _tiles}

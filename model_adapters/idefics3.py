@@ -1,0 +1,87 @@
+"""Idefics3 (Laurençon et al. 2024, arXiv 2408.12637): pictures in tiles among text, squares of patches joined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from model_adapters.decoders import TESTED, decoder_fields, decoder_weights, head_weights
+from model_adapters.reading import refuse_unread
+from model_adapters.towers import READ as TOWER_READ
+from model_adapters.towers import block_fields, tower_weights
+from veena_lens.config import ConnectorConfig, HookedVLMConfig, VisionConfig
+from veena_lens.weight_map import Adapter, WeightMap
+
+READ = ("text_config", "vision_config", "image_token_id", "scale_factor", "tie_word_embeddings")
+# The number of tokens a tile follows from the tower; the hub's files repeat the vocabulary's size.
+HARMLESS = ("image_seq_len", "vocab_size")
+# What the hub's files hold of the training code's own classes; no model here reads it.
+TEXT_HARMLESS = ("is_llama_config", "neftune_noise_alpha", "perceiver_config", "pixel_shuffle_factor")
+TEXT_HARMLESS += ("transformers.js_config",)
+# Sizes that the processor works with, and which training code to build the tower with.
+TOWER_HARMLESS = ("max_image_size", "size", "use_base_siglip")
+
+
+def tower_config(config: Any, merge: int) -> VisionConfig:
+    """The native tower. Raises: ValueError for sides that are no single numbers, or a value that nothing reads."""
+    for name in ("image_size", "patch_size"):
+        if not isinstance(getattr(config, name), int):
+            raise ValueError(f"Vision tower: {name}={getattr(config, name)!r} must be one number.")
+    refuse_unread(config, TOWER_READ, TOWER_HARMLESS)
+    return VisionConfig(
+        kind="siglip",
+        n_layers=config.num_hidden_layers,
+        feature_layers=(config.num_hidden_layers,),
+        has_last_norm=True,
+        has_fraction_positions=True,
+        merge_size=merge,
+        **block_fields(config),
+    )
+
+
+def idefics3_config(config: Any) -> HookedVLMConfig:
+    """The native configuration."""
+    text = config.text_config
+    refuse_unread(config, READ, HARMLESS)
+    vision = tower_config(config.vision_config, config.scale_factor)
+    fields = decoder_fields(text, harmless=TEXT_HARMLESS)
+    fields["tie_word_embeddings"] = bool(config.tie_word_embeddings)  # the decoder's own says nothing of the head
+    return HookedVLMConfig(
+        image_layout="tiles",
+        image_token_id=config.image_token_id,
+        vision=vision,
+        connector=ConnectorConfig(
+            kind="linear",
+            d_in=vision.d_model * vision.merge_size**2,
+            d_hidden=0,
+            d_out=text.hidden_size,
+            bias=False,
+        ),
+        **fields,
+    )
+
+
+def idefics3_weights(cfg: HookedVLMConfig) -> WeightMap:
+    """The whole model, in today's names in memory."""
+    assert cfg.vision is not None
+    return (
+        decoder_weights(cfg).under("", "model.text_model")
+        | head_weights(cfg)
+        | tower_weights(cfg.vision).under("vision", "model.vision_model")
+        | WeightMap({"connector.proj.weight": "model.connector.modality_projection.proj.weight"})
+    )
+
+
+ADAPTER = Adapter(
+    architecture="Idefics3ForConditionalGeneration",
+    read_config=idefics3_config,
+    weight_map=idefics3_weights,
+    image_layout="tiles",
+    hub_ids=(
+        "HuggingFaceM4/Idefics3-8B-Llama3",
+        "HuggingFaceTB/SmolVLM-Instruct",
+        "HuggingFaceTB/SmolVLM-256M-Instruct",
+        "HuggingFaceTB/SmolVLM-500M-Instruct",
+    ),
+    note="pictures in tiles among text, SigLIP tower, one linear map; Llama, Mistral, Qwen2 or Qwen3 decoder",
+    tested=f"{TESTED}; tower, tiles, smaller pictures under a mask, several pictures and none in one batch",
+)

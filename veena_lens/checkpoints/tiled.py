@@ -1,0 +1,144 @@
+"""Pictures in tiles (Idefics3, SmolVLM): which runs of image tokens are the tiles of one image, and its pixels.
+
+A processor writes a marker before each tile's run of image tokens: the fake token F and the tile's name, which is one
+token or several. A row of tiles ends with a line break, and the whole view stands last, closed by F:
+
+    F<row_1_col_1>i..iF<row_1_col_2>i..i\\nF<row_2_col_1>i..iF<row_2_col_2>i..i\\n\\nF<global-img>i..iF
+
+The tokens alone tell which tiles belong together, whatever a tokenizer makes of the names: the last tile of a row is
+the whole view of its last image, and the others that bear its name are those of the images before. Tiles that do not
+stand so (prompts written by hand, frames of a video) are whole views of images of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veena_lens.config import VisionConfig
+from veena_lens.vision.tiles import tower_order
+
+Grid = tuple[int, int]  # tiles of an image in (rows, columns); (0, 0): it is not cut
+LONGEST_NAME = 24  # tokens of "<row_6_col_6>", each character one of its own, and to spare
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Tokens of one tile: its first and one past the last, the place of F before it and the name in between."""
+
+    start: int
+    stop: int
+    fake: int | None
+    name: tuple[int, ...]
+
+
+def tile_grids(tokens: Sequence[int], image_token_id: int, size: int) -> list[Grid]:
+    """Tiles of each image of one row of tokens, every tile filling `size` of them.
+
+    Raises: ValueError for a run of image tokens that is no whole number of tiles."""
+    starts = _starts(tokens, image_token_id, size)
+    if not starts or starts[-1] + size >= len(tokens):
+        return [(0, 0)] * len(starts)
+    fake = tokens[starts[-1] + size]
+    tiles, stop = [], 0
+    for start in starts:
+        tiles.append(_tile(tokens, start, start + size, stop, fake))
+        stop = start + size
+    whole, found, mine = tiles[-1].name, [], []
+    for tile in tiles:
+        mine.append(tile)
+        if tile.name == whole and tile.fake is not None and tokens[tile.stop] == fake:
+            grid = _grid(mine)
+            found += [(0, 0)] * len(mine) if grid is None else [grid]
+            mine = []
+    return found + [(0, 0)] * len(mine)
+
+
+def _starts(tokens: Sequence[int], image_token_id: int, size: int) -> list[int]:
+    """The first token of every tile."""
+    starts: list[int] = []
+    run = 0
+    for at, token in enumerate([*tokens, None]):
+        if token == image_token_id:
+            run += 1
+            continue
+        if run % size:
+            raise ValueError(
+                f"A run of {run} image tokens is no whole number of tiles: each fills {size} in this model. Processor "
+                "and checkpoint do not match (image_seq_len), or the prompt was not made by the processor."
+            )
+        starts += range(at - run, at, size)
+        run = 0
+    return starts
+
+
+def _tile(tokens: Sequence[int], start: int, stop: int, after: int, fake: int) -> _Tile:
+    """A tile with what stands before it, no further back than `after`, where the tile before it ends."""
+    for at in range(start - 1, max(after, start - 1 - LONGEST_NAME) - 1, -1):
+        if tokens[at] == fake:
+            return _Tile(start, stop, at, tuple(tokens[at + 1 : start]))
+    return _Tile(start, stop, None, ())
+
+
+def _grid(tiles: Sequence[_Tile]) -> Grid | None:
+    """(rows, columns) of the tiles before a whole view, (0, 0) where there are none; None where they are no grid."""
+    *cut, whole = tiles
+    if not cut:
+        return (0, 0)
+    columns: list[int] = []
+    for i, tile in enumerate(cut):
+        if i and tile.fake == cut[i - 1].stop:
+            columns[-1] += 1
+        else:
+            columns.append(1)
+    named = all(tile.fake is not None and tile.name for tile in cut)
+    if not named or len(set(columns)) > 1 or len(cut) == 1 or whole.fake == cut[-1].stop:
+        return None
+    return len(columns), columns[0]
+
+
+def tiles_of(vision: VisionConfig, pixel_values: Tensor, extras: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """(pixels [picture channel height width], real patches [picture patch]) of a processor's tensors, in its order.
+
+    Tiles that are zero everywhere are padding and left out. Real patches: None where every picture is whole.
+    Raises: ValueError for tensors of another shape, or a picture of which its mask leaves nothing."""
+    size = (vision.n_channels, vision.image_size, vision.image_size)
+    pixels = torch.as_tensor(pixel_values)
+    if pixels.ndim != 5 or tuple(pixels.shape[2:]) != size or not pixels.is_floating_point():
+        raise ValueError(
+            f"pixel_values must be floats [rows tiles {' '.join(map(str, size))}], not {pixels.dtype} "
+            f"{list(pixels.shape)}; the checkpoint's own processor makes them so (max_image_size)."
+        )
+    flat = pixels.flatten(0, 1)
+    exists = (flat != 0).flatten(1).any(1)
+    given = extras.get("pixel_attention_mask")
+    if given is None:
+        return flat[exists], None
+    mask = torch.as_tensor(given).to(flat.device)
+    if mask.shape != (*pixels.shape[:2], *size[1:]):
+        raise ValueError(
+            f"pixel_attention_mask {list(mask.shape)} does not fit pixel_values {list(pixels.shape)}: it must be "
+            "[rows tiles height width]."
+        )
+    p, (height, width) = vision.patch_size, vision.grid
+    whole = mask.flatten(0, 1)[exists][:, : height * p, : width * p] != 0
+    real = whole.unflatten(2, (width, p)).unflatten(1, (height, p)).any(4).any(2)
+    if not bool(real[:, 0, 0].all()):
+        bad = (~real[:, 0, 0]).nonzero().flatten().tolist()
+        raise ValueError(f"pixel_attention_mask leaves no picture at the top left of tiles {bad}: pad on the right.")
+    return flat[exists], None if bool(real.all()) else real.flatten(1)
+
+
+def in_tower_order(pixels: Tensor, real: Tensor | None, grids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Tiles and their patches with the whole view of every image first. Raises: ValueError for another number."""
+    order = tower_order(grids).to(pixels.device)
+    if len(order) != len(pixels):
+        raise ValueError(
+            f"The image tokens stand for {len(order)} tiles, and {len(pixels)} were given (tiles of zeros are padding "
+            "and do not count). Use the checkpoint's own processor, one picture for each placeholder."
+        )
+    return pixels[order], None if real is None else real[order]

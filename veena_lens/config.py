@@ -238,6 +238,8 @@ class HookedVLMConfig(TransformerConfig):
     sliding_windows: tuple[int | None, ...] = ()
     image_layout: ImageLayout = "fixed"
     image_pinpoints: tuple[tuple[int, int], ...] = ()  # any resolution: canvases (height, width) in pixels
+    max_tiles: int = 0  # any resolution: larger grids are resampled to about so many tiles (0: never)
+    tiles_when_alone: bool = False  # any resolution: images that share a prompt are one tile each, as are frames
     image_token_id: int | None = None
     video_token_id: int | None = None
     video_frames_apart: bool = False  # a video's frames lie apart in the text, each with its own positions
@@ -262,6 +264,13 @@ class HookedVLMConfig(TransformerConfig):
             raise ValueError("HookedVLMConfig: a model with a vision tower needs image_token_id.")
         if self.image_layout == "anyres" and not self.image_pinpoints:
             raise ValueError("HookedVLMConfig: image_layout='anyres' needs image_pinpoints, its canvases.")
+        if self.image_layout == "anyres" and self.vision is not None:
+            height, width = self.vision.grid
+            if self.vision.n_features != height * width:
+                raise ValueError(
+                    f"HookedVLMConfig: a tile has {self.vision.n_features} features, and tiles are put together from "
+                    f"{height} x {width}: the feature strategy must drop a class token, and nothing else."
+                )
         if self.rope.sections is not None and not self.rope.interleaved and sum(self.rope.sections) != self.d_head // 2:
             raise ValueError(
                 f"HookedVLMConfig: rotary sections {list(self.rope.sections)} must add up to d_head / 2 = "

@@ -102,6 +102,26 @@ def _next(text: dict[str, Any]) -> dict[str, Any]:
     return _llava(text) | dict(architectures=["LlavaNextForConditionalGeneration"], model_type="llava_next") | further
 
 
+def _onevision(**text: Any) -> dict[str, Any]:
+    return dict(
+        architectures=["LlavaOnevisionForConditionalGeneration"], ignore_index=-100,
+        image_grid_pinpoints=[[384 * a, 384 * b] for a in range(1, 7) for b in range(1, 7)], image_token_index=151646,
+        model_type="llava_onevision", projector_hidden_act="gelu",
+        text_config=dict(
+            architectures=["Qwen2ForCausalLM"], bos_token_id=151643, eos_token_id=151645,
+            max_position_embeddings=32768, model_type="qwen2", rope_theta=1000000.0, rms_norm_eps=1e-6,
+            torch_dtype="bfloat16", **text,
+        ),
+        tie_word_embeddings=False, torch_dtype="float16", transformers_version="4.44.0.dev0",
+        use_image_newline_parameter=True, video_token_index=151647, vision_aspect_ratio="anyres_max_9",
+        vision_config=dict(
+            hidden_size=1152, image_size=384, intermediate_size=4304, model_type="siglip_vision_model",
+            num_attention_heads=16, num_hidden_layers=26, patch_size=14, vision_use_head=False,
+        ),
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+
+
 # Qwen2-VL's files are flat: the decoder's fields stand at the root, `rope_scaling` has a type of its own name.
 def _qwen2_vl(vision_hidden_size: int, **text: Any) -> dict[str, Any]:
     return dict(
@@ -174,6 +194,18 @@ HUB: dict[str, dict[str, Any]] = {
     "llava-hf/llava-v1.6-vicuna-13b-hf": _next(_vicuna("lmsys/vicuna-13b-v1.5", **VICUNA_13B)),
     "llava-hf/llava-v1.6-mistral-7b-hf": _next(
         _mistral("mistralai/Mistral-7B-Instruct-v0.2", rope_theta=1000000.0, sliding_window=None)
+    ),
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": _onevision(
+        hidden_size=896, intermediate_size=4864, max_window_layers=24, num_attention_heads=14, num_hidden_layers=24,
+        num_key_value_heads=2, tie_word_embeddings=True, vocab_size=152000,
+    ),
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": _onevision(
+        hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_hidden_layers=28,
+        num_key_value_heads=4, vocab_size=152128,
+    ),
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": _onevision(
+        hidden_size=8192, intermediate_size=29568, num_attention_heads=64, num_hidden_layers=80,
+        num_key_value_heads=8, vocab_size=152128,
     ),
     "llava with Qwen2 and SigLIP": _llava(
         dict(model_type="qwen2", hidden_size=896, intermediate_size=4864, max_window_layers=24, num_attention_heads=14,
@@ -249,6 +281,9 @@ COUNTS = {
     "llava-hf/llava-v1.6-vicuna-7b-hf": 7_063_431_168,
     "llava-hf/llava-v1.6-vicuna-13b-hf": 13_351_499_776,
     "llava-hf/llava-v1.6-mistral-7b-hf": 7_566_747_648,
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": 893_675_552,
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": 8_030_807_584,
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": 73_181_570_592,
     "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,

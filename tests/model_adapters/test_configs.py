@@ -12,11 +12,13 @@ import transformers
 
 from tests.cases import CASES, build_hf, hf_config
 from tests.model_adapters.hub_configs import COUNTS, HUB, TOWER_COUNTS
-from tests.qwen_cases import QWEN_CASES, QwenCase
+from tests.onevision_cases import ONEVISION_CASES
+from tests.qwen_cases import QWEN_CASES
 from veena_lens.checkpoints.filling import parameter_shapes, require_fit
 from veena_lens.checkpoints.registry import find_adapter
 from veena_lens.config import HookedVLMConfig
 from veena_lens.model.model import HookedVLM
+from veena_lens.vision.packing import layout_of
 
 
 def read(raw: dict[str, Any]) -> HookedVLMConfig:
@@ -63,10 +65,10 @@ def test_hub_model_maps_onto_every_parameter_that_hugging_face_has(name: str) ->
     require_fit(ours, shapes, adapter, adapter.weight_map(cfg), name)
 
 
-@pytest.mark.parametrize("case", [*CASES, *QWEN_CASES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QWEN_CASES, *ONEVISION_CASES], ids=str)
 def test_weight_map_names_every_parameter_once(case: Any) -> None:
     config = hf_config(case)
-    architecture = case.model_class.__name__ if isinstance(case, QwenCase) else type(build_hf(case)).__name__
+    architecture = case.model_class.__name__ if hasattr(case, "model_class") else type(build_hf(case)).__name__
     adapter = find_adapter(architecture)
     cfg = adapter.read_config(config)
     with torch.device("meta"):
@@ -112,6 +114,18 @@ def test_qwen_vl_models_of_the_hub_have_their_numbers() -> None:
     assert (three.vision.deepstack_layers, three.vision.position_grid, three.vision.d_mlp) == ((5, 11, 17), 48, 4096)
 
 
+def test_onevision_of_the_hub_has_its_numbers() -> None:
+    cfg = read(HUB["llava-hf/llava-onevision-qwen2-0.5b-ov-hf"])
+    assert cfg.vision is not None
+    assert (cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads, cfg.d_head) == (24, 896, 14, 2, 64)
+    assert (cfg.tie_word_embeddings, cfg.image_token_id, cfg.video_token_id) == (True, 151646, 151647)
+    assert (cfg.vision.n_layers, cfg.vision.n_unused_layers, cfg.vision.feature_layers) == (26, 0, (26,))
+    assert (cfg.vision.grid, cfg.vision.n_features, cfg.vision.has_pooling_head) == ((27, 27), 729, False)
+    assert (len(cfg.image_pinpoints), cfg.max_tiles, cfg.tiles_when_alone) == (36, 9, True)
+    # Tokens as published: the whole view, and a grid of at most about nine tiles with a newline a row.
+    assert [layout_of(cfg, size).n_tokens for size in ((100, 100), (600, 800))] == [1485, 4725]
+
+
 def test_llama3_rope_and_qwen2_biases_are_read() -> None:
     llama, qwen = (read(HUB[n]) for n in ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"))
     assert llama.rope.rope_type == "llama3" and llama.rope.theta == 500_000.0
@@ -141,6 +155,32 @@ def test_llama3_rope_and_qwen2_biases_are_read() -> None:
 )
 def test_value_that_no_mapping_reads_is_refused_by_name(part: str | None, field: str, value: Any, told: str) -> None:
     raw = copy.deepcopy(HUB["llava-hf/llava-1.5-7b-hf"])
+    if field == "model_type":
+        raw[part] = dict(model_type=value)  # type: ignore[index]
+    else:
+        (raw if part is None else raw[part])[field] = value
+    with pytest.raises(ValueError, match=re.escape(told)):
+        read(raw)
+
+
+ONE = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "told"),
+    [
+        (None, "vision_aspect_ratio", "anyres", "vision_aspect_ratio='anyres' must be 'anyres_max_N'"),
+        (None, "vision_aspect_ratio", "square", "vision_aspect_ratio='square' must be 'anyres_max_N'"),
+        (None, "vision_feature_select_strategy", "default", "a tile has 728 features, and tiles are put together from"),
+        (None, "mm_newline_position", "one_token", "mm_newline_position='one_token'"),
+        ("text_config", "num_experts", 8, "num_experts=8"),
+        ("text_config", "model_type", "qwen2_moe", "Text decoder 'qwen2_moe' is not supported"),
+    ],
+)
+def test_onevision_value_that_cannot_be_followed_is_refused_by_name(
+    part: str | None, field: str, value: Any, told: str
+) -> None:
+    raw = copy.deepcopy(HUB[ONE])
     if field == "model_type":
         raw[part] = dict(model_type=value)  # type: ignore[index]
     else:

@@ -12,9 +12,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from tests.cases import BY_NAME, build_hf, hf_model
+from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens.checkpoints.registry import find_adapter
 
+LLAVA: dict[str, Any] = {**BY_NAME, **ONEVISION_BY_NAME}
 Rename = Callable[[str], str]
 
 
@@ -33,9 +35,11 @@ HEAD = (r"^lm_head\.", "language_model.lm_head.")
 TEXT = (r"^model\.language_model\.", "language_model.model.")
 LAYOUTS: dict[str, Rename] = {
     "in memory": lambda key: key,
-    "save_pretrained of transformers 5": _sub(HEAD, TEXT, (r"^model\.(vision_tower|multi_modal_projector)", r"\1")),
+    "save_pretrained of transformers 5": _sub(
+        HEAD, TEXT, (r"^model\.(vision_tower|multi_modal_projector|image_newline)", r"\1")
+    ),
     "hub files of 2023 to 2025": _sub(
-        HEAD, TEXT, (r"^model\.vision_tower\.", "vision_tower.vision_model."), (r"^model\.multi_modal", "multi_modal")
+        HEAD, TEXT, (r"^model\.vision_tower\.", "vision_tower.vision_model."), (r"^model\.(multi_modal|image_)", r"\1")
     ),
     "some releases of 4.5x": _sub((r"^model\.vision_tower\.", "model.vision_tower.vision_model.")),
     "5.10 to 5.23, text nested": _sub((r"^model\.language_model\.", "model.language_model.model.")),
@@ -43,21 +47,22 @@ LAYOUTS: dict[str, Rename] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", ["clip-llama", "siglip-qwen2"])
+@pytest.mark.parametrize("case", ["clip-llama", "siglip-qwen2", "onevision-plain", "onevision-tied"])
 def test_every_layout_arrives_at_todays_names(case: str, layout: str) -> None:
-    adapter = find_adapter("LlavaForConditionalGeneration")
-    for key in build_hf(BY_NAME[case]).state_dict():
+    theirs = build_hf(LLAVA[case])
+    adapter = find_adapter(type(theirs).__name__)
+    for key in theirs.state_dict():
         assert adapter.normalize(LAYOUTS[layout](key)) == key
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "5.10 to 5.23, text nested"])
-@pytest.mark.parametrize("case", ["clip-llama", "siglip-qwen2"])
+@pytest.mark.parametrize("case", ["clip-llama", "siglip-qwen2", "onevision-plain", "onevision-tied"])
 def test_our_names_equal_those_that_transformers_renames_to(case: str, layout: str) -> None:
-    theirs = build_hf(BY_NAME[case], torch.float32)
+    theirs = build_hf(LLAVA[case], torch.float32)
     rules: list[Any] = get_model_conversion_mapping(theirs)
     renamings = [r for r in rules if isinstance(r, WeightRenaming)]
     converters = [r for r in rules if isinstance(r, WeightConverter)]
-    adapter, state = find_adapter("LlavaForConditionalGeneration"), theirs.state_dict()
+    adapter, state = find_adapter(type(theirs).__name__), theirs.state_dict()
     for key in state:
         stored = LAYOUTS[layout](key)
         renamed = rename_source_key(stored, renamings, converters, theirs.base_model_prefix, state)[0]

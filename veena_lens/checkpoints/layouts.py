@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veena_lens.checkpoints.any_size import Source, match_tokens
+from veena_lens.checkpoints.anyres_tiles import rows_of_tiles
 from veena_lens.checkpoints.tiled import in_tower_order, tile_grids, tiles_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import is_any_of
-from veena_lens.vision.packing import layout_of
 from veena_lens.vision.positions import multimodal_positions
 from veena_lens.vision.tiles import TileLayout
 
@@ -50,8 +50,6 @@ class _Image:
     n_tokens: int
     grid: tuple[int, int]
     places: tuple[int, ...]
-    n_pictures: int = 1
-    tiles: tuple[int, ...] = ()
 
 
 def arrange_images(
@@ -62,7 +60,7 @@ def arrange_images(
     Raises: ValueError when pictures and tokens do not fit, or a picture has a size that the tower does not take."""
     counts = (is_any_of(tokens, cfg.image_token_ids) & mask).sum(-1).tolist()
     given = [extras.get(key) for key in ("image_grid_thw", "pixel_values_videos", "video_grid_thw")]
-    if pixel_values is None and (cfg.image_layout != "dynamic" or all(x is None for x in given)):
+    if pixel_values is None and all(x is None for x in given):
         if sum(counts):
             ids = ", ".join(map(str, cfg.image_token_ids))
             raise ValueError(f"The prompt holds {sum(counts)} image tokens (id {ids}) but no picture was given.")
@@ -72,23 +70,20 @@ def arrange_images(
         return _of_any_size(cfg, tokens, mask, pixel_values, extras)
     if cfg.image_layout == "tiles":
         return _in_tiles(cfg, tokens, mask, pixel_values, extras)
-    pixels = torch.as_tensor(pixel_values)
     if cfg.image_layout == "anyres":
-        images, pixels, kept = _anyres(cfg, pixels, extras)
-    else:
-        images, kept = [_fixed(cfg)] * _require_pixels(cfg, pixels), {}
-    owners = _owners(images, counts)
-    rows = [[image for image, owner in zip(images, owners, strict=True) if owner == row] for row in range(len(counts))]
+        return _anyres(cfg, tokens, mask, pixel_values, extras)
+    pixels = torch.as_tensor(pixel_values)
+    image, n = _fixed(cfg), _require_pixels(cfg, pixels)
+    owners = _owners(image.n_tokens, n, counts)
+    numbers = [owners.count(row) for row in range(len(counts))]
     return ImageSet(
         pixels,
-        torch.tensor([o for image, o in zip(images, owners, strict=True) for _ in range(image.n_pictures)]),
         torch.tensor(owners, dtype=torch.long),
-        [[image.n_tokens for image in row] for row in rows],
-        tuple(tuple(image.grid for image in row) for row in rows),
-        tuple(tuple(image.places for image in row) for row in rows),
-        kept,
-        tuple(tuple(image.tiles for image in row) for row in rows) if cfg.image_layout == "anyres" else (),
-        torch.tensor([i for row in rows for i, image in enumerate(row) for _ in range(image.n_pictures)]),
+        torch.tensor(owners, dtype=torch.long),
+        [[image.n_tokens] * n for n in numbers],
+        tuple((image.grid,) * n for n in numbers),
+        tuple((image.places,) * n for n in numbers),
+        picture_images=torch.tensor([i for n in numbers for i in range(n)]),
     )
 
 
@@ -100,32 +95,27 @@ def _fixed(cfg: HookedVLMConfig) -> _Image:
 
 
 def _anyres(
-    cfg: HookedVLMConfig, pixels: Tensor, extras: Mapping[str, Any]
-) -> tuple[list[_Image], Tensor, dict[str, Tensor]]:
-    sizes = extras.get("image_sizes")
-    if sizes is None:
-        raise ValueError("Any-resolution pictures need image_sizes, (height, width) of each original picture.")
-    sizes = torch.as_tensor(sizes).long().reshape(-1, 2)
-    if pixels.ndim != 5 or len(pixels) != len(sizes):
-        raise ValueError(
-            f"pixel_values must be [images tiles channel height width] for {len(sizes)} image_sizes, not "
-            f"{list(pixels.shape)}; the checkpoint's own processor makes them so."
-        )
-    layouts = [layout_of(cfg, size) for size in sizes.tolist()]
-    tiles = []
-    for image, layout in zip(pixels, layouts, strict=True):
-        if layout.n_tiles > len(image):
-            raise ValueError(
-                f"A picture of {layout.picture[1]} x {layout.picture[0]} pixels needs {layout.n_tiles} tiles; "
-                f"pixel_values hold {len(image)}. Processor and checkpoint do not match (image_grid_pinpoints)."
-            )
-        tiles.append(image[: layout.n_tiles])
-    flat = torch.cat(tiles)
-    _require_pixels(cfg, flat)
-    images = [
-        _Image(x.n_tokens, (x.rows, x.cols), tuple(x.grid_places()), x.n_tiles, tuple(x.token_tiles())) for x in layouts
-    ]
-    return images, flat, {"image_sizes": sizes}
+    cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, pixel_values: Any, extras: Mapping[str, Any]
+) -> ImageSet:
+    """Images cut into tiles or seen as one, and frames of videos, in the order in which the text reads them."""
+    rows = rows_of_tiles(cfg, tokens, mask, pixel_values, extras)
+    images = [(row, image) for row, mine in enumerate(rows) for image in mine]
+    pixels = torch.cat([image.pixels for _, image in images])
+    _require_pixels(cfg, pixels)
+    return ImageSet(
+        pixels,
+        torch.tensor([row for row, image in images for _ in image.pixels]),
+        torch.tensor([row for row, _ in images]),
+        [[image.layout.n_tokens for image in row] for row in rows],
+        tuple(tuple((image.layout.rows, image.layout.cols) for image in row) for row in rows),
+        tuple(tuple(tuple(image.layout.grid_places()) for image in row) for row in rows),
+        {
+            "image_sizes": torch.tensor([image.layout.picture for _, image in images]),
+            "image_kinds": torch.tensor([image.kind for _, image in images]),
+        },
+        tuple(tuple(tuple(image.layout.token_tiles()) for image in row) for row in rows),
+        torch.tensor([i for row in rows for i, image in enumerate(row) for _ in image.pixels]),
+    )
 
 
 def _of_any_size(
@@ -187,23 +177,13 @@ def _in_tiles(
     )
 
 
-def _owners(images: Sequence[_Image], counts: Sequence[int]) -> list[int]:
-    """The row of each image, in reading order. Raises: ValueError when they do not fill the rows exactly."""
-    owners, at = [], 0
-    for row, count in enumerate(counts):
-        filled = 0
-        while filled < count and at < len(images):
-            filled += images[at].n_tokens
-            owners.append(row)
-            at += 1
-        if filled != count:
-            break
-    if at != len(images) or sum(image.n_tokens for image in images) != sum(counts):
-        each = sorted({image.n_tokens for image in images})
-        fill = f"a picture of this model fills {each[0]}" if len(each) == 1 else f"the pictures fill {each}"
+def _owners(each: int, n_images: int, counts: Sequence[int]) -> list[int]:
+    """The row of each of `n_images`, in reading order. Raises: ValueError when they do not fill the rows exactly."""
+    owners = [row for row, count in enumerate(counts) for _ in range(count // each)] if each else []
+    if len(owners) != n_images or sum(counts) != each * n_images or any(count % each for count in counts if each):
         raise ValueError(
-            f"Rows hold {list(counts)} image tokens; {fill}, and {len(images)} pictures were given. Use the "
-            "checkpoint's own processor, one picture for each placeholder."
+            f"Rows hold {list(counts)} image tokens; a picture of this model fills {each}, and {n_images} pictures "
+            "were given. Use the checkpoint's own processor, one picture for each placeholder."
         )
     return owners
 

@@ -91,17 +91,6 @@ def patch_boxes(
     return out.clamp(min=0).minimum(limit)
 
 
-def cell_boxes(size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "n_tokens 4"]:
-    """(left, top, right, bottom) of the cells of a grid that covers the whole picture, row by row.
-
-    size: (width, height) of the original picture; grid: (height, width)."""
-    (width, height), (rows, cols) = size, grid
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    y, x = y.flatten().float(), x.flatten().float()
-    step_y, step_x = height / rows, width / cols
-    return torch.stack([x * step_x, y * step_y, (x + 1) * step_x, (y + 1) * step_y], -1)
-
-
 def _getter(size: Any) -> Any:
     """Sizes are dictionaries or objects, by version of transformers."""
     return size.get if hasattr(size, "get") else lambda key: getattr(size, key, None)

@@ -15,11 +15,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from veena_lens.checkpoints.layouts import arrange_images
-from veena_lens.checkpoints.pictures import cell_boxes, patch_boxes
+from veena_lens.checkpoints.pictures import patch_boxes
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
-from veena_lens.vision.packing import layout_of
+from veena_lens.vision.anyres import cell_boxes
+from veena_lens.vision.packing import layouts_of
 
 
 def prepare(
@@ -43,7 +44,7 @@ def prepare(
     if takes_pictures:
         require_own_processor(processor, cfg)
     prompts = prompts_of(processor, image_token, text, images, chat, messages)
-    rows = [_process(processor, tokenizer, prompt) for prompt in prompts]
+    rows = [_process(processor, tokenizer, prompt, cfg.tiles_when_alone) for prompt in prompts]
     pad = pad_token_of(tokenizer, cfg)
     tokens, mask = _left_pad([r["input_ids"][0] for r in rows], pad)
     longest = int(mask.sum(-1).max())
@@ -51,14 +52,14 @@ def prepare(
         raise ValueError(f"The longest prompt has {longest} tokens; the model's context is {cfg.n_ctx}. Shorten it.")
     pixels = _pad_tiles([r["pixel_values"] for r in rows if "pixel_values" in r])
     extras = {}
-    for key in LAYOUT_KEYS.get(cfg.image_layout, ()):
+    for key in layout_keys(cfg):
         found = [torch.as_tensor(r[key]) for r in rows if key in r]
         if found:
             extras[key] = torch.cat(found)
     inputs = assemble(cfg, tokens, mask, None, pad, pixels, extras)
     inputs = replace(
         inputs,
-        patch_boxes=_boxes(processor, cfg, prompts, inputs.grids),
+        patch_boxes=_boxes(processor, cfg, prompts, inputs),
         tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]),
     )
     return inputs if answer is None else _with_answer(inputs, answer, cfg)
@@ -71,17 +72,18 @@ def _with_answer(inputs: MultimodalInputs, answer: Any, cfg: HookedVLMConfig) ->
     return out
 
 
-def _process(processor: Any, tokenizer: Any, prompt: Prompt) -> Any:
+def _process(processor: Any, tokenizer: Any, prompt: Prompt, tiles_when_alone: bool) -> Any:
     """The processor's tensors for one row, without padding."""
     # A template that writes the BOS token itself must not get a second one from the tokenizer.
     bos = tokenizer.bos_token
     special = not (bos and prompt.text.startswith(bos))
     if processor is tokenizer:
         return tokenizer([prompt.text], return_tensors="pt", add_special_tokens=special)
+    pictures: Any = list(prompt.images) or None
+    if pictures and tiles_when_alone:  # a flat list would be prompts of one picture each
+        pictures = [pictures]
     try:
-        return processor(
-            text=[prompt.text], images=list(prompt.images) or None, return_tensors="pt", add_special_tokens=special
-        )
+        return processor(text=[prompt.text], images=pictures, return_tensors="pt", add_special_tokens=special)
     except ValueError as error:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in prompt.images) or "none"
         raise ValueError(f"The processor refuses a prompt with pictures of {sizes} pixels: {error}") from error
@@ -136,18 +138,18 @@ def pad_token_of(tokenizer: Any, cfg: HookedVLMConfig) -> int:
 
 
 def _boxes(
-    processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt], grids: Sequence[Sequence[tuple[int, int]]]
+    processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt], inputs: MultimodalInputs
 ) -> tuple[tuple[Tensor, ...], ...] | None:
     """Pixel boxes of every image token of every row."""
     vision = cfg.vision
     if vision is None or not hasattr(processor, "image_processor"):
         return None
-    out = []
-    for prompt, mine_grids in zip(prompts, grids, strict=True):
+    out, layouts = [], iter(layouts_of(cfg, inputs))
+    for prompt, mine_grids in zip(prompts, inputs.grids, strict=True):
         mine = []
         for image, grid in zip(prompt.images, mine_grids, strict=True):
             if cfg.image_layout == "anyres":
-                mine.append(layout_of(cfg, (image.height, image.width)).boxes())
+                mine.append(next(layouts).boxes())
                 continue
             if cfg.image_layout == "dynamic":
                 mine.append(cell_boxes(image.size, grid))
@@ -161,19 +163,26 @@ def _boxes(
 
 
 KNOWN_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-LAYOUT_KEYS = {  # what an image layout reads besides
-    "anyres": ("image_sizes",),
-    "dynamic": ("image_grid_thw", "pixel_values_videos", "video_grid_thw"),
-    "tiles": ("pixel_attention_mask",),
-}
 IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # what the tokens say themselves
+
+
+def layout_keys(cfg: HookedVLMConfig) -> tuple[str, ...]:
+    """What an image layout reads besides."""
+    if cfg.image_layout == "dynamic":
+        return "image_grid_thw", "pixel_values_videos", "video_grid_thw"
+    if cfg.image_layout == "tiles":
+        return ("pixel_attention_mask",)
+    if cfg.image_layout != "anyres":
+        return ()
+    videos = () if cfg.video_token_id is None else ("pixel_values_videos",)
+    return "image_sizes", *(("batch_num_images",) if cfg.tiles_when_alone else ()), *videos
 
 
 def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) -> MultimodalInputs:
     """A processor's tensors as inputs: padding side and positions are kept, else 0 .. S - 1 as Hugging Face sets.
 
     Raises: ValueError for unknown keys, padding without a mask, or pictures that do not match the tokens."""
-    known = (*KNOWN_KEYS, *LAYOUT_KEYS.get(cfg.image_layout, ()))
+    known = (*KNOWN_KEYS, *layout_keys(cfg))
     unknown = sorted(set(outputs) - set(known) - set(IGNORED_KEYS))
     if unknown:
         raise ValueError(

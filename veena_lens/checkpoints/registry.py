@@ -17,6 +17,7 @@ GROUP = "veena_lens.adapters"
 BUILT_IN = {
     "LlavaForConditionalGeneration": "model_adapters.llava:ADAPTER",
     "LlavaNextForConditionalGeneration": "model_adapters.llava_next:ADAPTER",
+    "LlavaOnevisionForConditionalGeneration": "model_adapters.llava_onevision:ADAPTER",
     "Idefics3ForConditionalGeneration": "model_adapters.idefics3:ADAPTER",
     "SmolVLMForConditionalGeneration": "model_adapters.smolvlm:ADAPTER",
     "Qwen2VLForConditionalGeneration": "model_adapters.qwen2_vl:ADAPTER",

@@ -17,7 +17,7 @@ from torch import Tensor
 from veena_lens.circuits.gradients import Places
 from veena_lens.circuits.measuring import padded
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.vision.packing import layout_of
+from veena_lens.vision.packing import layouts_of
 
 TOWER_SITE = "vision.hook_embed"
 PICTURE_SITES = ("hook_image_features", "hook_embed", TOWER_SITE)
@@ -68,14 +68,11 @@ def _at_tower(cfg: Any, inputs: MultimodalInputs, row: int, image: int, grid: tu
     if cfg.image_layout != "anyres":
         return Patches(grid, torch.arange(n) + first, torch.arange(n), torch.zeros(n, dtype=torch.long))
     owner = int((inputs.image_rows == row).nonzero().flatten()[image]) if inputs.image_rows is not None else 0
-    layout = layout_of(cfg, inputs.extras["image_sizes"][owner].tolist())
+    layout = layouts_of(cfg, inputs)[owner]
     side = layout.base
-    cells = torch.full((layout.n_tiles, side, side), -1)
-    y, x = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    y, x = (y + layout.pad[0]).flatten(), (x + layout.pad[1]).flatten()
-    cells[1 + y // side * layout.tiles[1] + x // side, y % side, x % side] = torch.arange(n)
     tile = torch.arange(layout.n_tiles).repeat_interleave(side * side)
-    return Patches(grid, torch.arange(side * side).repeat(layout.n_tiles) + first, cells.flatten(), tile)
+    places = torch.arange(side * side).repeat(layout.n_tiles) + first
+    return Patches(grid, places, layout.patch_cells().flatten(), tile)
 
 
 def batch_places(inputs: MultimodalInputs, patches: Sequence[Patches], image: int) -> Places:

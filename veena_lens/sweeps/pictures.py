@@ -17,6 +17,7 @@ from veena_lens.hook_table import row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.rows import PictureRow
+from veena_lens.vision.packing import layouts_of
 
 
 def is_picture_site(name: str) -> bool:
@@ -44,16 +45,21 @@ def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
     return (sizes if in_tower else sizes // cfg.vision.merge_size**2).tolist()
 
 
-def first_tokens(inputs: MultimodalInputs) -> list[int]:
+def first_tokens(cfg: Any, inputs: MultimodalInputs) -> list[int]:
     """Of each picture the first position of the text that reads it; the last position for a tile that none reads."""
     assert inputs.picture_images is not None
+    layouts = layouts_of(cfg, inputs)
     found, before = [], [0] * len(inputs.spans[0].images)
     for image in inputs.picture_images.tolist():
         span = inputs.spans[0].images[image]
         tokens = (inputs.image_mask[0, span].nonzero().flatten() + span.start).tolist()
-        tiles = inputs.token_tiles[0][image] if inputs.token_tiles else [0] * len(tokens)
         tile, before[image] = before[image], before[image] + 1
-        found.append(tokens[tiles.index(tile)] if tile in tiles else inputs.shape[1] - 1)
+        if layouts:  # a resampled grid reads a tile before the first token that lies in it
+            start = layouts[image].tile_starts()[tile]
+        else:
+            tiles = inputs.token_tiles[0][image] if inputs.token_tiles else [0] * len(tokens)
+            start = tiles.index(tile) if tile in tiles else len(tokens)
+        found.append(tokens[start] if start < len(tokens) else inputs.shape[1] - 1)
     return found
 
 
@@ -82,7 +88,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
             f"positions={positions!r} name tokens of the text; {name} lies on pictures: give 'all', 'each', numbers "
             "or a slice of its own positions, or patch hook_image_features, what the decoder reads."
         )
-    first = first_tokens(inputs)
+    first = first_tokens(cfg, inputs)
     places, pictures, starts = [], [], []
     for picture, size in enumerate(sizes_at(cfg, inputs, name)):
         every = list(range(size))

@@ -11,8 +11,12 @@ from torch import Tensor
 from veena_lens.config import HookedVLMConfig, ImageLayout
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.vision.anyres import AnyresLayout, anyres_layout, pack
+from veena_lens.vision.single import SingleLayout, frame, image_among_several, pack_single
 from veena_lens.vision.tiles import reading_order
 
+# How an image of a model of tiles is seen (`extras["image_kinds"]`; without it all are cut into tiles).
+TILED, AMONG_SEVERAL, FRAME, LAST_FRAME = range(4)
+Arrangement = AnyresLayout | SingleLayout
 Packer = Callable[[HookedVLMConfig, Tensor, MultimodalInputs, Tensor | None], Tensor]
 
 
@@ -26,11 +30,27 @@ def pack_features(
     return PACKERS[cfg.image_layout](cfg, features, inputs, newline)
 
 
-def layout_of(cfg: HookedVLMConfig, size: Sequence[int]) -> AnyresLayout:
-    """The any-resolution layout of a picture of (height, width) pixels."""
+def layout_of(cfg: HookedVLMConfig, size: Sequence[int], kind: int = TILED) -> Arrangement:
+    """The layout of a picture of (height, width) pixels in a model of tiles; `kind` is one of those above."""
     assert cfg.vision is not None
     height, width = (int(s) for s in size)
-    return anyres_layout((height, width), cfg.image_pinpoints, cfg.vision.image_size, cfg.vision.patch_size)
+    if kind == TILED:
+        return anyres_layout(
+            (height, width), cfg.image_pinpoints, cfg.vision.image_size, cfg.vision.patch_size, cfg.max_tiles
+        )
+    base = cfg.vision.grid[0]
+    if kind == AMONG_SEVERAL:
+        return image_among_several((height, width), base)
+    return frame((height, width), base, is_last=kind == LAST_FRAME)
+
+
+def layouts_of(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> list[Arrangement]:
+    """The layout of every image of a batch, row after row, in a model of tiles."""
+    if "image_sizes" not in inputs.extras:
+        return []
+    sizes = inputs.extras["image_sizes"].tolist()
+    kinds = inputs.extras["image_kinds"].tolist() if "image_kinds" in inputs.extras else [TILED] * len(sizes)
+    return [layout_of(cfg, size, kind) for size, kind in zip(sizes, kinds, strict=True)]
 
 
 def _fixed(cfg: HookedVLMConfig, features: Tensor, inputs: MultimodalInputs, newline: Tensor | None) -> Tensor:
@@ -39,9 +59,15 @@ def _fixed(cfg: HookedVLMConfig, features: Tensor, inputs: MultimodalInputs, new
 
 def _anyres(cfg: HookedVLMConfig, features: Tensor, inputs: MultimodalInputs, newline: Tensor | None) -> Tensor:
     assert newline is not None
-    layouts = [layout_of(cfg, size) for size in inputs.extras["image_sizes"].tolist()]
+    layouts = layouts_of(cfg, inputs)
     tiles = features.split([layout.n_tiles for layout in layouts])
-    return torch.cat([pack(t, layout, newline) for t, layout in zip(tiles, layouts, strict=True)])
+    return torch.cat([_packed(t, layout, newline) for t, layout in zip(tiles, layouts, strict=True)])
+
+
+def _packed(tiles: Tensor, layout: Arrangement, newline: Tensor) -> Tensor:
+    if isinstance(layout, SingleLayout):
+        return pack_single(tiles, layout, newline)
+    return pack(tiles, layout, newline)
 
 
 def _dynamic(cfg: HookedVLMConfig, features: Tensor, inputs: MultimodalInputs, newline: Tensor | None) -> Tensor:

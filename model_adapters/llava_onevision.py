@@ -1,0 +1,53 @@
+"""LLaVA-OneVision (Li et al. 2024, arXiv 2408.03326): LLaVA-1.6 with a SigLIP tower, larger grids of tiles resampled,
+images that share a prompt as one tile each, and videos as frames of a quarter of the tokens."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from model_adapters.decoders import TESTED
+from model_adapters.llava import HARMLESS, READ, RENAMES, llava_fields
+from model_adapters.llava_next import llava_next_weights
+from model_adapters.reading import refuse_unread
+from veena_lens.config import HookedVLMConfig
+from veena_lens.weight_map import Adapter
+
+OWN = ("image_grid_pinpoints", "vision_aspect_ratio", "video_token_index", "video_token_id")
+
+
+def max_tiles(aspect_ratio: str) -> int:
+    """Tiles that the text reads at most, of "anyres_max_9". Raises: ValueError for another rule."""
+    found = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect_ratio)
+    if found is None:
+        raise ValueError(f"vision_aspect_ratio={aspect_ratio!r} must be 'anyres_max_N', N tiles at most.")
+    return int(found[1])
+
+
+def llava_onevision_config(config: Any) -> HookedVLMConfig:
+    """The native configuration."""
+    refuse_unread(config, (*READ, *OWN), (*HARMLESS, "use_image_newline_parameter"))
+    return HookedVLMConfig(
+        image_layout="anyres",
+        image_pinpoints=tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints),
+        max_tiles=max_tiles(config.vision_aspect_ratio),
+        tiles_when_alone=True,
+        video_token_id=config.video_token_id,
+        **llava_fields(config),
+    )
+
+
+ADAPTER = Adapter(
+    architecture="LlavaOnevisionForConditionalGeneration",
+    read_config=llava_onevision_config,
+    weight_map=llava_next_weights,
+    image_layout="anyres",
+    renames=RENAMES,
+    hub_ids=(
+        "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+        "llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        "llava-hf/llava-onevision-qwen2-72b-ov-hf",
+    ),
+    note="any-resolution tiles, resampled to nine; several images and video frames as one tile each",
+    tested=f"{TESTED}; odd picture sizes, several pictures a row, frames; sweeps, grids and pixel boxes through tiles",
+)

@@ -1,4 +1,4 @@
-"""Qwen processors for pictures and text alone, for where torchvision is missing.
+"""Qwen's and SmolVLM's processors for pictures and text alone, for where torchvision is missing.
 
 Their video part needs torchvision, and Hugging Face's classes cannot be built without it. Leaving the part out of the
 constructor's signature is enough, since `ProcessorMixin` reads there which parts a processor has: pictures, text and
@@ -17,9 +17,17 @@ from typing import Any, no_type_check
 
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.processing_utils import ProcessorMixin
 
-__all__ = ["ImageOnlyQwen2VLProcessor", "ImageOnlyQwen3VLProcessor"]
+__all__ = ["ImageOnlyQwen2VLProcessor", "ImageOnlyQwen3VLProcessor", "ImageOnlySmolVLMProcessor"]
+
+SMOLVLM_TOKENS = {
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+    "end_of_utterance_token": "<end_of_utterance>",
+    "video_token": "<video>",  # stands for no token: a video is written as frames
+}
 
 
 def _set_token(processor: Any, tokenizer: Any, kind: str, default: str) -> None:
@@ -29,8 +37,9 @@ def _set_token(processor: Any, tokenizer: Any, kind: str, default: str) -> None:
     setattr(processor, f"{kind}_token_id", tokenizer.convert_tokens_to_ids(token))
 
 
-def _save_under(name: str, processor: Any, folder: str | Path) -> None:
-    """Write a real folder's files and class names: `preprocessor_config.json` and no `processor_config.json`."""
+def _save_under(name: str, processor: Any, folder: str | Path, **own: Any) -> None:
+    """Write a real folder's files and class names: `preprocessor_config.json`, and a `processor_config.json` for the
+    processor's own settings alone, where it has any."""
     folder = Path(folder)
     pictures = folder / "preprocessor_config.json"
     processor.image_processor.save_pretrained(folder)
@@ -42,6 +51,8 @@ def _save_under(name: str, processor: Any, folder: str | Path) -> None:
     kept["processor_class"] = name
     pictures.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     joint.unlink(missing_ok=True)
+    if own:
+        joint.write_text(json.dumps(own | {"processor_class": name}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     text = folder / "tokenizer_config.json"
     told = json.loads(text.read_text(encoding="utf-8")) | {"processor_class": name}
     text.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -81,3 +92,31 @@ class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
         """Write the folder that `Qwen3VLProcessor` reads."""
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         _save_under("Qwen3VLProcessor", self, save_directory)
+
+
+class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
+    """`SmolVLMProcessor` without videos, and without the package that spells out the number of their frames."""
+
+    @no_type_check
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        image_seq_len: int = 169,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        _set_token(self, tokenizer, "image", "<image>")
+        for name, default in SMOLVLM_TOKENS.items():
+            setattr(self, name, getattr(tokenizer, name, None) or default)
+        self.image_seq_len = image_seq_len
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """As every processor's; `SmolVLMProcessor`'s own adds settings of the video part."""
+        return ProcessorMixin.apply_chat_template(self, conversation, chat_template, **kwargs)
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the folder that `SmolVLMProcessor` reads."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        _save_under("SmolVLMProcessor", self, save_directory, image_seq_len=self.image_seq_len)

@@ -102,19 +102,21 @@ def load_processor(path: str | Path) -> Any:
 
 
 def _image_only(folder: Path) -> Any:
-    """The class without videos for a folder whose own processor has a video part that needs torchvision, where
-    torchvision is missing; else None."""
-    from transformers.utils import is_torchvision_available
+    """The class without videos for a folder whose own processor has a video part, where what that part needs is
+    missing (torchvision; for SmolVLM num2words too); else None."""
+    from transformers.utils import is_num2words_available, is_torchvision_available
 
-    if is_torchvision_available():
-        return None
     from veena_lens.checkpoints import image_only
+
+    missing = not is_torchvision_available()
 
     known = {
         "Qwen2VLProcessor": image_only.ImageOnlyQwen2VLProcessor,
         "Qwen3VLProcessor": image_only.ImageOnlyQwen3VLProcessor,
-    }
-    by_model = {"qwen2_vl": "Qwen2VLProcessor", "qwen3_vl": "Qwen3VLProcessor"}
+    } if missing else {}
+    if missing or not is_num2words_available():
+        known["SmolVLMProcessor"] = image_only.ImageOnlySmolVLMProcessor
+    by_model = {"qwen2_vl": "Qwen2VLProcessor", "qwen3_vl": "Qwen3VLProcessor", "smolvlm": "SmolVLMProcessor"}
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if (folder / file).is_file():
             name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
@@ -130,6 +132,8 @@ def fill_processor(processor: Any, folder: Path) -> Any:
 
     Copies of the hub from before transformers 4.46 leave these numbers out, later ones some of them; what the
     model's own configuration says is what its forward pass needs."""
+    if hasattr(processor, "image_seq_len"):
+        return _count_tile_tokens(processor, folder)
     if not hasattr(processor, "num_additional_image_tokens") or not hasattr(processor, "patch_size"):
         return processor
     import transformers
@@ -140,6 +144,17 @@ def fill_processor(processor: Any, folder: Path) -> Any:
         processor.patch_size = vision.patch_size
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
         processor.num_additional_image_tokens = int(vision.model_type == "clip_vision_model")
+    return processor
+
+
+def _count_tile_tokens(processor: Any, folder: Path) -> Any:
+    """The processor, giving each tile as many tokens as the tower gives it features."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    vision, scale = getattr(config, "vision_config", None), getattr(config, "scale_factor", None)
+    if vision is not None and scale:
+        processor.image_seq_len = (vision.image_size // vision.patch_size // scale) ** 2
     return processor
 
 

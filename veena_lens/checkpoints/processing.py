@@ -17,10 +17,11 @@ from torch import Tensor
 from veena_lens.checkpoints.layouts import arrange_images
 from veena_lens.checkpoints.pictures import patch_boxes
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
-from veena_lens.config import HookedVLMConfig
+from veena_lens.config import HookedVLMConfig, VisionConfig
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 from veena_lens.vision.anyres import cell_boxes
 from veena_lens.vision.packing import layouts_of
+from veena_lens.vision.tiles import TileLayout
 
 
 def prepare(
@@ -55,8 +56,9 @@ def prepare(
     for key in layout_keys(cfg):
         found = [torch.as_tensor(r[key]) for r in rows if key in r]
         if found:
-            extras[key] = torch.cat(found)
+            extras[key] = _pad_tiles(found) if cfg.image_layout == "tiles" else torch.cat(found)
     inputs = assemble(cfg, tokens, mask, None, pad, pixels, extras)
+    _require_pictures(inputs, prompts)
     inputs = replace(
         inputs,
         patch_boxes=_boxes(processor, cfg, prompts, inputs),
@@ -89,6 +91,17 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt, tiles_when_alone: b
         raise ValueError(f"The processor refuses a prompt with pictures of {sizes} pixels: {error}") from error
 
 
+def _require_pictures(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> None:
+    """Raises: ValueError where the tokens of tiles do not tell which of them belong to one picture."""
+    for row, (prompt, found) in enumerate(zip(prompts, inputs.n_images, strict=True)):
+        if inputs.token_tiles and found != len(prompt.images):
+            raise ValueError(
+                f"Row {row}: its tokens stand for {found} pictures, {len(prompt.images)} were given. The tokenizer does "
+                "not keep what the processor writes between tiles (the fake image token, names, line breaks); use the "
+                "checkpoint's own."
+            )
+
+
 def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
     """Raises: ValueError for a processor of another checkpoint: its patches or its image token are not the model's."""
     assert cfg.vision is not None
@@ -98,6 +111,8 @@ def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
             f"The processor's image token {processor.image_token!r} has id {own}, the model's is {cfg.image_token_id}: "
             "it belongs to another checkpoint."
         )
+    if cfg.image_layout == "tiles":
+        _require_own_tiles(processor, cfg.vision)
     if cfg.image_layout != "dynamic":
         return
     for name in ("patch_size", "merge_size", "temporal_patch_size"):
@@ -109,11 +124,22 @@ def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
             )
 
 
+def _require_own_tiles(processor: Any, vision: VisionConfig) -> None:
+    """Raises: ValueError for a processor whose tiles have another size, or another number of tokens."""
+    side = processor.image_processor.max_image_size["longest_edge"]
+    for name, found, wanted in (
+        ("max_image_size", side, vision.image_size),
+        ("image_seq_len", processor.image_seq_len, vision.n_features),
+    ):
+        if found != wanted:
+            raise ValueError(f"The processor has {name}={found}, the model's tower {wanted}: it belongs to another.")
+
+
 def _pad_tiles(pixels: Sequence[Tensor]) -> Tensor | None:
     """Pixels of all rows; pictures of fewer tiles get empty ones, as the processor gives within a row."""
     if not pixels:
         return None
-    if pixels[0].ndim == 5:
+    if pixels[0].ndim >= 4 and len({p.shape[1:] for p in pixels}) > 1:
         most = max(p.shape[1] for p in pixels)
         pixels = [torch.cat([p, p.new_zeros(len(p), most - p.shape[1], *p.shape[2:])], 1) for p in pixels]
     return torch.cat(list(pixels))
@@ -148,6 +174,12 @@ def _boxes(
     for prompt, mine_grids in zip(prompts, inputs.grids, strict=True):
         mine = []
         for image, grid in zip(prompt.images, mine_grids, strict=True):
+            if cfg.image_layout == "tiles":
+                side = vision.token_grid[0]
+                tiles = (grid[0] // side, grid[1] // side)
+                layout = TileLayout(tiles=tiles if max(tiles) > 1 else (0, 0), side=side)
+                mine.append(layout.boxes((image.height, image.width)))
+                continue
             if cfg.image_layout == "anyres":
                 mine.append(next(layouts).boxes())
                 continue

@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from veena_lens.config import VisionConfig
-from veena_lens.vision.tiles import tower_order
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.vision.tiles import reading_order, tower_order
 
 Grid = tuple[int, int]  # tiles of an image in (rows, columns); (0, 0): it is not cut
 LONGEST_NAME = 24  # tokens of "<row_6_col_6>", each character one of its own, and to spare
@@ -142,3 +145,20 @@ def in_tower_order(pixels: Tensor, real: Tensor | None, grids: Tensor) -> tuple[
             "and do not count). Use the checkpoint's own processor, one picture for each placeholder."
         )
     return pixels[order], None if real is None else real[order]
+
+
+def tiles_as_hf(inputs: MultimodalInputs, pixels: Tensor) -> dict[str, Tensor]:
+    """A processor's tensors again: `pixels` (those of the inputs, of any dtype) row by row, zeros where a row has fewer
+    tiles than another, and the mask of real pixels where pictures are smaller than their square."""
+    assert inputs.picture_rows is not None
+    order = reading_order(inputs.extras["tile_grids"]).to(pixels.device)
+    counts = torch.bincount(inputs.picture_rows, minlength=len(inputs)).tolist()
+    given = {"pixel_values": pad_sequence(list(pixels[order].split(counts)), batch_first=True)}
+    if inputs.patch_mask is None:
+        return given
+    height, width = pixels.shape[-2:]
+    side = round(inputs.patch_mask.shape[1] ** 0.5)
+    real = inputs.patch_mask[order].unflatten(1, (side, side)).long()
+    real = real.repeat_interleave(height // side, 1).repeat_interleave(width // side, 2)
+    real = F.pad(real, (0, width - real.shape[2], 0, height - real.shape[1]))
+    return given | {"pixel_attention_mask": pad_sequence(list(real.split(counts)), batch_first=True)}

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veena_lens.checkpoints.loading import Checkpoint, open_checkpoint
+from veena_lens.checkpoints.tiled import tiles_as_hf
 from veena_lens.hook_table import hooks_of, layer_of
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 from veena_lens.vision.packing import layout_of
@@ -208,7 +209,8 @@ def _drawn_pixels(cfg: Any, n: int, generator: torch.Generator) -> tuple[dict[st
         layouts = [layout_of(cfg, size) for size in sizes.tolist()]
         pixels = torch.randn(n, max(layout.n_tiles for layout in layouts), *shape, generator=generator)
         return {"pixel_values": pixels, "image_sizes": sizes}, [layout.n_tokens for layout in layouts]
-    return {"pixel_values": torch.randn(n, *shape, generator=generator)}, [vision.n_features] * n
+    pixels = torch.randn(n, *shape, generator=generator)
+    return {"pixel_values": pixels[None] if cfg.image_layout == "tiles" else pixels}, [vision.n_features] * n
 
 
 def alone(row: MultimodalInputs) -> MultimodalInputs:
@@ -237,6 +239,8 @@ def as_hf(inputs: MultimodalInputs, dtype: torch.dtype) -> dict[str, Tensor]:
         _, counts = owners.unique_consecutive(dim=0, return_counts=True)
         given["pixel_values"] = pad_sequence(list(pixels.split(counts.tolist())), batch_first=True)
         given["image_sizes"] = inputs.extras["image_sizes"]
+    elif "tile_grids" in inputs.extras:
+        given |= tiles_as_hf(inputs, pixels)
     else:
         given["pixel_values"] = pixels
     return given

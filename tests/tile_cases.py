@@ -156,11 +156,16 @@ TILE_CASES: tuple[TileCase, ...] = (
     TileCase(name="long-names", n_name=5, rows=("1 t2x2 i 2", "3 i t1x2 1"), kind="smolvlm"),
     TileCase(name="no-markers", rows=("3 b 2 b b 1", "b 4")),
     TileCase(name="no-picture-at-all", rows=("5", "8"), kind="smolvlm"),
-    # sides: 3 patches joined of 3, 1 of 4, 6 of 6, 26 (whose positions are not all their own)
+    # sides: 3 patches of 6 are joined, 4 of 4, 5 of 25 (whose patches do not all get their own place)
     TileCase(name="scale-1", root=dict(scale_factor=1), rows=("2 t1x2 2", "i5x7 1")),
     TileCase(name="scale-3", root=dict(scale_factor=3), vision=dict(image_size=25), rows=("2 t1x2 2", "1 i17x9 1")),
     TileCase(name="one-token-a-tile", root=dict(scale_factor=4), rows=("2 t2x3 2", "i 1 i"), kind="smolvlm"),
-    TileCase(name="side-26", vision=dict(image_size=26, patch_size=1, num_hidden_layers=1), rows=("i 2", "1 i19x7 1")),
+    TileCase(
+        name="side-25",
+        vision=dict(image_size=25, patch_size=1, num_hidden_layers=1),
+        root=dict(scale_factor=5),
+        rows=("i 2", "1 i19x7 1"),
+    ),
     # heads, biases, activations
     TileCase(name="one-kv-head", text=dict(num_key_value_heads=1, head_dim=10), kind="smolvlm"),
     TileCase(name="biases", text=dict(attention_bias=True, mlp_bias=True, num_key_value_heads=6) | LLAMA3),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.model_adapters import hub_tiles
+
 CLIP_LARGE = dict(
     model_type="clip_vision_model",
     hidden_size=1024,
@@ -273,6 +275,7 @@ HUB: dict[str, dict[str, Any]] = {
         dict(deepstack_visual_indexes=[8, 16, 24], depth=27, hidden_size=1152, intermediate_size=4304),
         hidden_size=4096, intermediate_size=12288,
     ),
+    **hub_tiles.HUB,
 }  # fmt: skip
 # Parameters, tied weights counted once.
 COUNTS = {
@@ -291,6 +294,7 @@ COUNTS = {
     "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
     "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
+    **hub_tiles.COUNTS,
 }
 # Of these the tower with all that it hands to the decoder (Hugging Face's `model.visual`).
 TOWER_COUNTS = {

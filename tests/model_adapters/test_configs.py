@@ -14,6 +14,7 @@ from tests.cases import CASES, build_hf, hf_config
 from tests.model_adapters.hub_configs import COUNTS, HUB, TOWER_COUNTS
 from tests.onevision_cases import ONEVISION_CASES
 from tests.qwen_cases import QWEN_CASES
+from tests.tile_cases import TILE_CASES
 from veena_lens.checkpoints.filling import parameter_shapes, require_fit
 from veena_lens.checkpoints.registry import find_adapter
 from veena_lens.config import HookedVLMConfig
@@ -65,7 +66,7 @@ def test_hub_model_maps_onto_every_parameter_that_hugging_face_has(name: str) ->
     require_fit(ours, shapes, adapter, adapter.weight_map(cfg), name)
 
 
-@pytest.mark.parametrize("case", [*CASES, *QWEN_CASES, *ONEVISION_CASES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *QWEN_CASES, *ONEVISION_CASES, *TILE_CASES], ids=str)
 def test_weight_map_names_every_parameter_once(case: Any) -> None:
     config = hf_config(case)
     architecture = case.model_class.__name__ if hasattr(case, "model_class") else type(build_hf(case)).__name__
@@ -124,6 +125,57 @@ def test_onevision_of_the_hub_has_its_numbers() -> None:
     assert (len(cfg.image_pinpoints), cfg.max_tiles, cfg.tiles_when_alone) == (36, 9, True)
     # Tokens as published: the whole view, and a grid of at most about nine tiles with a newline a row.
     assert [layout_of(cfg, size).n_tokens for size in ((100, 100), (600, 800))] == [1485, 4725]
+
+
+def test_tiled_models_of_the_hub_have_their_numbers() -> None:
+    large, small = (read(HUB[f"Hugging{n}"]) for n in ("FaceM4/Idefics3-8B-Llama3", "FaceTB/SmolVLM-256M-Instruct"))
+    assert large.vision is not None and small.vision is not None and large.connector is not None
+    assert (large.rope.rope_type, large.rope.theta, large.n_key_value_heads) == ("llama3", 5e5, 8)
+    assert (large.image_layout, large.image_token_id, large.pad_token_id) == ("tiles", 128257, 128002)
+    assert (large.vision.grid, large.vision.token_grid, large.vision.n_features) == ((26, 26), (13, 13), 169)
+    assert (large.vision.has_last_norm, large.vision.has_fraction_positions) == (True, True)
+    assert (large.connector.kind, large.connector.d_in, large.connector.d_out) == ("linear", 4608, 4096)
+    assert (large.connector.bias, large.has_hidden_connector, small.tie_word_embeddings) == (False, False, False)
+    assert (small.vision.n_layers, small.vision.d_mlp, small.vision.n_features) == (12, 3072, 64)
+    assert (small.n_heads, small.n_key_value_heads, small.d_head, small.pad_token_id) == (9, 3, 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value", "told"),
+    [
+        ("text_config", "qk_layer_norms", True, "qk_layer_norms=True"),
+        ("text_config", "use_resampler", True, "use_resampler=True"),
+        ("text_config", "rope_interleaved", True, "rope_interleaved=True"),
+        ("text_config", "num_local_experts", 8, "num_local_experts=8"),
+        ("vision_config", "image_size", [512, 256], "image_size=[512, 256] must be one number"),
+        ("vision_config", "image_size", 500, "31 patches a side (image_size=500, patch_size=16) must be a multiple of"),
+        ("vision_config", "hidden_act", "mish", "activation 'mish' is not supported"),
+        (None, "scale_factor", 5, "must be a multiple of merge_size=5"),
+        (None, "resampler_config", {"depth": 3}, "resampler_config={'depth': 3}"),
+        (None, "quantization_config", {"bits": 4, "quant_method": "gptq"}, "quantised"),
+    ],
+)
+@pytest.mark.parametrize("name", ["SmolVLM-256M-Instruct", "SmolVLM2-500M-Video-Instruct"])
+def test_value_of_a_tiled_model_that_cannot_be_followed_is_refused_by_name(
+    name: str, part: str | None, field: str, value: Any, told: str
+) -> None:
+    raw = copy.deepcopy(HUB[f"HuggingFaceTB/{name}"])
+    (raw if part is None else raw[part])[field] = value
+    with pytest.raises(ValueError, match=re.escape(told)):
+        read(raw)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("Idefics2ForConditionalGeneration", "perceiver resampler"),
+        ("IdeficsForVisionText2Text", "gated cross-attention"),
+        ("AriaForConditionalGeneration", "mixture of experts"),
+    ],
+)
+def test_relative_of_another_build_is_refused_with_what_it_would_need(architecture: str, told: str) -> None:
+    with pytest.raises(ValueError, match=f"{architecture}.*would need .*{told}.*Known: .*Idefics3"):
+        find_adapter(architecture)
 
 
 def test_llama3_rope_and_qwen2_biases_are_read() -> None:

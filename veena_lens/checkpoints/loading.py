@@ -110,10 +110,14 @@ def _image_only(folder: Path) -> Any:
 
     missing = not is_torchvision_available()
 
-    known = {
-        "Qwen2VLProcessor": image_only.ImageOnlyQwen2VLProcessor,
-        "Qwen3VLProcessor": image_only.ImageOnlyQwen3VLProcessor,
-    } if missing else {}
+    known = (
+        {
+            "Qwen2VLProcessor": image_only.ImageOnlyQwen2VLProcessor,
+            "Qwen3VLProcessor": image_only.ImageOnlyQwen3VLProcessor,
+        }
+        if missing
+        else {}
+    )
     if missing or not is_num2words_available():
         known["SmolVLMProcessor"] = image_only.ImageOnlySmolVLMProcessor
     by_model = {"qwen2_vl": "Qwen2VLProcessor", "qwen3_vl": "Qwen3VLProcessor", "smolvlm": "SmolVLMProcessor"}

@@ -96,8 +96,8 @@ def _require_pictures(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> No
     for row, (prompt, found) in enumerate(zip(prompts, inputs.n_images, strict=True)):
         if inputs.token_tiles and found != len(prompt.images):
             raise ValueError(
-                f"Row {row}: its tokens stand for {found} pictures, {len(prompt.images)} were given. The tokenizer does "
-                "not keep what the processor writes between tiles (the fake image token, names, line breaks); use the "
+                f"Row {row}: its tokens stand for {found} pictures, {len(prompt.images)} were given. The tokenizer "
+                "loses what the processor writes between tiles (the fake image token, names, line breaks); use the "
                 "checkpoint's own."
             )
 

@@ -28,6 +28,13 @@ BUILT_IN = {
     "Qwen3ForCausalLM": "model_adapters.qwen3:ADAPTER",
 }
 
+# Relatives of known architectures that no adapter alone can read: what the model would have to compute.
+WOULD_NEED = {
+    "Idefics2ForConditionalGeneration": "a perceiver resampler, whose latent queries attend to a picture's patches",
+    "IdeficsForVisionText2Text": "gated cross-attention blocks between the decoder's own, and a perceiver resampler",
+    "AriaForConditionalGeneration": "a mixture of experts in each decoder block, and a projector that attends",
+}
+
 
 def _registered() -> dict[str, EntryPoint]:
     found = {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
@@ -53,8 +60,10 @@ def find_adapter(architecture: str) -> Adapter:
     point that does not import, with the reason."""
     points = _registered()
     if architecture not in points:
+        needs = WOULD_NEED.get(architecture)
         raise ValueError(
-            f"No adapter for architecture {architecture!r}{near_names(architecture, points)}. Known: "
+            f"No adapter for architecture {architecture!r}{near_names(architecture, points)}. "
+            f"{f'It would need {needs}. ' if needs else ''}Known: "
             f"{', '.join(sorted(points))}. Another package can add one through the entry-point group {GROUP!r}: "
             "see docs/adapters.md."
         )

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Size = tuple[int, int]  # (height, width)
+from veena_lens.vision.anyres import Size, cell_boxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +51,22 @@ class TileLayout:
         """The tile of every token: 1 .. row by row, then 0, the whole view."""
         return [(i + 1) % self.n_tiles for i in range(self.n_tiles) for _ in range(self.side**2)]
 
+    def patch_cells(self, merge: int) -> Int[Tensor, "tile row column"]:
+        """The grid's cell in which every patch of every tile lies, `merge` patches a side making one token; -1 in the
+        whole view of a picture that is cut."""
+        rows, columns = self.grid
+        cells = torch.arange(rows * columns).view(rows, columns)
+        cells = cells.repeat_interleave(merge, 0).repeat_interleave(merge, 1)
+        cut = rearrange(cells, "(r y) (c x) -> (r c) y x", y=self.side * merge, x=self.side * merge)
+        return cut if self.n_tiles == 1 else torch.cat([torch.full_like(cut[:1], -1), cut])
+
     def boxes(self, picture: Size) -> Float[Tensor, "n_tokens 4"]:
         """(left, top, right, bottom) of every token in pixels of the original picture of (height, width)."""
-        out = _cells(picture, (self.side, self.side)).repeat(self.n_tiles, 1)  # right for the whole view
+        size = (picture[1], picture[0])
+        out = cell_boxes(size, (self.side, self.side)).repeat(self.n_tiles, 1)  # right for the whole view
         if self.n_tiles > 1:
-            out[self.grid_places()] = _cells(picture, self.grid)
+            out[self.grid_places()] = cell_boxes(size, self.grid)
         return out
-
-
-def _cells(picture: Size, grid: Size) -> Float[Tensor, "n_tokens 4"]:
-    """Boxes of the cells of a grid over the whole picture, row by row."""
-    y, x = (i.flatten().float() for i in torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij"))
-    height, width = picture[0] / grid[0], picture[1] / grid[1]
-    return torch.stack([x * width, y * height, (x + 1) * width, (y + 1) * height], -1)
 
 
 def reading_order(tile_grids: Int[Tensor, "image 2"]) -> Int[Tensor, " picture"]:

@@ -112,7 +112,7 @@ class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
         self.image_seq_len = image_seq_len
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+    def apply_chat_template(self, conversation: Any, chat_template: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """As every processor's; `SmolVLMProcessor`'s own adds settings of the video part."""
         return ProcessorMixin.apply_chat_template(self, conversation, chat_template, **kwargs)
 

@@ -66,15 +66,14 @@ def _at_tower(cfg: Any, inputs: MultimodalInputs, row: int, image: int, grid: tu
     if cfg.image_layout == "dynamic":  # squares of patches, one a token
         places = torch.arange(n * vision.merge_size**2)
         return Patches(grid, places, places // vision.merge_size**2, torch.zeros_like(places))
+    owner = int((inputs.image_rows == row).nonzero().flatten()[image]) if inputs.image_rows is not None else 0
     if cfg.image_layout == "tiles":
-        owner = int((inputs.image_rows == row).nonzero().flatten()[image]) if inputs.image_rows is not None else 0
         height, width = inputs.extras["tile_grids"][owner].tolist()
         cells = TileLayout(tiles=(height, width), side=vision.token_grid[0]).patch_cells(vision.merge_size).flatten(1)
         tile, place = torch.meshgrid(*(torch.arange(n) for n in cells.shape), indexing="ij")
         return Patches(grid, place.flatten(), cells.flatten(), tile.flatten())
     if cfg.image_layout != "anyres":
         return Patches(grid, torch.arange(n) + first, torch.arange(n), torch.zeros(n, dtype=torch.long))
-    owner = int((inputs.image_rows == row).nonzero().flatten()[image]) if inputs.image_rows is not None else 0
     layout = layouts_of(cfg, inputs)[owner]
     side = layout.base
     tile = torch.arange(layout.n_tiles).repeat_interleave(side * side)

@@ -96,6 +96,10 @@ def sliding_windows(config: Any) -> tuple[int | None, ...]:
 def decoder_weights(cfg: HookedVLMConfig) -> WeightMap:
     """Names below the decoder's own prefix, without the head."""
     block = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "post_attention_layernorm.weight"}
+    if cfg.post_norms:  # the norm before the MLP has another name where one follows attention
+        block = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "pre_feedforward_layernorm.weight"}
+        block |= {"ln1_post.weight": "post_attention_layernorm.weight"}
+        block |= {"ln2_post.weight": "post_feedforward_layernorm.weight"}
     for part in "qkvo":
         block[f"attn.{part}.weight"] = f"self_attn.{part}_proj.weight"
         if cfg.attn_out_bias if part == "o" else cfg.qkv_bias:

@@ -6,7 +6,7 @@ name, unless it is known to be harmless (initialisation, training, generation, b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from veena_lens.config import Activation, RopeConfig
@@ -76,9 +76,9 @@ def refuse_unread(config: Any, read: Iterable[str], harmless: Iterable[str] = ()
         )
 
 
-def rope(config: Any) -> RopeConfig:
-    """Rotary positions of a text config (the dictionary `rope_parameters` of transformers 5)."""
-    given = dict(config.rope_parameters)
+def rope(config: Any, parameters: Mapping[str, Any] | None = None) -> RopeConfig:
+    """Rotary positions of a text config (the dictionary `rope_parameters` of transformers 5, or one of its parts)."""
+    given = dict(config.rope_parameters if parameters is None else parameters)
     theta, kind = given.pop("rope_theta"), given.pop("rope_type", "default")
     given.pop("type", None)
     sections = given.pop("mrope_section", None)

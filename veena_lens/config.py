@@ -73,7 +73,9 @@ class TransformerConfig(_Printed):
 
     `norm_eps` is the epsilon of its norms; `qkv_bias`, `attn_out_bias`, `mlp_bias` say which linear maps
     have a bias; `gated_mlp` is act(gate(x)) * up(x) against act(up(x)); `qk_norm` an RMS norm over the head
-    width of queries and keys before rotary.
+    width of queries and keys before rotary. Gemma's blocks: `post_norms` norm what attention and MLP give before
+    it is added to the residual, `norm_adds_one` says that RMS norms multiply by 1 + weight (in float32, cast at the
+    end), `query_scalar` that scores are scaled by its -1/2-th power instead of that of the head width.
     """
 
     n_layers: int
@@ -90,6 +92,9 @@ class TransformerConfig(_Printed):
     mlp_bias: bool = False
     gated_mlp: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    norm_adds_one: bool = False
+    query_scalar: float | int | None = None
     casts: Casts = "hf"
 
     def __post_init__(self) -> None:
@@ -109,6 +114,15 @@ class TransformerConfig(_Printed):
             raise ValueError(f"{name}: act_fn={self.act_fn!r} is unknown; known: {', '.join(ACTIVATIONS)}.")
         if self.casts not in ("hf", "none"):
             raise ValueError(f"{name}: casts={self.casts!r} must be 'hf' or 'none'.")
+        if (self.post_norms or self.norm_adds_one) and self.normalization_type != "RMS":
+            raise ValueError(f"{name}: post_norms and norm_adds_one go with normalization_type='RMS'.")
+        if self.query_scalar is not None and self.query_scalar <= 0:
+            raise ValueError(f"{name}: query_scalar={self.query_scalar} must be positive.")
+
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return (self.d_head if self.query_scalar is None else self.query_scalar) ** -0.5
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -120,7 +134,8 @@ class VisionConfig(TransformerConfig):
     non-negative; `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
     `has_last_norm` says that features are normed after the last block. With `has_fraction_positions` (Idefics3) a
     picture may be smaller than the square it lies in, and a patch's position follows from the share of the picture's
-    height and width at which it lies; `merge_size` patches a side are then joined into what one token reads.
+    height and width at which it lies. Squares of `merge_size` patches a side are then joined into what one token reads,
+    or, with `averages_squares` (Gemma-3), averaged.
 
     Qwen ("qwen"): pictures of any size (`image_size` 0), in squares of `merge_size` patches a side that one token
     reads; `temporal_patch_size` frames make one picture. `rope_theta` is the base of the rotary positions over
@@ -138,6 +153,7 @@ class VisionConfig(TransformerConfig):
     has_pooling_head: bool = False
     has_last_norm: bool = False
     has_fraction_positions: bool = False
+    averages_squares: bool = False
     temporal_patch_size: int = 1
     merge_size: int = 1
     patch_bias: bool = False
@@ -204,21 +220,23 @@ class VisionConfig(TransformerConfig):
 
     @property
     def n_features(self) -> int:
-        """Features a picture gives: positions (or joined squares), less the class token where token 0 is dropped."""
+        """Features a picture gives: positions (or merged squares), less the class token where token 0 is dropped."""
         return self.n_positions // self.merge_size**2 - int(self.drop_class_token)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ConnectorConfig(_Printed):
-    """The projector between tower and decoder: two linear maps with an activation in between ("mlp"), or one map
-    ("linear"; `d_hidden` 0)."""
+    """The projector between tower and decoder: two linear maps with an activation in between ("mlp"), one map
+    ("linear"; `d_hidden` 0), or an RMS norm of the features and one map ("normed"; `casts` tells how it rounds)."""
 
     d_in: int
     d_hidden: int
     d_out: int
     act_fn: Activation = "gelu"
     bias: bool = True
-    kind: Literal["mlp", "linear"] = "mlp"
+    kind: Literal["mlp", "linear", "normed"] = "mlp"
+    norm_eps: float = 0.0
+    casts: Casts = "hf"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -227,7 +245,10 @@ class HookedVLMConfig(TransformerConfig):
 
     `sliding_windows` has one entry a layer (None: full attention), or is empty when no layer slides.
     `n_ctx` is the longest context in tokens. `casts="hf"` rounds where Hugging Face does (norms and rotary
-    tables in float32); "none" stays in the model's dtype throughout.
+    tables in float32); "none" stays in the model's dtype throughout. `sliding_rope` are the rotary positions of
+    layers with a window, where they are others than `rope`; `scales_embeddings` multiplies token embeddings, image
+    features not, by the square root of `d_model`; with `image_blocks` the tokens of a picture (a run of image tokens)
+    read each other in both directions (`image_blocks` and `sliding_windows`: as far back as the window reaches).
     """
 
     d_vocab: int
@@ -235,6 +256,9 @@ class HookedVLMConfig(TransformerConfig):
     rope: RopeConfig = field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
     unembed_bias: bool = False
+    scales_embeddings: bool = False
+    sliding_rope: RopeConfig | None = None
+    image_blocks: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     image_layout: ImageLayout = "fixed"
     image_pinpoints: tuple[tuple[int, int], ...] = ()  # any resolution: canvases (height, width) in pixels
@@ -278,17 +302,14 @@ class HookedVLMConfig(TransformerConfig):
             )
         if self.vision is not None and self.vision.casts != self.casts:
             object.__setattr__(self, "vision", replace(self.vision, casts=self.casts))
+        if self.connector is not None and self.connector.casts != self.casts:
+            object.__setattr__(self, "connector", replace(self.connector, casts=self.casts))
 
     @property
     def n_deepstack(self) -> int:
         """How many inner layers of the tower reach the decoder besides: the i-th at the input of layer i + 1 (the last
         of as many as there are layers joins after the blocks; further ones reach nothing)."""
         return 0 if self.vision is None else min(len(self.vision.deepstack_layers), self.n_layers)
-
-    @property
-    def has_hidden_connector(self) -> bool:
-        """True where the projector has a hidden layer."""
-        return self.connector is not None and self.connector.kind == "mlp"
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:

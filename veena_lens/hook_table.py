@@ -63,6 +63,8 @@ def _block(kind: str) -> tuple[Hook, ...]:
         Hook("blocks.{l}.attn.hook_pattern", f"{b} n_heads query_pos key_pos", "attention weights", heard),
         Hook("blocks.{l}.attn.hook_z", f"{b} pos n_heads d_head", "head outputs before W_O"),
         Hook("blocks.{l}.attn.hook_result", f"{b} pos n_heads d_model", "head outputs in the residual stream", heard),
+        Hook("blocks.{l}.ln1_post.hook_scale", f"{b} pos 1", "denominator of the norm after it", heard, "post_norms"),
+        Hook("blocks.{l}.ln1_post.hook_normalized", f"{b} pos d_model", "before the weight", needs="post_norms"),
         Hook("blocks.{l}.hook_attn_out", f"{b} pos d_model", "what attention adds to the residual"),
         Hook("blocks.{l}.hook_resid_mid", f"{b} pos d_model", "residual after attention"),
         Hook("blocks.{l}.hook_mlp_in", f"{b} pos d_model", "residual before ln2, a copy for the MLP", heard),
@@ -71,6 +73,8 @@ def _block(kind: str) -> tuple[Hook, ...]:
         Hook("blocks.{l}.mlp.hook_pre", f"{b} pos d_mlp", "input of the activation function"),
         Hook("blocks.{l}.mlp.hook_pre_linear", f"{b} pos d_mlp", "the linear branch of a gated MLP", needs="gated_mlp"),
         Hook("blocks.{l}.mlp.hook_post", f"{b} pos d_mlp", "neuron activations"),
+        Hook("blocks.{l}.ln2_post.hook_scale", f"{b} pos 1", "denominator of the norm after it", heard, "post_norms"),
+        Hook("blocks.{l}.ln2_post.hook_normalized", f"{b} pos d_model", "before the weight", needs="post_norms"),
         Hook("blocks.{l}.hook_mlp_out", f"{b} pos d_model", "what the MLP adds to the residual"),
         Hook("blocks.{l}.hook_resid_post", f"{b} pos d_model", "residual stream that leaves the block"),
     )
@@ -89,17 +93,24 @@ VISION_HOOKS: tuple[Hook, ...] = (
     Hook("vision.hook_pos_embed", "picture pos d_model", "position embeddings", needs="pos_embed"),
     Hook("vision.ln_pre.hook_scale", "picture pos 1", "denominator of the norm after them", "when heard", "ln_pre"),
     Hook("vision.ln_pre.hook_normalized", "picture pos d_model", "its output", needs="ln_pre"),
-    *(Hook(f"vision.{h.name}", h.axes, h.what, h.live, h.needs) for h in _block("picture") if h.needs != "deepstack"),
+    *(
+        Hook(f"vision.{h.name}", h.axes, h.what, h.live, h.needs)
+        for h in _block("picture")
+        if h.needs not in ("deepstack", "post_norms")
+    ),
     Hook("vision.ln_post.hook_scale", "picture pos 1", "denominator of the last norm", "when heard", "ln_post"),
     Hook("vision.ln_post.hook_normalized", "picture pos d_model", "its output", needs="ln_post"),
 )
 CONNECTOR_HOOKS: tuple[Hook, ...] = (
     Hook("connector.hook_in", "picture pos d_in", "features that the projector reads (Qwen, Idefics3: joined squares)"),
+    Hook("connector.norm.hook_scale", "picture pos 1", "its norm: denominator", "when heard", "normed_connector"),
+    Hook("connector.norm.hook_normalized", "picture pos d_in", "before the weight", needs="normed_connector"),
     Hook("connector.hook_pre", "picture pos d_hidden", "before its activation function", needs="hidden_layer"),
     Hook("connector.hook_post", "picture pos d_hidden", "after its activation function", needs="hidden_layer"),
     Hook("connector.hook_out", "picture pos d_model", "projected features"),
     Hook("hook_image_features", "n_image_tokens d_model", "what is scattered into the sequence, row after row"),
 )
+CONNECTOR_NEEDS = {"mlp": "hidden_layer", "normed": "normed_connector"}  # which rows each kind has besides
 DEEPSTACK_HOOKS: tuple[Hook, ...] = (
     Hook("deepstack.{l}.hook_out", "n_image_tokens d_model", "what block l + 1 adds", needs="deepstack"),
 )
@@ -140,7 +151,8 @@ def hooks_of(cfg: HookedVLMConfig) -> dict[str, Hook]:
     table: dict[str, Hook] = {}
     if cfg.vision is not None:
         table |= _expand(VISION_HOOKS, cfg.vision, decoder=False)
-        table |= {h.name: h for h in CONNECTOR_HOOKS if not h.needs or cfg.has_hidden_connector}
+        kind = "mlp" if cfg.connector is None else cfg.connector.kind
+        table |= {h.name: h for h in CONNECTOR_HOOKS if h.needs in ("", CONNECTOR_NEEDS.get(kind))}
         table |= {h.name.format(l=i): h for h in DEEPSTACK_HOOKS for i in range(cfg.n_deepstack)}
     return table | _expand(DECODER_HOOKS, cfg, decoder=True)
 

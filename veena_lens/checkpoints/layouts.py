@@ -89,7 +89,7 @@ def arrange_images(
 
 def _fixed(cfg: HookedVLMConfig) -> _Image:
     assert cfg.vision is not None
-    n, (height, width) = cfg.vision.n_features, cfg.vision.grid
+    n, (height, width) = cfg.vision.n_features, cfg.vision.token_grid
     first = n - height * width  # a class token stands first; a strategy that drops a patch leaves no whole grid
     return _Image(n, (height, width), tuple(range(first, n)) if first >= 0 else ())
 

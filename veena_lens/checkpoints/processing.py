@@ -105,11 +105,19 @@ def _require_pictures(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> No
 def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
     """Raises: ValueError for a processor of another checkpoint: its patches or its image token are not the model's."""
     assert cfg.vision is not None
-    own = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    if own != cfg.image_token_id:
+    # Where a prompt's placeholder is not the token that pictures fill, the processor tells both.
+    own = [processor.tokenizer.convert_tokens_to_ids(processor.image_token)]
+    own = list(getattr(processor, "image_token_ids", own))
+    if cfg.image_token_id not in own:
         raise ValueError(
-            f"The processor's image token {processor.image_token!r} has id {own}, the model's is {cfg.image_token_id}: "
-            "it belongs to another checkpoint."
+            f"The processor's image token {processor.image_token!r} has id {own[0]}, the model's is "
+            f"{cfg.image_token_id}: it belongs to another checkpoint."
+        )
+    if getattr(processor.image_processor, "do_pan_and_scan", None):
+        raise ValueError(
+            "The processor cuts crops out of long pictures (do_pan_and_scan), whose boxes prepare does not know: set "
+            "processor.image_processor.do_pan_and_scan = False, or give the processor's own tensors to inputs_from_hf, "
+            "where every crop counts as an image."
         )
     if cfg.image_layout == "tiles":
         _require_own_tiles(processor, cfg.vision)
@@ -186,7 +194,8 @@ def _boxes(
             if cfg.image_layout == "dynamic":
                 mine.append(cell_boxes(image.size, grid))
                 continue
-            boxes = patch_boxes(image.size, processor.image_processor, vision.patch_size, vision.grid)
+            side = vision.patch_size * vision.merge_size
+            boxes = patch_boxes(image.size, processor.image_processor, side, vision.token_grid)
             if vision.has_class_token:  # it looks at the whole picture
                 boxes = torch.cat([torch.tensor([[0.0, 0.0, *map(float, image.size)]]), boxes])
             mine.append(boxes[len(boxes) - vision.n_features :])
@@ -226,7 +235,7 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(f"input_ids must be [batch pos] with at least one token, not {list(tokens.shape)}.")
     mask = require_mask(cfg, tokenizer, tokens, outputs.get("attention_mask"))
-    require_types(cfg, tokens, mask, outputs.get("mm_token_type_ids"))
+    require_types(cfg, tokens, mask, outputs)
     pad = pad_token_of(tokenizer, cfg)
     positions = outputs.get("position_ids")
     if positions is not None:
@@ -262,20 +271,30 @@ def _fitting(cfg: HookedVLMConfig, position_ids: Any, tokens: Tensor) -> Tensor:
     return positions
 
 
-def require_types(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, types: Any) -> None:
+def require_types(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, outputs: Mapping[str, Any]) -> None:
     """What a processor says of its tokens (1 image, 2 video, else 0) must be what the tokens say: we read these,
-    Hugging Face the types. Raises: ValueError where they differ."""
-    if types is None or cfg.image_layout != "dynamic":
+    Hugging Face the types. Raises: ValueError where they differ, or lack and Hugging Face would go without."""
+    name = "token_type_ids" if cfg.image_blocks else "mm_token_type_ids"
+    types = outputs.get(name)
+    if types is None and cfg.image_blocks and outputs.get("pixel_values") is not None:
+        raise ValueError(
+            "token_type_ids are missing (1 at image tokens, else 0; the processor gives them): without them Hugging "
+            "Face lets a picture's tokens read earlier ones alone, and the model was trained with both directions."
+        )
+    if types is None or not (cfg.image_layout == "dynamic" or cfg.image_blocks):
         return
     types = torch.as_tensor(types).to(tokens.device)
     if types.shape != tokens.shape:
-        raise ValueError(f"mm_token_type_ids {list(types.shape)} do not fit input_ids {list(tokens.shape)}.")
-    wanted = (tokens == cfg.image_token_id).long() + 2 * (tokens == cfg.video_token_id).long()
+        raise ValueError(f"{name} {list(types.shape)} do not fit input_ids {list(tokens.shape)}.")
+    wanted = torch.zeros_like(tokens)
+    for number, token in enumerate((cfg.image_token_id, cfg.video_token_id), start=1):
+        if token is not None:
+            wanted[tokens == token] = number
     rows = ((types != wanted) & mask).any(-1).nonzero().flatten().tolist()
     if rows:
         raise ValueError(
-            f"mm_token_type_ids differ from input_ids in rows {rows}: 1 marks image tokens (id {cfg.image_token_id}), "
-            f"2 video tokens (id {cfg.video_token_id}), 0 the rest. Leave them out; the tokens are read themselves."
+            f"{name} differ from input_ids in rows {rows}: 1 marks image tokens (id {cfg.image_token_id}), "
+            f"2 video tokens (id {cfg.video_token_id}), 0 the rest. Pass what the processor gives for these tokens."
         )
 
 

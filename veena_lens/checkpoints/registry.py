@@ -22,6 +22,8 @@ BUILT_IN = {
     "SmolVLMForConditionalGeneration": "model_adapters.smolvlm:ADAPTER",
     "Qwen2VLForConditionalGeneration": "model_adapters.qwen2_vl:ADAPTER",
     "Qwen3VLForConditionalGeneration": "model_adapters.qwen3_vl:ADAPTER",
+    "Gemma3ForConditionalGeneration": "model_adapters.gemma3:ADAPTER",
+    "Gemma3ForCausalLM": "model_adapters.gemma3:TEXT",
     "LlamaForCausalLM": "model_adapters.llama:ADAPTER",
     "MistralForCausalLM": "model_adapters.mistral:ADAPTER",
     "Qwen2ForCausalLM": "model_adapters.qwen2:ADAPTER",
@@ -29,9 +31,15 @@ BUILT_IN = {
 }
 
 # Relatives of known architectures that no adapter alone can read: what the model would have to compute.
+_GEMMA_3N = (
+    "four residual streams that are mixed around every block, embeddings a layer, keys and values shared between layers, "
+    "sparse MLPs of nested widths, a MobileNet tower and an audio encoder"
+)
 WOULD_NEED = {
     "Idefics2ForConditionalGeneration": "a perceiver resampler, whose latent queries attend to a picture's patches",
     "IdeficsForVisionText2Text": "gated cross-attention blocks between the decoder's own, and a perceiver resampler",
+    "Gemma3nForConditionalGeneration": _GEMMA_3N,
+    "Gemma3nForCausalLM": _GEMMA_3N,
     "AriaForConditionalGeneration": "a mixture of experts in each decoder block, and a projector that attends",
 }
 

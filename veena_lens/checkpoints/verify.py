@@ -188,6 +188,8 @@ def _drawn_tokens(model: Any) -> MultimodalInputs:
     length = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(length - len(r), dtype=torch.long), r]) for r in rows])
     mask = torch.stack([torch.arange(length) >= length - len(r) for r in rows])
+    if cfg.image_blocks:
+        given["token_type_ids"] = (ids == cfg.image_token_id).long()
     inputs = model.inputs_from_hf(input_ids=ids, attention_mask=mask, **given)
     return (
         inputs if inputs.position_ids.ndim == 3 else replace(inputs, position_ids=text_positions(inputs.attention_mask))
@@ -222,8 +224,8 @@ def alone(row: MultimodalInputs) -> MultimodalInputs:
     return replace(row, tokens=tokens, attention_mask=mask, position_ids=row.position_ids[..., keep], spans=spans)
 
 
-def as_hf(inputs: MultimodalInputs, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors that Hugging Face's model takes for the same inputs."""
+def as_hf(inputs: MultimodalInputs, dtype: torch.dtype, types: bool = False) -> dict[str, Tensor]:
+    """The tensors that Hugging Face's model takes for the same inputs; `types`: it reads which tokens are pictures'."""
     given = dict(input_ids=inputs.tokens, attention_mask=inputs.attention_mask.long(), position_ids=inputs.position_ids)
     if inputs.pixel_values is None:
         return given
@@ -243,6 +245,8 @@ def as_hf(inputs: MultimodalInputs, dtype: torch.dtype) -> dict[str, Tensor]:
         given |= tiles_as_hf(inputs, pixels)
     else:
         given["pixel_values"] = pixels
+        if types:
+            given["token_type_ids"] = inputs.image_mask.long()
     return given
 
 
@@ -261,13 +265,15 @@ def _logits(
     model: Any, theirs: Any, batch: MultimodalInputs, rows: Sequence[MultimodalInputs], dtype: torch.dtype
 ) -> Iterator[Check]:
     """Single rows and the padded batch against Hugging Face, and against each other."""
-    exact, loose = TOLERANCE[dtype], TOLERANCE_OTHER_SHAPES[dtype]
+    exact, loose, types = TOLERANCE[dtype], TOLERANCE_OTHER_SHAPES[dtype], model.cfg.image_blocks
     what = "logits with pictures" if batch.pixel_values is not None else "logits"
     single = [model(row) for row in rows]
-    errors = [relative_difference(a, theirs(**as_hf(row, dtype)).logits) for a, row in zip(single, rows, strict=True)]
+    errors = [
+        relative_difference(a, theirs(**as_hf(row, dtype, types)).logits) for a, row in zip(single, rows, strict=True)
+    ]
     yield Check(name=f"{what}, against Hugging Face", error=_largest(errors), allowed=exact)
     padded, keep = model(batch), batch.attention_mask
-    reference = theirs(**as_hf(batch, dtype)).logits
+    reference = theirs(**as_hf(batch, dtype, types)).logits
     error = relative_difference(padded[keep], reference[keep.to(reference.device)])
     yield Check(name="left-padded batch, against Hugging Face", error=error, allowed=exact)
     errors = [relative_difference(padded[i, keep[i]], single[i][0]) for i in range(len(rows))]
@@ -282,7 +288,7 @@ def _decoding(model: Any, theirs: Any, batch: MultimodalInputs, dtype: torch.dty
         return
     plain = dict(eos_token_id=[], repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0)
     cached = model.generate(batch, max_new_tokens=n_new, return_type="tokens", **plain)
-    given = as_hf(batch, dtype)
+    given = as_hf(batch, dtype, model.cfg.image_blocks)
     del given["position_ids"]  # its generate counts them itself, as ours does
     whole = theirs.generate(**given, max_new_tokens=n_new, pad_token_id=batch.pad_token_id)
     reference = whole[:, batch.shape[1] :].to(cached.device)

@@ -165,7 +165,7 @@ def copying_strength(
     found = []
     for layer, unit in zip(chosen, units[:, 0], strict=True):
         block = model.blocks[layer]
-        W_V, W_O, weight = (x.detach() for x in (block.attn.W_V, block.attn.W_O, block.ln1.weight))
+        W_V, W_O, weight = (x.detach() for x in (block.attn.W_V, block.attn.W_O, block.ln1.w))
         dtype = exact(W_O.dtype)
         unit = unit.to(W_O.device, dtype)
         read = unit - unit.mean() if model.cfg.normalization_type == "LN" else unit

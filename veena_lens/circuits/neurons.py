@@ -189,7 +189,7 @@ def row_logits(model: Any, layer: int, neurons: Sequence[int]) -> Float[Tensor, 
     rows = rows.to(model.ln_final.weight.device, exact(rows.dtype))
     if model.cfg.normalization_type == "LN":
         rows = rows - rows.mean(-1, keepdim=True)
-    scaled = rows * model.ln_final.weight.detach().to(rows)
+    scaled = rows * model.ln_final.w.detach().to(rows)
     return scaled.to(model.W_U.device) @ model.W_U.detach().to(rows.dtype)
 
 

@@ -72,6 +72,10 @@ def _at_tower(cfg: Any, inputs: MultimodalInputs, row: int, image: int, grid: tu
         cells = TileLayout(tiles=(height, width), side=vision.token_grid[0]).patch_cells(vision.merge_size).flatten(1)
         tile, place = torch.meshgrid(*(torch.arange(n) for n in cells.shape), indexing="ij")
         return Patches(grid, place.flatten(), cells.flatten(), tile.flatten())
+    if vision.merge_size > 1 and cfg.image_layout == "fixed":  # patches row by row, squares of them one token
+        rows, columns = (torch.arange(side) // vision.merge_size for side in vision.grid)
+        cells = (rows[:, None] * grid[1] + columns).flatten()
+        return Patches(grid, torch.arange(len(cells)) + first, cells, torch.zeros_like(cells))
     if cfg.image_layout != "anyres":
         return Patches(grid, torch.arange(n) + first, torch.arange(n), torch.zeros(n, dtype=torch.long))
     layout = layouts_of(cfg, inputs)[owner]

@@ -281,7 +281,7 @@ class StreamedRows(AttentionRows):
         heads: Sequence[int],
         consume: Callable[[int, slice, Float[Tensor, "batch head n key_pos"]], None],
     ) -> None:
-        super().__init__(queries, "all", layers, heads, cfg.n_key_value_heads, cfg.d_head**-0.5)
+        super().__init__(queries, "all", layers, heads, cfg.n_key_value_heads, cfg.score_scale)
         self.consume, self.n_heads = consume, cfg.n_heads
 
     def read(

@@ -50,14 +50,14 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.d_head = layer, cfg.d_head
         self.n_heads, self.n_kv = cfg.n_heads, cfg.n_key_value_heads
-        self.scale = cfg.d_head**-0.5
+        self.scale = cfg.score_scale
         self.q = nn.Linear(cfg.d_model, cfg.n_heads * cfg.d_head, bias=cfg.qkv_bias)
         self.k = nn.Linear(cfg.d_model, self.n_kv * cfg.d_head, bias=cfg.qkv_bias)
         self.v = nn.Linear(cfg.d_model, self.n_kv * cfg.d_head, bias=cfg.qkv_bias)
         self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=cfg.attn_out_bias)
         if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts)
-            self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts)
+            self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts, cfg.norm_adds_one)
+            self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts, cfg.norm_adds_one)
         self.has_qk_norm, self.has_rotary = cfg.qk_norm, has_rotary
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         if has_rotary:
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         v = self.hook_v(self._project(self.v, inputs.shared, inputs.v))
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        tables = context.tables(q.device)
+        tables = context.tables(self.layer, q.device)
         if self.has_rotary and tables is not None:
             q, k = self.hook_rot_q(rotate(q, tables)), self.hook_rot_k(rotate(k, tables))
         if context.kv_cache is not None:
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         return split if copies.edited else carry(out, split)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
-        """softmax(q k^T / sqrt(d_head)) v; q, k, v come as [batch pos heads d_head]."""
+        """softmax(scale q k^T) v; q, k, v come as [batch pos heads d_head]."""
         if context.prefix is not None:
             return self._attend_with_prefix(q, k, v, context.prefix, context.bias(self.layer))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -16,13 +16,19 @@ from veena_lens.config import TransformerConfig
 
 
 class Block(nn.Module):
-    """Pre-norm block of a decoder or a vision tower (the same hooks in both)."""
+    """Pre-norm block of a decoder or a vision tower (the same hooks in both).
+
+    With `post_norms` what attention and MLP give is normed before it joins the residual: `hook_attn_out` and
+    `hook_mlp_out` are what is added, after `ln1_post` and `ln2_post`."""
 
     hook_out_is_single_residual_stream = True  # transformer_lens's lenses ask
 
     def __init__(self, cfg: TransformerConfig, layer: int, has_rotary: bool) -> None:
         super().__init__()
         self.ln1, self.ln2 = make_norm(cfg), make_norm(cfg)
+        if cfg.post_norms:
+            self.ln1_post, self.ln2_post = make_norm(cfg), make_norm(cfg)
+        self.has_post_norms = cfg.post_norms
         self.attn, self.mlp = Attention(cfg, layer, has_rotary), MLP(cfg)
         self.n_heads, self.n_kv = cfg.n_heads, cfg.n_key_value_heads
         self.layer, self.hook_resid_pre = layer, HookPoint()
@@ -44,10 +50,12 @@ class Block(nn.Module):
 
     def rest(self, resid: Float[Tensor, "batch pos d_model"], context: Context) -> Float[Tensor, "batch pos d_model"]:
         """The block from just after `hook_resid_pre`: a tower takes its features there."""
-        attn_out = self.hook_attn_out(self.attn(self._attention_inputs(resid), context))
+        attn_out = self.attn(self._attention_inputs(resid), context)
+        attn_out = self.hook_attn_out(self.ln1_post(attn_out) if self.has_post_norms else attn_out)
         resid_mid = self.hook_resid_mid(resid + attn_out)
         mlp_in = self.hook_mlp_in(resid_mid.clone()) if heard(self.hook_mlp_in) else resid_mid
-        mlp_out = self.hook_mlp_out(self.mlp(self.ln2(mlp_in)))
+        mlp_out = self.mlp(self.ln2(mlp_in))
+        mlp_out = self.hook_mlp_out(self.ln2_post(mlp_out) if self.has_post_norms else mlp_out)
         return self.hook_resid_post(resid_mid + mlp_out)
 
     def _attention_inputs(self, resid: Tensor) -> AttentionInputs:

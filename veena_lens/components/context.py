@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veena_lens.components.kv_cache import KVCache
@@ -39,20 +40,23 @@ class Context:
     `bias` gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None; `rows`, when
     set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
     `prefix`, when set, holds keys and values of positions that all rows share (see `components/prefix.py`).
-    `deepstack` maps a layer to what is added at its input, zero away from the image tokens.
+    `deepstack` maps a layer to what is added at its input, zero away from the image tokens. `rotary` gives a
+    layer's tables. `blocks` numbers, for every key, the picture whose tokens read each other in both directions (-1:
+    none); new positions past its end are text.
     """
 
     key_mask: Bool[Tensor, "batch key_pos"] | None
     n_past: int = 0
     n_new: int = 0
     is_causal: bool = True
-    rotary: RotaryTables | None = None
+    rotary: Callable[[int], RotaryTables] | None = None
     kv_cache: KVCache | None = None
     windows: Callable[[int], int | None] = lambda layer: None
     bias: Callable[[int], Tensor | None] = lambda layer: None
     rows: Any = None
     prefix: Any = None
     deepstack: Mapping[int, Float[Tensor, "#batch pos d_model"]] = field(default_factory=dict)
+    blocks: Int[Tensor, "#batch known"] | None = None
     _masks: dict[Any, AttentionMask] = field(default_factory=dict)
 
     def mask(self, layer: int, device: torch.device) -> AttentionMask:
@@ -71,12 +75,12 @@ class Context:
         if not self.is_causal:
             allowed = self.key_mask[:, None, None, :].to(device) if padded and self.key_mask is not None else None
             return AttentionMask(allowed, is_causal=False)
-        if not padded and window is None:
+        if not padded and window is None and self.blocks is None:
             if self.n_past == 0:
                 return AttentionMask(None, is_causal=self.n_new > 1)
             if self.n_new == 1:
                 return AttentionMask(None, is_causal=False)
-        allowed = causal_mask(self.n_past, self.n_new, window, device)[None, None]
+        allowed = causal_mask(self.n_past, self.n_new, window, device, self.blocks)
         if padded and self.key_mask is not None:
             allowed = allowed & self.key_mask[:, None, None, :].to(device)
         return AttentionMask(allowed, is_causal=False)
@@ -88,18 +92,31 @@ class Context:
         added = self.deepstack.get(layer)
         return resid if added is None else resid + added.to(resid.device)
 
-    def tables(self, device: torch.device) -> RotaryTables | None:
-        """Rotary tables on a device."""
-        if self.rotary is None or self.rotary[0].device == device:
-            return self.rotary
-        return self.rotary[0].to(device), self.rotary[1].to(device)
+    def tables(self, layer: int, device: torch.device) -> RotaryTables | None:
+        """Rotary tables of a layer, on a device."""
+        if self.rotary is None:
+            return None
+        cos, sin = self.rotary(layer)
+        return cos.to(device), sin.to(device)
 
 
-def causal_mask(n_past: int, n_new: int, window: int | None, device: torch.device) -> Bool[Tensor, "query_pos key_pos"]:
-    """True where a query at positions n_past .. may read a key: itself or earlier, inside the sliding window."""
-    query = torch.arange(n_past, n_past + n_new, device=device)[:, None]
-    key = torch.arange(n_past + n_new, device=device)[None]
-    allowed = key <= query
+def causal_mask(
+    n_past: int,
+    n_new: int,
+    window: int | None,
+    device: torch.device,
+    blocks: Int[Tensor, "#batch known"] | None = None,
+) -> Bool[Tensor, "#batch one query_pos key_pos"]:
+    """True where a query at positions n_past .. may read a key: itself or earlier, or of its own block of `blocks`
+    (as in `Context`); never further back than the sliding window."""
+    n_key = n_past + n_new
+    query = torch.arange(n_past, n_key, device=device)[:, None]
+    key = torch.arange(n_key, device=device)[None]
+    allowed = (key <= query)[None, None]
+    if blocks is not None:
+        own = F.pad(blocks.to(device), (0, max(0, n_key - blocks.shape[1])), value=-1)[:, :n_key]
+        mine = own[:, n_past:, None]
+        allowed = allowed | ((mine == own[:, None]) & (mine >= 0))[:, None]
     return allowed if window is None else allowed & (key > query - window)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, empty, nn
@@ -9,15 +10,24 @@ from transformer_lens.hook_points import HookPoint
 
 
 class Embed(nn.Module):
-    """Token id -> residual."""
+    """Token id -> residual: a row of the weight, times the square root of d_model where `scales` (Gemma).
 
-    def __init__(self, d_vocab: int, d_model: int) -> None:
+    `W_E` is the stored weight without that factor (a tied unembedding reads it as it is)."""
+
+    def __init__(self, d_vocab: int, d_model: int, scales: bool = False) -> None:
         super().__init__()
+        self.scale = d_model**0.5 if scales else None
         self.weight = nn.Parameter(empty(d_vocab, d_model).normal_(std=0.02))
 
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         # An image token may lie outside the vocabulary: its row is replaced by image features anyway.
-        return F.embedding(tokens.clamp(max=self.weight.shape[0] - 1), self.weight)
+        rows = F.embedding(tokens.clamp(max=self.weight.shape[0] - 1), self.weight)
+        return rows if self.scale is None else rows * self.factor(rows.dtype)
+
+    def factor(self, dtype: torch.dtype) -> float:
+        """The scale as the model's dtype holds it: sqrt(3072) is 55.5 in bfloat16."""
+        assert self.scale is not None
+        return float(torch.tensor(self.scale, dtype=torch.float32).to(dtype))
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -78,10 +78,21 @@ class Norm(nn.Module, ABC):
 
 
 class RMSNorm(Norm):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 and back as Llama does unless casts are off."""
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 and back as Llama does unless casts are off.
 
-    def __init__(self, width: int, eps: float, casts: str = "hf") -> None:
+    With `adds_one` (Gemma) the factor is 1 + weight, applied before the cast back; `w` is then that factor, a copy."""
+
+    def __init__(self, width: int, eps: float, casts: str = "hf", adds_one: bool = False) -> None:
         super().__init__(width, eps, casts, bias=False)
+        self.adds_one = adds_one
+        if adds_one:
+            nn.init.zeros_(self.weight)
+
+    @property
+    def w(self) -> Float[Tensor, " width"]:
+        """What the normalized value is multiplied by, HookedTransformer's name: a view of the weight, or the copy
+        1 + weight."""
+        return 1 + self.weight if self.adds_one else self.weight
 
     def _wide(self, x: Tensor) -> Tensor:
         return x.to(torch.float32) if self.casts == "hf" else x
@@ -96,10 +107,19 @@ class RMSNorm(Norm):
             divided = wide / point
             normalized = divided if edited else carry(normalized, divided)
             scale = (point, 1 / inverse) if edited else (None, None)
-        normalized = normalized.to(x.dtype)
+        exact, normalized = normalized, normalized.to(x.dtype)
         out, edited, heard_out = self._hear_normalized(normalized)
         values = (out, normalized) if edited else (None, None)
-        return Normed(self.weight * out, scale[0], *values, scale[1], (point, heard_out))
+        if self.adds_one and heard_out is not None:  # what nobody edited goes on unrounded
+            out = carry(torch.where(out == normalized, exact, out.to(exact.dtype)), out.to(exact.dtype))
+        elif self.adds_one:
+            out = exact
+        return Normed(self._weighted(out, x.dtype), scale[0], *values, scale[1], (point, heard_out))
+
+    def _weighted(self, normalized: Float[Tensor, "*axes width"], dtype: torch.dtype) -> Float[Tensor, "*axes width"]:
+        if not self.adds_one:
+            return self.weight * normalized.to(dtype)
+        return (normalized * (1.0 + self.weight.to(normalized.dtype))).to(dtype)
 
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
@@ -111,7 +131,8 @@ class RMSNorm(Norm):
             normalized = carry(normalized, wide / (1 / inverse + _zero(seen.points[0])))
         if seen.scale is not None:
             normalized = torch.where(_edited_scale(seen), wide / seen.scale[:, :, None], normalized)
-        return self.weight * _override(normalized.to(x.dtype), seen)
+        normalized = normalized if self.adds_one else normalized.to(x.dtype)
+        return self._weighted(_override(normalized, seen), x.dtype)
 
 
 class LayerNorm(Norm):
@@ -171,5 +192,6 @@ def _override(normalized: Tensor, seen: Normed) -> Tensor:
 
 def make_norm(cfg: TransformerConfig) -> Norm:
     """The norm that a configuration asks for, over d_model."""
-    kind = RMSNorm if cfg.normalization_type == "RMS" else LayerNorm
-    return kind(cfg.d_model, cfg.norm_eps, cfg.casts)
+    if cfg.normalization_type == "RMS":
+        return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.casts, cfg.norm_adds_one)
+    return LayerNorm(cfg.d_model, cfg.norm_eps, cfg.casts)

@@ -11,19 +11,27 @@ from collections.abc import Callable
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens.components.context import causal_mask
 
 
 class SharedPrefix:
-    """`keys`, `values`: a [pos n_key_value_heads d_head] tensor a layer, of positions 0 .. start - 1, after rotary."""
+    """`keys`, `values`: a [pos n_key_value_heads d_head] tensor a layer, of positions 0 .. start - 1, after rotary.
+
+    `blocks`: which picture's tokens read each other in both directions, as in `Context`; none may begin before
+    `start` and go on after it."""
 
     def __init__(
-        self, keys: list[Tensor], values: list[Tensor], start: int, windows: Callable[[int], int | None]
+        self,
+        keys: list[Tensor],
+        values: list[Tensor],
+        start: int,
+        windows: Callable[[int], int | None],
+        blocks: Int[Tensor, "#batch known"] | None = None,
     ) -> None:
-        self._keys, self._values, self.start, self.windows = keys, values, start, windows
+        self._keys, self._values, self.start, self.windows, self.blocks = keys, values, start, windows, blocks
 
     def scores(
         self,
@@ -44,7 +52,7 @@ class SharedPrefix:
         scores = torch.cat([shared, mine], -1) * scale
         if bias is not None:
             scores = scores + bias.to(scores)
-        allowed = causal_mask(self.start, k.shape[1], self.windows(layer), q.device)[-n:]
+        allowed = causal_mask(self.start, k.shape[1], self.windows(layer), q.device, self.blocks)[:, :, -n:]
         return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
     def values(

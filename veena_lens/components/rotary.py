@@ -7,13 +7,14 @@ Halves rotate: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veena_lens.config import RopeConfig
+from veena_lens.config import HookedVLMConfig, RopeConfig
 
 RotaryTables: TypeAlias = tuple[Float[Tensor, "#batch pos d_head"], Float[Tensor, "#batch pos d_head"]]
 
@@ -71,6 +72,28 @@ def _yarn(
     ramp = ((torch.arange(d_head // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     keep = 1 - ramp
     return (1.0 / (factor * base_powers)) * (1 - keep) + (1.0 / base_powers) * keep, float(attention)
+
+
+class LayerRotary:
+    """Tables of every layer: those of one rule, and of another where layers slide."""
+
+    def __init__(self, cfg: HookedVLMConfig) -> None:
+        self.full = Rotary(cfg.rope, cfg.d_head, cfg.casts)
+        self.sliding = None if cfg.sliding_rope is None else Rotary(cfg.sliding_rope, cfg.d_head, cfg.casts)
+        self.window = cfg.window
+
+    def tables(self, positions: Int[Tensor, "*streams batch pos"], dtype: torch.dtype) -> Callable[[int], RotaryTables]:
+        """A function from a layer to its (cos, sin); each rule's are made once."""
+        made: dict[bool, RotaryTables] = {}
+
+        def of(layer: int) -> RotaryTables:
+            rule = self.full if self.sliding is None or self.window(layer) is None else self.sliding
+            slides = rule is self.sliding
+            if slides not in made:
+                made[slides] = rule.tables(positions, dtype)
+            return made[slides]
+
+        return of
 
 
 class Rotary:

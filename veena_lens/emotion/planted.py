@@ -191,7 +191,7 @@ def _word_direction(model: Any, words: Sequence[str]) -> Float[Tensor, " d_model
     """The unit direction in the last residual that raises these words against all others."""
     tokens = [model.to_single_token(f" {word}") for word in words]
     reader = model.unembed.weight.detach().double().cpu()  # [d_vocab d_model]
-    direction = (reader[tokens].mean(0) - reader.mean(0)) * model.ln_final.weight.detach().double().cpu()
+    direction = (reader[tokens].mean(0) - reader.mean(0)) * model.ln_final.w.detach().double().cpu()
     return direction / direction.norm()
 
 
@@ -272,7 +272,7 @@ def _plant_neurons(
         for neuron, e in here.items():
             direction = u[list(emotions).index(e)]
             seen = (normed @ direction)[twins.of_emotion(e)].mean().clamp(min=1e-6)
-            reader = direction / block.ln2.weight.detach().double().cpu() * (_LOUD / seen)
+            reader = direction / block.ln2.w.detach().double().cpu() * (_LOUD / seen)
             for part in (block.mlp.up, block.mlp.gate):
                 if part is not None:
                     part.weight[neuron] = reader.to(part.weight)

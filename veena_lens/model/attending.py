@@ -61,7 +61,7 @@ class Attending:
         chosen_heads = [_index(i, cfg.n_heads, "head") for i in (range(cfg.n_heads) if heads is None else heads)]
         if not chosen_layers or not chosen_heads:
             raise ValueError("attention: give at least one layer and one head (None means all).")
-        rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.d_head**-0.5)
+        rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.score_scale)
         with self.watching(rows):
             yield rows
 

@@ -24,7 +24,7 @@ from veena_lens.components.context import Context
 from veena_lens.components.embed import Embed, Unembed
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.components.norms import make_norm
-from veena_lens.components.rotary import Rotary
+from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.attending import Attending
@@ -37,6 +37,7 @@ from veena_lens.model.intervening import Intervening
 from veena_lens.model.run import Run
 from veena_lens.model.text import TextInterface
 from veena_lens.model.weights import StackedWeights
+from veena_lens.vision.blocks import image_blocks
 from veena_lens.vision.connector import make_connector
 from veena_lens.vision.packing import pack_features
 from veena_lens.vision.qwen import DeepstackMerger
@@ -73,14 +74,14 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
                 n = len(cfg.vision.deepstack_layers)
                 reach = (i < cfg.n_deepstack for i in range(n))
                 self.deepstack = nn.ModuleList(DeepstackMerger(cfg.vision, cfg.connector, live) for live in reach)
-        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        self.embed = Embed(cfg.d_vocab, cfg.d_model, cfg.scales_embeddings)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg)
         self.unembed = Unembed(
             cfg.d_vocab, cfg.d_model, self.embed if cfg.tie_word_embeddings else None, cfg.unembed_bias
         )
-        self._rotary = Rotary(cfg.rope, cfg.d_head, cfg.casts)
+        self._rotary = LayerRotary(cfg)
         self.setup()
         self.eval()
         self._refresh_cfg()
@@ -229,7 +230,8 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
 
         return_type: "logits", "loss" (mean next-token loss over text targets), "both", or None.
         stop_at_layer=l returns the residual stream that enters block l; start_at_layer=l takes such a residual
-        as `input` (with the inputs it came from as `tokens`, where positions, padding or a loss matter).
+        as `input` (with the inputs it came from as `tokens`, where positions, padding, a loss or pictures whose tokens
+        read each other in both directions matter).
         Raises: ValueError for padding without a mask, image tokens without pictures, or a context too long.
         """
         if return_type not in ("logits", "loss", "both", None):
@@ -366,6 +368,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
             bias=self._bias if self._applied else lambda layer: None,
             rows=self._rows,
             deepstack=deepstack or {},
+            blocks=image_blocks(self.cfg, run.inputs) if n_past == 0 else None,
         )
 
     @contextmanager
@@ -385,6 +388,11 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != self.cfg.d_model:
             shape = list(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
             raise ValueError(f"start_at_layer takes a residual [batch pos {self.cfg.d_model}] as input, not {shape}.")
+        if tokens is None and self.cfg.image_blocks:
+            raise ValueError(
+                "start_at_layer: tokens of a picture read each other in both directions in this model, so pass the "
+                "inputs that the residual came from as tokens=."
+            )
         if tokens is None:  # which tokens does not matter past the embedding; that none is a pad does
             tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
             mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask

@@ -95,4 +95,4 @@ class TextInterface:
         ids = torch.as_tensor(tokens, device=self.unembed.matrix.device)  # type: ignore[attr-defined]
         if ids.ndim and ids.numel() == 1:
             ids = ids.reshape(())
-        return self.unembed.matrix[ids] * self.ln_final.weight  # type: ignore[attr-defined]
+        return self.unembed.matrix[ids] * self.ln_final.w  # type: ignore[attr-defined]

@@ -140,6 +140,7 @@ class StackedWeights:
                 ("mlp", ("W_in", "W_out", "b_in", "b_out", *(("W_gate",) if self.cfg.gated_mlp else ()))),
                 ("ln1", ("w",)),
                 ("ln2", ("w",)),
+                *((part, ("w",)) for part in ("ln1_post", "ln2_post") if self.cfg.post_norms),
             ):
                 for name in names:
                     out[f"blocks.{layer}.{part}.{name}"] = getattr(getattr(block, part), name)

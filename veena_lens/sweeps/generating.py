@@ -24,6 +24,7 @@ from veena_lens.interventions.patch import Patch
 from veena_lens.model.decoder import run_blocks
 from veena_lens.model.run import Run
 from veena_lens.sweeps.running import bar, require_engine
+from veena_lens.vision.blocks import image_blocks, reached_from
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]
             places = run.mask(item.positions)[0].nonzero().flatten()
         if len(places):
             first = min(first, int(places[0]))
-    return first
+    return int(reached_from(model.cfg, row)[first])
 
 
 @torch.no_grad()
@@ -174,7 +175,13 @@ def _continue(
         embed, deepstack = model._embed(row)
         run_blocks(model.blocks, embed, model._context(run, base, deepstack=deepstack))
     keys, values = zip(*(base.layer(layer) for layer in range(model.cfg.n_layers)), strict=True)
-    prefix = SharedPrefix([k[0, :start] for k in keys], [v[0, :start] for v in values], start, model.cfg.window)
+    prefix = SharedPrefix(
+        [k[0, :start] for k in keys],
+        [v[0, :start] for v in values],
+        start,
+        model.cfg.window,
+        image_blocks(model.cfg, row),
+    )
     rows = row[[0] * n]
     tail = KVCache(model.cfg.n_layers)
     on_pictures = any(_on_pictures(model, item) for mine in lists for item in mine)

@@ -14,6 +14,7 @@ from veena_lens.positions import Tile, position_mask
 from veena_lens.sweeps.layout import Layout
 from veena_lens.sweeps.pictures import PicturePlaces, picture_places, picture_rows
 from veena_lens.sweeps.rows import AnyRow, BaseRun, Row
+from veena_lens.vision.blocks import reached_from
 
 
 class Pair:
@@ -30,6 +31,7 @@ class Pair:
         positions: Any,
         layout: Layout,
     ) -> None:
+        self.cfg = cfg
         self.base, self.source, self.is_each = base[row].trimmed(), source[row].trimmed(), is_each(positions)
         mine, theirs = (positions_of_row(batch, positions, row) for batch in (base, source))
         self.here: dict[str, PicturePlaces] = {}  # by site on pictures; "" for the text
@@ -103,6 +105,7 @@ class Pair:
             ]
         rows: list[AnyRow] = []
         here, there = self.here[""].places, self.there[""].places
+        first = reached_from(self.cfg, self.base)
         for name in layout.sites:
             axes, value = row_of(name).axis_names[1:], values.get(name)
             if value is not None:
@@ -110,7 +113,7 @@ class Pair:
             for unit in layout.units:
                 for g in self._groups(""):
                     taken = torch.empty(0) if value is None else value[there[g].to(value.device)]
-                    rows.append(Row(name, here[g], taken, unit))
+                    rows.append(Row(name, here[g], taken, unit, first=int(first[here[g]].min())))
         return rows
 
 

@@ -17,6 +17,7 @@ from veena_lens.hook_table import row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.rows import PictureRow
+from veena_lens.vision.blocks import reached_from
 from veena_lens.vision.packing import layouts_of
 
 
@@ -70,13 +71,13 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
     Raises: ValueError for a selection that the site does not have."""
     if inputs.picture_rows is None or inputs.picture_images is None:
         raise ValueError(f"{name}: {inputs!r} holds no pictures to patch.")
-    tokens = inputs.image_mask[0].nonzero().flatten()
+    tokens, reached = inputs.image_mask[0].nonzero().flatten(), reached_from(cfg, inputs)
     if row_of(name).axis_names[0] == "n_image_tokens":
         chosen = position_mask(inputs, "image" if is_each else positions)[0][tokens]
         places = chosen.nonzero().flatten().cpu()
         if not len(places):
             raise ValueError(f"positions={positions!r} select no image token for {name} in {inputs!r}.")
-        return PicturePlaces(places, None, tokens.cpu()[places])
+        return PicturePlaces(places, None, reached[tokens.cpu()[places]])
     whole = is_each or (isinstance(positions, str) and positions in ("all", "image"))
     asked: list[int] | None = None
     if isinstance(positions, int):
@@ -88,7 +89,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
             f"positions={positions!r} name tokens of the text; {name} lies on pictures: give 'all', 'each', numbers "
             "or a slice of its own positions, or patch hook_image_features, what the decoder reads."
         )
-    first = first_tokens(cfg, inputs)
+    first = reached[first_tokens(cfg, inputs)].tolist()
     places, pictures, starts = [], [], []
     for picture, size in enumerate(sizes_at(cfg, inputs, name)):
         every = list(range(size))

@@ -25,6 +25,8 @@ class Row:
     """Edit of `site` at `positions` of the base run: the source's `value` put in place, or (`add`) added.
 
     value: [n ...] for the n positions, in the site's axes without batch; unit: one head or neuron, None for all.
+    `first`: the first position that it reaches, where that lies before its own (a picture whose tokens read each other
+    in both directions is reached from its first token).
     """
 
     site: str
@@ -32,6 +34,7 @@ class Row:
     value: Float[Tensor, ...]
     unit: int | None = None
     add: bool = False
+    first: int | None = None
 
     @property
     def layer(self) -> int:
@@ -41,7 +44,7 @@ class Row:
     @property
     def start(self) -> int:
         """The first position it reaches."""
-        return int(self.positions.min())
+        return int(self.positions.min()) if self.first is None else self.first
 
     is_picture = False
 

@@ -28,6 +28,7 @@ from veena_lens.sweeps.running import (
     sites_of,
 )
 from veena_lens.sweeps.store import Store, experiment_of
+from veena_lens.vision.blocks import reached_from
 
 
 def steer_sweep(
@@ -79,8 +80,9 @@ def steer_sweep(
         places = position_mask(row, positions_of_row(inputs, positions, i))[0].nonzero().flatten()
         if not len(places):
             raise ValueError(f"positions={positions!r} select nothing in row {i}.")
+        first = int(reached_from(cfg, row)[places.cpu()].min())
         rows = [
-            Row(f"blocks.{layer}.hook_resid_post", places, alpha * per_layer[layer], add=True)
+            Row(f"blocks.{layer}.hook_resid_post", places, alpha * per_layer[layer], add=True, first=first)
             for layer in chosen
             for alpha in alphas
         ]

@@ -1,7 +1,8 @@
 """The exact suffix engine: rows recompute only the layers and positions that their edit can reach.
 
 With a causal decoder an edit at layer l and positions >= p leaves every activation of layers < l and of
-positions < p as it was. Rows of many edits travel through the layers together, each joining the batch at its
+positions < p as it was (a picture whose tokens read each other in both directions is one position here: an edit inside
+reaches it from its first token). Rows of many edits travel through the layers together, each joining the batch at its
 own layer (a staircase), as further queries on the base run's keys.
 """
 
@@ -21,6 +22,7 @@ from veena_lens.hook_table import layer_of
 from veena_lens.model.decoder import run_blocks
 from veena_lens.sweeps.rows import AnyRow, BaseRun, Row
 from veena_lens.sweeps.tower import encode_again
+from veena_lens.vision.blocks import image_blocks
 
 
 def chunks(rows: Sequence[AnyRow], max_rows: int) -> Iterator[list[int]]:
@@ -47,7 +49,13 @@ def run_staircase(
     tail = base.length - start
     device = base.resid[0].device
     positions = base.inputs.position_ids[..., start:]
-    prefix = SharedPrefix([k[:start] for k in base.keys], [v[:start] for v in base.values], start, model.cfg.window)
+    prefix = SharedPrefix(
+        [k[:start] for k in base.keys],
+        [v[:start] for v in base.values],
+        start,
+        model.cfg.window,
+        image_blocks(model.cfg, base.inputs),
+    )
     entering = encode_again(model, base, rows) if rows[0].is_picture else None
     deepstack = base.deepstack if entering is None else entering.deepstack
     context = Context(
@@ -55,6 +63,7 @@ def run_staircase(
         n_past=start,
         n_new=tail,
         rotary=model._rotary.tables(positions, model.cfg.dtype),
+        windows=model.cfg.window,
         prefix=prefix,
         deepstack={layer: added[:, start:] for layer, added in deepstack.items()},
     )

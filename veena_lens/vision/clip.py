@@ -109,13 +109,16 @@ class ClipTower(nn.Module):
         return block.rest(resid, context)
 
     def leave(self, resid: Float[Tensor, "picture pos d_model"], kept: Mapping[int, Tensor]) -> Seen:
-        """The features: streams of the chosen depths side by side; patches of a square joined row by row."""
+        """The features: streams of the chosen depths side by side; patches of a square joined, or averaged."""
         streams = {**kept, self.cfg.n_layers: resid}
         chosen = torch.cat([streams[i] for i in self.cfg.feature_layers], -1)
         if self.ln_post is not None:
             chosen = self.ln_post(chosen)
-        if self.cfg.merge_size > 1:
-            height, side = self.cfg.token_grid[0], self.cfg.merge_size
+        height, side = self.cfg.token_grid[0], self.cfg.merge_size
+        if self.cfg.averages_squares:
+            squares = rearrange(chosen, "n (h w) d -> n d h w", h=self.cfg.grid[0]).contiguous()
+            chosen = F.avg_pool2d(squares, side).flatten(2).transpose(1, 2)
+        elif side > 1:
             chosen = rearrange(chosen, "n (h a w b) d -> n (h w) (a b d)", h=height, a=side, b=side)
         return Seen(chosen[:, 1:] if self.cfg.drop_class_token else chosen)
 

@@ -1,14 +1,16 @@
-"""Projectors from the tower to the decoder: two linear maps with an activation in between, or a single one."""
+"""Projectors from the tower to the decoder: two linear maps with an activation in between, one, or a norm and one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
+from veena_lens.components.norms import RMSNorm
 from veena_lens.config import ConnectorConfig
 
 
@@ -39,7 +41,24 @@ class LinearConnector(nn.Module):
         return self.hook_out(self.proj(self.hook_in(features)))
 
 
-CONNECTORS: dict[str, Callable[[ConnectorConfig], nn.Module]] = {"mlp": Connector, "linear": LinearConnector}
+class NormedConnector(nn.Module):
+    """Features of the tower -> the decoder's width: norm(x) @ weight, the weight [d_in d_out] as it is stored."""
+
+    def __init__(self, cfg: ConnectorConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(cfg.d_in, cfg.norm_eps, cfg.casts, adds_one=True)
+        self.weight = nn.Parameter(torch.empty(cfg.d_in, cfg.d_out).normal_(std=0.02))
+        self.hook_in, self.hook_out = HookPoint(), HookPoint()
+
+    def forward(self, features: Float[Tensor, "picture pos d_in"]) -> Float[Tensor, "picture pos d_model"]:
+        return self.hook_out(self.norm(self.hook_in(features)) @ self.weight)
+
+
+CONNECTORS: dict[str, Callable[[ConnectorConfig], nn.Module]] = {
+    "mlp": Connector,
+    "linear": LinearConnector,
+    "normed": NormedConnector,
+}
 
 
 def make_connector(cfg: ConnectorConfig) -> nn.Module:

@@ -91,7 +91,7 @@ class QwenTower(nn.Module):
             places.to(device), self.cfg.rope_theta, self.cfg.d_head, torch.float64 if exact else torch.float32
         )
         mask = self.mask(sizes, length).to(device)
-        return Context(key_mask=mask, n_new=length, is_causal=False, rotary=tables)
+        return Context(key_mask=mask, n_new=length, is_causal=False, rotary=lambda layer: tables)
 
     def step(
         self, layer: int, resid: Float[Tensor, "picture pos d_model"], context: Context, kept: dict[int, Tensor]

@@ -62,7 +62,12 @@ def _block(kind: str) -> tuple[Hook, ...]:
         Hook("blocks.{l}.attn.hook_attn_scores", f"{b} n_heads query_pos key_pos", "scaled logits, masked", heard),
         Hook("blocks.{l}.attn.hook_pattern", f"{b} n_heads query_pos key_pos", "attention weights", heard),
         Hook("blocks.{l}.attn.hook_z", f"{b} pos n_heads d_head", "head outputs before W_O"),
-        Hook("blocks.{l}.attn.hook_result", f"{b} pos n_heads d_model", "head outputs in the residual stream", heard),
+        Hook(
+            "blocks.{l}.attn.hook_result",
+            f"{b} pos n_heads d_model",
+            "head outputs through W_O (where there is ln1_post, before it)",
+            heard,
+        ),
         Hook("blocks.{l}.ln1_post.hook_scale", f"{b} pos 1", "denominator of the norm after it", heard, "post_norms"),
         Hook("blocks.{l}.ln1_post.hook_normalized", f"{b} pos d_model", "before the weight", needs="post_norms"),
         Hook("blocks.{l}.hook_attn_out", f"{b} pos d_model", "what attention adds to the residual"),

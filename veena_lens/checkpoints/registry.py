@@ -23,7 +23,7 @@ BUILT_IN = {
     "Qwen2VLForConditionalGeneration": "model_adapters.qwen2_vl:ADAPTER",
     "Qwen3VLForConditionalGeneration": "model_adapters.qwen3_vl:ADAPTER",
     "Gemma3ForConditionalGeneration": "model_adapters.gemma3:ADAPTER",
-    "Gemma3ForCausalLM": "model_adapters.gemma3:TEXT",
+    "Gemma3ForCausalLM": "model_adapters.gemma3_text:ADAPTER",
     "LlamaForCausalLM": "model_adapters.llama:ADAPTER",
     "MistralForCausalLM": "model_adapters.mistral:ADAPTER",
     "Qwen2ForCausalLM": "model_adapters.qwen2:ADAPTER",

@@ -32,8 +32,8 @@ BUILT_IN = {
 
 # Relatives of known architectures that no adapter alone can read: what the model would have to compute.
 _GEMMA_3N = (
-    "four residual streams that are mixed around every block, embeddings a layer, keys and values shared between layers, "
-    "sparse MLPs of nested widths, a MobileNet tower and an audio encoder"
+    "four residual streams mixed around every block, embeddings a layer, keys and values shared between layers, sparse "
+    "MLPs of nested widths, a MobileNet tower and an audio encoder"
 )
 WOULD_NEED = {
     "Idefics2ForConditionalGeneration": "a perceiver resampler, whose latent queries attend to a picture's patches",

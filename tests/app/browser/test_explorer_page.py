@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.app.browser.conftest import low_contrast, start, stop
 from veena_lens.app.view import save_cache
-from veena_lens.checkpoints.bundle import bundled_pictures
+from veena_lens.checkpoints.bundle import bundled_pairs, bundled_pictures
 
 VIEW = "document.querySelector('#look-view .veena-slot').veenaView"
 # What tells one view from the next: the words of its strip and its pictures.
@@ -195,6 +195,33 @@ def test_steering_turns_the_answer_and_its_circuit_loads_again(open_page: Any, s
     page.locator("#steer-code-box button").first.click()
     page.locator("#steer-code").get_by_text("Circuit", exact=False).first.wait_for()
     assert after.locator("p").first.inner_text() == said
+
+
+def test_own_pairs_make_a_direction_and_wrong_ones_are_told(open_page: Any, server: str, tmp_path: Path) -> None:
+    pairs = [p for p in bundled_pairs("development") if p[0].emotion == "sad"][:3]
+    page = opened(open_page, server)
+    tab(page, "Steer")
+    page.click("#own button")
+    page.set_input_files("#own-shown input[type=file]", [str(p[0].path) for p in pairs])
+    page.set_input_files("#own-twins input[type=file]", [str(p[1].path) for p in pairs[:2]])
+    page.fill("#own-word input, #own-word textarea", "sad")
+    page.wait_for_timeout(500)
+    page.click("#own-use")
+    assert "3 pictures that show it and 2 without it: each needs its twin" in error_of(page)
+    page.locator(".toast-close").first.click()
+    page.locator("#own-twins button[aria-label*=emove]").first.wait_for()
+    page.locator("#own-twins button[aria-label=Clear]").click()
+    page.set_input_files("#own-twins input[type=file]", [str(p[1].path) for p in pairs])
+    page.wait_for_timeout(500)
+    page.click("#own-use")
+    page.locator("#own-status").get_by_text("Your pairs: 3 pairs of sad.").wait_for()
+    assert page.locator("#own-thumbs img").count() == 6
+    page.click("#extract")
+    page.locator("#direction").get_by_text("from 3 of your pairs that the model tells apart", exact=False).wait_for()
+    page.click("#own-back")
+    page.locator("#own-status").get_by_text("The sample faces again.").wait_for()
+    page.click("#extract")
+    page.locator("#direction").get_by_text("from 8 pairs", exact=False).wait_for()
 
 
 def test_neurons_and_pairs(open_page: Any, server: str) -> None:

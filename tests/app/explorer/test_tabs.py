@@ -13,10 +13,13 @@ import torch
 
 from tests.app.explorer.conftest import NAME, QUESTION
 from veena_lens.app.explorer import asking, directions, lens_tab, pairs_tab, patch_tab, steering, sweeping, tracing
+from veena_lens.app.explorer.directions import BEGUN, LISTED, Direction, DirectionAsked, sample_pairs
 from veena_lens.app.explorer.limits import Limits
+from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.pictures import open_sample, samples
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.app.explorer.sweeping import SweepAsked, TooLarge
+from veena_lens.emotion import PairSet
 from veena_lens.interventions import Circuit, Steer
 from veena_lens.sweeps import patch_sweep
 
@@ -125,8 +128,41 @@ def test_code_of_the_patch_tab_runs_and_agrees(explorer: Explorer, session: Sess
 # --- Steer and Neurons ------------------------------------------------------------------------------------
 
 
+def extracted(explorer: Explorer, session: Session, emotion: str, n: int, **changed: Any) -> Direction:
+    return directions.extract(explorer, session, DirectionAsked(model=NAME, emotion=emotion, n=n, **changed))
+
+
+@pytest.mark.parametrize(("reading", "told_apart"), [(BEGUN, True), (LISTED, False)], ids=["begun", "listed"])
+def test_direction_is_that_of_extract_directions(
+    explorer: Explorer, session: Session, run_code: Any, reading: str, told_apart: bool
+) -> None:
+    found = extracted(explorer, session, "sad", 3, reading=reading, told_apart=told_apart)
+    code = "\n".join([*directions.direction_imports(found), *directions.direction_lines(found)])
+    made = run_code(code)
+    torch.testing.assert_close(made["direction"].float(), found.vectors)
+    assert "extract_directions" in code and made["directions"].counts == {"sad": found.n_pairs}
+    assert made["directions"].meta["lead_in"] == ("the person feels" if reading == BEGUN else None)
+
+
+def test_pairs_that_the_model_does_not_tell_apart_are_left_out_or_told(explorer: Explorer, session: Session) -> None:
+    twins = sample_pairs().select(emotion="happy")[:2]
+    calm = [
+        replace(pair, emotional=replace(pair.neutral, emotion="happy", pair=f"calm {i}"))
+        for i, pair in enumerate(twins)
+    ]
+    mixed = PairSet((*calm, *twins))
+    session.kept["own_pairs"] = OwnPairs(pairs=mixed, folder=session.folder / "none", code="pairs")
+    asked = {"n": 4, "own": mixed.fingerprint}
+    assert extracted(explorer, session, "happy", **asked).n_pairs == 2
+    assert extracted(explorer, session, "happy", told_apart=False, **asked).n_pairs == 4
+    with pytest.raises(ValueError, match=r"tells none of 2 pairs apart: its answer must name happy"):
+        extracted(explorer, session, "happy", n=2, own=mixed.fingerprint)
+    with pytest.raises(ValueError, match="Your pairs were replaced or taken away"):
+        extracted(explorer, session, "happy", n=2, own="another")
+
+
 def test_alpha_turns_neutral_faces_and_neutral_strengths_change_nothing(explorer: Explorer, session: Session) -> None:
-    direction = directions.extract(explorer, session, NAME, "happy", 6)
+    direction = extracted(explorer, session, "happy", 6)
     shown = open_sample(NEUTRAL)
     found = steering.steer(
         explorer, session, NAME, steering.circuit_of(direction, 4, 1.5, 1, 1), shown, QUESTION, "happy"
@@ -138,7 +174,7 @@ def test_alpha_turns_neutral_faces_and_neutral_strengths_change_nothing(explorer
 
 
 def test_circuit_names_heads_and_neurons_layer_by_layer(explorer: Explorer, session: Session) -> None:
-    direction = directions.extract(explorer, session, NAME, "sad", 4)
+    direction = extracted(explorer, session, "sad", 4)
     circuit = steering.circuit_of(direction, 3, 1.0, 2.0, 1.5)
     kinds = [type(item).__name__ for item in circuit]
     assert kinds.count("Steer") == 1 and "BoostAttention" in kinds and "ScaleNeurons" in kinds
@@ -147,13 +183,13 @@ def test_circuit_names_heads_and_neurons_layer_by_layer(explorer: Explorer, sess
     with pytest.raises(ValueError, match="No layer 8; the direction has layers 0 to 7"):
         steering.circuit_of(direction, 8, 1.0, 1, 1)
     with pytest.raises(ValueError, match="No pairs of 'bored'; there are: happy"):
-        directions.extract(explorer, session, NAME, "bored", 4)
+        extracted(explorer, session, "bored", 4)
 
 
 def test_circuit_that_was_exported_loads_and_takes_new_strengths(
     explorer: Explorer, session: Session, tmp_path: Path
 ) -> None:
-    direction = directions.extract(explorer, session, NAME, "happy", 4)
+    direction = extracted(explorer, session, "happy", 4)
     circuit = steering.circuit_of(direction, 4, 1.5, 2.0, 1)
     shown = open_sample(NEUTRAL)
     first = steering.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
@@ -182,20 +218,20 @@ def test_circuit_of_another_model_is_refused_and_nothing_stays(explorer: Explore
 def test_direction_that_was_found_is_a_mode_of_the_next_look(
     explorer: Explorer, session: Session, face: Any, run_code: Any
 ) -> None:
-    direction = directions.extract(explorer, session, NAME, "happy", 4)
+    direction = extracted(explorer, session, "happy", 4)
     for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 4):
         pass
     view, code = asking.look(explorer, session)
     assert "push" in view.header["modes"] and view.header["directions"] == ["happy"]
     made = run_code(code)
-    torch.testing.assert_close(made["direction"], direction.vectors)
+    torch.testing.assert_close(made["direction"].float(), direction.vectors)
     assert "push" in made["view"].header["modes"]
 
 
 def test_code_of_the_steer_tab_runs_and_says_the_same(
     explorer: Explorer, session: Session, run_code: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    direction = directions.extract(explorer, session, NAME, "happy", 4)
+    direction = extracted(explorer, session, "happy", 4)
     circuit = steering.circuit_of(direction, 4, 1.5, 1.5, 1.2)
     shown = open_sample(NEUTRAL)
     found = steering.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
@@ -209,7 +245,7 @@ def test_code_of_the_steer_tab_runs_and_says_the_same(
 def test_neurons_are_ranked_named_and_shown(explorer: Explorer, session: Session, run_code: Any) -> None:
     with pytest.raises(ValueError, match="Extract a direction"):
         tracing.export_neurons(session)
-    direction = directions.extract(explorer, session, NAME, "happy", 8)
+    direction = extracted(explorer, session, "happy", 8)
     table = tracing.strongest(direction)
     assert len(table) == 30 and table["push"].is_monotonic_decreasing and set(table["being"]) == {"louder", "quieter"}
     layer, neuron = (int(table.iloc[0][c]) for c in ("layer", "neuron"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veena_lens.app.explorer.code import listed, program
-from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, direction_lines
+from veena_lens.app.explorer.directions import Direction, direction_imports, direction_lines
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
@@ -85,7 +85,7 @@ def look_code(asked: Asked, second: Shown | None, direction: Direction | None = 
         settings += f", other={second.code}"
     if direction is not None:
         lines = direction_lines(direction)
-        imports += DIRECTION_IMPORTS
+        imports = [*IMPORTS[1:], *direction_imports(direction)]
         settings += f", directions={{{direction.emotion!r}: direction}}"
     body = [
         *lines,

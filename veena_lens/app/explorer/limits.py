@@ -12,6 +12,8 @@ class Limits:
     upload_bytes: int = 10 * 2**20  # of one file
     pixels: int = 24_000_000  # of one picture
     pictures: int = 8  # of one prompt
+    pairs: int = 64  # of a direction
+    unpacked_bytes: int = 200 * 2**20  # of an archive of pairs
     new_tokens: int = 256
     prompt_characters: int = 20_000
     sweep_bytes: int = 2 * 2**30  # activations of the rows that travel together

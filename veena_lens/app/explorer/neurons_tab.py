@@ -7,17 +7,19 @@ from typing import Any
 import gradio as gr
 
 from veena_lens.app.explorer import directions, tracing
-from veena_lens.app.explorer.directions import FELT, Direction
+from veena_lens.app.explorer.directions import FELT, Direction, DirectionAsked
 from veena_lens.app.explorer.parts import Shared, code_box, export_box
 from veena_lens.app.explorer.pictures import thumbnails
 from veena_lens.app.explorer.told import told
+
+LAST = "the direction found last"
 
 
 def build(shared: Shared) -> None:
     """The tab's components and what they do."""
     explorer = shared.explorer
     with gr.Row(equal_height=True):
-        emotion = gr.Dropdown(list(FELT), value="happy", label="Direction of", elem_id="neuron-emotion", scale=3)
+        emotion = gr.Dropdown([*FELT, LAST], value="happy", label="Direction of", elem_id="neuron-emotion", scale=3)
         go = gr.Button(
             "Find its neurons", variant="primary", elem_id="neurons-go", scale=1, min_width=160, elem_classes="veena-go"
         )
@@ -46,7 +48,10 @@ def build(shared: Shared) -> None:
     @told
     def find(model: str, wanted: str, request: gr.Request) -> tuple[Any, ...]:
         session = explorer.session(request.session_hash)
-        direction = directions.extract(explorer, session, model, wanted, 8)
+        if wanted == LAST:
+            direction = current(request)
+        else:
+            direction = directions.extract(explorer, session, DirectionAsked(model=model, emotion=wanted))
         first = direction.neurons[0]
         return tracing.strongest(direction), f"{first[0]}.{first[1]}", *open_neuron(direction, first[0], first[1])
 
@@ -59,7 +64,9 @@ def build(shared: Shared) -> None:
         )
 
     def current(request: gr.Request) -> Direction:
-        return explorer.session(request.session_hash).need("direction", "Find the neurons of a direction first.")
+        return explorer.session(request.session_hash).need(
+            "direction", "Find a direction first, here or in the Steer tab."
+        )
 
     @told
     def typed(text: str, request: gr.Request) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from veena_lens.app import steps
 from veena_lens.app.explorer.code import program
-from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, direction_lines
+from veena_lens.app.explorer.directions import Direction, direction_imports, direction_lines
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.checkpoints.bundle import bundled_pictures
@@ -48,6 +48,7 @@ def circuit_of(direction: Direction, layer: int, alpha: float | int, beta: float
         "model": direction.model,
         "emotion": direction.emotion,
         "pairs": direction.n_pairs,
+        "read": direction.asked.reading,
         "alpha": alpha,
         "beta": beta,
         "gamma": gamma,
@@ -161,8 +162,7 @@ def steer_code(direction: Direction, circuit: Circuit, shown: Shown, prompt: str
         'circuit.save("circuit.safetensors")',
     ]
     imports = [
-        "from veena_lens import HookedVLM",
-        *DIRECTION_IMPORTS,
+        *direction_imports(direction),
         "from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer",
     ]
     return program(imports, body, [shown])

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from veena_lens.app import steps
 from veena_lens.app.explorer.code import program
-from veena_lens.app.explorer.directions import DIRECTION_IMPORTS, Direction, direction_lines
+from veena_lens.app.explorer.directions import Direction, direction_imports, direction_lines, settings
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.checkpoints.bundle import bundled_pictures
 from veena_lens.circuits import drivers, promoted_tokens
@@ -79,19 +79,21 @@ def _marked(image: Image.Image, where: dict[str, Any], caption: str) -> tuple[Im
 
 def neurons_code(direction: Direction, layer: int, neuron: int) -> str:
     """The program behind the Neurons tab."""
+    lead_in = settings(direction.asked).get("lead_in")
+    reading = "" if lead_in is None else f", lead_in={lead_in!r}"
     body = [
-        *direction_lines(direction),
-        "emotional, neutral = (ask(model, NAME, side) for side in zip(*pairs))",
-        "trace = neuron_trace(emotional, direction, baseline=neutral, model=model)",
+        *direction_lines(direction, keeps_pairs=True),
+        f"trace, _ = neuron_pushes(model, chosen.pairs, directions{reading})",
         f"print(top_neurons(trace, {len(direction.neurons)}))",
-        f"print(promoted_tokens(model, {layer}, {neuron}, k={SHOWN}).meta.get('texts'))".replace("'", '"'),
-        f"print(drivers(model, emotional, {layer}, [{neuron}], k=5).meta['where'])".replace("'", '"'),
+        f"print(promoted_tokens(model, {layer}, {neuron}, k={SHOWN}).meta.get('texts'))",
+        "shown = [pair.emotional for pair in chosen.pairs]",
+        "inputs = model.prepare(text=[e.prompt for e in shown], images=[[e.picture] for e in shown])",
+        f"print(drivers(model, inputs, {layer}, [{neuron}], k=5).meta['where'])",
     ]
+    body = [line.replace("'", '"') for line in body]
     imports = [
-        "from veena_lens import HookedVLM",
-        "from veena_lens.app.steps import NAME, ask",
-        *DIRECTION_IMPORTS,
-        "from veena_lens.circuits import drivers, neuron_trace, promoted_tokens, top_neurons",
+        *direction_imports(direction, "directions_from, neuron_pushes, select_pairs"),
+        "from veena_lens.circuits import drivers, promoted_tokens, top_neurons",
     ]
     return program(imports, body)
 

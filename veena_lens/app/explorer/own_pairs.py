@@ -1,0 +1,219 @@
+"""Pairs that a visitor gives: two sets of pictures, or a .zip with folders or a manifest; checked, then kept by a tab.
+
+Files are copied into the tab's own folder under names of ours or names that were checked, so that nothing outside of
+it is read or written whatever an archive says.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from veena_lens.app.explorer.limits import Limits
+from veena_lens.app.explorer.pictures import open_upload
+from veena_lens.app.explorer.state import Session
+from veena_lens.emotion import EmotionWheels, PairSet, load_pairs, pairs_from_folders
+from veena_lens.emotion.pairs import MANIFEST
+from veena_lens.wording import counted
+
+NEUTRAL = "neutral"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+FOLDER = "pairs"
+HOW = (
+    f"A .zip of pairs has one folder an emotion and one named {NEUTRAL!r}, twins by the same file name, or a "
+    f"{MANIFEST} beside its pictures."
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OwnPairs:
+    """Checked pairs, the folder that holds them, and the expression that loads them from a copy of it."""
+
+    pairs: PairSet
+    folder: Path
+    code: str
+
+    def told(self) -> str:
+        """What was given, in a sentence."""
+        counts = {emotion: sum(p.emotion == emotion for p in self.pairs) for emotion in self.pairs.emotions}
+        each = [f"{counted(n, 'pair')} of {emotion}" for emotion, n in counts.items()]
+        return f"Your pairs: {', '.join(each)}."
+
+
+def take_sets(
+    session: Session, shown: Sequence[str] | None, twins: Sequence[str] | None, emotion: str, limits: Limits
+) -> OwnPairs:
+    """Pairs from two sets of files: twins by their name where all names agree, else in the order given.
+
+    Raises: ValueError for sets of unequal size, an emotion that no wheel knows, or pictures that cannot be used."""
+    shown, twins, emotion = list(shown or ()), list(twins or ()), emotion.strip().lower()
+    if not shown or not twins:
+        raise ValueError(
+            "Give both sets: pictures that show it, and the same without it; or a .zip with pairs. "
+            f"These are {len(shown)} and {len(twins)}."
+        )
+    if len(shown) != len(twins):
+        raise ValueError(
+            f"{counted(len(shown), 'picture')} that show it and {len(twins)} without it: each needs its twin."
+        )
+    _require_few(len(shown), limits)
+    if not emotion or emotion == NEUTRAL:
+        raise ValueError("Name what the first set shows, an emotion such as happy.")
+    EmotionWheels.default().require([emotion])
+    stems = [sorted(Path(p).stem for p in side) for side in (shown, twins)]
+    by_name = stems[0] == stems[1] and len(set(stems[0])) == len(stems[0])
+    folder = _fresh(session)
+    try:
+        for name, files in ((emotion, shown), (NEUTRAL, twins)):
+            (folder / name).mkdir()
+            for i, path in enumerate(sorted(files, key=lambda p: Path(p).stem) if by_name else files):
+                open_upload(path, limits)
+                stem = _plain(Path(path).stem) if by_name else f"{i + 1:03d}"
+                shutil.copyfile(path, folder / name / f"{stem}{Path(path).suffix.lower()}")
+        return _kept(session, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def take_zip(session: Session, path: str | Path, limits: Limits) -> OwnPairs:
+    """Pairs from an archive. Raises: ValueError for one that is no .zip, is damaged, holds too much or lacks twins."""
+    path, folder = Path(path), _fresh(session)
+    try:
+        _unpack(path, folder, limits)
+        return _kept(session, folder, path.name, limits)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def forget_pairs(session: Session) -> None:
+    """Back to the sample faces."""
+    own: OwnPairs | None = session.kept.pop("own_pairs", None)
+    if own is not None:
+        shutil.rmtree(own.folder, ignore_errors=True)
+
+
+def export_pairs(session: Session) -> list[str]:
+    """The pairs as pairs.zip, for the program that loads them; nothing where there are none."""
+    own: OwnPairs | None = session.kept.get("own_pairs")
+    if own is None:
+        return []
+    target = session.folder / f"{FOLDER}.zip"
+    with zipfile.ZipFile(target, "w") as archive:
+        for file in sorted(p for p in own.folder.rglob("*") if p.is_file()):
+            archive.write(file, PurePosixPath(FOLDER, *file.relative_to(own.folder).parts).as_posix())
+    return [str(target)]
+
+
+def _fresh(session: Session) -> Path:
+    folder = session.folder / f"pairs-{secrets.token_hex(6)}"
+    folder.mkdir()
+    return folder
+
+
+def _kept(session: Session, folder: Path, name: str = "your pictures", limits: Limits | None = None) -> OwnPairs:
+    """The folder's pairs, in the tab's memory. Raises: ValueError, in the visitor's own names."""
+    has_manifest = (folder / MANIFEST).is_file()
+    if has_manifest:
+        _require_inside(folder)
+    try:
+        pairs = load_pairs(folder).without_context() if has_manifest else pairs_from_folders(folder)
+    except FileNotFoundError:
+        raise ValueError(f"{name} holds no pairs. {HOW}") from None
+    except ValueError as error:
+        told = str(error).replace(f"{folder}/", "").replace(str(folder), name)
+        raise ValueError(told) from error
+    if not len(pairs):
+        raise ValueError(f"{name} holds no picture with a neutral twin. {HOW}")
+    if limits is not None:
+        _require_few(len(pairs), limits)
+    forget_pairs(session)
+    code = f'load_pairs("{FOLDER}").without_context()' if has_manifest else f'pairs_from_folders("{FOLDER}")'
+    own = OwnPairs(pairs=pairs, folder=folder, code=code)
+    session.kept["own_pairs"] = own
+    return own
+
+
+def _require_few(n: int, limits: Limits) -> None:
+    if n > limits.pairs:
+        raise ValueError(f"{counted(n, 'pair')} were given; the limit here is {limits.pairs}.")
+
+
+def _require_inside(folder: Path) -> None:
+    """Raises: ValueError for a manifest that names a file outside of its folder."""
+    for line in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            file = json.loads(line).get("file") if line.strip() else None
+        except (ValueError, AttributeError):
+            continue  # load_pairs says what is wrong with the line
+        if isinstance(file, str) and not (folder / file).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"The {MANIFEST} names {file!r}, which is not in the archive.")
+
+
+def _plain(name: str) -> str:
+    """A file's name without what a path could be made of."""
+    return "".join(c if c.isalnum() or c in "-_ ." else "_" for c in name).lstrip(".") or "picture"
+
+
+def _unpack(path: Path, folder: Path, limits: Limits) -> None:
+    """Pictures and the manifest of an archive, a single folder around them left out.
+
+    Raises: ValueError for no archive, entries that lead elsewhere, or more than the limits allow."""
+    if path.stat().st_size > limits.upload_bytes:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; the limit here is {limits.upload_bytes:,}.")
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise ValueError(
+            f"{path.name} cannot be read as a .zip: it was cut short or is another kind of file."
+        ) from None
+    with archive:
+        entries = [(_inside(e.filename, path.name), e) for e in archive.infolist() if _wanted(e)]
+        most = 2 * limits.pairs + 1
+        if len(entries) > most:
+            raise ValueError(f"{path.name} holds {len(entries):,} pictures; the limit here is {limits.pairs} pairs.")
+        around = {where.parts[0] for where, _ in entries if len(where.parts) > 1}
+        wrapped = len(around) == 1 and all(len(where.parts) > 1 for where, _ in entries)
+        total = 0
+        for where, entry in entries:
+            target = folder.joinpath(*where.parts[wrapped:])
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with archive.open(entry) as source:
+                    data = source.read(limits.upload_bytes + 1)  # a header's size can lie
+            except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError) as error:
+                raise ValueError(f"{where} in {path.name} cannot be unpacked: {error}.") from error
+            total += len(data)
+            if len(data) > limits.upload_bytes:
+                raise ValueError(f"{where} unpacks to more than {limits.upload_bytes:,} bytes, the limit here.")
+            if total > limits.unpacked_bytes:
+                raise ValueError(f"{path.name} unpacks to more than {limits.unpacked_bytes:,} bytes, the limit here.")
+            target.write_bytes(data)
+            if target.suffix.lower() in PICTURES:
+                open_upload(str(target), limits)
+    if not entries:
+        raise ValueError(f"{path.name} holds no pictures. {HOW}")
+
+
+def _wanted(entry: zipfile.ZipInfo) -> bool:
+    """Pictures and manifests; no folders, links or hidden files."""
+    name = PurePosixPath(entry.filename.replace("\\", "/"))
+    hidden = any(part.startswith(".") and part not in ("..", ".") or part == "__MACOSX" for part in name.parts)
+    is_link = stat.S_ISLNK(entry.external_attr >> 16)
+    return not (entry.is_dir() or hidden or is_link) and (name.suffix.lower() in PICTURES or name.name == MANIFEST)
+
+
+def _inside(name: str, archive: str) -> PurePosixPath:
+    """Raises: ValueError for an entry that would be written outside of its folder."""
+    where = PurePosixPath(name.replace("\\", "/"))
+    if where.is_absolute() or ".." in where.parts or ":" in where.parts[0]:
+        raise ValueError(f"{archive} holds the entry {name!r}, which leads out of its folder; pack it anew.")
+    return PurePosixPath(*(part for part in where.parts if part != "."))

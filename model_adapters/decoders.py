@@ -33,9 +33,9 @@ READ = [
 ]
 # Token ids of the whole model, which transformers 4.5x wrote into the decoder's part as well.
 HARMLESS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen3_vl_text")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 TESTED = "logits, hidden states, greedy generation; every hook point edited"
-ALWAYS_BIASED = ("qwen2", "qwen2_vl_text")  # q, k and v, never o
+ALWAYS_BIASED = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")  # q, k and v, never o
 MAY_BE_BIASED = ("llama", "qwen3", "qwen3_vl_text")  # all four, where attention_bias says so
 NORMED = ("qwen3", "qwen3_vl_text")  # q and k, before rotary
 

@@ -39,7 +39,7 @@ def qwen2_vl_weights(cfg: HookedVLMConfig) -> WeightMap:
     assert cfg.vision is not None
     merger = with_bias("vision.ln_post", "merger.ln_q")
     merger |= with_bias("connector.proj_in", "merger.mlp.0") | with_bias("connector.proj_out", "merger.mlp.2")
-    return whole(cfg, tower_weights(cfg.vision, "fc1", "fc2"), merger)
+    return whole(cfg, tower_weights(cfg.vision, dict(up="fc1", down="fc2")), merger)
 
 
 ADAPTER = Adapter(

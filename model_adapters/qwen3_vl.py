@@ -48,7 +48,7 @@ def qwen3_vl_config(config: Any) -> HookedVLMConfig:
 def qwen3_vl_weights(cfg: HookedVLMConfig) -> WeightMap:
     """The whole model, in today's names in memory."""
     assert cfg.vision is not None
-    tower = tower_weights(cfg.vision, "linear_fc1", "linear_fc2")
+    tower = tower_weights(cfg.vision, dict(up="linear_fc1", down="linear_fc2"))
     tower |= WeightMap({"patch_embed.bias": "patch_embed.proj.bias", "pos_embed.weight": "pos_embed.weight"})
     maps = with_bias("proj_in", "linear_fc1") | with_bias("proj_out", "linear_fc2")
     rest = with_bias("vision.ln_post", "merger.norm") | maps.under("connector", "merger")

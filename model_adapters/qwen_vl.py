@@ -1,7 +1,8 @@
-"""What Qwen2-VL and Qwen3-VL share: a tower over pictures of any size, multimodal rotary positions, image tokens."""
+"""What the Qwen-VL models share: a tower over pictures of any size, multimodal rotary positions, image tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,7 @@ def side(size: Any, name: str) -> int:
 
 
 def tower_fields(config: Any) -> dict[str, Any]:
-    """Fields of VisionConfig that both towers give. Raises: ValueError for another rule of rotary positions."""
+    """Fields of VisionConfig that every tower gives. Raises: ValueError for another rule of rotary positions."""
     rope = dict(config.rope_parameters or {})
     if rope.get("rope_type", "axial") != "axial":
         raise ValueError(f"Vision tower: rope_type {rope['rope_type']!r} is not supported (only 'axial').")
@@ -55,8 +56,8 @@ def tower_fields(config: Any) -> dict[str, Any]:
         temporal_patch_size=side(config.temporal_patch_size, "temporal_patch_size"),
         merge_size=config.spatial_merge_size,
         n_channels=config.in_channels,
-        normalization_type="LN",
-        norm_eps=1e-6,  # fixed in both towers
+        normalization_type="LN",  # but in Qwen2.5-VL
+        norm_eps=1e-6,  # fixed in every tower
         qkv_bias=True,
         attn_out_bias=True,
         mlp_bias=True,
@@ -65,7 +66,12 @@ def tower_fields(config: Any) -> dict[str, Any]:
 
 
 def qwen_vl_config(
-    config: Any, vision: VisionConfig, d_out: int, sections: tuple[int, int, int], interleaved: bool
+    config: Any,
+    vision: VisionConfig,
+    d_out: int,
+    sections: tuple[int, int, int],
+    interleaved: bool,
+    positions_per_second: int | None = None,
 ) -> HookedVLMConfig:
     """The native configuration around a tower whose merger gives `d_out` numbers a token.
 
@@ -86,6 +92,7 @@ def qwen_vl_config(
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
         video_frames_apart=interleaved,
+        positions_per_second=positions_per_second,
         vision=vision,
         connector=ConnectorConfig(d_in=width, d_hidden=width, d_out=d_out),
         **fields,
@@ -95,6 +102,12 @@ def qwen_vl_config(
 def with_bias(ours: str, theirs: str) -> WeightMap:
     """Weight and bias of one module."""
     return WeightMap({f"{ours}.{p}": f"{theirs}.{p}" for p in ("weight", "bias")})
+
+
+def norm(vision: VisionConfig, ours: str, theirs: str) -> WeightMap:
+    """A norm of the tower, which has a bias where it is a layer norm."""
+    parts = ("weight", "bias") if vision.normalization_type == "LN" else ("weight",)
+    return WeightMap({f"{ours}.{p}": f"{theirs}.{p}" for p in parts})
 
 
 def fused_qkv() -> WeightMap:
@@ -107,13 +120,14 @@ def fused_qkv() -> WeightMap:
     return WeightMap(names, parts=parts) | with_bias("attn.o", "attn.proj")
 
 
-def tower_weights(vision: VisionConfig, up: str, down: str) -> WeightMap:
-    """Patches and blocks below the tower's own prefix; `up` and `down` are its names of the MLP's two maps."""
+def tower_weights(vision: VisionConfig, mlp: Mapping[str, str]) -> WeightMap:
+    """Patches and blocks below the tower's own prefix; `mlp` gives its names of the MLP's maps."""
     frames, patch = vision.temporal_patch_size, vision.patch_size
     stored = (vision.d_model, vision.n_channels, frames, patch, patch)
     patches = WeightMap({"patch_embed.weight": "patch_embed.proj.weight"}, {"patch_embed.weight": stored})
-    block = fused_qkv() | with_bias("ln1", "norm1") | with_bias("ln2", "norm2")
-    block |= with_bias("mlp.up", f"mlp.{up}") | with_bias("mlp.down", f"mlp.{down}")
+    block = fused_qkv() | norm(vision, "ln1", "norm1") | norm(vision, "ln2", "norm2")
+    for ours, theirs in mlp.items():
+        block |= with_bias(f"mlp.{ours}", f"mlp.{theirs}")
     return patches | block.for_layers(range(vision.n_layers), theirs="blocks.{l}")
 
 

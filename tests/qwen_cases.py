@@ -31,6 +31,17 @@ TEXT = dict(
 MROPE = dict(rope_type="default", rope_theta=1e6, mrope_section=[1, 1, 2])
 TOWERS: Mapping[str, Mapping[str, Any]] = dict(
     qwen2_vl=dict(depth=2, embed_dim=32, hidden_size=48, num_heads=2, patch_size=4),
+    qwen2_5_vl=dict(
+        depth=3,
+        hidden_size=32,
+        out_hidden_size=48,
+        intermediate_size=40,
+        num_heads=2,
+        patch_size=4,
+        window_size=16,
+        fullatt_block_indexes=[1],
+        tokens_per_second=2,
+    ),
     qwen3_vl=dict(
         depth=3,
         hidden_size=32,
@@ -44,16 +55,24 @@ TOWERS: Mapping[str, Mapping[str, Any]] = dict(
 )
 TEXTS: Mapping[str, Mapping[str, Any]] = dict(
     qwen2_vl=dict(rope_parameters=MROPE),
+    qwen2_5_vl=dict(rope_parameters=MROPE),
     qwen3_vl=dict(
         head_dim=16,
         num_attention_heads=4,
         rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[4, 2, 2], mrope_interleaved=True),
     ),
 )
-CONFIGS = dict(qwen2_vl=transformers.Qwen2VLConfig, qwen3_vl=transformers.Qwen3VLConfig)
-MODELS = dict(
-    qwen2_vl=transformers.Qwen2VLForConditionalGeneration, qwen3_vl=transformers.Qwen3VLForConditionalGeneration
+CONFIGS = dict(
+    qwen2_vl=transformers.Qwen2VLConfig,
+    qwen2_5_vl=transformers.Qwen2_5_VLConfig,
+    qwen3_vl=transformers.Qwen3VLConfig,
 )
+MODELS = dict(
+    qwen2_vl=transformers.Qwen2VLForConditionalGeneration,
+    qwen2_5_vl=transformers.Qwen2_5_VLForConditionalGeneration,
+    qwen3_vl=transformers.Qwen3VLForConditionalGeneration,
+)
+KINDS = tuple(MODELS)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -62,7 +81,8 @@ class QwenCase:
 
     rows: a string a row; a number is text tokens, "i4x6" an image of 4 x 6 patches, "v3x4x6" a video of three such
     pictures. Images stand between vision start and end tokens as in the hub's prompts; Qwen3-VL's video frames each
-    stand between their own, two text tokens (a time stamp) before them."""
+    stand between their own, two text tokens (a time stamp) before them. seconds: those that a picture of each video
+    stands for (Qwen2.5-VL), by turns; none where it is empty."""
 
     name: str
     kind: str
@@ -71,6 +91,7 @@ class QwenCase:
     root: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[str, ...] = ("3 i4x6 5", "2 i2x2 1 i8x4 6", "4")
     padding: str = "left"
+    seconds: tuple[float, ...] = (1.0, 0.3, 1.7)
 
     def __str__(self) -> str:
         return f"{self.kind}-{self.name}"
@@ -113,7 +134,7 @@ class QwenCase:
                 n = h * w // merge**2
                 if word[0] == "i":
                     ids += [START, *[IMAGE] * n, END]
-                elif self.kind == "qwen2_vl":
+                elif self.kind != "qwen3_vl":
                     ids += [START, *[VIDEO] * (t * n), END]
                 else:
                     for _ in range(t):
@@ -135,16 +156,24 @@ class QwenCase:
                 raw[key] = torch.tensor(grids[letter])
                 n = int(raw[key].prod(-1).sum())
                 raw[pixels] = torch.randn(n, width, generator=generator, dtype=torch.float64).to(dtype)
+        if self.kind == "qwen2_5_vl" and grids["v"] and self.seconds:
+            raw["second_per_grid_ts"] = torch.tensor(
+                [self.seconds[i % len(self.seconds)] for i in range(len(grids["v"]))]
+            )
         return raw
 
 
 def both(name: str, **kw: Any) -> list[QwenCase]:
-    """The same case of both models."""
+    """The same case of the first and the last model."""
     return [QwenCase(name=name, kind=kind, **kw) for kind in ("qwen2_vl", "qwen3_vl")]
 
 
 def _two(name: str, **kw: Any) -> QwenCase:
     return QwenCase(name=name, kind="qwen2_vl", **kw)
+
+
+def _two_and_a_half(name: str, **kw: Any) -> QwenCase:
+    return QwenCase(name=name, kind="qwen2_5_vl", **kw)
 
 
 def _three(name: str, **kw: Any) -> QwenCase:
@@ -226,5 +255,47 @@ QWEN_CASES: tuple[QwenCase, ...] = (
     _two("window", text=WINDOW),
     _two("window-right-padding", text=WINDOW | dict(max_window_layers=0), padding="right"),
     _two("window-longer-than-rows", text=WINDOW | dict(sliding_window=200), rows=VIDEOS),
+    # windows and seconds
+    *map(_two_and_a_half, ("plain",)),
+    _two_and_a_half("image-and-video", rows=("2 i4x4 3 v2x4x6 1 i2x6 4", "1 v3x2x4 2", "5")),
+    _two_and_a_half("right-padding", padding="right"),
+    _two_and_a_half("one-kv-head", text=dict(num_key_value_heads=1)),
+    _two_and_a_half("one-head", text=dict(num_attention_heads=1, num_key_value_heads=1) | _rope([8, 8, 8])),
+    _two_and_a_half("tied", root=dict(tie_word_embeddings=True)),
+    _two_and_a_half("gelu", text=dict(hidden_act="gelu"), vision=dict(hidden_act="gelu_pytorch_tanh")),
+    _two_and_a_half("large-epsilon", text=dict(rms_norm_eps=1e-2)),
+    _two_and_a_half("one-layer", text=dict(num_hidden_layers=1), vision=dict(depth=1, fullatt_block_indexes=[])),
+    _two_and_a_half("merge-1", vision=dict(spatial_merge_size=1, window_size=11), rows=("3 i3x5 2", "i1x1 1 i1x4 6")),
+    _two_and_a_half(
+        "merge-3", vision=dict(spatial_merge_size=3, window_size=25), rows=("3 i3x12 2", "2 i15x9 1 v2x3x9 1")
+    ),
+    _two_and_a_half("temporal-1", vision=dict(temporal_patch_size=1), rows=("1 v3x2x8 2 i4x6 1",)),
+    _two_and_a_half("temporal-3", vision=dict(temporal_patch_size=3), rows=("1 v2x6x4 2 i4x2 1", "i2x2 3")),
+    _two_and_a_half("patch-2-grey", vision=dict(patch_size=2, in_channels=1)),
+    _two_and_a_half("patch-7-four-channels", vision=dict(patch_size=7, in_channels=4)),
+    _two_and_a_half("one-tower-head", vision=dict(num_heads=1)),
+    _two_and_a_half("eight-tower-heads", vision=dict(num_heads=8)),
+    _two_and_a_half("tower-rotary-base", vision=dict(rope_parameters=dict(rope_type="axial", rope_theta=50.0))),
+    _two_and_a_half("windows-everywhere", vision=dict(fullatt_block_indexes=[])),
+    _two_and_a_half("windows-nowhere", vision=dict(fullatt_block_indexes=[0, 1, 2])),
+    _two_and_a_half("window-of-one-token", vision=dict(window_size=8)),
+    _two_and_a_half("window-no-multiple-of-a-patch", vision=dict(window_size=30), rows=("i8x14 3", "2 i10x6 1 i2x2 1")),
+    _two_and_a_half("window-larger-than-pictures", vision=dict(window_size=400)),
+    _two_and_a_half("full-layers-past-the-tower", vision=dict(fullatt_block_indexes=[2, 7, 15])),
+    _two_and_a_half("one-picture", rows=("3 i10x6 5",)),
+    _two_and_a_half("thin-pictures", rows=("1 i2x40 2", "2 i40x2 1", "i2x2 3")),
+    _two_and_a_half("many-pictures", rows=("1 i2x2 1 i4x2 2 i2x6 1", "i6x6 3", "4", "2 i2x4 1")),
+    _two_and_a_half("touching-wrappers", rows=("i2x4 i4x2 v2x2x2 i2x2", "i2x2 9")),
+    _two_and_a_half("nothing-but-pictures", rows=("i4x4", "i2x2 i2x4")),
+    _two_and_a_half("no-picture-at-all", rows=("5", "8")),
+    _two_and_a_half("text-rows-between", rows=("4", "2 i4x6 1", "9", "i2x2 2")),
+    _two_and_a_half("videos", rows=VIDEOS),
+    _two_and_a_half("videos-right-padding", rows=VIDEOS, padding="right"),
+    _two_and_a_half("long-video", rows=("2 v9x2x2 3", "4 i2x4 5"), seconds=(0.7,)),
+    _two_and_a_half("slow-videos", rows=VIDEOS, seconds=(9.0, 0.1), vision=dict(tokens_per_second=3)),
+    _two_and_a_half("videos-of-unknown-speed", rows=VIDEOS, seconds=()),
+    _two_and_a_half("time-section-alone", text=_rope([4, 0, 0]), rows=VIDEOS),
+    _two_and_a_half("yarn", text=_rope([1, 1, 2], "yarn", **YARN) | dict(max_position_embeddings=64)),
+    _two_and_a_half("window", text=WINDOW),
 )
 QWEN_BY_NAME = {str(case): case for case in QWEN_CASES}

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen3-VL a second time, written plainly in float64; blocks are those of `tests/reference.py`.
+"""Qwen-VL models a second time, written plainly in float64; blocks are those of `tests/reference.py`.
 
 Pictures (an image, or one picture of a video) stand in reading order, each padded to the longest with a large
 number that must reach nothing. Patches come in the processor's order: squares of patches, one a token.
@@ -21,7 +21,7 @@ Grid = tuple[int, int]  # (height, width) in patches
 
 
 class QwenReference(Reference):
-    """One forward pass of either model; `merge` patches a side make one token."""
+    """One forward pass of any of them; `merge` patches a side make one token."""
 
     def __init__(
         self, config: Any, state: Mapping[str, Tensor], edits: Edits | None = None, tracked: bool = False
@@ -29,6 +29,7 @@ class QwenReference(Reference):
         super().__init__(config, state, edits, tracked)
         self.merge = config.vision_config.spatial_merge_size
         self.is_third = config.model_type.startswith("qwen3")
+        self.is_windowed = config.model_type.startswith("qwen2_5")
         for layer in range(config.vision_config.depth):
             at = f"model.visual.blocks.{layer}.attn"
             for part in ("weight", "bias"):
@@ -37,10 +38,14 @@ class QwenReference(Reference):
 
     # --- pictures, where they stand and what they look like --------------------------------------------
     def pictures(
-        self, input_ids: Tensor, attention_mask: Tensor, sources: Mapping[int, tuple[Tensor, Tensor] | None]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        sources: Mapping[int, tuple[Tensor, Tensor] | None],
+        seconds: Tensor | None = None,
     ) -> tuple[list[tuple[Tensor, Grid]], Tensor]:
         """(patches and grid of every picture in reading order, position ids [3 batch pos]), token by token."""
-        left = {}
+        left, steps = {}, self.steps(sources, seconds)
         for token, source in sources.items():
             clips = []
             if source is not None:
@@ -60,7 +65,9 @@ class QwenReference(Reference):
                 elif token in left:
                     frames, (h, w) = left[token].pop(0)
                     found += [(frame, (h, w)) for frame in frames]
-                    cells = itertools.product(range(len(frames)), range(h // self.merge), range(w // self.merge))
+                    step = steps.pop(0) if steps and token == self.root.video_token_id else 1.0
+                    times = [int(i * step) for i in range(len(frames))]
+                    cells = itertools.product(times, range(h // self.merge), range(w // self.merge))
                     for i, cell in enumerate(cells):
                         positions[:, row, place + i] = now + torch.tensor(cell)
                         skip = i
@@ -70,6 +77,20 @@ class QwenReference(Reference):
                     now += 1
         assert not any(left.values())
         return found, positions
+
+    def steps(self, sources: Any, seconds: Tensor | None) -> list[float]:
+        """Positions in time from one picture of a video to the next; none where pictures are counted."""
+        videos = sources.get(self.root.video_token_id)
+        if not self.is_windowed or videos is None:
+            return []
+        seconds = torch.ones(len(videos[1])) if seconds is None else seconds
+        return [float(self.vision.tokens_per_second * s) for s in seconds]
+
+    def areas(self, grid: Grid) -> Tensor:
+        """True where two patches of a picture share a window."""
+        side = self.vision.window_size // self.vision.patch_size // self.merge * self.merge
+        own = [(y // side, x // side) for y, x in self.places(grid)]
+        return torch.tensor([[a == b for b in own] for a in own])
 
     def places(self, grid: Grid) -> list[tuple[int, int]]:
         """(row, column) of the patches of a picture in their order."""
@@ -103,7 +124,8 @@ class QwenReference(Reference):
     def see(self, pictures: list[tuple[Tensor, Grid]]) -> tuple[Tensor, list[Tensor]]:
         """(what is scattered into the sequence, what the layers after 0, 1, ... add)."""
         c, tower, grids = self.vision, "model.visual", [grid for _, grid in pictures]
-        width = c.hidden_size if self.is_third else c.embed_dim
+        width = getattr(c, "embed_dim", c.hidden_size)
+        norm = self.rms if self.is_windowed else self.layer_norm
         longest = max(h * w for h, w in grids)
 
         def pad(parts: list[Tensor], value: float) -> Tensor:
@@ -121,17 +143,23 @@ class QwenReference(Reference):
         angles = torch.cat([places[..., :1] * frequencies, places[..., 1:] * frequencies], -1)
         real = torch.tensor([[i < h * w for i in range(longest)] for h, w in grids])
         act = ACTIVATIONS[c.hidden_act]
-        up, down = ("linear_fc1", "linear_fc2") if self.is_third else ("fc1", "fc2")
+        mlp = dict(up="linear_fc1", down="linear_fc2") if self.is_third else dict(up="fc1", down="fc2")
+        if self.is_windowed:
+            mlp = dict(gate="gate_proj", up="up_proj", down="down_proj")
+        whole = real[:, None, None]
+        windows = whole.expand(-1, 1, longest, longest).clone()
+        for i, grid in enumerate(grids if self.is_windowed else []):
+            n = grid[0] * grid[1]
+            windows[i, 0, :n, :n] = self.areas(grid)
         added = []
         for layer in range(c.depth):
             at = f"{tower}.blocks.{layer}"
             keys = {letter: f"{at}.attn.{letter}" for letter in "qkv"}
             keys |= dict(ln1=f"{at}.norm1", ln2=f"{at}.norm2", o=f"{at}.attn.proj")
-            keys |= dict(up=f"{at}.mlp.{up}", down=f"{at}.mlp.{down}")
+            keys |= {part: f"{at}.mlp.{name}" for part, name in mlp.items()}
+            allowed = windows if self.is_windowed and layer not in c.fullatt_block_indexes else whole
             heads = (c.num_heads, c.num_heads, e)
-            x = self.block(
-                f"vision.blocks.{layer}", keys, x, self.layer_norm, heads, real[:, None, None], turn(angles), act
-            )
+            x = self.block(f"vision.blocks.{layer}", keys, x, norm, heads, allowed, turn(angles), act)
             if layer in getattr(c, "deepstack_visual_indexes", ()):
                 i = len(added)
                 at = f"{tower}.deepstack_merger_list.{i}"
@@ -141,8 +169,8 @@ class QwenReference(Reference):
                 )
                 inner = self.linear(f"{at}.linear_fc2", F.gelu(self.linear(f"{at}.linear_fc1", inner)))
                 added.append(self.at(f"deepstack.{i}.hook_out", self.packed(inner, grids)))
-        norm, first, second = ("norm", "linear_fc1", "linear_fc2") if self.is_third else ("ln_q", "mlp.0", "mlp.2")
-        x = self.layer_norm("vision.ln_post", f"{tower}.merger.{norm}", x)
+        last, first, second = ("norm", "linear_fc1", "linear_fc2") if self.is_third else ("ln_q", "mlp.0", "mlp.2")
+        x = norm("vision.ln_post", f"{tower}.merger.{last}", x)
         x = self.at("connector.hook_in", self.join(x))
         x = self.at("connector.hook_pre", self.linear(f"{tower}.merger.{first}", x))
         x = self.at("connector.hook_post", F.gelu(x))
@@ -159,6 +187,7 @@ class QwenReference(Reference):
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
     ) -> Tensor:
         c, model = self.text, "model.language_model"
         sources = {}
@@ -167,7 +196,7 @@ class QwenReference(Reference):
             (self.root.video_token_id, pixel_values_videos, video_grid_thw),
         ):
             sources[token] = None if pixels is None or grids is None else (pixels, grids)
-        pictures, positions = self.pictures(input_ids, attention_mask, sources)
+        pictures, positions = self.pictures(input_ids, attention_mask, sources, second_per_grid_ts)
         x = self.state[f"{model}.embed_tokens.weight"][input_ids]
         filled = (input_ids == self.root.image_token_id) | (input_ids == self.root.video_token_id)
         filled = (filled & attention_mask.bool())[..., None]

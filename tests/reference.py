@@ -53,7 +53,8 @@ class Reference:
 
     # --- norms ---------------------------------------------------------------------------------------
     def rms(self, name: str, key: str, x: Tensor) -> Tensor:
-        scale = self.at(f"{name}.hook_scale", (x.pow(2).mean(-1, keepdim=True) + self.text.rms_norm_eps).sqrt())
+        eps = 1e-6 if "visual" in key else self.text.rms_norm_eps  # fixed in Qwen's towers
+        scale = self.at(f"{name}.hook_scale", (x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
         return self.at(f"{name}.hook_normalized", x / scale) * self.state[f"{key}.weight"]
 
     def layer_norm(self, name: str, key: str, x: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ class VisionConfig(TransformerConfig):
     Qwen ("qwen"): pictures of any size (`image_size` 0), in squares of `merge_size` patches a side that one token
     reads; `temporal_patch_size` frames make one picture. `rope_theta` is the base of the rotary positions over
     rows and columns, `position_grid` the side of a learned table that is resampled to each picture (0: none),
-    `deepstack_layers` the blocks whose outputs enter the decoder's first layers besides.
+    `deepstack_layers` the blocks whose outputs enter the decoder's first layers besides. Where `window_side` is set,
+    a patch attends inside its window of so many squares a side, but in the blocks of `full_attention_layers`.
     """
 
     kind: Literal["clip", "siglip", "qwen"]
@@ -160,9 +161,13 @@ class VisionConfig(TransformerConfig):
     rope_theta: float | None = None
     position_grid: int = 0
     deepstack_layers: tuple[int, ...] = ()
+    window_side: int = 0  # squares that one token reads; 0: every block attends to the whole picture
+    full_attention_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.window_side < 0:
+            raise ValueError(f"VisionConfig: window_side={self.window_side} must not be negative (0: no windows).")
         for size in ("patch_size", "temporal_patch_size", "merge_size"):
             if getattr(self, size) < 1:
                 raise ValueError(f"VisionConfig: {size}={getattr(self, size)} must be at least 1.")
@@ -192,6 +197,10 @@ class VisionConfig(TransformerConfig):
     def takes_any_size(self) -> bool:
         """True where the number of patches follows the picture's size."""
         return self.image_size == 0
+
+    def is_windowed(self, layer: int) -> bool:
+        """True where a block's patches attend inside their windows alone."""
+        return self.window_side > 0 and layer not in self.full_attention_layers
 
     @property
     def patch_width(self) -> int:
@@ -249,6 +258,7 @@ class HookedVLMConfig(TransformerConfig):
     layers with a window, where they are others than `rope`; `scales_embeddings` multiplies token embeddings, image
     features not, by the square root of `d_model`; with `image_blocks` the tokens of a picture (a run of image tokens)
     read each other in both directions (`image_blocks` and `sliding_windows`: as far back as the window reaches).
+    Where `positions_per_second` is set, the time stream of rotary positions counts a video's seconds, not its pictures.
     """
 
     d_vocab: int
@@ -267,6 +277,7 @@ class HookedVLMConfig(TransformerConfig):
     image_token_id: int | None = None
     video_token_id: int | None = None
     video_frames_apart: bool = False  # a video's frames lie apart in the text, each with its own positions
+    positions_per_second: int | None = None  # of a video
     pad_token_id: int | None = None
     vision: VisionConfig | None = None
     connector: ConnectorConfig | None = None

@@ -1,4 +1,4 @@
-"""Every hook point of Qwen2-VL and Qwen3-VL is live and exact, with pictures of unequal size and a video.
+"""Every hook point of the Qwen-VL models is live and exact, with pictures of unequal size and a video.
 
 Every hook on q, k, v, scores, pattern and z of a Qwen decoder can be edited with effect, replacing the value or
 writing into it, and the logits are those of the plain model of `tests/qwen_reference.py` with the same edit.
@@ -23,12 +23,20 @@ from veena_lens.hook_table import canonical, hooks_of
 ROWS = ("2 i4x4 3 v2x2x4 2", "1 i2x2 1 i2x6 3", "4")
 CASES = {
     "qwen2_vl": QwenCase(name="hooks", kind="qwen2_vl", rows=ROWS, text=dict(num_hidden_layers=2)),
+    "qwen2_5_vl": QwenCase(
+        name="hooks",
+        kind="qwen2_5_vl",
+        rows=ROWS,
+        text=dict(num_hidden_layers=2),
+        vision=dict(depth=2, window_size=8),
+    ),
     "qwen3_vl": QwenCase(
         name="hooks", kind="qwen3_vl", rows=ROWS, vision=dict(depth=2, deepstack_visual_indexes=[0, 1])
     ),
 }
 ODD = {
     "qwen2_vl": ("merge-3", "one-kv-head"),
+    "qwen2_5_vl": ("slow-videos", "window-no-multiple-of-a-patch"),
     "qwen3_vl": ("temporal-1", "thin-pictures", "position-table-9x9", "tied"),
 }
 VALUES = [

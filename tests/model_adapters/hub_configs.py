@@ -142,6 +142,25 @@ def _qwen2_vl(vision_hidden_size: int, **text: Any) -> dict[str, Any]:
     )  # fmt: skip
 
 
+# Qwen2.5-VL's files are as flat; three sizes of towers differ in the MLP's width.
+def _qwen25_vl(tower_mlp: int, **text: Any) -> dict[str, Any]:
+    return dict(
+        architectures=["Qwen2_5_VLForConditionalGeneration"], attention_dropout=0.0, bos_token_id=151643,
+        eos_token_id=151645, vision_start_token_id=151652, vision_end_token_id=151653, vision_token_id=151654,
+        image_token_id=151655, video_token_id=151656, hidden_act="silu", initializer_range=0.02,
+        max_position_embeddings=128000, model_type="qwen2_5_vl", rms_norm_eps=1e-6, rope_theta=1000000.0,
+        sliding_window=32768, torch_dtype="bfloat16", transformers_version="4.41.2", use_cache=True,
+        use_sliding_window=False,
+        vision_config=dict(
+            depth=32, hidden_act="silu", hidden_size=1280, intermediate_size=tower_mlp, num_heads=16, in_chans=3,
+            out_hidden_size=text["hidden_size"], patch_size=14, spatial_merge_size=2, spatial_patch_size=14,
+            window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2, temporal_patch_size=2,
+        ),
+        rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]),
+        **text,
+    )  # fmt: skip
+
+
 def _written_again(flat: dict[str, Any]) -> dict[str, Any]:
     """A flat file as transformers 4.5x saved it: the decoder's fields at the root and in `text_config`, other keys in
     every part."""
@@ -149,9 +168,10 @@ def _written_again(flat: dict[str, Any]) -> dict[str, Any]:
     tokens = {k: v for k, v in flat.items() if k.endswith("_token_id")}
     left = ("architectures", "model_type", "vision_config", "transformers_version", "rope_scaling")
     text = {k: v for k, v in flat.items() if k not in left}
-    text |= dict(model_type="qwen2_vl_text", rope_scaling=rope, layer_types=["full_attention"] * 28)
+    layers = ["full_attention"] * flat["num_hidden_layers"]
+    text |= dict(model_type=f"{flat['model_type']}_text", rope_scaling=rope, layer_types=layers)
     text |= tokens | dict(image_token_id=None, video_token_id=None, sliding_window=None)
-    vision = flat["vision_config"] | dict(model_type="qwen2_vl", in_channels=3, hidden_act="quick_gelu")
+    vision = dict(hidden_act="quick_gelu") | flat["vision_config"] | dict(model_type=flat["model_type"], in_channels=3)
     vision |= dict(initializer_range=0.02, torch_dtype="bfloat16")
     return flat | dict(rope_scaling=rope, text_config=text, vision_config=vision, transformers_version="4.54.0")
 
@@ -180,6 +200,10 @@ def _qwen3_vl(tied: bool, vision: dict[str, Any], **text: Any) -> dict[str, Any]
 VICUNA_13B = dict(
     hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40, num_key_value_heads=40
 )
+QWEN25_7B = dict(
+    hidden_size=3584, intermediate_size=18944, max_window_layers=28, num_attention_heads=28, num_hidden_layers=28,
+    num_key_value_heads=4, tie_word_embeddings=False, vocab_size=152064,
+)  # fmt: skip
 HUB: dict[str, dict[str, Any]] = {
     "llava-hf/llava-1.5-7b-hf": _llava(_vicuna("lmsys/vicuna-7b-v1.5")),
     "llava-hf/llava-1.5-7b-hf, later": _llava(_vicuna("lmsys/vicuna-7b-v1.5"), image_seq_length=576),
@@ -265,6 +289,16 @@ HUB: dict[str, dict[str, Any]] = {
             tie_word_embeddings=False, vocab_size=152064,
         )
     ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen25_vl(
+        3420, hidden_size=2048, intermediate_size=11008, max_window_layers=70, num_attention_heads=16,
+        num_hidden_layers=36, num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151936,
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen25_vl(3420, **QWEN25_7B),
+    "Qwen/Qwen2.5-VL-7B-Instruct, saved again": _written_again(_qwen25_vl(3420, **QWEN25_7B)),
+    "Qwen/Qwen2.5-VL-72B-Instruct": _qwen25_vl(
+        3456, hidden_size=8192, intermediate_size=29568, max_window_layers=80, num_attention_heads=64,
+        num_hidden_layers=80, num_key_value_heads=8, tie_word_embeddings=False, vocab_size=152064,
+    ),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(
         True,
         dict(deepstack_visual_indexes=[5, 11, 17], depth=24, hidden_size=1024, intermediate_size=4096),
@@ -292,6 +326,9 @@ COUNTS = {
     "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
     "Qwen/Qwen2-VL-2B-Instruct": 2_208_985_600,
     "Qwen/Qwen2-VL-7B-Instruct": 8_291_375_616,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen/Qwen2.5-VL-72B-Instruct": 73_410_777_344,
     "Qwen/Qwen3-VL-4B-Instruct": 4_437_815_808,
     "Qwen/Qwen3-VL-8B-Instruct": 8_767_123_696,
     **hub_tiles.COUNTS,

@@ -93,7 +93,12 @@ def test_llava_of_the_hub_has_its_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("llava-hf/llava-1.5-7b-hf", "written out"), ("Qwen/Qwen2-VL-7B-Instruct", "saved again")]
+    ("name", "how"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "written out"),
+        ("Qwen/Qwen2-VL-7B-Instruct", "saved again"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "saved again"),
+    ],
 )
 def test_written_out_configuration_equals_the_short_one(name: str, how: str) -> None:
     assert read(HUB[f"{name}, {how}"]) == read(HUB[name])
@@ -178,6 +183,20 @@ def test_relative_of_another_build_is_refused_with_what_it_would_need(architectu
         find_adapter(architecture)
 
 
+def test_windowed_tower_of_the_hub_has_its_numbers() -> None:
+    three, big = read(HUB["Qwen/Qwen2.5-VL-3B-Instruct"]), read(HUB["Qwen/Qwen2.5-VL-72B-Instruct"])
+    assert three.vision is not None and three.connector is not None and big.vision is not None
+    assert (three.n_layers, three.d_model, three.n_key_value_heads, three.n_ctx) == (36, 2048, 2, 128000)
+    assert (three.tie_word_embeddings, big.tie_word_embeddings, three.sliding_windows) == (True, False, ())
+    assert (three.rope.sections, three.positions_per_second, three.qkv_bias) == ((16, 24, 24), 2, True)
+    tower = three.vision
+    assert (tower.n_layers, tower.d_model, tower.d_mlp, big.vision.d_mlp) == (32, 1280, 3420, 3456)
+    assert (tower.normalization_type, tower.gated_mlp, tower.mlp_bias, tower.act_fn) == ("RMS", True, True, "silu")
+    assert (tower.window_side, tower.full_attention_layers) == (4, (7, 15, 23, 31))
+    assert [tower.is_windowed(layer) for layer in (6, 7, 8, 31)] == [True, False, True, False]
+    assert (three.connector.d_in, three.connector.d_hidden, three.connector.d_out) == (5120, 5120, 2048)
+
+
 def test_llama3_rope_and_qwen2_biases_are_read() -> None:
     llama, qwen = (read(HUB[n]) for n in ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"))
     assert llama.rope.rope_type == "llama3" and llama.rope.theta == 500_000.0
@@ -243,6 +262,7 @@ def test_onevision_value_that_cannot_be_followed_is_refused_by_name(
 
 LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 64, long_factor=[1.0] * 64, factor=2.0)
 TWO, THREE = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-4B-Instruct"
+WINDOWED = "Qwen/Qwen2.5-VL-7B-Instruct"
 
 
 @pytest.mark.parametrize(
@@ -262,6 +282,11 @@ TWO, THREE = "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen3-VL-4B-Instruct"
         (THREE, "text_config", "rope_scaling", LONGROPE, "rope_type 'longrope' is not supported"),
         (THREE, "text_config", "num_experts", 128, "num_experts=128"),
         (TWO, None, "use_mrope_v2", True, "use_mrope_v2=True"),
+        (WINDOWED, "vision_config", "window_size", 27, "window_size=27 must be at least the 2 patches of 14 pixels"),
+        (WINDOWED, "vision_config", "out_hidden_size", 2048, "gives 2048 numbers a token, the decoder takes 3584"),
+        (WINDOWED, "vision_config", "window_shift", 2, "window_shift=2"),
+        (WINDOWED, "vision_config", "patch_size", [14, 16], "patch_size=[14, 16] must be one number"),
+        (WINDOWED, None, "num_experts", 8, "num_experts=8"),
         (TWO, None, "quantization_config", {"bits": 4, "quant_method": "gptq"}, "quantised"),
     ],
 )  # fmt: skip
@@ -274,7 +299,7 @@ def test_qwen_vl_value_that_cannot_be_followed_is_refused_by_name(
         read(raw)
 
 
-@pytest.mark.parametrize("name", [TWO, THREE])
+@pytest.mark.parametrize("name", [TWO, THREE, WINDOWED])
 def test_other_rule_of_rotary_positions_in_the_tower_is_refused(name: str) -> None:
     raw = copy.deepcopy(HUB[name])
     config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
@@ -291,11 +316,18 @@ def test_patch_size_written_as_a_pair_of_equal_numbers_is_read(pair: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    "architecture", ["Qwen3VLMoeForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen2VLModel"]
+    ("architecture", "needed"),
+    [
+        ("Qwen3VLMoeForConditionalGeneration", "a mixture of experts in its decoder blocks"),
+        ("Qwen2_5OmniForConditionalGeneration", "a tower that hears"),
+        ("Qwen2_5OmniThinkerForConditionalGeneration", "a tower that hears"),
+        ("Qwen2AudioForConditionalGeneration", "a tower that hears"),
+        ("Qwen2VLModel", ""),
+    ],
 )
-def test_related_architecture_is_refused_with_the_known_ones(architecture: str) -> None:
+def test_related_architecture_is_refused_with_the_known_ones(architecture: str, needed: str) -> None:
     with pytest.raises(
-        ValueError, match=f"{architecture}.*near names: .*Qwen.*Known: .*Qwen3VLForConditionalGeneration"
+        ValueError, match=f"{architecture}.*near names: .*Qwen.*{needed}.*Known: .*Qwen3VLForConditionalGeneration"
     ):
         find_adapter(architecture)
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen3-VL against Hugging Face in float64: logits, hidden states, features, tower, positions."""
+"""Qwen-VL models against Hugging Face in float64: logits, hidden states, features, tower, positions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
 
 from tests.cases import hf_model, native_model, raw_inputs, relative_error
-from tests.qwen_cases import QWEN_BY_NAME, QWEN_CASES, QwenCase
+from tests.qwen_cases import KINDS, QWEN_BY_NAME, QWEN_CASES, QwenCase
 from veena_lens import ActivationCache
 from veena_lens.inputs import MultimodalInputs
 
@@ -57,6 +58,8 @@ def run(case: QwenCase) -> Both:
             handle.remove()
         inputs = model.inputs_from_hf(**raw)
         logits, cache = model.run_with_cache(inputs, names_filter=lambda name: name.endswith(KEPT))
+    if case.kind == "qwen2_5_vl":
+        said = [natural_order(case, raw, parts) for parts in said]
     outs = [out for out in (theirs.image_outputs, theirs.video_outputs) if out is not None]
     patches = [h * w for t, h, w in grids(raw) for _ in range(t)]
     tokens = [n // case.config().vision_config.spatial_merge_size ** 2 for n in patches]
@@ -79,6 +82,17 @@ def run(case: QwenCase) -> Both:
         cache,
         inputs,
     )
+
+
+def natural_order(case: QwenCase, raw: dict[str, Tensor], parts: list[Tensor]) -> list[Tensor]:
+    """Hugging Face's tower holds its squares window by window: back to the order of the picture."""
+    vision = case.config().vision_config
+    sizes = dict(spatial_merge_size=vision.spatial_merge_size, window_size=vision.window_size)
+    out = []
+    for part, key in zip(parts, [key for key in ("image_grid_thw", "video_grid_thw") if key in raw], strict=True):
+        index, _ = get_vision_window_index(raw[key], patch_size=vision.patch_size, **sizes)
+        out.append(part.unflatten(0, (len(index), -1))[index.argsort()].flatten(0, 1))
+    return out
 
 
 def grids(raw: dict[str, Tensor]) -> list[list[int]]:
@@ -178,7 +192,7 @@ def test_positions_of_an_answer_equal_those_of_the_longer_text(case: QwenCase) -
 
 
 @pytest.mark.parametrize("name", FEW)
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=["float32", "bfloat16"])
 def test_lower_precision_equals_hugging_face(name: str, kind: str, dtype: torch.dtype, bound: float, model_of) -> None:
     case = QWEN_BY_NAME[f"{kind}-{name}"]
@@ -191,7 +205,7 @@ def test_lower_precision_equals_hugging_face(name: str, kind: str, dtype: torch.
 
 
 @pytest.mark.parametrize("name", ["plain", "image-and-video", "no-picture-at-all", "right-padding"])
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streams", ["b s", "1 s", "3 b s", "4 b s"])
 def test_given_position_ids_are_used_as_hugging_face_uses_them(name: str, kind: str, streams: str, model_of) -> None:
     case = QWEN_BY_NAME[f"{kind}-{name}"]
@@ -209,7 +223,7 @@ def test_given_position_ids_are_used_as_hugging_face_uses_them(name: str, kind: 
             assert relative_error(bare, theirs, raw["attention_mask"]) < 1e-9
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_type_ids_of_tokens_may_be_left_out(kind: str, model_of) -> None:
     """They say what the tokens say themselves."""
     case = QWEN_BY_NAME[f"{kind}-image-and-video"]
@@ -221,6 +235,6 @@ def test_type_ids_of_tokens_may_be_left_out(kind: str, model_of) -> None:
 
 def test_table_holds_at_least_thirty_different_configurations_a_model() -> None:
     assert len(QWEN_BY_NAME) == len(QWEN_CASES), "two cases share a name"
-    for kind in ("qwen2_vl", "qwen3_vl"):
+    for kind in KINDS:
         seen = {(c.config().to_json_string(), c.rows, c.padding) for c in QWEN_CASES if c.kind == kind}
         assert len(seen) >= 30 and len({config for config, *_ in seen}) >= 20, kind

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import build_hf, raw_inputs, relative_error
-from tests.qwen_cases import QwenCase
+from tests.qwen_cases import KINDS, QwenCase
 
 
 @st.composite
@@ -52,6 +52,16 @@ def cases(draw: st.DrawFn, kind: str) -> QwenCase:
     )
     if kind == "qwen2_vl":
         vision |= dict(embed_dim=16, hidden_size=heads * width, mlp_ratio=draw(st.integers(1, 4)))
+    elif kind == "qwen2_5_vl":
+        vision |= dict(
+            hidden_size=16,
+            out_hidden_size=heads * width,
+            intermediate_size=draw(st.sampled_from([8, 24])),
+            window_size=merge * vision["patch_size"] * draw(st.integers(1, 3)) + draw(st.integers(0, 2)),
+            fullatt_block_indexes=draw(st.lists(st.integers(0, depth), unique=True, max_size=2)),
+            tokens_per_second=draw(st.integers(1, 5)),
+        )
+    if kind != "qwen3_vl":
         if draw(st.booleans()):
             text |= dict(
                 use_sliding_window=True,
@@ -81,10 +91,11 @@ def cases(draw: st.DrawFn, kind: str) -> QwenCase:
         root=dict(tie_word_embeddings=draw(st.booleans())),
         rows=rows,
         padding=draw(st.sampled_from(["left", "right"])),
+        seconds=tuple(draw(st.lists(st.sampled_from([0.2, 0.5, 1.0, 1.9]), max_size=2))),
     )
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=30)
 @given(data=st.data())
 def test_drawn_configuration_equals_hugging_face(kind: str, data: st.DataObject) -> None:
@@ -101,7 +112,7 @@ def test_drawn_configuration_equals_hugging_face(kind: str, data: st.DataObject)
         assert relative_error(cache["resid_pre", layer], state, keep) < 1e-9, layer
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=8)
 @given(data=st.data())
 def test_drawn_configuration_generates_as_hugging_face(kind: str, data: st.DataObject) -> None:

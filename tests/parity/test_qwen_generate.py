@@ -10,11 +10,12 @@ from transformers import SuppressTokensLogitsProcessor
 
 from tests.cases import build_hf, raw_inputs
 from tests.parity.test_generate import never_ends, theirs
-from tests.qwen_cases import IMAGE, PAD, QWEN_BY_NAME, VIDEO, QwenCase
+from tests.qwen_cases import IMAGE, KINDS, PAD, QWEN_BY_NAME, VIDEO, QwenCase
 
 NAMES = ["plain", "image-and-video", "many-pictures", "long-video", "merge-3", "tied", "text-rows-between"]
 NAMES += ["no-picture-at-all", "videos", "yarn", "thin-pictures"]
-CASES = [QWEN_BY_NAME[f"{kind}-{name}"] for kind in ("qwen2_vl", "qwen3_vl") for name in NAMES]
+CASES = [QWEN_BY_NAME[f"{kind}-{name}"] for kind in KINDS for name in NAMES]
+CASES += [QWEN_BY_NAME[f"qwen2_5_vl-{name}"] for name in ("slow-videos", "window-of-one-token")]
 CASES += [QWEN_BY_NAME[f"qwen3_vl-deepstack-{name}"] for name in ("none", "every-decoder-layer", "video")]
 CASES += [QWEN_BY_NAME[f"qwen2_vl-{name}"] for name in ("window", "one-head", "window-longer-than-rows")]
 NEW = 40
@@ -52,7 +53,7 @@ def test_tokens_without_cache_equal_those_with_cache(case: QwenCase, pair_of) ->
     assert torch.equal(model.generate(inputs, use_past_kv_cache=False, **options), cached)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("token", [IMAGE, VIDEO, PAD], ids=["image-token", "video-token", "pad-token"])
 def test_generated_special_token_is_a_token_like_any_other(kind: str, token: int, pair_of) -> None:
     """A model may say a placeholder: no picture is looked for, with or without cache, and its text goes on."""
@@ -72,7 +73,7 @@ def test_generated_special_token_is_a_token_like_any_other(kind: str, token: int
         assert ours.tolist() == expected, f"use_past_kv_cache={cached}"
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["image-and-video", "long-video"])
 def test_generated_tokens_make_an_answer_whose_logits_say_them_again(kind: str, name: str, pair_of) -> None:
     """Positions of an answer go on where those of generation do."""
@@ -90,7 +91,7 @@ def test_generated_tokens_make_an_answer_whose_logits_say_them_again(kind: str, 
         assert logits[row, span.start - 1 : span.stop - 1].argmax(-1).tolist() == tokens
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_right_padded_prompt_generates_as_the_left_padded_one(kind: str, pair_of) -> None:
     _, model = pair_of(QWEN_BY_NAME[f"{kind}-videos"])
     left, right = (
@@ -101,7 +102,7 @@ def test_right_padded_prompt_generates_as_the_left_padded_one(kind: str, pair_of
     assert torch.equal(model.generate(left, **options), model.generate(right, **options))
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["image-and-video", "text-rows-between"])
 def test_row_generates_the_same_alone(kind: str, name: str, pair_of) -> None:
     _, model = pair_of(QWEN_BY_NAME[f"{kind}-{name}"])

@@ -13,11 +13,11 @@ import torch
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs, relative_error
 from tests.parity.test_llava_next import batch, build
-from tests.qwen_cases import QWEN_BY_NAME
+from tests.qwen_cases import KINDS, QWEN_BY_NAME
 from veena_lens import HookedVLM
 
 QWEN = ["image-and-video", "many-pictures", "right-padding", "text-rows-between", "long-video", "no-picture-at-all"]
-NAMES = [f"{kind}-{name}" for kind in ("qwen2_vl", "qwen3_vl") for name in QWEN]
+NAMES = [f"{kind}-{name}" for kind in KINDS for name in QWEN]
 NAMES += ["clip-llama", "siglip-qwen2", "three-images-and-none", "window-mistral", "text-qwen2"]
 
 

@@ -21,13 +21,15 @@ from veena_lens.vision.positions import Group
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A processor's patches of one kind. `frames_apart`: each frame of a video has a run of tokens of its own."""
+    """A processor's patches of one kind. `frames_apart`: each frame of a video has a run of tokens of its own.
+    `steps`: positions in time from one picture of a video to its next, one number a video; None for 1."""
 
     kind: str  # "image" or "video"
     token_id: int | None
     pixels: Any
     grids: Any
     frames_apart: bool
+    steps: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,12 @@ class Clip:
 
     frames: list[Frame]
     merge: int
+    step: Any = 1  # a number, or one in a tensor: rounding follows its dtype
+
+    @property
+    def times(self) -> tuple[int, ...]:
+        """The place in time of each picture, in whole positions (rounded down)."""
+        return tuple((torch.arange(len(self.frames)) * self.step).long().tolist())
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -84,7 +92,7 @@ def match_tokens(vision: VisionConfig, tokens: Tensor, mask: Tensor, sources: Se
                     if clip is None or start + clip.n_tokens > end:
                         _refuse_run(names[token], length, clip, given[token])
                     frames += clip.frames
-                    groups.append((start, clip.grid))
+                    groups.append(Group(start, clip.times, clip.grid[1:]))
                     start += clip.n_tokens
             at += length
         match.frames.append(frames)
@@ -144,11 +152,15 @@ def clips(vision: VisionConfig, source: Source) -> Iterator[Clip]:
     wanted = int(grids.prod(-1).sum())
     if wanted != len(pixels):
         raise ValueError(f"{keys[1]} {grids.tolist()} asks for {wanted} patches; {keys[0]} holds {len(pixels)}.")
+    if source.steps is not None and len(source.steps) != len(grids):
+        raise ValueError(
+            f"{len(grids)} {source.kind}s have {len(source.steps)} times a picture; give one a {source.kind}."
+        )
     at = 0
-    for t, h, w in grids.tolist():
-        frames = [Frame(pixels[at + i * h * w : at + (i + 1) * h * w], (h, w)) for i in range(t)]
+    for i, (t, h, w) in enumerate(grids.tolist()):
+        frames = [Frame(pixels[at + j * h * w : at + (j + 1) * h * w], (h, w)) for j in range(t)]
         at += t * h * w
         if source.frames_apart:
             yield from (Clip([frame], merge) for frame in frames)
         else:
-            yield Clip(frames, merge)
+            yield Clip(frames, merge, 1 if source.steps is None else source.steps[i])

@@ -131,6 +131,7 @@ def _of_any_size(
             extras.get("pixel_values_videos"),
             extras.get("video_grid_thw"),
             cfg.video_frames_apart,
+            _steps(cfg, extras),
         ),
     ]
     found = match_tokens(cfg.vision, tokens, mask, sources)
@@ -175,6 +176,25 @@ def _in_tiles(
         torch.tensor([image for _, image in owned]),
         patch_mask=real,
     )
+
+
+def _steps(cfg: HookedVLMConfig, extras: Mapping[str, Any]) -> list[Any] | None:
+    """Positions in time from one picture of each video to its next; None where pictures are counted.
+
+    Without `second_per_grid_ts` every picture stands for a second, as Hugging Face takes it.
+    Raises: ValueError for times that are no positive numbers."""
+    if cfg.positions_per_second is None or extras.get("video_grid_thw") is None:
+        return None
+    seconds = extras.get("second_per_grid_ts")
+    if seconds is None:
+        return [cfg.positions_per_second] * len(extras["video_grid_thw"])
+    times = torch.as_tensor(seconds)
+    if times.ndim != 1 or not bool((times.isfinite() & (times > 0)).all()):
+        raise ValueError(
+            f"second_per_grid_ts={times.tolist()} must hold the seconds that one picture of each video stands for "
+            "(temporal_patch_size / frames a second), all positive."
+        )
+    return [cfg.positions_per_second * s for s in seconds]
 
 
 def _owners(each: int, n_images: int, counts: Sequence[int]) -> list[int]:

@@ -210,7 +210,8 @@ IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # what the tokens say th
 def layout_keys(cfg: HookedVLMConfig) -> tuple[str, ...]:
     """What an image layout reads besides."""
     if cfg.image_layout == "dynamic":
-        return "image_grid_thw", "pixel_values_videos", "video_grid_thw"
+        times = () if cfg.positions_per_second is None else ("second_per_grid_ts",)
+        return "image_grid_thw", "pixel_values_videos", "video_grid_thw", *times
     if cfg.image_layout == "tiles":
         return ("pixel_attention_mask",)
     if cfg.image_layout != "anyres":

@@ -6,6 +6,7 @@ architecture is asked for, and does not stop the others. Imports neither torch n
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
@@ -21,6 +22,7 @@ BUILT_IN = {
     "Idefics3ForConditionalGeneration": "model_adapters.idefics3:ADAPTER",
     "SmolVLMForConditionalGeneration": "model_adapters.smolvlm:ADAPTER",
     "Qwen2VLForConditionalGeneration": "model_adapters.qwen2_vl:ADAPTER",
+    "Qwen2_5_VLForConditionalGeneration": "model_adapters.qwen2_5_vl:ADAPTER",
     "Qwen3VLForConditionalGeneration": "model_adapters.qwen3_vl:ADAPTER",
     "Gemma3ForConditionalGeneration": "model_adapters.gemma3:ADAPTER",
     "Gemma3ForCausalLM": "model_adapters.gemma3_text:ADAPTER",
@@ -30,17 +32,19 @@ BUILT_IN = {
     "Qwen3ForCausalLM": "model_adapters.qwen3:ADAPTER",
 }
 
-# Relatives of known architectures that no adapter alone can read: what the model would have to compute.
+# Relatives of known architectures that no adapter alone can read: what the model would have to compute, by a pattern
+# of the name; the first that fits is told.
 _GEMMA_3N = (
     "four residual streams mixed around every block, embeddings a layer, keys and values shared between layers, sparse "
     "MLPs of nested widths, a MobileNet tower and an audio encoder"
 )
 WOULD_NEED = {
-    "Idefics2ForConditionalGeneration": "a perceiver resampler, whose latent queries attend to a picture's patches",
-    "IdeficsForVisionText2Text": "gated cross-attention blocks between the decoder's own, and a perceiver resampler",
-    "Gemma3nForConditionalGeneration": _GEMMA_3N,
-    "Gemma3nForCausalLM": _GEMMA_3N,
-    "AriaForConditionalGeneration": "a mixture of experts in each decoder block, and a projector that attends",
+    "^Idefics2For": "a perceiver resampler, whose latent queries attend to a picture's patches",
+    "^IdeficsFor": "gated cross-attention blocks between the decoder's own, and a perceiver resampler",
+    "^AriaFor": "a mixture of experts in each decoder block, and a projector that attends",
+    "Gemma3n": _GEMMA_3N,
+    "Moe": "a mixture of experts in its decoder blocks: a router, and many MLPs a layer",
+    "Omni|Audio": "a tower that hears: sound and its tokens beside pictures and text",
 }
 
 
@@ -68,7 +72,7 @@ def find_adapter(architecture: str) -> Adapter:
     point that does not import, with the reason."""
     points = _registered()
     if architecture not in points:
-        needs = WOULD_NEED.get(architecture)
+        needs = next((what for name, what in WOULD_NEED.items() if re.search(name, architecture)), None)
         raise ValueError(
             f"No adapter for architecture {architecture!r}{near_names(architecture, points)}. "
             f"{f'It would need {needs}. ' if needs else ''}Known: "

@@ -42,7 +42,8 @@ class Context:
     `prefix`, when set, holds keys and values of positions that all rows share (see `components/prefix.py`).
     `deepstack` maps a layer to what is added at its input, zero away from the image tokens. `rotary` gives a
     layer's tables. `blocks` numbers, for every key, the picture whose tokens read each other in both directions (-1:
-    none); new positions past its end are text.
+    none); new positions past its end are text. `areas` numbers the area of each position: in the layers of
+    `within_areas` a query reads its own area alone.
     """
 
     key_mask: Bool[Tensor, "batch key_pos"] | None
@@ -57,6 +58,8 @@ class Context:
     prefix: Any = None
     deepstack: Mapping[int, Float[Tensor, "#batch pos d_model"]] = field(default_factory=dict)
     blocks: Int[Tensor, "#batch known"] | None = None
+    areas: Int[Tensor, "batch key_pos"] | None = None
+    within_areas: Callable[[int], bool] = lambda layer: False
     _masks: dict[Any, AttentionMask] = field(default_factory=dict)
 
     def mask(self, layer: int, device: torch.device) -> AttentionMask:
@@ -65,10 +68,18 @@ class Context:
         n_key = self.n_past + self.n_new
         if window is not None and window >= n_key:
             window = None
-        key = (window, device)
+        areas = self.areas if self.within_areas(layer) else None
+        key = (window, areas is not None, device)
         if key not in self._masks:
-            self._masks[key] = self._make(window, device)
+            self._masks[key] = self._make(window, device) if areas is None else self._of_areas(areas, device)
         return self._masks[key]
+
+    def _of_areas(self, areas: Int[Tensor, "batch pos"], device: torch.device) -> AttentionMask:
+        """Every position reads its own area, in both directions."""
+        allowed = areas[:, None, :, None] == areas[:, None, None, :]
+        if self.key_mask is not None:
+            allowed = allowed & self.key_mask[:, None, None, :]
+        return AttentionMask(allowed.to(device), is_causal=False)
 
     def _make(self, window: int | None, device: torch.device) -> AttentionMask:
         padded = self.key_mask is not None and not bool(self.key_mask.all())

@@ -1,4 +1,4 @@
-"""Positions of patches in pictures of any size, and of their tokens in the text (Qwen2-VL, Qwen3-VL).
+"""Positions of patches in pictures of any size, and of their tokens in the text (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 
 Patches come square by square: a square of `merge` x `merge` patches lies together, since one token reads it, and
 the squares follow row by row. Pure functions of grids.
@@ -7,6 +7,7 @@ the squares follow row by row. Pure functions of grids.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -18,13 +19,31 @@ from veena_lens.components.rotary import RotaryTables
 from veena_lens.inputs import in_squares
 
 Grid: TypeAlias = tuple[int, int]  # (height, width) in patches
-Group: TypeAlias = tuple[int, tuple[int, int, int]]  # first of its row's real tokens, (time, height, width) in tokens
+
+
+@dataclass(frozen=True)
+class Group:
+    """Image tokens that lie together: the first of them among its row's real tokens, the place in time of each picture
+    and (height, width) of all in tokens."""
+
+    start: int
+    times: tuple[int, ...]
+    grid: Grid
 
 
 def patch_places(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
     """(row, column) of every patch, in the order of the patches."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     return torch.stack([in_squares(rows, merge), in_squares(columns, merge)], -1)
+
+
+def window_numbers(
+    places: Int[Tensor, "picture patch 2"], widths: Int[Tensor, " picture"], side: int
+) -> Int[Tensor, "picture patch"]:
+    """The window of every patch, counted row by row from the top left; windows have `side` patches a side, those at the
+    right and the bottom fewer. `widths` are the pictures' own, in patches."""
+    rows, columns = (places // side).unbind(-1)
+    return rows * ((widths + side - 1) // side)[:, None] + columns
 
 
 def axial_tables(
@@ -64,17 +83,19 @@ def multimodal_positions(
 ) -> Int[Tensor, "streams batch pos"]:
     """Position of every token in three streams (time, height, width); pads get 0.
 
-    Text advances all streams together. A group of t x h x w image tokens starts where the text stopped and
-    counts time, rows and columns; the text goes on after max(h, w) further positions, whatever t is."""
+    Text advances all streams together. A group of h x w image tokens a picture starts where the text stopped and
+    counts its times, rows and columns; the text goes on after max(h, w) further positions, whatever its times are."""
     positions = torch.zeros(3, *mask.shape, dtype=torch.long)
     for row, mine in enumerate(groups):
         real = mask[row].nonzero().flatten().cpu()
         parts, token, position = [], 0, 0
-        for start, (t, h, w) in mine:
-            parts.append((torch.arange(start - token) + position).expand(3, -1))
-            position += start - token
-            parts.append(torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).T + position)
-            position, token = position + max(h, w), start + t * h * w
+        for group in mine:
+            h, w = group.grid
+            parts.append((torch.arange(group.start - token) + position).expand(3, -1))
+            position += group.start - token
+            times = torch.tensor(group.times)
+            parts.append(torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T + position)
+            position, token = position + max(h, w), group.start + len(times) * h * w
         parts.append((torch.arange(len(real) - token) + position).expand(3, -1))
         positions[:, row, real] = torch.cat(parts, 1)
     return positions.to(mask.device)

@@ -1,7 +1,9 @@
-"""The towers of Qwen2-VL and Qwen3-VL: pictures of any size, rotary positions over rows and columns.
+"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, rotary positions over rows and columns.
 
 Pictures (an image, or a pair of frames of a video) are padded to the longest of the batch and attend to
-themselves alone. After the blocks, squares of patches are joined: each is what one token of the text reads.
+themselves alone. Windows (Qwen2.5-VL) are a mask of a block: patches keep the order in which the processor gives
+them, so that a pattern reads the same in every block. After the blocks, squares of patches are joined: each is what
+one token of the text reads.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from veena_lens.components.block import Block
 from veena_lens.components.context import Context
 from veena_lens.components.hooks import drop_hooks
 from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
-from veena_lens.components.norms import LayerNorm
+from veena_lens.components.norms import LayerNorm, make_norm
 from veena_lens.config import ConnectorConfig, VisionConfig
-from veena_lens.vision.positions import axial_tables, patch_places, resampled
+from veena_lens.vision.positions import axial_tables, patch_places, resampled, window_numbers
 from veena_lens.vision.seen import Seen
 
 
@@ -60,7 +62,7 @@ class QwenTower(nn.Module):
             self.pos_embed = nn.Embedding(cfg.position_grid**2, cfg.d_model)
             self.hook_pos_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
-        self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps)
+        self.ln_post = make_norm(cfg)
 
     def forward(self, patches: Float[Tensor, "picture pos d_patch"], grids: Int[Tensor, "picture 2"] | None) -> Seen:
         resid, kept = self.embed(patches, grids), {}
@@ -91,7 +93,18 @@ class QwenTower(nn.Module):
             places.to(device), self.cfg.rope_theta, self.cfg.d_head, torch.float64 if exact else torch.float32
         )
         mask = self.mask(sizes, length).to(device)
-        return Context(key_mask=mask, n_new=length, is_causal=False, rotary=lambda layer: tables)
+        windows = None
+        if self.cfg.window_side:
+            side, widths = self.cfg.window_side * self.cfg.merge_size, torch.tensor([w for _, w in sizes])
+            windows = window_numbers(places, widths, side).to(device)
+        return Context(
+            key_mask=mask,
+            n_new=length,
+            is_causal=False,
+            rotary=lambda layer: tables,
+            areas=windows,
+            within_areas=self.cfg.is_windowed,
+        )
 
     def step(
         self, layer: int, resid: Float[Tensor, "picture pos d_model"], context: Context, kept: dict[int, Tensor]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import ActivationCache as _ActivationCache
@@ -22,6 +21,7 @@ from transformer_lens.utilities import Slice
 from veena_lens.hook_table import canonical, near_names, row_of
 from veena_lens.inputs import MultimodalInputs, Spans, raster_order, text_positions
 from veena_lens.positions import padded_places, position_mask
+from veena_lens.stores import opened
 
 
 class MissingActivation(KeyError):
@@ -297,10 +297,8 @@ class ActivationCache(_ActivationCache):
     def load(cls, path: str | Path, model: Any = None, device: str = "cpu") -> ActivationCache:
         """Read a cache that `save` wrote; a model is only needed for methods that use its weights.
 
-        Raises: FileNotFoundError; ValueError when the file is not such a cache."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"No cache at {path}.")
-        with safe_open(str(path), framework="pt", device=device) as f:
+        Raises: FileNotFoundError; ValueError when the file was cut short, or is not such a cache."""
+        with opened(path, "an activation cache", device) as f:
             about = json.loads((f.metadata() or {}).get("veena_lens", "{}"))
             if about.get("format") != "veena_lens.ActivationCache":
                 raise ValueError(f"{path} is a safetensors file, but no activation cache of veena_lens.")

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Shaped
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from veena_lens.stores import opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -244,8 +245,8 @@ class Scores:
 
     @classmethod
     def load(cls, path: str | Path) -> Scores:
-        """What `save` wrote. Raises ValueError where the file is of another kind."""
-        with safe_open(path, framework="pt") as file:
+        """What `save` wrote. Raises: FileNotFoundError; ValueError for a file cut short, or of another kind."""
+        with opened(path, "Scores") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise ValueError(

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from veena_lens.circuits.reading import EPS
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
+from veena_lens.stores import opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,10 +252,8 @@ class Directions:
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
-        """What `save` wrote. Raises: FileNotFoundError; ValueError for a file of another kind."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"No directions at {path}.")
-        with safe_open(str(path), framework="pt") as file:
+        """What `save` wrote. Raises: FileNotFoundError; ValueError for a file cut short, or of another kind."""
+        with opened(path, "directions") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise ValueError(f"{path} holds no Directions: its format is {header.get('format')!r}, not {FORMAT!r}.")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +25,7 @@ from veena_lens.interventions.quiet import QuietHeads
 from veena_lens.interventions.steer import Steer
 from veena_lens.interventions.turn import Turn
 from veena_lens.positions import Box, Tile
+from veena_lens.stores import opened
 
 _KINDS = (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOut, Turn, QuietHeads)
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
@@ -71,10 +71,8 @@ class Circuit(Sequence[Any]):
     def load(cls, path: str | Path) -> Circuit:
         """Read what `save` wrote.
 
-        Raises: FileNotFoundError; ValueError for a file that is no circuit, or an unknown kind in it."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"No circuit at {path}.")
-        with safe_open(str(path), framework="pt") as f:
+        Raises: FileNotFoundError; ValueError for a file cut short, one that is no circuit, or an unknown kind in it."""
+        with opened(path, "a circuit") as f:
             about = json.loads((f.metadata() or {}).get("veena_lens", "{}"))
             if about.get("format") != FORMAT:
                 raise ValueError(f"{path} is a safetensors file, but no circuit of veena_lens.")

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from veena_lens.scores import Scores
+from veena_lens.stores import opened
 
 FORMAT = "veena_lens.SweepResult/1"
 
@@ -85,10 +85,8 @@ class SweepResult:
 
     @classmethod
     def load(cls, path: str | Path) -> SweepResult:
-        """Read what `save` wrote. Raises: FileNotFoundError; ValueError for a file that is no sweep."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"No sweep at {path}.")
-        with safe_open(str(path), framework="pt") as f:
+        """Read what `save` wrote. Raises: FileNotFoundError; ValueError for a file cut short, or that is no sweep."""
+        with opened(path, "a sweep") as f:
             about = json.loads((f.metadata() or {}).get("veena_lens", "{}"))
             if about.get("format") != FORMAT:
                 raise ValueError(f"{path} is a safetensors file, but no sweep of veena_lens.")

@@ -322,11 +322,11 @@ def test_wrong_cache_and_cut_circuit_are_told(open_page: Any, server: str, tmp_p
     page = opened(open_page, server)
     page.click("#more button")
     page.set_input_files("#cache input[type=file]", str(broken))
-    assert "broken.safetensors (500 bytes) cannot be read as safetensors" in error_of(page)
+    assert "broken.safetensors (500 bytes) cannot be read as an activation cache" in error_of(page)
     page = opened(open_page, server)
     tab(page, "Steer")
     page.set_input_files("#circuit input[type=file]", str(broken))
-    assert "broken.safetensors cannot be read as safetensors" in error_of(page)
+    assert "broken.safetensors (500 bytes) cannot be read as a circuit" in error_of(page)
 
 
 @pytest.mark.parametrize("width", [800, 1280])

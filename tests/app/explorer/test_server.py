@@ -114,7 +114,7 @@ def test_port_that_is_taken_is_told() -> None:
 
 
 def test_bad_cache_is_told_before_a_server_starts(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No cache at"):
+    with pytest.raises(FileNotFoundError, match="No activation cache at"):
         make_app([NAME], tmp_path / "none.safetensors")
 
 

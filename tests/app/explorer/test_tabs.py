@@ -205,7 +205,7 @@ def test_circuit_that_was_exported_loads_and_takes_new_strengths(
     data = Path(files["circuit.safetensors"]).read_bytes()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut\.safetensors cannot be read as safetensors.*cut short"):
+    with pytest.raises(ValueError, match=r"^cut\.safetensors \([\d,]+ bytes\) cannot be read as a circuit.*cut short"):
         steering.load_circuit(session, cut)
 
 

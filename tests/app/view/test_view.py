@@ -199,7 +199,7 @@ def test_file_cut_short_says_so(model: Any, pair: Any, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"c\.safetensors \([\d,]+ bytes\) cannot be read .*cut short"):
         open_cache(path)
-    with pytest.raises(FileNotFoundError, match="No cache at"):
+    with pytest.raises(FileNotFoundError, match="No activation cache at"):
         open_cache(tmp_path / "none.safetensors")
 
 

@@ -11,6 +11,7 @@ from veena_lens.app.explorer.code import listed, program
 from veena_lens.app.explorer.directions import Direction, direction_imports, direction_lines
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.explorer.told import by_name
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
 
 IMPORTS = ("from veena_lens import HookedVLM", "from veena_lens.app.view import ExplorerView")
@@ -99,7 +100,9 @@ def look_at_cache(explorer: Explorer, path: str | Path, name: str | None = None)
     """The view of a cache file and its code; with the `name` of a model also the lens, without it none is loaded.
 
     Raises: ValueError for a file that is no cache, was cut short, or is of another model."""
-    opened, limit = open_cache(path), explorer.limits.view_bytes
+    limit = explorer.limits.view_bytes
+    with by_name(path):
+        opened = open_cache(path)
     if name is None:
         view = ExplorerView.from_cache(opened, max_bytes=limit)
     else:

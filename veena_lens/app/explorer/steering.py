@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from veena_lens.app import steps
 from veena_lens.app.explorer.code import program
 from veena_lens.app.explorer.directions import Direction, direction_imports, direction_lines
 from veena_lens.app.explorer.pictures import Shown
 from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.explorer.told import by_name
 from veena_lens.checkpoints.bundle import bundled_pictures
 from veena_lens.emotion import sample_hit
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
@@ -58,11 +58,8 @@ def circuit_of(direction: Direction, layer: int, alpha: float | int, beta: float
 
 def load_circuit(session: Session, path: str | Path) -> Circuit:
     """A circuit from a file; the session keeps it. Raises: ValueError for a file that is none, or was cut short."""
-    try:
+    with by_name(path):
         circuit = Circuit.load(path)
-    except SafetensorError as error:
-        raise ValueError(f"{Path(path).name} cannot be read as safetensors: {error}. It was cut short or is another "
-                         "kind of file.") from error  # fmt: skip
     session.kept["circuit"] = circuit
     return circuit
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -40,6 +42,15 @@ def told(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise message(error) from error
 
     return call
+
+
+@contextmanager
+def by_name(path: str | Path) -> Iterator[None]:
+    """Errors about a visitor's file name it as the visitor does, without the folder that the server put it in."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), Path(path).name)) from error
 
 
 def message(error: Exception) -> gr.Error:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from veena_lens.activation_cache import ActivationCache
+from veena_lens.stores import opened
 
 ABOUT = "veena_lens.view"
 PICTURE = "inputs.picture."
@@ -72,20 +73,10 @@ def open_cache(path: str | Path) -> OpenedCache:
     """A cache file, with pictures and words where `save_cache` wrote it.
 
     Raises: FileNotFoundError; ValueError for a file that was cut short, or is no cache, saying which."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No cache at {path}.")
-    try:
-        cache = ActivationCache.load(path)
-        with safe_open(str(path), framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
-            found = [file.get_tensor(f"{PICTURE}{i}").numpy().tobytes() for i in range(about.get("pictures", 0))]
-    except SafetensorError as error:
-        size = path.stat().st_size
-        raise ValueError(
-            f"{path.name} ({size:,} bytes) cannot be read as safetensors: {error}. It was cut short or is another kind "
-            "of file; copy it again, or save the cache anew with cache.save(path)."
-        ) from error
+    cache = ActivationCache.load(path)
+    with opened(path, "an activation cache") as file:
+        about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+        found = [file.get_tensor(f"{PICTURE}{i}").numpy().tobytes() for i in range(about.get("pictures", 0))]
     return OpenedCache(
         cache=cache,
         pictures=tuple(Image.open(io.BytesIO(data)).convert("RGB") for data in found) or None,

@@ -92,7 +92,8 @@ def _images(cfg: HookedVLMConfig, pixel_values: Any, extras: Mapping[str, Any]) 
         if layout.n_tiles > len(image):
             raise ValueError(
                 f"A picture of {size[1]} x {size[0]} pixels needs {layout.n_tiles} tiles; pixel_values hold "
-                f"{len(image)}. Processor and checkpoint do not match (image_grid_pinpoints)."
+                f"{len(image)}. Processor and checkpoint do not match (image_grid_pinpoints)"
+                + (", or batch_num_images was left out." if cfg.tiles_when_alone else ".")
             )
         images.append(Tiles(image[: layout.n_tiles], layout, kind))
     return images

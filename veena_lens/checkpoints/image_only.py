@@ -1,4 +1,4 @@
-"""Qwen's and SmolVLM's processors for pictures and text alone, for where torchvision is missing.
+"""Processors for pictures and text alone, for where torchvision is missing.
 
 Their video part needs torchvision, and Hugging Face's classes cannot be built without it. Leaving the part out of the
 constructor's signature is enough, since `ProcessorMixin` reads there which parts a processor has: pictures, text and
@@ -15,12 +15,23 @@ import json
 from pathlib import Path
 from typing import Any, no_type_check
 
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.processing_utils import ProcessorMixin
+from transformers.video_utils import make_batched_videos
 
-__all__ = ["ImageOnlyQwen2VLProcessor", "ImageOnlyQwen3VLProcessor", "ImageOnlySmolVLMProcessor"]
+from veena_lens.checkpoints.pictures import pair_of
+
+__all__ = [
+    "ImageOnlyLlavaOnevisionProcessor",
+    "ImageOnlyQwen2VLProcessor",
+    "ImageOnlyQwen3VLProcessor",
+    "ImageOnlySmolVLMProcessor",
+]
 
 SMOLVLM_TOKENS = {
     "fake_image_token": "<fake_token_around_image>",
@@ -120,3 +131,61 @@ class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
         """Write the folder that `SmolVLMProcessor` reads."""
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         _save_under("SmolVLMProcessor", self, save_directory, image_seq_len=self.image_seq_len)
+
+
+class ImageOnlyLlavaOnevisionProcessor(LlavaOnevisionProcessor):
+    """`LlavaOnevisionProcessor` without a reader of videos; lists of frames are taken as `videos=`."""
+
+    @no_type_check
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        vision_aspect_ratio: str = "anyres_max_9",
+        **kwargs: Any,
+    ) -> None:
+        self.num_image_tokens = num_image_tokens
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.vision_aspect_ratio = vision_aspect_ratio
+        _set_token(self, tokenizer, "image", image_token)
+        _set_token(self, tokenizer, "video", video_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    @property
+    def video_processor(self) -> Any:
+        """Videos of frames (PIL pictures or arrays) -> their pixels [video frame channel height width].
+
+        A frame is made as the whole view of a picture is: Pillow's resampling, where the full class has
+        torchvision's."""
+        width, height = pair_of(self.image_processor.size)
+
+        def process(videos: Any, **kwargs: Any) -> BatchFeature:
+            whole = [
+                self.image_processor(list(frames), image_grid_pinpoints=[[height, width]], return_tensors="pt")
+                for frames in make_batched_videos(videos)
+            ]
+            numbers = {len(one["pixel_values"]) for one in whole}
+            if len(numbers) > 1:
+                raise ValueError(f"Videos of one batch have the same number of frames, not {sorted(numbers)}.")
+            return BatchFeature({"pixel_values_videos": torch.stack([one["pixel_values"][:, 0] for one in whole])})
+
+        return process
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the folder that `LlavaOnevisionProcessor` reads."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        _save_under(
+            "LlavaOnevisionProcessor",
+            self,
+            save_directory,
+            num_image_tokens=self.num_image_tokens,
+            vision_feature_select_strategy=self.vision_feature_select_strategy,
+            vision_aspect_ratio=self.vision_aspect_ratio,
+            image_token=self.image_token,
+            video_token=self.video_token,
+        )

@@ -109,9 +109,9 @@ def _image_only(folder: Path) -> Any:
     from veena_lens.checkpoints import image_only
 
     missing = not is_torchvision_available()
-
     known = (
         {
+            "LlavaOnevisionProcessor": image_only.ImageOnlyLlavaOnevisionProcessor,
             "Qwen2VLProcessor": image_only.ImageOnlyQwen2VLProcessor,
             "Qwen3VLProcessor": image_only.ImageOnlyQwen3VLProcessor,
         }
@@ -120,7 +120,12 @@ def _image_only(folder: Path) -> Any:
     )
     if missing or not is_num2words_available():
         known["SmolVLMProcessor"] = image_only.ImageOnlySmolVLMProcessor
-    by_model = {"qwen2_vl": "Qwen2VLProcessor", "qwen3_vl": "Qwen3VLProcessor", "smolvlm": "SmolVLMProcessor"}
+    by_model = {
+        "llava_onevision": "LlavaOnevisionProcessor",
+        "qwen2_vl": "Qwen2VLProcessor",
+        "qwen3_vl": "Qwen3VLProcessor",
+        "smolvlm": "SmolVLMProcessor",
+    }
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if (folder / file).is_file():
             name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
@@ -138,16 +143,23 @@ def fill_processor(processor: Any, folder: Path) -> Any:
     model's own configuration says is what its forward pass needs."""
     if hasattr(processor, "image_seq_len"):
         return _count_tile_tokens(processor, folder)
-    if not hasattr(processor, "num_additional_image_tokens") or not hasattr(processor, "patch_size"):
+    if not hasattr(processor, "num_image_tokens") and not hasattr(processor, "num_additional_image_tokens"):
         return processor
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vision = getattr(config, "vision_config", None)
-    if vision is not None and hasattr(config, "vision_feature_select_strategy"):
-        processor.patch_size = vision.patch_size
-        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-        processor.num_additional_image_tokens = int(vision.model_type == "clip_vision_model")
+    if vision is None or not hasattr(config, "vision_feature_select_strategy"):
+        return processor
+    further = int(vision.model_type == "clip_vision_model")
+    told = dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
+    if hasattr(processor, "num_image_tokens"):
+        told["num_image_tokens"] = (vision.image_size // vision.patch_size) ** 2 + further
+        told["vision_aspect_ratio"] = config.vision_aspect_ratio
+    else:
+        told |= dict(patch_size=vision.patch_size, num_additional_image_tokens=further)
+    for name, value in told.items():
+        setattr(processor, name, value)
     return processor
 
 

@@ -76,7 +76,7 @@ def patch_boxes(
         scale_x, scale_y = resized[0] / padded[0], resized[1] / padded[1]
     crop_x = crop_y = 0
     if getattr(image_processor, "do_center_crop", False):
-        crop = _pair(image_processor.crop_size)
+        crop = pair_of(image_processor.crop_size)
         crop_x, crop_y = (resized[0] - crop[0]) // 2, (resized[1] - crop[1]) // 2
     rows, cols = grid
     step = patch_size
@@ -96,7 +96,7 @@ def _getter(size: Any) -> Any:
     return size.get if hasattr(size, "get") else lambda key: getattr(size, key, None)
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair_of(size: Any) -> tuple[int, int]:
     """(width, height) of a size entry of an image processor."""
     get = _getter(size)
     if get("height") and get("width"):

@@ -20,7 +20,7 @@ from veena_lens.checkpoints.loading import Checkpoint, open_checkpoint
 from veena_lens.checkpoints.tiled import tiles_as_hf
 from veena_lens.hook_table import hooks_of, layer_of
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
-from veena_lens.vision.packing import layout_of
+from veena_lens.vision.packing import AMONG_SEVERAL, TILED, layout_of
 
 # Largest difference allowed, relative to the largest logit.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -178,7 +178,7 @@ def _drawn_tokens(model: Any) -> MultimodalInputs:
     """The same for a checkpoint without processor: drawn token ids and pixels."""
     cfg, generator = model.cfg, torch.Generator().manual_seed(0)
     counts, texts = ((1, 2), ((3, 5), (2, 9))) if cfg.vision is not None else ((0, 0), ((3, 5), (2, 9)))
-    given, lengths = _drawn_pixels(cfg, sum(counts), generator) if cfg.vision is not None else ({}, [])
+    given, lengths = _drawn_pixels(cfg, counts, generator) if cfg.vision is not None else ({}, [])
     rows, high, left = [], min(cfg.d_vocab, *cfg.image_token_ids, cfg.d_vocab), iter(lengths)
     for n_images, (before, after) in zip(counts, texts, strict=True):
         parts = [torch.randint(3, high, (before,), generator=generator)]
@@ -196,9 +196,10 @@ def _drawn_tokens(model: Any) -> MultimodalInputs:
     )
 
 
-def _drawn_pixels(cfg: Any, n: int, generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
-    """Noise as a processor of this image layout gives pictures, and the tokens that each fills."""
-    vision = cfg.vision
+def _drawn_pixels(cfg: Any, counts: Sequence[int], generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
+    """Noise as a processor of this image layout gives pictures (`counts` of them a row), and the tokens that each
+    fills."""
+    vision, n = cfg.vision, sum(counts)
     if cfg.image_layout == "dynamic":
         sides = torch.randint(1, 5, (n, 2), generator=generator) * vision.merge_size
         grids = torch.cat([torch.ones(n, 1, dtype=torch.long), sides], 1)
@@ -208,9 +209,13 @@ def _drawn_pixels(cfg: Any, n: int, generator: torch.Generator) -> tuple[dict[st
     shape = (vision.n_channels, vision.image_size, vision.image_size)
     if cfg.image_layout == "anyres":
         sizes = torch.randint(1, 3 * vision.image_size, (n, 2), generator=generator)
-        layouts = [layout_of(cfg, size) for size in sizes.tolist()]
+        kinds = [AMONG_SEVERAL if cfg.tiles_when_alone and c > 1 else TILED for c in counts for _ in range(c)]
+        layouts = [layout_of(cfg, size, kind) for size, kind in zip(sizes.tolist(), kinds, strict=True)]
         pixels = torch.randn(n, max(layout.n_tiles for layout in layouts), *shape, generator=generator)
-        return {"pixel_values": pixels, "image_sizes": sizes}, [layout.n_tokens for layout in layouts]
+        given = {"pixel_values": pixels, "image_sizes": sizes}
+        if cfg.tiles_when_alone:
+            given["batch_num_images"] = torch.tensor(counts)
+        return given, [layout.n_tokens for layout in layouts]
     pixels = torch.randn(n, *shape, generator=generator)
     return {"pixel_values": pixels[None] if cfg.image_layout == "tiles" else pixels}, [vision.n_features] * n
 
@@ -241,6 +246,8 @@ def as_hf(inputs: MultimodalInputs, dtype: torch.dtype, types: bool = False) -> 
         _, counts = owners.unique_consecutive(dim=0, return_counts=True)
         given["pixel_values"] = pad_sequence(list(pixels.split(counts.tolist())), batch_first=True)
         given["image_sizes"] = inputs.extras["image_sizes"]
+        if bool((inputs.extras["image_kinds"] != TILED).any()):
+            given["batch_num_images"] = torch.tensor([n for n in inputs.n_images if n])
     elif "tile_grids" in inputs.extras:
         given |= tiles_as_hf(inputs, pixels)
     else:

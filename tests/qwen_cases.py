@@ -288,6 +288,7 @@ QWEN_CASES: tuple[QwenCase, ...] = (
     _two_and_a_half("touching-wrappers", rows=("i2x4 i4x2 v2x2x2 i2x2", "i2x2 9")),
     _two_and_a_half("nothing-but-pictures", rows=("i4x4", "i2x2 i2x4")),
     _two_and_a_half("no-picture-at-all", rows=("5", "8")),
+    _two_and_a_half("no-picture-right-padding", rows=("5", "8", "2"), padding="right"),
     _two_and_a_half("text-rows-between", rows=("4", "2 i4x6 1", "9", "i2x2 2")),
     _two_and_a_half("videos", rows=VIDEOS),
     _two_and_a_half("videos-right-padding", rows=VIDEOS, padding="right"),

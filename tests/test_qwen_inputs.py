@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.cases import hf_model, native_model, raw_inputs, relative_error
-from tests.qwen_cases import IMAGE, VIDEO, QwenCase
+from tests.qwen_cases import IMAGE, KINDS, VIDEO, QwenCase
 from tests.qwen_reference import QwenReference
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
 
-KINDS = ("qwen2_vl", "qwen3_vl")
 ROWS = ("2 i4x4 3 v2x2x4 2", "1 i2x6 2 i6x2 3", "4")
 PARTS = st.lists(st.sampled_from(["3", "i2x4", "i4x4", "1", "v2x4x2"]), min_size=1, max_size=4)
 DRAWN = PARTS.map(lambda parts: " ".join([*parts, "2"]))
@@ -47,7 +46,7 @@ def positions_of(case: QwenCase) -> Tensor:
         sources[token] = (raw[pixels], raw[grids]) if pixels in raw else None
     hf = hf_model(BASE[case.kind])
     plain = QwenReference(hf.config, hf.state_dict())
-    return plain.pictures(raw["input_ids"], raw["attention_mask"], sources)[1]
+    return plain.pictures(raw["input_ids"], raw["attention_mask"], sources, raw.get("second_per_grid_ts"))[1]
 
 
 @given(

@@ -34,6 +34,13 @@ QWEN2 = QwenCase(
     text=dict(SMALL, num_hidden_layers=2),
     vision=dict(hidden_size=16),  # the width that its merger gives
 )
+QWEN25 = QwenCase(
+    name="small",
+    kind="qwen2_5_vl",
+    rows=QWEN_ROWS,
+    text=dict(SMALL, num_hidden_layers=2),
+    vision=dict(depth=2, out_hidden_size=16, window_size=8),
+)
 QWEN3 = QwenCase(
     name="small",
     kind="qwen3_vl",
@@ -41,7 +48,7 @@ QWEN3 = QwenCase(
     text=dict(SMALL, num_hidden_layers=2),
     vision=dict(depth=2, out_hidden_size=16, deepstack_visual_indexes=[0]),
 )
-CASES = {"mha": MHA, "gqa": GQA, "qwen2_vl": QWEN2, "qwen3_vl": QWEN3}
+CASES = {"mha": MHA, "gqa": GQA, "qwen2_vl": QWEN2, "qwen2_5_vl": QWEN25, "qwen3_vl": QWEN3}
 GOOD, BAD = 17, 40
 
 

@@ -15,11 +15,10 @@ from tests.checkpoints import tiny, tiny_qwen
 from tests.checkpoints.test_processing import CASE as LLAVA
 from tests.checkpoints.test_processing import FEEL, message
 from tests.checkpoints.tiny import picture
-from tests.qwen_cases import END, IMAGE, QWEN_BY_NAME, START, VIDEO
+from tests.qwen_cases import END, IMAGE, KINDS, QWEN_BY_NAME, START, VIDEO
 from veena_lens.checkpoints import find_adapter, inputs_from_hf, prepare
 from veena_lens.config import HookedVLMConfig
 
-KINDS = ["qwen2_vl", "qwen3_vl"]
 A, B = picture(40, 30, 1), picture(28, 64, 2)
 
 
@@ -167,7 +166,7 @@ def ids(*parts: list[int]) -> dict[str, Tensor | None]:
         (ids([5], image(4, 6), image(4, 6)), "holds more image tokens than the 1 images given fill: a run of 6"),
         (ids([5, 6, 7]), "1 of 1 image grids have no tokens in the prompt"),
         (ids([5], [START, *[VIDEO] * 6, END]), "holds more video tokens than the 0 videos given fill"),
-        (dict(second_per_grid_ts=torch.ones(1)), r"unknown keys \['second_per_grid_ts'\]; .* reads .*video_grid"),
+        (dict(second_per_grids=torch.ones(1)), r"unknown keys \['second_per_grids'\]; .* reads .*video_grid"),
         (dict(image_sizes=torch.ones(1, 2)), r"unknown keys \['image_sizes'\]"),
         (dict(video_grid_thw=torch.tensor([[1, 4, 6]])), "video_grid_thw came without pixel_values_videos"),
         (dict(pixel_values_videos=torch.zeros(24, 96)), "pixel_values_videos came without video_grid_thw"),
@@ -189,7 +188,7 @@ def test_processor_output_that_does_not_fit_is_refused(change: dict[str, Any], t
 
 def video(frames: int, height: int, width: int, which: str) -> list[int]:
     n = height * width // 4
-    if which == "qwen2_vl":
+    if which != "qwen3_vl":
         return [START, *[VIDEO] * (frames * n), END]
     return sum(([9, START, *[VIDEO] * n, END] for _ in range(frames)), [])
 
@@ -209,6 +208,41 @@ def test_video_that_does_not_fill_its_tokens_is_refused(which: str) -> None:
     more = dict(pixel_values_videos=torch.zeros(32, 96), video_grid_thw=torch.tensor([[4, 2, 4]]))
     with pytest.raises(ValueError, match="meets a grid of 4 x 1 x 2 = 8|1 of 4 video grids have no tokens"):
         inputs_from_hf(CFG[which], None, **row, **more)
+
+
+SECONDS = dict(pixel_values_videos=torch.zeros(24, 96), video_grid_thw=torch.tensor([[3, 2, 4]]))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (torch.tensor([1.0, 1.0]), "1 videos have 2 times a picture; give one a video"),
+        (torch.tensor([0.0]), r"second_per_grid_ts=\[0.0\] must hold the seconds .* all positive"),
+        ([-1.0], r"second_per_grid_ts=\[-1.0\] must hold"),
+        ([float("nan")], r"second_per_grid_ts=\[nan\] must hold"),
+        (torch.ones(1, 1), r"second_per_grid_ts=\[\[1.0\]\] must hold"),
+    ],
+    ids=["two", "none", "negative", "unknown", "in-rows"],
+)
+def test_seconds_of_videos_that_do_not_fit_are_refused(seconds: Any, told: str) -> None:
+    row = dict(input_ids=torch.tensor([[5, *video(3, 2, 4, "qwen2_5_vl"), 6]]))
+    with pytest.raises(ValueError, match=told):
+        inputs_from_hf(CFG["qwen2_5_vl"], None, **row, **SECONDS, second_per_grid_ts=seconds)
+    with pytest.raises(ValueError, match=r"unknown keys \['second_per_grid_ts'\]"):
+        inputs_from_hf(CFG["qwen2_vl"], None, **row, **SECONDS, second_per_grid_ts=seconds)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "times"),
+    [(None, [0, 2, 4]), ([0.7], [0, 1, 2]), (torch.tensor([0.2]), [0, 0, 0]), ([2], [0, 4, 8])],
+    ids=["untold", "list", "slow", "whole"],
+)
+def test_times_of_a_video_count_its_seconds(seconds: Any, times: list[int]) -> None:
+    """Two positions a second, rounded down; the text goes on behind rows and columns."""
+    row = dict(input_ids=torch.tensor([[5, *video(3, 2, 4, "qwen2_5_vl"), 6]]))
+    inputs = inputs_from_hf(CFG["qwen2_5_vl"], None, **row, **SECONDS, second_per_grid_ts=seconds)
+    assert inputs.position_ids[0, 0].tolist() == [0, 1, *(2 + t for t in times for _ in range(2)), 4, 5]
+    assert inputs.position_ids[2, 0, 2:8].tolist() == [2, 3] * 3
 
 
 def test_frames_of_a_video_in_one_run_are_read_one_by_one_where_each_has_its_own() -> None:

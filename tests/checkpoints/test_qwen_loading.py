@@ -15,14 +15,14 @@ from tests.cases import build_hf, hf_model, raw_inputs, relative_error
 from tests.checkpoints import tiny_qwen
 from tests.checkpoints.test_loading import assert_same_model
 from tests.model_adapters.test_keys import QWEN_LAYOUTS
-from tests.qwen_cases import QWEN_BY_NAME, QWEN_CASES, QwenCase
+from tests.qwen_cases import KINDS, QWEN_BY_NAME, QWEN_CASES, QwenCase
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import open_checkpoint, save_pretrained
 from veena_lens.checkpoints.files import weight_files
 
-NAMES = ["qwen2_vl-plain", "qwen2_vl-tied", "qwen3_vl-plain", "qwen3_vl-tied"]
+NAMES = [f"{kind}-{name}" for kind in KINDS for name in ("plain", "tied")]
 SHAPES = ["plain", "tied", "merge-3", "temporal-1", "patch-2-grey", "one-head", "attention-bias", "narrow-tower-mlp"]
-SHAPES += ["deepstack-none", "deepstack-past-the-decoder", "position-table-1x1", "one-layer"]
+SHAPES += ["window-of-one-token", "deepstack-none", "deepstack-past-the-decoder", "position-table-1x1", "one-layer"]
 QKV = "model.visual.blocks.1.attn.qkv"
 
 
@@ -63,7 +63,7 @@ def test_every_layout_of_a_file_gives_the_same_logits(name: str, layout: str, sh
         assert relative_error(ours.forward_hf(**raw), theirs(**raw).logits, raw["attention_mask"]) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl-plain", "qwen2_vl-tied"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("qwen3")])
 def test_folder_of_2024_loads_here_as_in_hugging_face(name: str, tmp_path: Path) -> None:
     """A flat configuration, `rope_scaling` of the type "mrope", old names."""
     case = QWEN_BY_NAME[name]
@@ -79,7 +79,7 @@ def test_folder_of_2024_loads_here_as_in_hugging_face(name: str, tmp_path: Path)
 
 
 def test_sharded_files_of_transformers_load(tmp_path: Path) -> None:
-    for kind in ("qwen2_vl", "qwen3_vl"):
+    for kind in KINDS:
         theirs, folder = tiny_qwen.save(
             QWEN_BY_NAME[f"{kind}-plain"], tmp_path / kind, with_processor=False, max_shard_size="40KB"
         )
@@ -155,7 +155,7 @@ def test_spare_deepstack_merger_is_told_of(tmp_path: Path) -> None:
         HookedVLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl-plain", "qwen3_vl-plain"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl-plain", "qwen3_vl-plain"])
 def test_loaded_weights_do_not_depend_on_the_file(name: str, tmp_path: Path) -> None:
     theirs, folder = tiny_qwen.save(QWEN_BY_NAME[name], tmp_path, with_processor=False)
     ours = HookedVLM.from_pretrained(folder)

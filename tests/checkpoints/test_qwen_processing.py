@@ -15,11 +15,10 @@ from tests.cases import build_hf, relative_error
 from tests.checkpoints import tiny_qwen
 from tests.checkpoints.test_processing import FEEL, message
 from tests.checkpoints.tiny import picture
-from tests.qwen_cases import IMAGE, QWEN_BY_NAME
+from tests.qwen_cases import IMAGE, KINDS, QWEN_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import load_processor
 
-KINDS = ["qwen2_vl", "qwen3_vl"]
 A, B, C = picture(40, 30, 1), picture(28, 64, 2), picture(9, 90, 3)
 
 
@@ -29,6 +28,11 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     case = QWEN_BY_NAME[f"{request.param}-plain"]
     hf, folder = tiny_qwen.save(case, tmp_path_factory.mktemp(request.param), torch.float64)
     return hf, HookedVLM.from_pretrained(folder), tiny_qwen.CLASSES[case.kind].from_pretrained(folder)
+
+
+def video_class(kind: str) -> str:
+    """Hugging Face's processor of videos (Qwen2.5-VL shares Qwen2-VL's)."""
+    return f"Qwen{kind[4]}VLVideoProcessor"
 
 
 def prompt(processor: Any, text: str, n_images: int) -> str:
@@ -55,13 +59,13 @@ def test_folder_gives_the_model_and_its_processor(loaded: Any) -> None:
 def test_processor_files_of_every_release_load(
     kind: str, form: str, torchvision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, names = QWEN_BY_NAME[f"{kind}-plain"], dict(qwen2_vl="Qwen2VL", qwen3_vl="Qwen3VL")
+    case, names = QWEN_BY_NAME[f"{kind}-plain"], tiny_qwen.NAMES
     folder = tiny_qwen.write_processor(case, tmp_path)
     pictures = folder / "preprocessor_config.json"
     settings = json.loads(pictures.read_text())
     size = settings.get("size") or dict(shortest_edge=settings["min_pixels"], longest_edge=settings["max_pixels"])
     bare = {k: v for k, v in settings.items() if k not in ("min_pixels", "max_pixels", "processor_class")}
-    video = bare | dict(size=size, video_processor_type=f"{names[kind]}VideoProcessor")
+    video = bare | dict(size=size, video_processor_type=video_class(kind))
     if form == "video settings beside":
         (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
     elif form == "transformers 5":
@@ -88,13 +92,12 @@ def test_processor_files_of_every_release_load(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_videos_of_the_processor_are_read_as_hugging_face_reads_them(kind: str, tmp_path: Path) -> None:
-    """Its frames between pictures, with the texts that it writes between frames (Qwen3-VL: time stamps)."""
+    """Its frames between pictures, with the seconds (Qwen2.5-VL) or the texts (Qwen3-VL) that tell their times."""
     pytest.importorskip("torchvision")
     case = QWEN_BY_NAME[f"{kind}-plain"]
     folder = tiny_qwen.write_processor(case, tmp_path)
-    name = dict(qwen2_vl="Qwen2VL", qwen3_vl="Qwen3VL")[kind]
     settings = dict(patch_size=4, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=128, longest_edge=5120))
-    settings |= dict(do_sample_frames=False, video_processor_type=f"{name}VideoProcessor")
+    settings |= dict(do_sample_frames=False, video_processor_type=video_class(kind))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
     processor, hf = tiny_qwen.CLASSES[kind].from_pretrained(folder), build_hf(case)
     frames = np.random.default_rng(0).integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)

@@ -53,6 +53,8 @@ def saved(name: str, folder: Path, dtype: torch.dtype, with_processor: bool) -> 
         ("qwen2_vl-one-layer", torch.float64, True, True),
         ("qwen2_vl-tied", torch.float32, False, False),
         ("qwen2_vl-plain", torch.bfloat16, True, False),
+        ("qwen2_5_vl-one-layer", torch.float64, True, True),
+        ("qwen2_5_vl-plain", torch.bfloat16, False, False),
         ("qwen3_vl-one-layer", torch.float32, False, True),
         ("qwen3_vl-deepstack-every-decoder-layer", torch.float64, False, False),
         ("qwen3_vl-plain", torch.bfloat16, True, False),
@@ -98,6 +100,7 @@ def test_certificate_passes_where_the_processor_has_no_template(
     [
         ("qwen2_vl-plain", "vision.blocks.1.attn.v.weight"),
         ("qwen2_vl-plain", "connector.proj_in.bias"),
+        ("qwen2_5_vl-plain", "vision.blocks.2.mlp.gate.bias"),
         ("qwen3_vl-plain", "deepstack.1.norm.weight"),
         ("qwen3_vl-plain", "vision.pos_embed.weight"),
         ("qwen3_vl-plain", "blocks.2.attn.k_norm.weight"),
@@ -130,6 +133,7 @@ def test_pictures_of_the_user_take_the_place_of_drawn_ones(kind: str, tmp_path: 
 
 SHOWN = {
     "qwen2_vl-plain": ["Qwen2VLForConditionalGeneration", "vision.blocks.{0..1}.attn.hook_rot_q", "(1, 1, 2)"],
+    "qwen2_5_vl-plain": ["vision.blocks.{0..2}.mlp.hook_pre_linear", "window_side=2", "full_attention_layers=(1,)"],
     "qwen3_vl-plain": ["deepstack.{0..1}.hook_out", "blocks.{1..2}.hook_deepstack", "deep stack", "interleaved=True"],
     "llava-next": ["LlavaNextForConditionalGeneration", "image_pinpoints=", "vision.blocks.{0..1}.attn.hook_pattern"],
 }

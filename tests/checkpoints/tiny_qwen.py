@@ -15,13 +15,22 @@ from transformers.utils import is_torchvision_available
 from tests.cases import build_hf
 from tests.checkpoints.tiny import WORDS
 from tests.qwen_cases import END, IMAGE, START, VIDEO, QwenCase
-from veena_lens.checkpoints.image_only import ImageOnlyQwen2VLProcessor, ImageOnlyQwen3VLProcessor
+from veena_lens.checkpoints.image_only import (
+    ImageOnlyQwen2_5_VLProcessor,
+    ImageOnlyQwen2VLProcessor,
+    ImageOnlyQwen3VLProcessor,
+)
 
-IMAGE_ONLY: dict[str, Any] = dict(qwen2_vl=ImageOnlyQwen2VLProcessor, qwen3_vl=ImageOnlyQwen3VLProcessor)
+IMAGE_ONLY: dict[str, Any] = dict(
+    qwen2_vl=ImageOnlyQwen2VLProcessor,
+    qwen2_5_vl=ImageOnlyQwen2_5_VLProcessor,
+    qwen3_vl=ImageOnlyQwen3VLProcessor,
+)
+NAMES = dict(qwen2_vl="Qwen2VL", qwen2_5_vl="Qwen2_5_VL", qwen3_vl="Qwen3VL")  # of Hugging Face's classes
 # Hugging Face's own need torchvision, for videos.
 CLASSES: dict[str, Any] = IMAGE_ONLY
 if is_torchvision_available():
-    CLASSES = dict(qwen2_vl=transformers.Qwen2VLProcessor, qwen3_vl=transformers.Qwen3VLProcessor)
+    CLASSES = {kind: getattr(transformers, f"{name}Processor") for kind, name in NAMES.items()}
 SPECIAL = {
     "<|endoftext|>": 0,
     "<|im_start|>": 1,
@@ -46,10 +55,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEMPLATES = dict(qwen2_vl=TEMPLATE.replace("SYSTEM", SYSTEM), qwen3_vl=TEMPLATE.replace("SYSTEM", ""))
+TEMPLATES["qwen2_5_vl"] = TEMPLATES["qwen2_vl"]
 
 
 def pictures_config(case: QwenCase, **settings: Any) -> dict[str, Any]:
-    """`preprocessor_config.json`: areas as two numbers (Qwen2-VL) or as a size (Qwen3-VL)."""
+    """`preprocessor_config.json`: areas as two numbers (Qwen2-VL, Qwen2.5-VL) or as a size (Qwen3-VL)."""
     vision = case.config().vision_config
     factor = (vision.patch_size * vision.spatial_merge_size) ** 2
     common = dict(
@@ -57,7 +67,7 @@ def pictures_config(case: QwenCase, **settings: Any) -> dict[str, Any]:
         merge_size=vision.spatial_merge_size,
         temporal_patch_size=vision.temporal_patch_size,
     )
-    if case.kind == "qwen2_vl":
+    if case.kind != "qwen3_vl":
         return (
             dict(
                 min_pixels=factor * 2,
@@ -65,7 +75,7 @@ def pictures_config(case: QwenCase, **settings: Any) -> dict[str, Any]:
                 image_mean=[0.48145466, 0.4578275, 0.40821073],
                 image_std=[0.26862954, 0.26130258, 0.27577711],
                 image_processor_type="Qwen2VLImageProcessor",
-                processor_class="Qwen2VLProcessor",
+                processor_class=f"{NAMES[case.kind]}Processor",
                 **common,
             )
             | settings
@@ -125,6 +135,20 @@ def processor(case: QwenCase, folder: Path, **settings: Any) -> Any:
     return CLASSES[case.kind].from_pretrained(write_processor(case, folder, **settings))
 
 
+TOWER_FIELDS = dict(
+    qwen2_vl=("embed_dim", "mlp_ratio", "hidden_size"),
+    qwen2_5_vl=(
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "out_hidden_size",
+        "window_size",
+        "fullatt_block_indexes",
+        "tokens_per_second",
+    ),
+)
+
+
 def on_disk(key: str) -> str:
     """The name that the hub's Qwen2-VL files have for today's."""
     return key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
@@ -148,8 +172,8 @@ def save(
 
 
 def save_as_on_the_hub(case: QwenCase, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Path]:
-    """As `save`, in the hub's form of 2024: a flat configuration and old names (Qwen2-VL)."""
-    assert case.kind == "qwen2_vl"
+    """As `save`, in the hub's form of 2024: a flat configuration and old names (Qwen2-VL, Qwen2.5-VL)."""
+    assert case.kind != "qwen3_vl"
     model, folder = save(case, folder, dtype)
     tensors = {on_disk(k): v.contiguous() for k, v in model.state_dict().items()}
     if case.config().tie_word_embeddings:
@@ -162,8 +186,8 @@ def save_as_on_the_hub(case: QwenCase, folder: Path, dtype: torch.dtype = torch.
     }
     vision = model.config.vision_config
     flat |= dict(
-        architectures=["Qwen2VLForConditionalGeneration"],
-        model_type="qwen2_vl",
+        architectures=[case.model_class.__name__],
+        model_type=case.kind,
         image_token_id=IMAGE,
         video_token_id=VIDEO,
         vision_start_token_id=START,
@@ -175,11 +199,9 @@ def save_as_on_the_hub(case: QwenCase, folder: Path, dtype: torch.dtype = torch.
         torch_dtype=str(dtype).removeprefix("torch."),
         vision_config=dict(
             depth=vision.depth,
-            embed_dim=vision.embed_dim,
-            mlp_ratio=vision.mlp_ratio,
+            **{name: getattr(vision, name) for name in TOWER_FIELDS[case.kind]},
             num_heads=vision.num_heads,
             in_chans=3,
-            hidden_size=vision.hidden_size,
             patch_size=vision.patch_size,
             spatial_merge_size=vision.spatial_merge_size,
             spatial_patch_size=vision.patch_size,

@@ -1,4 +1,4 @@
-"""Interventions on Qwen2-VL and Qwen3-VL: every kind in every way of running, several images, frames of a video."""
+"""Interventions on the Qwen-VL models: every kind in every way of running, several images, frames of a video."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tests.cases import build_hf, raw_inputs, relative_error
-from tests.qwen_cases import END, IMAGE, PAD, START, VIDEO, QwenCase
+from tests.qwen_cases import END, IMAGE, KINDS, PAD, START, VIDEO, QwenCase
 from veena_lens import HookedVLM
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, Patch, ScaleNeurons, Steer
 from veena_lens.positions import position_mask
 
 ROWS = ("2 i4x4 1 i2x4 3", "1 v2x2x4 1 i2x2 2", "5")
-CASES = {kind: QwenCase(name="edits", kind=kind, rows=ROWS) for kind in ("qwen2_vl", "qwen3_vl")}
+CASES = {kind: QwenCase(name="edits", kind=kind, rows=ROWS) for kind in KINDS}
 
 
 class Ready:

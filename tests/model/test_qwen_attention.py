@@ -1,4 +1,4 @@
-"""`model.attention` and `watch_attention` on Qwen2-VL and Qwen3-VL: rows equal those of the patterns."""
+"""`model.attention` and `watch_attention` on the Qwen-VL models: rows equal those of the patterns."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.cases import raw_inputs, relative_error
-from tests.qwen_cases import QwenCase
+from tests.qwen_cases import KINDS, QwenCase
 from veena_lens.positions import position_mask
 
 ROWS = ("2 i4x4 3 v2x2x4 2", "1 i2x6 3", "4")
 CASES = [
     QwenCase(name=f"attention-{padding}", kind=kind, rows=ROWS, padding=padding)
-    for kind in ("qwen2_vl", "qwen3_vl")
+    for kind in KINDS
     for padding in ("left", "right")
 ]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.cases import raw_inputs, relative_error
-from tests.qwen_cases import IMAGE, QWEN_BY_NAME, VIDEO, QwenCase
+from tests.qwen_cases import IMAGE, KINDS, QWEN_BY_NAME, VIDEO, QwenCase
 from veena_lens import ActivationCache
 from veena_lens.hook_table import hooks_of
 from veena_lens.positions import position_mask
 
 ROWS = ("2 i4x4 3 v2x2x4 2", "1 i2x6 2 i6x2 3", "4")
-CASES = {kind: QwenCase(name="cache", kind=kind, rows=ROWS) for kind in ("qwen2_vl", "qwen3_vl")}
+CASES = {kind: QwenCase(name="cache", kind=kind, rows=ROWS) for kind in KINDS}
 OF_PICTURES = ("vision.", "connector.", "hook_image", "deepstack.")
 everything = lambda name: True  # noqa: E731
 

@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from tests.cases import BY_NAME, build_hf, hf_model
 from tests.onevision_cases import ONEVISION_BY_NAME
-from tests.qwen_cases import QWEN_BY_NAME
+from tests.qwen_cases import KINDS, QWEN_BY_NAME
 from veena_lens.checkpoints.registry import find_adapter
 
 LLAVA: dict[str, Any] = {**BY_NAME, **ONEVISION_BY_NAME}
@@ -75,7 +75,7 @@ QWEN_LAYOUTS: dict[str, Rename] = {
     "hub files": _sub((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual.")),
     "text at the root alone": _sub((r"^model\.language_model\.", "model.")),
 }
-QWEN = ["qwen2_vl-plain", "qwen2_vl-tied", "qwen3_vl-plain", "qwen3_vl-tied"]
+QWEN = [f"{kind}-{name}" for kind in KINDS for name in ("plain", "tied")]
 
 
 @pytest.mark.parametrize("layout", QWEN_LAYOUTS)

@@ -48,7 +48,7 @@ def runs(kind: str, model_of) -> tuple[Any, Any, Any]:
     return tiled() if kind == "tiled" else qwen(model_of, kind)
 
 
-KINDS = ["fixed", "tiled", "qwen2_vl-plain", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
+KINDS = ["fixed", "tiled", "qwen2_vl-plain", "qwen2_5_vl-plain", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
 
 
 def agree(model: Any, clean: Any, corrupted: Any, **kw: Any) -> Any:

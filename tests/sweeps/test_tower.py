@@ -18,7 +18,7 @@ from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff
 
 FIXED = ["clip-llama", "feature-list", "feature-list-siglip", "three-images-and-none"]
-QWEN = ["qwen2_vl-plain", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
+QWEN = ["qwen2_vl-plain", "qwen2_5_vl-image-and-video", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
 KW: dict[str, Any] = dict(metric=logit_diff(5, 6), progress=False)
 
 

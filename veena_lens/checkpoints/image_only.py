@@ -18,6 +18,7 @@ from typing import Any, no_type_check
 import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
@@ -29,6 +30,7 @@ from veena_lens.checkpoints.pictures import pair_of
 __all__ = [
     "ImageOnlyLlavaOnevisionProcessor",
     "ImageOnlyQwen2VLProcessor",
+    "ImageOnlyQwen2_5_VLProcessor",
     "ImageOnlyQwen3VLProcessor",
     "ImageOnlySmolVLMProcessor",
 ]
@@ -70,7 +72,7 @@ def _save_under(name: str, processor: Any, folder: str | Path, **own: Any) -> No
 
 
 class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
-    """`Qwen2VLProcessor` (also of Qwen2.5-VL) without videos."""
+    """`Qwen2VLProcessor` without videos."""
 
     @no_type_check
     def __init__(
@@ -84,6 +86,17 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
         """Write the folder that `Qwen2VLProcessor` reads."""
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
         _save_under("Qwen2VLProcessor", self, save_directory)
+
+
+class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
+    """`Qwen2_5_VLProcessor` without videos."""
+
+    __init__ = ImageOnlyQwen2VLProcessor.__init__
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the folder that `Qwen2_5_VLProcessor` reads."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        _save_under("Qwen2_5_VLProcessor", self, save_directory)
 
 
 class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):

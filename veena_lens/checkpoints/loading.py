@@ -113,6 +113,7 @@ def _image_only(folder: Path) -> Any:
         {
             "LlavaOnevisionProcessor": image_only.ImageOnlyLlavaOnevisionProcessor,
             "Qwen2VLProcessor": image_only.ImageOnlyQwen2VLProcessor,
+            "Qwen2_5_VLProcessor": image_only.ImageOnlyQwen2_5_VLProcessor,
             "Qwen3VLProcessor": image_only.ImageOnlyQwen3VLProcessor,
         }
         if missing
@@ -123,6 +124,7 @@ def _image_only(folder: Path) -> Any:
     by_model = {
         "llava_onevision": "LlavaOnevisionProcessor",
         "qwen2_vl": "Qwen2VLProcessor",
+        "qwen2_5_vl": "Qwen2_5_VLProcessor",
         "qwen3_vl": "Qwen3VLProcessor",
         "smolvlm": "SmolVLMProcessor",
     }

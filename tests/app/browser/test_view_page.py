@@ -15,7 +15,7 @@ from tests.app.view.sinking import SINKS, sinking_cache
 from veena_lens import HookedVLM
 from veena_lens.app.view import ExplorerView
 from veena_lens.app.view.coding import Coded
-from veena_lens.app.view.page import SCRIPT
+from veena_lens.app.view.page import script
 from veena_lens.checkpoints.bundle import bundled_pairs
 
 QUESTION = "how does the person in the picture feel?"
@@ -268,10 +268,9 @@ def test_notebook_widget_draws_and_asks_the_kernel_for_what_it_lacks(open_page: 
         return [content, [base64.b64encode(b).decode() for b in buffers or []]]
 
     payload = base64.b64encode(widget.payload).decode()
-    script = SCRIPT.read_text("utf-8")
     shell = tmp_path / "notebook.html"
     shell.write_text(
-        f"""<!doctype html><meta charset="utf-8"><div id="cell"></div><script type="module">{script}
+        f"""<!doctype html><meta charset="utf-8"><div id="cell"></div><script type="module">{script()}
         const bytes = (text) => new DataView(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
         const heard = [];
         const front = {{

@@ -8,15 +8,18 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
-SCRIPT = Path(__file__).with_name("view.js")
+from veena_lens.app.view.modules import joined
+
+MODULES = Path(__file__).with_name("js")
+ENTRY = "hosts.js"
 STYLE = Path(__file__).with_name("view.css")
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 @cache
 def script() -> str:
-    """The module's text."""
-    return SCRIPT.read_text(encoding="utf-8")
+    """The view's modules as one."""
+    return joined(MODULES, ENTRY)
 
 
 @cache

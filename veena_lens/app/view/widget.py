@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from veena_lens.app.view.page import SCRIPT, STYLE
+from veena_lens.app.view.page import script, style
 
 if TYPE_CHECKING:
     from veena_lens.app.view.view import ExplorerView
@@ -26,8 +26,8 @@ def make_widget(view: ExplorerView) -> Any:
     class ViewWidget(anywidget.AnyWidget):
         """`payload` travels once; messages ask for maps and are answered with them."""
 
-        _esm = SCRIPT
-        _css = STYLE
+        _esm = script()
+        _css = style()
         payload = traitlets.Bytes(b"").tag(sync=True)
         pinned = traitlets.Dict({}).tag(sync=True)
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
-from veena_lens.components.context import AttentionMask, Context, masked_softmax
+from veena_lens.components.areas import AreaMask, attend_in_areas
+from veena_lens.components.context import Context, Mask, masked_softmax
 from veena_lens.components.hooks import carry, heard, listen
 from veena_lens.components.norms import RMSNorm
 from veena_lens.components.prefix import SharedPrefix
@@ -140,8 +141,10 @@ class Attention(nn.Module):
         pattern, _ = listen(self.hook_pattern, masked_softmax(scores, None))
         return prefix.values(self.layer, pattern, v)
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, bias: Tensor | None) -> Tensor:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
         """The fused kernel; an additive bias joins the mask."""
+        if isinstance(mask, AreaMask) and bias is None:
+            return attend_in_areas(q, k, v, mask, self.scale)
         attn_mask, is_causal = mask.allowed, mask.is_causal
         if bias is not None:
             allowed = mask.explicit(q.shape[2], k.shape[2], q.device)

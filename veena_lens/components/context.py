@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from veena_lens.components.areas import AreaMask
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.components.rotary import RotaryTables
 
@@ -31,6 +32,9 @@ class AttentionMask:
         if self.allowed is not None or not self.is_causal:
             return self.allowed
         return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
+
+
+Mask: TypeAlias = AttentionMask | AreaMask
 
 
 @dataclass(eq=False)
@@ -60,9 +64,9 @@ class Context:
     blocks: Int[Tensor, "#batch known"] | None = None
     areas: Int[Tensor, "batch key_pos"] | None = None
     within_areas: Callable[[int], bool] = lambda layer: False
-    _masks: dict[Any, AttentionMask] = field(default_factory=dict)
+    _masks: dict[Any, Mask] = field(default_factory=dict)
 
-    def mask(self, layer: int, device: torch.device) -> AttentionMask:
+    def mask(self, layer: int, device: torch.device) -> Mask:
         """The mask of a layer, on its device."""
         window = self.windows(layer)
         n_key = self.n_past + self.n_new
@@ -71,15 +75,12 @@ class Context:
         areas = self.areas if self.within_areas(layer) else None
         key = (window, areas is not None, device)
         if key not in self._masks:
-            self._masks[key] = self._make(window, device) if areas is None else self._of_areas(areas, device)
+            self._masks[key] = self._make(window, device) if areas is None else self._of_areas(areas.to(device))
         return self._masks[key]
 
-    def _of_areas(self, areas: Int[Tensor, "batch pos"], device: torch.device) -> AttentionMask:
-        """Every position reads its own area, in both directions."""
-        allowed = areas[:, None, :, None] == areas[:, None, None, :]
-        if self.key_mask is not None:
-            allowed = allowed & self.key_mask[:, None, None, :]
-        return AttentionMask(allowed.to(device), is_causal=False)
+    def _of_areas(self, areas: Int[Tensor, "batch pos"]) -> AreaMask:
+        real = torch.ones_like(areas, dtype=torch.bool) if self.key_mask is None else self.key_mask.to(areas.device)
+        return AreaMask(areas, real)
 
     def _make(self, window: int | None, device: torch.device) -> AttentionMask:
         padded = self.key_mask is not None and not bool(self.key_mask.all())

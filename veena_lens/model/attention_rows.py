@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from veena_lens.components.context import AttentionMask, masked_softmax
+from veena_lens.components.context import Mask, masked_softmax
 from veena_lens.model.run import Run
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.scores import Scores
@@ -54,7 +54,7 @@ class AttentionRows:
         layer: int,
         q: Float[Tensor, "batch n_heads query_pos d_head"],
         k: Float[Tensor, "batch n_key_value_heads key_pos d_head"],
-        mask: AttentionMask,
+        mask: Mask,
         bias: Tensor | None,
         pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
     ) -> None:
@@ -71,7 +71,7 @@ class AttentionRows:
         index: Int[Tensor, "batch n"],
         q: Float[Tensor, "batch n_heads query_pos d_head"],
         k: Float[Tensor, "batch n_key_value_heads key_pos d_head"],
-        mask: AttentionMask,
+        mask: Mask,
         bias: Tensor | None,
         pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
     ) -> Float[Tensor, "batch head n key_pos"]:
@@ -79,7 +79,7 @@ class AttentionRows:
         rows = self._attend(_gather(q, index), k, index, mask, bias) if pattern is None else _gather(pattern, index)
         return rows[:, self.heads]
 
-    def _attend(self, q: Tensor, k: Tensor, index: Tensor, mask: AttentionMask, bias: Tensor | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, index: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
         grouped = rearrange(q, "b (g r) n d -> b g (r n) d", g=self.n_kv)
         scores = rearrange(grouped @ k.mT, "b g (r n) t -> b (g r) n t", n=q.shape[2]) * self.scale
         if bias is not None:

@@ -258,7 +258,7 @@ def test_notebook_widget_draws_and_asks_the_kernel_for_what_it_lacks(open_page: 
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     picture = bundled_pairs("test")[0][0].open()
-    small = ExplorerView.from_run(model, (picture, QUESTION), modes=["attention"], max_bytes=1)
+    small = ExplorerView.from_run(model, (picture, QUESTION), modes=["attention", "norms"], max_bytes=1)
     widget, answers = small.widget(), []
     widget.send = lambda content, buffers=None: answers.append((content, buffers))
 
@@ -295,5 +295,10 @@ def test_notebook_widget_draws_and_asks_the_kernel_for_what_it_lacks(open_page: 
     position = int(token.get_attribute("data-at") or -1)
     page.wait_for_function(f"{state}.store.get({{query: {position}}}).heads === 8")
     assert page.evaluate("window.pinned.query") == position and answers
+    page.evaluate("document.addEventListener('keydown', (event) => { window.escaped = event.key; })")
+    page.locator(".vv-grid").focus()
+    page.keyboard.press("m")  # which would turn a notebook's cell into text
+    page.click("[data-mode=norms]")
+    assert page.evaluate("[window.pinned.mode, window.escaped]") == ["norms", None]
     page.evaluate("window.close_widget()")
     assert page.locator(".vv-token").count() == 0

@@ -19,7 +19,7 @@ export function build(view) {
   view.modes = element("div", { class: "vv-modes", role: "radiogroup", "aria-label": "What the maps show" });
   for (const mode of header.modes) {
     const button = element("button", { type: "button", role: "radio", "data-mode": mode, text: NAMES[mode] });
-    button.addEventListener("click", () => view.set({ mode }));
+    button.addEventListener("click", () => view.pin({ mode }));
     view.modes.append(button);
   }
   view.modes.addEventListener("keydown", (event) => {
@@ -28,11 +28,11 @@ export function build(view) {
     event.preventDefault(); event.stopPropagation();
     const at = header.modes.indexOf(view.state.mode);
     const mode = header.modes[(at + step + header.modes.length) % header.modes.length];
-    view.set({ mode });
+    view.pin({ mode });
     view.modes.querySelector(`[data-mode="${mode}"]`).focus();
   });
-  view.layerChoice = choice("Layer", [["mean", MEAN], ...numbered(header.layers)], (layer) => view.set({ layer }));
-  view.headChoice = choice("Head", [["mean", MEAN], ...numbered(header.heads)], (head) => view.set({ head }));
+  view.layerChoice = choice("Layer", [["mean", MEAN], ...numbered(header.layers)], (layer) => view.pin({ layer }));
+  view.headChoice = choice("Head", [["mean", MEAN], ...numbered(header.heads)], (head) => view.pin({ head }));
   const words = (header.lens?.words ?? []).map((w, i) => [shown(w).trim() || "␣", i]);
   view.wordChoice = choice("Word", words, (word) => view.set({ word }));
   view.directionChoice = choice("Direction", header.directions.map((d, i) => [d, i]),

@@ -91,6 +91,7 @@ export class View {
     else if (key === "escape") this.pin({ patch: null, hoverPatch: null, hoverQuery: null });
     else return;
     event.preventDefault();
+    event.stopPropagation(); // in a notebook M alone would turn the cell into text
   }
 
   hover(change) {

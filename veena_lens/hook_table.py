@@ -104,7 +104,9 @@ VISION_HOOKS: tuple[Hook, ...] = (
         if h.needs not in ("deepstack", "post_norms")
     ),
     Hook("vision.ln_post.hook_scale", "picture pos 1", "denominator of the last norm", "when heard", "ln_post"),
-    Hook("vision.ln_post.hook_normalized", "picture pos d_model", "its output", needs="ln_post"),
+    Hook(
+        "vision.ln_post.hook_normalized", "picture pos d_model", "its output (RMS: before the weight)", needs="ln_post"
+    ),
 )
 CONNECTOR_HOOKS: tuple[Hook, ...] = (
     Hook("connector.hook_in", "picture pos d_in", "features that the projector reads (Qwen, Idefics3: joined squares)"),

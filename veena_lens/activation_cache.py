@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformer_lens import ActivationCache as _ActivationCache
 from transformer_lens import utilities as tl
 from transformer_lens.utilities import Slice
 
 from veena_lens.hook_table import canonical, near_names, row_of
 from veena_lens.inputs import MultimodalInputs, Spans, raster_order, text_positions
 from veena_lens.positions import padded_places, position_mask
+from veena_lens.residual_parts import ResidualParts
 from veena_lens.stores import opened
 
 
@@ -31,7 +31,7 @@ class MissingActivation(KeyError):
         return str(self.args[0])
 
 
-class ActivationCache(_ActivationCache):
+class ActivationCache(ResidualParts):
     """`cache["resid_post", 5]`, `cache["blocks.5.attn.hook_z"]`, `cache["vision.blocks.3.attn.hook_pattern"]`.
 
     `inputs` is what the model ran on; `at` and `image_grid` need it.
@@ -209,77 +209,6 @@ class ActivationCache(_ActivationCache):
         extra = one.shape[0] - side * side  # CLIP's class token stands first
         return one[extra:].unflatten(0, (side, side))
 
-    # --- parts of the residual -----------------------------------------------------------------------
-    def decompose_resid(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        mode: Literal["all", "mlp", "attn"] = "all",
-        apply_ln: bool = False,
-        pos_slice: Any = None,
-        incl_embeds: bool = True,
-        return_labels: bool = False,
-    ) -> Any:
-        """As in transformer_lens: [component ... d_model], what sums to the residual that enters a layer.
-
-        Where deep-stack features join the residual, what a layer adds of them ("1_deepstack") is a component of
-        mode "all" and stands before that layer's attention."""
-        position = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        if layer is None or layer == -1:
-            layer = self._n_layers()
-        found: Any = super().decompose_resid(layer, mlp_input, mode, False, position, incl_embeds, True)
-        parts, labels = found
-        added = self._deepstack_terms(layer, mlp_input, position) if mode == "all" else {}
-        if added:
-            whole = dict(zip(labels, parts, strict=True))
-            labels = [each for label in labels for each in (*_before(label, added), label)]
-            labels += [each for each in added if each not in labels]
-            parts = torch.stack([added[each] if each in added else whole[each] for each in labels])
-        if apply_ln:
-            parts = self.apply_ln_to_stack(parts, layer, pos_slice=position, mlp_input=mlp_input)
-        return (parts, labels) if return_labels else parts
-
-    def get_full_resid_decomposition(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        expand_neurons: bool = True,
-        apply_ln: bool = False,
-        pos_slice: Any = None,
-        return_labels: bool = False,
-        project_output_onto: Tensor | None = None,
-    ) -> Any:
-        """As in transformer_lens, with what layers add of deep-stack features before the last component ("bias")."""
-        position = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        if layer is None or layer == -1:
-            layer = self._n_layers()
-        parts, labels = super().get_full_resid_decomposition(
-            layer, mlp_input, expand_neurons, apply_ln, position, True, project_output_onto
-        )
-        added = self._deepstack_terms(layer, mlp_input, position)
-        if added:
-            more = torch.stack(list(added.values()))
-            if apply_ln:
-                more = self.apply_ln_to_stack(more, layer, pos_slice=position, mlp_input=mlp_input)
-            if project_output_onto is not None:
-                more = more @ project_output_onto
-            parts, labels = torch.cat([parts[:-1], more, parts[-1:]]), [*labels[:-1], *added, labels[-1]]
-        return (parts, labels) if return_labels else parts
-
-    def _deepstack_terms(self, layer: int, mlp_input: bool, position: Slice) -> dict[str, Tensor]:
-        """Label -> what deep-stack features added before a layer's attention (or MLP) reads, [... d_model]."""
-        model: Any = self.model
-        n_layers, n_deepstack = model.cfg.n_layers, model.cfg.n_deepstack
-        terms = {
-            f"{i}_deepstack": position.apply(self["deepstack", i] - self["resid_pre", i], dim=-2)
-            for i in range(1, min(layer + int(mlp_input), n_layers, n_deepstack + 1))
-        }
-        last = f"deepstack.{n_layers - 1}.hook_out"
-        if layer == n_layers <= n_deepstack and last in self:  # added after the last block, where no block hears it
-            added = model.scatter_deepstack(self[last], self._need_inputs("A decomposition"))
-            terms[f"{n_layers}_deepstack"] = position.apply(added if self.has_batch_dim else added[0], dim=-2)
-        return terms
-
     # --- files ---------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
         """Write the activations and where the pictures lie to one safetensors file; returns its path."""
@@ -327,12 +256,6 @@ def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Ten
         if what in ("pos", "query_pos", "key_pos"):
             value = value.narrow(axis, 0, max(lengths))
     return value
-
-
-def _before(label: str, added: Mapping[str, Tensor]) -> list[str]:
-    """The component that a layer's attention follows, where there is one."""
-    own = label.removesuffix("_attn_out") + "_deepstack"
-    return [own] if label.endswith("_attn_out") and own in added else []
 
 
 def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:

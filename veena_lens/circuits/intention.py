@@ -27,6 +27,7 @@ from veena_lens.circuits.reading import (
     require_reduce,
     unit_directions,
 )
+from veena_lens.components.writing import denominators, head_rows
 from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
 
@@ -48,13 +49,14 @@ def head_intention(
     """Cosine of each head's output with its layer's direction: cos(z[l, h] W_O[l, h], u_l), or its projection on it.
 
     With `baseline` (the other run of the pairs) the output is the difference of the two runs: I_delta = cos(Delta r, u)
-    and W = <Delta r, u> (u the unit vector). `direction` is [layer d_model], one [d_model], or [row layer d_model]
-    (each pair on its own emotion's, say); `at_layer` takes that layer's vector for all. `cache` and
-    `baseline` may be inputs where `model` is given: then only z at the chosen positions is kept. Axes (batch, layer,
-    head), mean or max over the positions `at`; with reduce="none" "pos" comes last; with `baseline` the rows are the
-    axis "pair". A cosine is dimensionless, in [-1, 1].
-    Raises: MissingActivation, naming the layers whose `hook_z` the cache lacks; ValueError for a direction of another
-    shape, an unknown layer, an empty selection of positions, or pairs that do not match.
+    and W = <Delta r, u> (u the unit vector). Where a norm follows attention (Gemma), a head's output is its share after
+    that norm, given the run's denominator, so that heads sum to `hook_attn_out`. `direction` is [layer d_model], one
+    [d_model], or [row layer d_model] (each pair on its own emotion's, say); `at_layer` takes that layer's vector for
+    all. `cache` and `baseline` may be inputs where `model` is given: then only z at the chosen positions is kept. Axes
+    (batch, layer, head), mean or max over the positions `at`; with reduce="none" "pos" comes last; with `baseline` the
+    rows are the axis "pair". A cosine is dimensionless, in [-1, 1].
+    Raises: MissingActivation, naming the layers whose `hook_z` (or denominator) the cache lacks; ValueError for a
+    direction of another shape, an unknown layer, an empty selection of positions, or pairs that do not match.
     Source: Zhang et al. 2026, arXiv 2605.21980, "emotional intention"; the differences are our own.
     """
     who = "head_intention"
@@ -66,10 +68,10 @@ def head_intention(
     cache, n_rows = prepared(cache, model, who)
     units = unit_directions(direction, model.cfg, chosen, source_layer, who, n_rows)
     names = [f"blocks.{layer}.attn.hook_z" for layer in chosen]
-    reading, value = read_both(cache, baseline, names, at, model, who)
+    reading, value = read_both(cache, baseline, names, at, model, who, by=denominators(model.cfg, names))
     found = []
     for layer, name, unit in zip(chosen, names, units, strict=True):
-        W_O = model.blocks[layer].attn.W_O.detach()
+        W_O = head_rows(model.blocks[layer]).detach()
         z = value(name).to(W_O.device)
         W_O, unit = W_O.to(z.dtype), unit.to(z)
         wanted = einsum(W_O, unit, "head d_head d_model, row d_model -> row head d_head").expand(len(z), -1, -1)
@@ -153,7 +155,8 @@ def copying_strength(
 ) -> Scores:
     """How far each head would carry a direction on from weights alone: <u w W_V[h] W_O[h], u>, w the weight of `ln1`.
 
-    A hint without data: the norm's denominator and the attention pattern are left out (layer norm: u is centred).
+    A hint without data: the norms' denominators and the attention pattern are left out (layer norm: u is centred; a
+    norm after attention counts with its weight).
     Axes (layer, head); positive where the head copies the direction, negative where it removes it.
     Raises: ValueError for a direction of another shape, or an unknown layer.
     Source: Elhage et al. 2021, "A mathematical framework for transformer circuits", copying heads.
@@ -165,7 +168,7 @@ def copying_strength(
     found = []
     for layer, unit in zip(chosen, units[:, 0], strict=True):
         block = model.blocks[layer]
-        W_V, W_O, weight = (x.detach() for x in (block.attn.W_V, block.attn.W_O, block.ln1.w))
+        W_V, W_O, weight = (x.detach() for x in (block.attn.W_V, head_rows(block), block.ln1.w))
         dtype = exact(W_O.dtype)
         unit = unit.to(W_O.device, dtype)
         read = unit - unit.mean() if model.cfg.normalization_type == "LN" else unit

@@ -28,6 +28,7 @@ from veena_lens.circuits.reading import (
     unit_directions,
 )
 from veena_lens.circuits.statistics import sign_consistency
+from veena_lens.components.writing import denominators, neuron_rows
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_units
 from veena_lens.scores import Scores
@@ -55,6 +56,7 @@ def neuron_trace(
 ) -> Scores:
     """Each neuron's push along a unit direction u: activation times <W_out row, u>.
 
+    Where a norm follows the MLP (Gemma), a is over that norm's denominator and W_out times its factor.
     kind="direct": (a(X+) - a(X-)) <W_out[n], u>, X- the `baseline`; summed over n it is <Delta mlp_out, u> (the bias
     cancels). "raw": a <W_out[n], u> of one run. "contrast": `direction` is [class layer d_model], u the unit vector
     of each class less the mean over classes, the activation a difference where there is a `baseline`; the axis
@@ -78,10 +80,10 @@ def neuron_trace(
     else:
         names, units = None, unit_directions(direction, model.cfg, chosen, source, who, n_rows)[:, :, None]
     hooks = [f"blocks.{layer}.mlp.hook_post" for layer in chosen]
-    reading, value = read_both(cache, baseline, hooks, at, model, who)
+    reading, value = read_both(cache, baseline, hooks, at, model, who, by=denominators(model.cfg, hooks))
     found = []
     for layer, hook, unit in zip(chosen, hooks, units, strict=True):
-        W_out = model.blocks[layer].mlp.W_out.detach()
+        W_out = neuron_rows(model.blocks[layer]).detach()
         a = value(hook).to(W_out.device)
         worth = unit.to(a) @ W_out.to(a.dtype).T  # [row category neuron]
         if reduce == "mean":  # the push is linear in the activation, so positions go first
@@ -185,7 +187,7 @@ def promoted_tokens(model: Any, layer: int, neuron: int | Sequence[int], k: int 
 
 def row_logits(model: Any, layer: int, neurons: Sequence[int]) -> Float[Tensor, "neuron d_vocab"]:
     """What rows of W_out say through the last norm's weight and the unembedding."""
-    rows = model.blocks[layer].mlp.W_out.detach()[list(neurons)]
+    rows = neuron_rows(model.blocks[layer]).detach()[list(neurons)]
     rows = rows.to(model.ln_final.weight.device, exact(rows.dtype))
     if model.cfg.normalization_type == "LN":
         rows = rows - rows.mean(-1, keepdim=True)
@@ -309,7 +311,7 @@ def neuron_kinds(
     kinds, counts, reasons = [], [], []
     for layer, neuron, value in zip(neurons["layer"], neurons["neuron"], neurons["value"], strict=True):
         unit = unit_directions(direction, model.cfg, [int(layer)], None, "neuron_kinds")[0, 0]
-        row = model.blocks[int(layer)].mlp.W_out.detach()[int(neuron)]
+        row = neuron_rows(model.blocks[int(layer)]).detach()[int(neuron)]
         is_active = float(value) * float(row.to(unit) @ unit) >= 0
         logits = row_logits(model, int(layer), [int(neuron)])[0] * (1 if is_active else -1)
         found = _count(model, logits.topk(min(n_tokens, len(logits))).indices, wanted)

@@ -29,6 +29,7 @@ from veena_lens.circuits.measuring import (
     require_rows,
     wide,
 )
+from veena_lens.components.writing import denominators, divided, head_rows, neuron_rows
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_unit
 from veena_lens.positions import parse
@@ -83,8 +84,9 @@ def path_patching(
     Let B be the run that is patched (denoising: the corrupted one) and A the other; Delta_c[p] = out_c,A[p] -
     out_c,B[p] is the change of sender c's output at p. A receiver d's input at `positions` becomes x_d,B[p] +
     Delta_c[p], the residual of B with the sender's change and nothing else: heads, MLPs and deep-stack features between
-    them stay as in B. d's own norm is taken of that input with its real scale; d's output, and all that follows d, then
-    change as they must.
+    them stay as in B. Where a norm follows attention and MLP (Gemma), the output of a head or neuron is its share after
+    that norm, by each run's own denominator. d's own norm is taken of that input with its real scale; d's output, and
+    all that follows d, then change as they must.
     Entry: m - m_B when denoising, m_B - m when noising (A is then the corrupted run), both > 0 where the sender's clean
     value speaks for the clean run through d.
     senders: labels as caches give them, "embed", "3_attn_out", "3_mlp_out", "1_deepstack" (what that layer adds of
@@ -256,7 +258,9 @@ class _Pair:
     ) -> None:
         self.measure, self.model, self.base, self.source, self.pair = measure, measure.model, base, source, pair
         self.norm = norm
-        self.sites = sorted({s.site for entry in sending for s in entry})
+        units = sorted({s.site for entry in sending for s in entry if s.unit})
+        self.by = denominators(self.model.cfg, units)
+        self.sites = sorted({s.site for entry in sending for s in entry} | set(self.by.values()))
         inputs = [d for entry in receiving for d in entry]
         self.reads_final = any(not d.hook for d in inputs)
         starts = {entry[0].layer for entry in receiving if entry[0].hook}
@@ -302,7 +306,7 @@ class _Pair:
         ):
             if s.site not in seen:  # no picture in this row, so nothing is added
                 return torch.zeros(len(self.where), self.model.cfg.d_model, dtype=self.model.cfg.dtype)
-            value = seen[s.site]
+            value = divided(seen.__getitem__, s.site, self.by)
             value = self.model.scatter_deepstack(value, inputs) if s.site.startswith("deepstack.") else value
             ends.append(value[0, where.to(value.device)])
         change = ends[0] - ends[1]
@@ -310,8 +314,8 @@ class _Pair:
             return change
         block = self.model.blocks[int(s.site.split(".")[1])]
         if s.unit == "H":
-            return change[:, s.index] @ block.attn.W_O[s.index]
-        return change[:, s.index, None] * block.mlp.W_out[s.index]
+            return change[:, s.index] @ head_rows(block)[s.index]
+        return change[:, s.index, None] * neuron_rows(block)[s.index]
 
     def _changes(self, entries: Sequence[Sequence[_Sender]], d: _Input) -> Float[Tensor, "rows n d_model"]:
         """Each entry's change as this input meets it: senders that write before it reads."""

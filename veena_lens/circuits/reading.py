@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache, MissingActivation
+from veena_lens.components.writing import divided
 from veena_lens.hook_table import layer_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_unit
@@ -207,21 +208,34 @@ def _run(model: HookedVLM, inputs: MultimodalInputs, names: Sequence[str], at: A
 
 
 def read_both(
-    source: Any, baseline: Any, names: Sequence[str], at: Any, model: Any, who: str
+    source: Any,
+    baseline: Any,
+    names: Sequence[str],
+    at: Any,
+    model: Any,
+    who: str,
+    by: Mapping[str, str] | None = None,
 ) -> tuple[Reading, Callable[[str], Float[Tensor, "batch n ..."]]]:
     """The reading of `source`, and a function that gives an activation, less that of `baseline` where there is one.
 
+    by: the hook of the denominator that divides an activation in each run (see `components/writing.py`).
     Values come in the dtype to sum in. Raises: as `read`; ValueError where the two runs' positions do not pair up."""
+    by = dict(by or {})
+    names = [*names, *by.values()]
     first = read(source, names, at, model, who)
+
+    def value_in(run: Reading, name: str) -> Tensor:
+        return divided(lambda one: _wide(run[one]), name, by)
+
     if baseline is None:
-        return first, lambda name: _wide(first[name])
+        return first, lambda name: value_in(first, name)
     second = read(baseline, names, at, model if model is not None else first.model, who)
     if first.mask.shape != second.mask.shape or not bool((first.mask == second.mask.to(first.mask.device)).all()):
         raise ValueError(
             f"{who}: at={at!r} selects {first.mask.sum(-1).tolist()} positions a row, in the baseline "
             f"{second.mask.sum(-1).tolist()}; pairs need the same rows with the same text."
         )
-    return first, lambda name: _wide(first[name]) - _wide(second[name]).to(first[name].device)
+    return first, lambda name: value_in(first, name) - value_in(second, name).to(first[name].device)
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 r_h[p] = sum_k A[h,p,k] v_k W_O[h], so <r_h[p], u> is a sum of numbers c[h,p,k] = A[h,p,k] <v_k W_O[h], u>, one a key.
 Image keys, query text, other text and the position itself share it out exactly; over a picture's tokens it is a map.
-Each layer's values and attention rows are read as they pass: only the asked query rows exist, and no result.
+Each layer's values and attention rows are read as they pass: only the asked query rows exist, and no result. Where a
+norm follows attention (Gemma) its factor joins W_O, and its denominator, from a run before, divides.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from veena_lens.circuits.reading import (
     exact,
     picture_cells,
     places_of,
+    read,
     require_reduce,
     stream_rows,
     unit_directions,
 )
+from veena_lens.components.writing import denominators, head_rows
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer
 from veena_lens.positions import position_mask
@@ -209,13 +212,17 @@ def _routed(
     """The four sources of the query rows, or the cells of a picture."""
     index, mask = places_of(inputs, plan.at, plan.who)
     sources = _sources(inputs)
+    # A norm that follows attention divides what all keys give by one number a position, known when they have been read.
+    hooks_of_z = [f"blocks.{layer}.attn.hook_z" for layer in plan.layers]
+    by = list(denominators(plan.model.cfg, hooks_of_z).values())
+    scales = read(inputs, by, plan.at, plan.model, plan.who) if by else None
     found = Collected(plan.layers, mask, plan.reduce)
     worth: dict[int, Tensor] = {}
 
     def hear_values(layer: int, unit: Tensor) -> Any:
         def hear(v: Float[Tensor, "batch pos n_key_value_heads d_head"], hook: Any) -> None:
             v = v.detach().to(exact(v.dtype))
-            W_O = plan.model.blocks[layer].attn.W_O.detach().to(v)
+            W_O = head_rows(plan.model.blocks[layer]).detach().to(v)
             wanted = einsum(W_O, unit.to(v), "head d_head d_model, row d_model -> row head d_head")
             wanted = rearrange(wanted.expand(len(v), -1, -1), "batch (g r) d_head -> batch g r d_head", g=v.shape[2])
             every = einsum(v, wanted, "batch pos g d_head, batch g r d_head -> batch g r pos")
@@ -226,6 +233,8 @@ def _routed(
 
     def share_out(layer: int, at: slice, weights: Float[Tensor, "batch head n key_pos"]) -> None:
         parts = weights.to(worth[layer].dtype) * worth[layer][:, :, None]
+        if scales is not None:
+            parts = parts / scales[f"blocks.{layer}.ln1_post.hook_scale"][:, None, at].to(parts)
         where = index[:, at].to(parts.device)[:, None, :, None].expand(-1, parts.shape[1], -1, -1)
         if cells is None:
             own = parts.gather(-1, where)

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.components.writing import neuron_rows
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_unit
@@ -99,7 +100,7 @@ def neuron_sizes(model: Any, inputs: MultimodalInputs, positions: Any = "last") 
 
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.cfg.n_layers)]
     model.run_with_hooks(prepared, return_type=None, fwd_hooks=[(name, keep) for name in names])
-    written = [block.mlp.W_out.float().norm(dim=-1).cpu() for block in model.blocks]
+    written = [neuron_rows(block).detach().float().norm(dim=-1).cpu() for block in model.blocks]
     return torch.stack([means[name] * norm for name, norm in zip(names, written, strict=True)])
 
 

@@ -69,7 +69,7 @@ def ena(
     variant="add" adds (gamma - 1) times each neuron's mean activation on emotional pictures instead, which works where
     activations are near 0; it needs `model` and `activations`, a number for each neuron, and becomes a `Steer` of the
     layer's residual by sum_n (gamma - 1) a_n W_out[n], the same edit. A gamma of 1 changes nothing.
-    Raises: ValueError for no neurons, an unknown variant, or "add" without what it needs.
+    Raises: ValueError for no neurons, an unknown variant, "add" without what it needs, or where a norm follows the MLP.
     Source: Zhang et al. 2026, arXiv 2605.21980; the second variant is ours.
     """
     if not neurons:
@@ -86,6 +86,11 @@ def ena(
         return Circuit(parts, name, about)
     if model is None or activations is None or len(activations) != len(neurons):
         raise ValueError("ena: variant='add' needs model= and activations=, one number for each neuron.")
+    if model.cfg.post_norms:
+        raise ValueError(
+            "ena: variant='add' adds what neurons would; this model norms what its MLP gives before it is added, and "
+            "the norm of a sum is no sum of norms. Take variant='factor'."
+        )
     mean = dict(zip([tuple(n) for n in neurons], [float(a) for a in activations], strict=True))
     parts = []
     for layer, numbers in _by_layer(neurons):

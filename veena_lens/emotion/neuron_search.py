@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veena_lens.circuits import neuron_kinds, neuron_trace, path_patching, promoted_tokens, top_neurons
+from veena_lens.components.writing import neuron_rows
 from veena_lens.emotion.head_search import KeyHeads
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.emotion.tracing import push_of, spread_over
@@ -186,7 +187,7 @@ def _kinds(
 
 
 def _sign(model: Any, directions: Any, layer: int, neuron: int, emotion: str = "") -> float:
-    row = model.blocks[layer].mlp.W_out.detach()[neuron]
+    row = neuron_rows(model.blocks[layer]).detach()[neuron]
     return float(row.double() @ directions.unit(emotion or None)[layer].to(row).double())
 
 

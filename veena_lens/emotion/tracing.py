@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.circuits import bootstrap, path_patching
+from veena_lens.components.writing import head_rows
 from veena_lens.emotion.head_search import Head, KeyHeads
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.scores import Scores
@@ -43,9 +44,9 @@ class head_push:  # noqa: N801 (read as a function, as the metrics of sweeps are
 
 
 def push_of(model: Any, head: Head, unit: Float[Tensor, " d_model"], positions: Any = "last") -> head_push:
-    """The metric of one head's push along a unit direction."""
+    """The metric of one head's push along a unit direction, a following norm's denominator left out."""
     layer, number = head
-    W_O = model.blocks[layer].attn.W_O.detach()[number]
+    W_O = head_rows(model.blocks[layer]).detach()[number]
     return head_push(layer, number, W_O @ unit.to(W_O), positions)
 
 

@@ -107,7 +107,14 @@ class StackedWeights:
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Sum of the output biases that blocks before `layer` added; with `mlp_input` its attention's too."""
+        """Sum of the output biases that blocks before `layer` added; with `mlp_input` its attention's too.
+
+        Raises: ValueError for biases that a norm follows, which add another vector at each position."""
+        if self.cfg.post_norms and (self.cfg.attn_out_bias or self.cfg.mlp_bias):
+            raise ValueError(
+                "accumulated_bias: norms follow attention and MLP in this model, so their biases add another vector at "
+                "each position. Decompose by attn_out and mlp_out (`decompose_resid`)."
+            )
         total = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
         for block in list(self.blocks)[:layer]:
             total = total + block.attn.b_O

@@ -15,6 +15,7 @@ from veena_lens.app import steps
 from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.circuits import head_intention, top_neurons
+from veena_lens.components.writing import neuron_rows
 from veena_lens.emotion import PairSet, TooFewPairs, directions_from, load_pairs, neuron_pushes, select_pairs
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.scores import Scores
@@ -132,7 +133,7 @@ def extract(explorer: Explorer, session: Session, asked: DirectionAsked) -> Dire
         trace, _ = neuron_pushes(model, chosen.pairs, found, lead_in=lead_in, batch_size=BATCH)
         strongest: Any = top_neurons(trace, N_NEURONS)
         neurons = [(int(r.layer), int(r.neuron), float(r.value)) for r in strongest.itertuples()]
-        written = [(la, n, model.blocks[la].mlp.W_out[n].cpu().double()) for la, n, _ in neurons]
+        written = [(la, n, neuron_rows(model.blocks[la])[n].cpu().double()) for la, n, _ in neurons]
         quieter = [(la, n) for la, n, row in written if float(row @ vectors[la]) < 0]
     best: Any = pushes.top(N_HEADS)
     direction = Direction(

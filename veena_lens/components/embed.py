@@ -27,7 +27,7 @@ class Embed(nn.Module):
     def factor(self, dtype: torch.dtype) -> float:
         """The scale as the model's dtype holds it: sqrt(3072) is 55.5 in bfloat16."""
         assert self.scale is not None
-        return float(torch.tensor(self.scale, dtype=torch.float32).to(dtype))
+        return float(torch.tensor(self.scale, dtype=torch.float64).to(dtype))
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:

@@ -126,6 +126,8 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         with torch.device("meta"):
             model = cls(cfg)
         checkpoints.fill_from_state_dict(model, hf_model.state_dict(), adapter, cfg, copy=copy)
+        if cfg.scales_embeddings:  # the factor as their model holds it, rounded to the dtype that it was made in
+            model.embed.scale = float(hf_model.get_input_embeddings().embed_scale)
         return model._loaded(adapter, processor, getattr(hf_model, "generation_config", None))
 
     def _loaded(self, adapter: Any, processor: Any, generation_config: Any) -> HookedVLM:

@@ -58,9 +58,12 @@ def test_maps_over_all_pictures_add_up_to_the_images_part(name: str, model_of) -
     model, inputs = ready(model_of, name)
     S, other = directions(model), twin(inputs)
     routes = head_routing(model, inputs, S, baseline=other).select(source="image").values
-    maps = [per_patch(model, inputs, S, image=i, baseline=other) for i in range(max(inputs.n_images))]
-    if name == "llava-next":  # the whole view stands beside the grid through the tiles, newlines in neither
-        maps += [per_patch(model, inputs, S, image=i, baseline=other, grid="whole") for i in range(2)]
+    images = range(max(inputs.n_images))
+    maps = [per_patch(model, inputs, S, image=i, baseline=other) for i in images]
+    if inputs.token_tiles:  # the whole view stands beside the grid through the tiles, newlines in neither
+        maps += [
+            per_patch(model, inputs, S, image=i, baseline=other, grid="whole") for i in range(max(inputs.n_images))
+        ]
         newline = torch.zeros_like(routes)
         for sign, run in ((1, inputs), (-1, other)):
             newline += sign * newline_part(model, run, S)

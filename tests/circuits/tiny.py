@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tests.cases import BY_NAME, counted, raw_inputs
+from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.qwen_cases import QWEN_BY_NAME
 
 # Grouped queries, biases, windows, both paddings, several pictures, tiles, any size, deep-stack features, text alone.
@@ -21,6 +22,7 @@ NAMES = (
     "three-images-and-none",
     "text-qwen3",
     "llava-next",
+    "onevision-resampled",
     "qwen2_vl-image-and-video",
     "qwen3_vl-plain",
     "qwen3_vl-deepstack-every-decoder-layer",
@@ -48,8 +50,9 @@ def ready(model_of: Callable[..., Any], name: str) -> tuple[Any, Any]:
         case: Any = QWEN_BY_NAME[name]
         model = model_of(case, casts="none")
         return model, model.inputs_from_hf(**raw_inputs(case))
-    model = model_of(BY_NAME[name], casts="none")
-    return model, model.inputs_from_hf(**counted(raw_inputs(BY_NAME[name])))
+    case = (BY_NAME | ONEVISION_BY_NAME)[name]
+    model = model_of(case, casts="none")
+    return model, model.inputs_from_hf(**counted(raw_inputs(case)))
 
 
 def twin(inputs: Any) -> Any:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
+from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens.hook_table import hooks_of
 from veena_lens.sweeps import patch_sweep, steer_sweep
@@ -23,6 +24,7 @@ CASES = [
     QWEN_BY_NAME["qwen2_vl-plain"],
     QWEN_BY_NAME["qwen3_vl-plain"],
     QWEN_BY_NAME["qwen3_vl-image-and-video"],
+    ONEVISION_BY_NAME["onevision-image-and-video"],
 ]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.cases import BY_NAME, counted, raw_inputs
+from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.parity.test_llava_next import batch, build
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens import HookedVLM
@@ -24,9 +25,10 @@ def fixed(model_of) -> tuple[Any, Any, Any]:
     return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
 
 
-def qwen(model_of, name: str) -> tuple[Any, Any, Any]:
-    model = model_of(QWEN_BY_NAME[name], casts="none")
-    raw = raw_inputs(QWEN_BY_NAME[name])
+def case_of(model_of, name: str) -> tuple[Any, Any, Any]:
+    case = (QWEN_BY_NAME | ONEVISION_BY_NAME)[name]
+    model, raw = model_of(case, casts="none"), raw_inputs(case)
+    raw = raw if "mm_token_type_ids" in raw else counted(raw)
     other = dict(raw)
     for key in ("pixel_values", "pixel_values_videos"):
         if key in raw:
@@ -45,10 +47,11 @@ def tiled() -> tuple[Any, Any, Any]:
 def runs(kind: str, model_of) -> tuple[Any, Any, Any]:
     if kind == "fixed":
         return fixed(model_of)
-    return tiled() if kind == "tiled" else qwen(model_of, kind)
+    return tiled() if kind == "tiled" else case_of(model_of, kind)
 
 
 KINDS = ["fixed", "tiled", "qwen2_vl-plain", "qwen2_5_vl-plain", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
+KINDS += ["onevision-resampled", "onevision-image-and-video"]
 
 
 def agree(model: Any, clean: Any, corrupted: Any, **kw: Any) -> Any:

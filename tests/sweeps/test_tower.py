@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
+from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.parity.test_llava_next import batch, build
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens import HookedVLM
@@ -19,6 +20,7 @@ from veena_lens.sweeps.metrics import logit_diff
 
 FIXED = ["clip-llama", "feature-list", "feature-list-siglip", "three-images-and-none"]
 QWEN = ["qwen2_vl-plain", "qwen2_5_vl-image-and-video", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
+ONEVISION = ["onevision-resampled", "onevision-image-and-video"]
 KW: dict[str, Any] = dict(metric=logit_diff(5, 6), progress=False)
 
 
@@ -28,7 +30,7 @@ def runs(name: str) -> tuple[Any, Any, Any]:
         model = HookedVLM.from_hf(build("llama", vision_feature_layer=[-2, 1])[0], casts="none")
         raw = batch(model, [[(90, 30), (40, 75)]])
     else:
-        case = (BY_NAME | QWEN_BY_NAME)[name]
+        case = (BY_NAME | QWEN_BY_NAME | ONEVISION_BY_NAME)[name]
         model, raw = native_model(case, casts="none"), raw_inputs(case)
         raw = raw if "mm_token_type_ids" in raw else counted(raw)
     other = {key: torch.randn_like(x) if key.startswith("pixel_values") else x for key, x in raw.items()}
@@ -41,7 +43,7 @@ def sites_of(model: Any) -> list[str]:
     return [n for n, hook in hooks_of(model.cfg).items() if hook.axis_names[0] in ("picture", "n_image_tokens")]
 
 
-@pytest.mark.parametrize("name", [*FIXED, "tiles", *QWEN])
+@pytest.mark.parametrize("name", [*FIXED, "tiles", *QWEN, *ONEVISION])
 def test_every_block_of_the_tower_equals_whole_forwards(name: str) -> None:
     """All depths in one batch: before the first block, in each block, after them and in the connector."""
     model, clean, corrupted = runs(name)
@@ -58,7 +60,7 @@ def test_every_block_of_the_tower_equals_whole_forwards(name: str) -> None:
 @settings(max_examples=6)
 @given(data=st.data())
 def test_any_sites_and_places_of_pictures_equal_whole_forwards(data: st.DataObject) -> None:
-    model, clean, corrupted = runs(data.draw(st.sampled_from([*FIXED, "tiles", *QWEN]), label="case"))
+    model, clean, corrupted = runs(data.draw(st.sampled_from([*FIXED, "tiles", *QWEN, *ONEVISION]), label="case"))
     sites = data.draw(st.lists(st.sampled_from(sites_of(model)[:-1]), min_size=1, max_size=5, unique=True))
     sites = [n for n in sites if n.startswith(("vision.", "connector."))] or ["vision.blocks.1.hook_mlp_out"]
     if len({n.startswith("connector.") for n in sites}) > 1:  # squares joined are other positions than patches
@@ -86,7 +88,7 @@ def blocks_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, i
     return seen
 
 
-@pytest.mark.parametrize("name", ["three-images-and-none", "tiles", "qwen3_vl-image-and-video"])
+@pytest.mark.parametrize("name", ["three-images-and-none", "tiles", "qwen3_vl-image-and-video", *ONEVISION])
 def test_only_edited_pictures_pass_only_later_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, clean, corrupted = runs(name)
     n_pictures, last = len(clean.picture_rows), model.cfg.vision.n_layers - 1

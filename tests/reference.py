@@ -7,6 +7,7 @@ pictures of any size are in `tests/qwen_reference.py`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,8 +94,8 @@ class Reference:
             if copies is None:
                 out = self.linear(keys[letter], normed).unflatten(-1, (count, e))
             else:  # each head reads its own copy
-                quiet = Reference(self.root, {}, None)
-                quiet.state = self.state
+                quiet = copy.copy(self)
+                quiet.edits, quiet.values, quiet.tracked = {}, {}, False
                 all_heads = quiet.linear(keys[letter], getattr(quiet, norm.__name__)("", keys["ln1"], copies))
                 all_heads = all_heads.unflatten(-1, (count, e))
                 out = torch.stack([all_heads[:, :, h, h] for h in range(count)], 2)
@@ -105,7 +106,9 @@ class Reference:
         if rotate is not None:
             q, k = self.at(f"{b}.attn.hook_rot_q", rotate(q)), self.at(f"{b}.attn.hook_rot_k", rotate(k))
         wide_k, wide_v = (t.repeat_interleave(n // kv, 2) for t in (k, v))
-        scores = torch.einsum("bqhe,bkhe->bhqk", q, wide_k) * e**-0.5
+        has_post_norms = "ln1_post" in keys
+        scores = torch.einsum("bqhe,bkhe->bhqk", q, wide_k)
+        scores = scores * (self.text.query_pre_attn_scalar if has_post_norms else e) ** -0.5
         if allowed is not None:
             scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
         scores = self.at(f"{b}.attn.hook_attn_scores", scores)
@@ -114,7 +117,9 @@ class Reference:
         weight = self.state[f"{keys['o']}.weight"].unflatten(1, (n, e))
         result = self.at(f"{b}.attn.hook_result", torch.einsum("bqhe,dhe->bqhd", z, weight))
         bias = self.state.get(f"{keys['o']}.bias", torch.zeros((), dtype=torch.float64))
-        x = self.at(f"{b}.hook_resid_mid", x + self.at(f"{b}.hook_attn_out", result.sum(2) + bias))
+        out = result.sum(2) + bias
+        out = norm(f"{b}.ln1_post", keys["ln1_post"], out) if has_post_norms else out
+        x = self.at(f"{b}.hook_resid_mid", x + self.at(f"{b}.hook_attn_out", out))
         normed = norm(f"{b}.ln2", keys["ln2"], self.at(f"{b}.hook_mlp_in", x))
         if "gate" in keys:
             gate = self.at(f"{b}.mlp.hook_pre", self.linear(keys["gate"], normed))
@@ -122,6 +127,7 @@ class Reference:
         else:
             hidden = act(self.at(f"{b}.mlp.hook_pre", self.linear(keys["up"], normed)))
         out = self.linear(keys["down"], self.at(f"{b}.mlp.hook_post", hidden))
+        out = norm(f"{b}.ln2_post", keys["ln2_post"], out) if has_post_norms else out
         return self.at(f"{b}.hook_resid_post", x + self.at(f"{b}.hook_mlp_out", out))
 
     # --- the picture's way into the sequence ---------------------------------------------------------

@@ -17,6 +17,7 @@ from transformer_lens.model_protocol import TransformerLensModel, TransformerLen
 from transformer_lens.tools import analysis
 
 from tests.cases import BY_NAME, Case, build_hf, raw_inputs, relative_error, tiny_tokenizer
+from tests.gemma_cases import GemmaCase
 from tests.qwen_cases import QwenCase
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
@@ -48,14 +49,28 @@ QWEN3 = QwenCase(
     text=dict(SMALL, num_hidden_layers=2),
     vision=dict(depth=2, out_hidden_size=16, deepstack_visual_indexes=[0]),
 )
-CASES = {"mha": MHA, "gqa": GQA, "qwen2_vl": QWEN2, "qwen2_5_vl": QWEN25, "qwen3_vl": QWEN3}
+GEMMA3 = GemmaCase(
+    name="small",
+    rows=("1 i 2", "2 i 1"),
+    text=dict(SMALL, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=4),
+)
+CASES = {"mha": MHA, "gqa": GQA, "qwen2_vl": QWEN2, "qwen2_5_vl": QWEN25, "qwen3_vl": QWEN3, "gemma3": GEMMA3}
 GOOD, BAD = 17, 40
+
+
+def after_norm(model: Any, cache: Any, layer: int, part: str, value: Tensor) -> Tensor:
+    """What becomes of [batch pos ... d_model] in the norm that follows attention ("ln1_post") or MLP, given the run's
+    denominator: the value itself where there is none."""
+    if not model.cfg.post_norms:
+        return value
+    scale = cache[f"blocks.{layer}.{part}.hook_scale"]
+    return value / scale.view(*scale.shape[:2], *[1] * (value.ndim - 2)) * getattr(model.blocks[layer], part).w
 
 
 class Pair:
     """A model, clean and corrupted inputs (other pictures), their caches, and a metric."""
 
-    def __init__(self, case: Case | QwenCase) -> None:
+    def __init__(self, case: Case | QwenCase | GemmaCase) -> None:
         from veena_lens import HookedVLM
 
         hf = build_hf(case, gain=5.0)  # strong attention, so that every patch shows
@@ -351,7 +366,8 @@ def test_head_results_sum_to_the_residual(pair: Pair) -> None:
     assert labels[0] == "L0H0" and len(labels) == 2 * n_heads + 1
     assert relative_error(stack.sum(0), cache["resid_post", 1]) < 1e-12
     for layer, head in itertools.product(range(2), range(n_heads)):
-        assert relative_error(stack[layer * n_heads + head], cache["result", layer][:, :, head]) < 1e-12
+        result = after_norm(pair.model, cache, layer, "ln1_post", cache["result", layer][:, :, head])
+        assert relative_error(stack[layer * n_heads + head], result) < 1e-12
 
 
 def test_head_results_are_computed_from_z_where_they_were_not_cached(pair: Pair) -> None:
@@ -360,7 +376,8 @@ def test_head_results_are_computed_from_z_where_they_were_not_cached(pair: Pair)
     assert not cache._ensure_head_results() if hasattr(cache, "_ensure_head_results") else True
     stack = cache.stack_head_results(layer=-1)
     n_heads = pair.model.cfg.n_heads
-    assert relative_error(stack[n_heads + 1], pair.clean_cache["result", 1][:, :, 1]) < 1e-12
+    result = after_norm(pair.model, cache, 1, "ln1_post", pair.clean_cache["result", 1][:, :, 1])
+    assert relative_error(stack[n_heads + 1], result) < 1e-12
 
 
 def test_neuron_results_sum_to_the_mlp_outputs(pair: Pair) -> None:
@@ -372,7 +389,7 @@ def test_neuron_results_sum_to_the_mlp_outputs(pair: Pair) -> None:
         assert relative_error(total, cache["mlp_out", layer][:, -1:].reshape(total.shape)) < 1e-12
     part = cache.get_neuron_results(1, neuron_slice=slice(3, 5))
     expected = cache["post", 1][..., 3:5, None] * model.W_out[1, 3:5]
-    assert relative_error(part, expected) < 1e-12
+    assert relative_error(part, after_norm(model, cache, 1, "ln2_post", expected)) < 1e-12
 
 
 @pytest.mark.parametrize("expand_neurons", [True, False])
@@ -583,14 +600,13 @@ def test_weights_compute_what_the_hooks_hold(pair: Pair) -> None:
             theirs = theirs if letter == "Q" else theirs.repeat_interleave(repeat, 2)
             assert relative_error(ours, theirs) < 1e-12, letter
         out = torch.einsum("bphe,hem->bpm", cache["z", layer], model.W_O[layer]) + model.b_O[layer]
+        out = after_norm(model, cache, layer, "ln1_post", out)
         assert relative_error(out, cache["attn_out", layer]) < 1e-12
         x = cache["normalized", layer, "ln2"] * model.blocks[layer].ln2.w
         assert relative_error(x @ model.W_gate[layer], cache["pre", layer]) < 1e-12 or model.cfg.mlp_bias
         assert relative_error(x @ model.W_in[layer] + model.b_in[layer], cache["pre_linear", layer]) < 1e-12
-        assert (
-            relative_error(cache["post", layer] @ model.W_out[layer] + model.b_out[layer], cache["mlp_out", layer])
-            < 1e-12
-        )
+        out = cache["post", layer] @ model.W_out[layer] + model.b_out[layer]
+        assert relative_error(after_norm(model, cache, layer, "ln2_post", out), cache["mlp_out", layer]) < 1e-12
     x = cache["ln_final.hook_normalized"] * model.ln_final.w
     assert relative_error(x @ model.W_U + model.b_U, pair.clean_logits) < 1e-12
     bias = model.accumulated_bias(2)

@@ -45,7 +45,7 @@ def _old(key: str) -> str:
 @pytest.mark.parametrize("form", ["single", "sharded", "of 2025"])
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_folder_gives_the_weights_bit_for_bit(name: str, form: str, tmp_path: Path) -> None:
-    options = dict(max_shard_size="40KB") if form == "sharded" else {}
+    options: dict[str, Any] = dict(max_shard_size="40KB") if form == "sharded" else {}
     theirs, folder = tiny_gemma.save(GEMMA_BY_NAME[name], tmp_path, with_processor=False, **options)
     assert (len(weight_files(folder)) > 2) == (form == "sharded")
     if form == "of 2025":
@@ -73,7 +73,8 @@ def test_saved_folder_loads_in_hugging_face_with_the_edited_weights(tmp_path: Pa
         for weight in (model.blocks[1].ln2_post.weight, model.connector.weight, model.embed.weight):
             weight.mul_(1.5)
     out = save_pretrained(model, tmp_path / "second", open_checkpoint(folder).hf_config)
-    theirs, told = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype="auto", output_loading_info=True)
+    loader: Any = transformers.AutoModelForImageTextToText
+    theirs, told = loader.from_pretrained(out, dtype="auto", output_loading_info=True)
     assert not told["missing_keys"] and not told["unexpected_keys"] and theirs.dtype == torch.float64
     again, raw = HookedVLM.from_pretrained(out), raw_inputs(case)
     with torch.no_grad():

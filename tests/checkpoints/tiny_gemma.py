@@ -44,6 +44,7 @@ def tokenizer() -> Any:
 
 def processor(case: GemmaCase, **settings: Any) -> Any:
     """A processor that counts image tokens as the case's model does."""
+    assert case.tokens is not None
     side = case.config().vision_config.image_size
     return transformers.Gemma3Processor(
         image_processor=Gemma3ImageProcessorPil(size={"height": side, "width": side}, **settings),

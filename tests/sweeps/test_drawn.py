@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
+from tests.gemma_cases import GEMMA_BY_NAME
 from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens.hook_table import hooks_of
@@ -21,6 +22,7 @@ CASES = [
     BY_NAME["window-qwen2"],
     BY_NAME["both-biases-tied"],
     BY_NAME["text-qwen3"],
+    GEMMA_BY_NAME["gemma3-unequal-rows"],
     QWEN_BY_NAME["qwen2_vl-plain"],
     QWEN_BY_NAME["qwen3_vl-plain"],
     QWEN_BY_NAME["qwen3_vl-image-and-video"],

@@ -25,10 +25,12 @@ def gemma3_config(config: Any) -> HookedVLMConfig:
     text, tower = config.text_config, config.vision_config
     vision = tower_config(tower, -1, "full")
     patches, side = vision.grid[0], int(config.mm_tokens_per_image**0.5)
-    if vision.kind != "siglip" or side < 1 or side**2 != config.mm_tokens_per_image or patches % side:
+    if vision.kind != "siglip":
+        raise ValueError(f"Means of squares of patches belong to a SigLIP tower; the tower is a {tower.model_type!r}.")
+    if side < 1 or side**2 != config.mm_tokens_per_image or patches % side:
         raise ValueError(
             f"mm_tokens_per_image={config.mm_tokens_per_image} must be a square whose side divides the {patches} "
-            f"patches a side of a SigLIP tower; the tower is a {tower.model_type!r}."
+            "patches a side of the tower."
         )
     vision = replace(vision, has_last_norm=True, averages_squares=True, merge_size=patches // side)
     return HookedVLMConfig(

@@ -117,7 +117,9 @@ def test_heads_are_grouped_by_layer_each_once_and_told_in_the_record() -> None:
         (lambda: vee(HEADS, phase="paper"), "give key_layer="),
         (lambda: vee(HEADS, 0.0), "must be a positive number"),
         (lambda: ena([], 2.0), "list of neurons is empty"),
-        (lambda: ena(NEURONS, variant="times"), "variant='times' must be one of factor, add"),
+        (lambda: ena(NEURONS, variant="times"), "variant='times' must be one of factor, add, positive"),
+        (lambda: ena(NEURONS, variant="positive"), "needs weights=, one number for each neuron"),
+        (lambda: ena(NEURONS, variant="positive", weights=[1.0]), "one number for each neuron"),
         (lambda: ena(NEURONS, variant="add"), "needs model= and activations="),
         (lambda: ena(NEURONS, variant="add", model=object(), activations=[1.0]), "one number for each neuron"),
         (lambda: veena([], []), "neither heads nor neurons"),
@@ -192,6 +194,23 @@ def test_variant_add_equals_the_factor_where_activations_are_their_means(model_o
 
 
 # --- VEENA -------------------------------------------------------------------------------------------
+def test_variant_positive_amplifies_only_what_pushes_along(model_of) -> None:
+    model, inputs = pictured(model_of, "clip-llama")
+    chosen, weights, hook = [(1, 90), (1, 7)], torch.tensor([2.0, -0.1], dtype=torch.float64), "blocks.1.mlp.hook_post"
+    with torch.no_grad():
+        _, plain = model.run_with_cache(inputs, names_filter=[hook])
+        with model.intervene(ena(chosen, 3.0, variant="positive", weights=weights.tolist(), positions="all")):
+            _, cache = model.run_with_cache(inputs, names_filter=[hook])
+    before, after = plain[hook][..., [90, 7]], cache[hook][..., [90, 7]]
+    along = (before * weights > 0) & inputs.attention_mask[..., None]
+    assert bool(along.any()) and bool((before * weights < 0).any())
+    torch.testing.assert_close(after, torch.where(along, 3 * before, before))
+    silent = ena(chosen, 3.0, variant="positive", weights=[0.0, 0.0], positions="all")
+    assert torch.equal(run(model, inputs, silent), run(model, inputs)), "what writes across the direction stays"
+    with pytest.raises(ValueError, match="1 signs for 2 neurons"):
+        ScaleNeurons(1, [7, 90], signs=[1.0])
+
+
 def test_veena_is_vee_and_ena_and_each_alone_where_the_other_is_empty(model_of) -> None:
     model, inputs = pictured(model_of, "clip-llama")
     both = veena(HEADS, NEURONS, 3.0, 2.0, mode="scale", positions="last")

@@ -119,16 +119,16 @@ def test_every_method_answers_every_condition_and_the_plain_model_comes_first(tm
 
 
 def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, monkeypatch) -> None:
-    model, real, asked_of = bundled("tiny-llava-emotion"), evaluation.answers, []
+    model, real, asked_of = bundled("tiny-llava-emotion"), evaluation.answers_to, []
 
-    def counted(model: Any, some: Any, method: Any, **settings: Any) -> list[str]:
+    def counted(model: Any, inputs: Any, method: Any, length: int) -> list[str]:
         if len(asked_of) == 3:
             asked_of.append(None)
             raise KeyboardInterrupt
-        asked_of.append(len(some))
-        return real(model, some, method, **settings)
+        asked_of.append(len(inputs))
+        return real(model, inputs, method, length)
 
-    monkeypatch.setattr(evaluation, "answers", counted)
+    monkeypatch.setattr(evaluation, "answers_to", counted)
     call: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 2, "draws": 50, "out": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, conditions(), [PLAIN], **call)

@@ -259,6 +259,30 @@ def test_heads_after_the_key_layer_restore_the_answer() -> None:
     assert best["effect"] == pytest.approx(sum(total) / 3, abs=1e-6)
 
 
+def test_stopped_execution_heads_go_on_to_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pairs, real, calls = bundled(LLAVA), twins()[1:3], module.patch_sweep, []
+    call: dict[str, Any] = dict(k=20, draws=50, progress=False)
+
+    def stopping(*given: Any, **more: Any) -> Any:
+        if len(calls) == 1:
+            calls.append(None)
+            raise KeyboardInterrupt
+        calls.append(given)
+        return real(*given, **more)
+
+    monkeypatch.setattr(module, "patch_sweep", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        execution_heads(model, pairs, slot(), 6, out=tmp_path, **call)
+    again = execution_heads(model, pairs, slot(), 6, out=tmp_path, **call)
+    assert len(calls) == 3, "the first pair is not patched again"
+    assert again.to_dict() == execution_heads(model, pairs, slot(), 6, **call).to_dict()
+    monkeypatch.delattr(module, "patch_sweep")
+    assert again.to_dict() == execution_heads(model, pairs, slot(), 6, out=tmp_path, **call).to_dict()
+    other = replace(slot(), tokens={e: ids[1:] for e, ids in slot().tokens.items()})
+    with pytest.raises(NameError, match="patch_sweep"):  # other tokens are another slot
+        execution_heads(model, pairs, other, 6, out=tmp_path, **call)
+
+
 def test_no_heads_follow_the_last_layer() -> None:
     found = execution_heads(bundled(LLAVA), twins()[:4], slot(), 7, progress=False)
     assert len(found) == 0 and "effect" in found.columns
@@ -271,6 +295,11 @@ def test_bad_input_is_named_before_anything_is_computed(monkeypatch: pytest.Monk
         head_effects(model, [], d, 2)
     with pytest.raises(ValueError, match="there are no pairs"):
         execution_heads(model, [], slot(), 2)
+    with pytest.raises(ValueError, match="execution_heads: layer 8 does not exist"):
+        execution_heads(model, twins(), slot(), 8)
+    with pytest.raises(ValueError, match="no tokens for 'proud'; known: happy, angry"):
+        proud = [Pair(replace(p.emotional, emotion="proud"), p.neutral) for p in twins()[:2]]
+        execution_heads(model, proud, slot(), 2)
     with pytest.raises(ValueError, match="layer 8 does not exist; the model has layers 0 to 7"):
         head_effects(model, twins(), d, 8)
     with pytest.raises(ValueError, match="layer 8 does not exist"):

@@ -16,6 +16,7 @@ from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, slot, twins
 from veena_lens.emotion import layer_search as module
 from veena_lens.emotion.direction_controls import noise_directions
+from veena_lens.emotion.fluency import Fluency
 from veena_lens.emotion.layer_search import KeyLayers, _choose, _judged, key_layers
 from veena_lens.emotion.methods import Method, answers, next_logits
 from veena_lens.emotion.pairs import Example, Pair
@@ -122,10 +123,13 @@ def test_relative_change_counts_at_least_one_hit_of_neutral_pictures() -> None:
     assert judged(two_pairs(), [0.1, 0.2]).change("relative").values[0, :, 1].tolist() == [1.0, 2.0]
 
 
-def test_twins_that_the_model_does_not_tell_apart_are_refused() -> None:
-    same = [f | {"plain": [NOTHING, NOTHING]} for f in two_pairs()]
+def test_twins_that_the_model_does_not_tell_apart_are_refused_before_any_injection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(module, "_inject")
+    same = [Pair(replace(p.neutral, emotion=p.emotion), p.neutral) for p in twins()[:2]]
     with pytest.raises(ValueError, match=r"0.00 on emotional and 0.00 on neutral .*nothing to restore"):
-        judged(same, [0.1, 0.2])
+        key_layers(bundled(LLAVA), same, directions(), max_new_tokens=4, progress=False)
 
 
 @pytest.mark.parametrize("alphas", [[0.1, 0.2], [0.2, 0.1]])
@@ -172,8 +176,12 @@ def test_injecting_the_emotion_restores_it_and_random_directions_do_not() -> Non
 
 def test_answers_and_soft_hits_equal_those_of_one_injection_at_a_time() -> None:
     model, pair, d = bundled(LLAVA), twins()[0], directions()
-    units = module._random_units(2, d, 0)[0]
-    one = module._inject(model, pair, d, [1, 5], (0.4, 1.5), "relative", "last+generated", units, slot(), set(), 5, 256)
+    units = d.overall.float()
+    plain = answers(model, [pair.neutral], max_new_tokens=5)[0]
+    fluency = Fluency(model, d.emotions, EmotionWheels.default())
+    one = module._inject(
+        model, pair, plain, d, [1, 5], (0.4, 1.5), "relative", "last+generated", units, slot(), fluency, 5, 256
+    )
     steered = []
     for layer in (1, 5):
         for alpha in (0.4, 1.5):
@@ -186,15 +194,6 @@ def test_answers_and_soft_hits_equal_those_of_one_injection_at_a_time() -> None:
             i, j = (1, 5).index(layer), (0.4, 1.5).index(alpha)
             assert one["soft"][i, j].item() == pytest.approx(change.item(), abs=2e-3)
     assert one["texts"] == steered
-    assert one["plain"] == answers(model, [pair.emotional, pair.neutral], max_new_tokens=5)
-
-
-def test_random_units_are_of_length_one_and_fixed_by_the_seed() -> None:
-    units = module._random_units(3, directions(), 4)
-    torch.testing.assert_close(units.norm(dim=-1), torch.ones(3, 8))
-    assert torch.equal(units, module._random_units(3, directions(), 4))
-    assert not torch.equal(units, module._random_units(3, directions(), 5))
-    assert not torch.equal(units[0], units[1])
 
 
 def test_directions_of_noise_have_no_band() -> None:
@@ -234,6 +233,7 @@ def test_results_of_another_setting_are_not_taken(tmp_path: Path, monkeypatch: p
         return said([given[1].emotion, NOTHING], [given[1].emotion], [NOTHING], [0.0])
 
     monkeypatch.setattr(module, "_inject", counted)
+    monkeypatch.setattr(module, "answers", lambda model, some, **settings: [e.emotion for e in some])
     settings: dict[str, Any] = dict(alphas=[0.1], layers=[5], draws=20, out=tmp_path, progress=False)
 
     def run(**more: Any) -> int:
@@ -245,6 +245,12 @@ def test_results_of_another_setting_are_not_taken(tmp_path: Path, monkeypatch: p
     assert run() == 0
     assert run(draws=30) == 0
     assert [run(scale="raw"), run(positions="last"), run(seed=1), run(alphas=[0.2]), run(layers=[4])] == [2] * 5
+    assert run(slot=slot()) == 2, "soft hits are new"
+    other = {e: ids[1:] for e, ids in slot().tokens.items()}
+    assert run(slot=replace(slot(), tokens=other)) == 2, "other tokens are another slot"
+    wheels = EmotionWheels.default()
+    words = replace(wheels.words, unscanned=wheels.words.unscanned | {"happy"})
+    assert run(wheels=replace(wheels, words=words)) == 2, "other words are left out of the fluency"
     renamed = [Pair(replace(p.emotional, emotion="angry"), p.neutral) for p in twins()[:2] if p.emotion == "happy"]
     calls.clear()
     key_layers(bundled(LLAVA), renamed, directions(), **settings)
@@ -253,10 +259,11 @@ def test_results_of_another_setting_are_not_taken(tmp_path: Path, monkeypatch: p
 
 def test_negative_layers_count_from_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     def one(*given: Any) -> Any:
-        assert list(given[3]) == [7]
+        assert list(given[4]) == [7]
         return said([given[1].emotion, NOTHING], [given[1].emotion], [NOTHING], [0.0])
 
     monkeypatch.setattr(module, "_inject", one)
+    monkeypatch.setattr(module, "answers", lambda model, some, **settings: [e.emotion for e in some])
     found = key_layers(bundled(LLAVA), twins()[:2], directions(), alphas=[0.1], layers=[-1], draws=20, progress=False)
     assert found.best == 7
 

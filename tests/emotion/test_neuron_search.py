@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from tests.emotion.twins import LLAVA, QWEN, directions, heads_of, twins
 from veena_lens.emotion import neuron_search as module
 from veena_lens.emotion.methods import prepared
 from veena_lens.emotion.neuron_search import KeyNeurons, key_neurons, neuron_pushes, strongest_neurons
+from veena_lens.emotion.pairs import Pair
 from veena_lens.emotion.slot import LEAD_IN
 from veena_lens.scores import Scores
 
@@ -110,6 +112,19 @@ def test_a_neuron_is_confirmed_where_its_path_helps_a_later_key_head(monkeypatch
     assert sure == {(0, 1), (1, 2)}
 
 
-def test_there_are_no_neurons_of_no_pairs() -> None:
+def test_bad_input_is_named_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(module, "neuron_pushes")
+    model, proud = bundled(LLAVA), [Pair(replace(twins()[0].emotional, emotion="proud"), twins()[0].neutral)]
     with pytest.raises(ValueError, match="key_neurons: there are no pairs"):
-        key_neurons(bundled(LLAVA), [], directions(), 5)
+        key_neurons(model, [], directions(), 5)
+    with pytest.raises(ValueError, match="key_neurons: layer 8 does not exist; the model has layers 0 to 7"):
+        key_neurons(model, twins(), directions(), 8)
+    with pytest.raises(ValueError, match="k=0 and batch_size=16 must be at least 1"):
+        key_neurons(model, twins(), directions(), 5, k=0)
+    with pytest.raises(ValueError, match="No direction for 'proud'"):
+        key_neurons(model, proud, directions(), 5)
+
+
+def test_progress_counts_every_pair_at_both_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    neuron_pushes(bundled(LLAVA), twins()[:2], directions(), "query", lead_in=LEAD_IN, progress=True)
+    assert "neurons, query: pairs: 100%" in capsys.readouterr().err

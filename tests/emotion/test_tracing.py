@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +70,47 @@ def test_edges_equal_one_patch_at_a_time_and_are_kept_where_both_speak_for_them(
     assert line["effect"] == pytest.approx(sum(shares) / 4, rel=1e-2, abs=1e-3)
 
 
+def test_stopped_tracing_goes_on_with_the_targets_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, d, pairs, real, calls = bundled(LLAVA), directions(), list(twins()[:4]), module._senders, []
+    heads = heads_of([(1, 2), (1, 4)])
+
+    def stopping(*given: Any) -> Any:
+        if len(calls) == 1:
+            calls.append(None)
+            raise KeyboardInterrupt
+        calls.append(given[3])
+        return real(*given)
+
+    monkeypatch.setattr(module, "_senders", stopping)
+    call: dict[str, Any] = dict(depth=1, top=2, draws=50, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        trace_back(model, pairs, heads, d, out=tmp_path, **call)
+    again = trace_back(model, pairs, heads, d, out=tmp_path, **call)
+    assert calls == [(1, 2), None, (1, 4)]
+    whole = trace_back(model, pairs, heads, d, **call)
+    assert again.to_dict() == whole.to_dict() and len(whole) > 0
+    calls.clear()
+    more: dict[str, Any] = call | {"top": 1}
+    trace_back(model, pairs[:3], heads, d, out=tmp_path, **more)
+    assert calls[0] == (1, 2), "other pairs and sizes are another search"
+
+
+def test_targets_are_not_spent_on_the_first_layer_which_nothing_feeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(module, "_senders", lambda m, p, d, head, *rest: seen.append(head) or [])
+    every = [(a, h) for a in range(3) for h in range(6)]
+    heads = heads_of([(0, 1), (2, 0), (0, 2), (1, 1), (2, 2)], every)
+    trace_back(None, [SimpleNamespace(identity=0)], heads, None, targets=2, progress=False)
+    assert seen == [(2, 0), (1, 1)]
+
+
+def test_no_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match="trace_back: there are no pairs"):
+        trace_back(None, [], heads_of([(1, 0)]), None, progress=False)
+
+
 def senders(table: dict[str, list[tuple[str, bool]]]) -> Any:
     def run(model: Any, pairs: Any, directions: Any, head: Any, *rest: Any) -> list[dict[str, Any]]:
         receiver = f"L{head[0]}H{head[1]}"
@@ -89,7 +131,7 @@ def test_kept_heads_become_targets_once_and_no_deeper_than_asked(monkeypatch: py
     heads = heads_of([(3, 0), (2, 5), (0, 1)], every)
 
     def edges(**more: Any) -> list[tuple[int, str, str]]:
-        frame = trace_back(None, [], heads, None, progress=False, **more)
+        frame = trace_back(None, [SimpleNamespace(identity=0)], heads, None, progress=False, **more)
         return list(zip(frame["level"], frame["sender"], frame["receiver"], strict=True))
 
     first = [(1, s, r) for r in ("L3H0", "L2H5") for s, _ in table[r]]

@@ -13,6 +13,7 @@ from veena_lens.emotion import tuning
 from veena_lens.emotion.evaluation import Evaluation, judged
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pair_set import Example
+from veena_lens.emotion.side_effects import Questions
 from veena_lens.emotion.tuning import fluency_ratio, is_conflict, tune, worth_of
 from veena_lens.emotion.wheels import EmotionWheels
 
@@ -69,7 +70,7 @@ def test_without_conflicts_the_worth_is_over_all_conditions() -> None:
 def scripted(monkeypatch) -> Any:
     """`scripted(texts by trial, perplexity by trial)`: `tune` on answers written here instead of a model's."""
 
-    def start(trials: Sequence[Mapping[str, list[str]]], fluent: Sequence[float] = ()) -> Any:
+    def start(trials: Sequence[Mapping[str, list[str]]], fluent: Sequence[float] = (), **guards: Any) -> Any:
         ratios = list(fluent) or [1.0] * len(trials)
         grid = [{"beta": float(i + 1)} for i in range(len(trials))]
         names = [f"VEE #{i}" for i in range(len(trials))]
@@ -80,10 +81,10 @@ def scripted(monkeypatch) -> Any:
             return said({"plain": PLAIN} | dict(zip(names, trials, strict=True)))
 
         monkeypatch.setattr(tuning, "evaluate", answered)
-        monkeypatch.setattr(tuning, "fluency_ratio", lambda m, e, name, w: ratios[names.index(name)])
+        monkeypatch.setattr(tuning, "fluency_ratio", lambda m, e, name, *rest: ratios[names.index(name)])
         found = tune(
             None, CONDITIONS, "VEE", grid, lambda beta: Method(name="?", about=f"{beta}", settings={"mode": "scale"}),
-            draws=20,
+            draws=20, **guards,
         )  # fmt: skip
         assert seen[0][0] == ["plain", *names] and seen[0][1]["draws"] == 20
         return found
@@ -151,3 +152,56 @@ def test_the_fluency_ratio_tells_broken_text_from_another_emotion() -> None:
 def test_settings_of_a_trial_are_kept_as_json_holds_them() -> None:
     assert tuning._plain((1, 2)) == "(1, 2)" and tuning._plain(torch.tensor(1)) == "tensor(1)"
     assert [tuning._plain(x) for x in (1, 2.5, "a", True, None)] == [1, 2.5, "a", True, None]
+
+
+@pytest.fixture
+def other(monkeypatch) -> Any:
+    """`other(share right by strength)`: a question about hair, and the strengths it was asked under."""
+
+    def start(right: Mapping[float | None, float]) -> tuple[Questions, list[float | None]]:
+        of: list[float | None] = []
+
+        def share_right(self: Questions, model: Any, method: Method, **settings: Any) -> float:
+            of.append(method.settings.get("beta"))
+            return right[of[-1]]
+
+        monkeypatch.setattr(Questions, "share_right", share_right)
+        return Questions(examples=[], asked=["hair?"], truths=["brown"]), of
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("right", "taken", "asked"),
+    [
+        ({None: 0.9, 2.0: 0.86}, 2.0, [None, 2.0]),  # the best loses four points: no other is asked
+        ({None: 0.9, 2.0: 0.8, 3.0: 0.9}, 3.0, [None, 2.0, 3.0]),  # of equals the weaker is asked first
+        ({None: 0.9, 2.0: 0.8, 3.0: 0.1, 1.0: 0.9}, 1.0, [None, 2.0, 3.0, 1.0]),
+        ({None: 0.9, 2.0: 0.5, 3.0: 0.6, 1.0: 0.3}, 3.0, [None, 2.0, 3.0, 1.0]),  # none passes: the least is lost
+    ],
+    ids=["first", "second", "last", "none"],
+)
+def test_trials_are_asked_other_questions_from_the_best_on_until_one_leaves_them_right(
+    scripted: Any, other: Any, right: dict[float | None, float], taken: float, asked: list[float | None]
+) -> None:
+    others, of = other(right)
+    found = scripted([HALF, RIGHT, RIGHT], others=others)
+    assert found.method.settings["beta"] == taken and of == asked
+    shares = found.trials["attributes"].tolist()
+    assert [s for s in shares if s == s] == [right[b] for b in (1.0, 2.0, 3.0) if b in asked]
+    lost = [0.9 - right[b] > tuning.ATTRIBUTE_HARM if b in asked else False for b in (1.0, 2.0, 3.0)]
+    assert found.trials["allowed"].tolist() == [not x for x in lost]
+
+
+def test_a_wider_tolerance_takes_what_a_narrow_one_refuses(scripted: Any, other: Any) -> None:
+    others, _ = other({None: 0.9, 2.0: 0.8, 1.0: 0.9})
+    assert scripted([HALF, RIGHT], others=others).method.settings["beta"] == 1.0
+    assert scripted([HALF, RIGHT], others=others, attribute_harm=0.2).method.settings["beta"] == 2.0
+
+
+def test_other_answers_are_kept_and_not_asked_again(scripted: Any, other: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tuning, "model_key", lambda model: "model")
+    for fresh in (1, 0):  # a method that does nothing is the plain model: not asked twice
+        others, of = other({None: 0.9, 2.0: 0.9})
+        scripted([PLAIN, RIGHT], others=others, out=tmp_path)
+        assert len(of) == fresh

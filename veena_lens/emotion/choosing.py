@@ -16,15 +16,16 @@ from veena_lens.emotion.boosts import best_heads, boost_gradients
 from veena_lens.emotion.contexts import conditions
 from veena_lens.emotion.enhance import ena, vee, veena
 from veena_lens.emotion.evaluation import evaluate
+from veena_lens.emotion.fluency import FLUENCY, Fluency
 from veena_lens.emotion.head_search import KeyHeads
-from veena_lens.emotion.layer_search import FLUENCY
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.neuron_search import KeyNeurons
 from veena_lens.emotion.settings import Settings
+from veena_lens.emotion.side_effects import other_questions
 from veena_lens.emotion.slot import AnswerSlot
 from veena_lens.emotion.tuning import HARM, Tuned, fluency_ratio, tune, worth_of
 from veena_lens.emotion.wheels import EmotionWheels
-from veena_lens.emotion.work import Work, model_key
+from veena_lens.emotion.work import Work, batch_key, model_key, slot_key
 from veena_lens.interventions import Circuit
 from veena_lens.scores import Scores
 
@@ -99,16 +100,16 @@ def rank_heads(
         found["patching"] = chosen[:k]
     if "intention" in settings.ways:
         found["intention"] = best_heads(heads.intention, k)
-    work = Work(out, {"what": "boosts", "model": model_key(model), "slot": repr(slot)})
+    work = Work(out, lambda: {"what": "boosts", "model": model_key(model), "slot": slot_key(slot)})
     for way, examples in (("conflict gradient", conflict), ("alone gradient", alone)):
         if way in settings.ways:
-            key = " | ".join(f"{e.picture} {e.prompt}" for e in examples)
 
             def run(examples: Sequence[Any] = examples) -> dict[str, Any]:
                 scores = boost_gradients(model, examples, slot, batch_size=max(1, settings.batch_size // 2))
                 return {"values": scores.values}
 
-            values = work.do(way + key, run)["values"]
+            told = [[e.emotion, e.context_emotion] for e in examples]  # what leads over what
+            values = work.do(lambda x=examples, told=told: f"{batch_key(x)} {told}", run)["values"]
             found[way] = best_heads(Scores(values, ("example", "layer", "head")), k)
     return found
 
@@ -148,15 +149,25 @@ def compare_ways(
         max_new_tokens=settings.max_new_tokens, draws=settings.draws, out=out, progress=progress,
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
+    measure = fluency_of(model, validation, wheels, settings, out)
     for (way, mode), method in zip(entries, methods, strict=True):
         worth, harm = worth_of(found, method.name)
-        ratio = fluency_ratio(model, found, method.name, EmotionWheels.default() if wheels is None else wheels)
+        ratio = fluency_ratio(model, found, method.name, wheels, measure)
         allowed = harm <= HARM and ratio <= FLUENCY
         row = {"way": way, "mode": mode, "plain": worth_of(found, "plain")[0], "worth": worth, "harm": harm}
         rows.append(row | {"perplexity": ratio, "allowed": allowed})
     able = [i for i, row in enumerate(rows) if row["allowed"]] or list(range(len(rows)))
     best = max(able, key=lambda i: rows[i]["worth"])
     return Ways(rankings=rankings, table=pd.DataFrame(rows), winner=entries[best])
+
+
+def fluency_of(
+    model: Any, conditions: Mapping[str, Sequence[Any]], wheels: Any, settings: Settings, out: Path | None
+) -> Fluency:
+    """What measures the fluency of answers to these conditions, and keeps it for all methods."""
+    emotions = [e.emotion for examples in conditions.values() for e in examples]
+    wheels = EmotionWheels.default() if wheels is None else wheels
+    return Fluency(model, emotions, wheels, batch_size=settings.batch_size, out=out)
 
 
 def own_families(
@@ -219,7 +230,9 @@ def tune_all(
     out: Path | None = None,
     progress: bool = True,
 ) -> dict[str, Tuned]:
-    """Every family's best settings on validation: ours first, then the rivals with as many trials each."""
+    """Every family's best settings on validation: ours first, then the rivals with as many trials each.
+
+    The guards are those of `tune`, other questions (`settings.questions`) among them."""
     families = own_families(ways, neurons, adaptive, settings)
     if not neurons.neurons:
         families = [f for f in families if f[0] == "VEE"]
@@ -229,10 +242,17 @@ def tune_all(
         n = min(12, settings.trials)
         rivals = rival_families(model, directions=directions, key_layer=key_layer, trials=n, seed=settings.seed)
         families += [(f.name, spaced(list(f.grid), settings.trials), f.build) for f in rivals]
+    others = None
+    if settings.attribute_harm is not None:
+        others = other_questions(validation["alone"][: settings.asked_pictures], settings.questions)
+    guards = {
+        "others": others, "attribute_harm": settings.attribute_harm or 0.0,
+        "measure": fluency_of(model, validation, wheels, settings, out),
+    }  # fmt: skip
     tuned = {}
     for name, grid, build in families:
         tuned[name] = tune(
-            model, validation, name, grid, build, wheels=wheels, batch_size=settings.batch_size,
+            model, validation, name, grid, build, **guards, wheels=wheels, batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens, draws=settings.draws, out=out, progress=progress,
         )  # fmt: skip
     return tuned

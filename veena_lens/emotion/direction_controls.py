@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from veena_lens.circuits.reading import EPS
+from veena_lens.emotion.controls import random_directions
 from veena_lens.emotion.direction_set import Directions
 from veena_lens.emotion.directions import Selected, directions_from
 
@@ -22,20 +21,15 @@ __all__ = ["person_directions", "noise_directions", "shuffled_directions", "swap
 
 
 def noise_directions(directions: Directions, seed: int = 0) -> Directions:
-    """Gaussian vectors, each layer's and emotion's with the norm of the direction that it stands for; nothing measured.
+    """`random_directions` in place of a whole set: each layer's and emotion's with the norm of the direction that it
+    stands for; nothing measured.
 
     Axes and units as `directions`."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def like(vectors: Tensor) -> Tensor:
-        drawn = torch.randn(vectors.shape, generator=generator, dtype=torch.float64)
-        drawn = drawn * (vectors.double().cpu().norm(dim=-1, keepdim=True) / (drawn.norm(dim=-1, keepdim=True) + EPS))
-        return drawn.to(vectors)
-
+    drawn = random_directions(torch.cat([directions.overall[None], directions.per_emotion]), 1, seed)[0]
     return replace(
         directions,
-        overall=like(directions.overall),
-        per_emotion=like(directions.per_emotion),
+        overall=drawn[0],
+        per_emotion=drawn[1:],
         measured={},
         meta={**directions.meta, "kind": "random, norms matched", "control_seed": seed},
     )

@@ -14,7 +14,7 @@ import torch
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
 
 PHASES = ("both", "paper", "prefill", "decode")
-VARIANTS = ("factor", "add")
+VARIANTS = ("factor", "add", "positive")
 Unit = tuple[int, int]
 
 
@@ -63,14 +63,18 @@ def ena(
     variant: str = "factor",
     model: Any = None,
     activations: Any = None,
+    weights: Any = None,
 ) -> Circuit:
     """Emotion neuron amplification: activations of (layer, neuron) in `neurons` times `gamma` at `positions`.
 
     variant="add" adds (gamma - 1) times each neuron's mean activation on emotional pictures instead, which works where
     activations are near 0; it needs `model` and `activations`, a number for each neuron, and becomes a `Steer` of the
-    layer's residual by sum_n (gamma - 1) a_n W_out[n], the same edit. A gamma of 1 changes nothing.
-    Raises: ValueError for no neurons, an unknown variant, "add" without what it needs, or where a norm follows the MLP.
-    Source: Zhang et al. 2026, arXiv 2605.21980; the second variant is ours.
+    layer's residual by sum_n (gamma - 1) a_n W_out[n], the same edit. variant="positive" amplifies only where a_n w_n >
+    0, `weights` holding w_n = <W_out[n], S^> for each neuron (`KeyNeurons.weights`): a factor strengthens whatever sign
+    an activation has, also one that pushes against the direction. A gamma of 1 changes nothing.
+    Raises: ValueError for no neurons, an unknown variant, "add" or "positive" without what it needs, or "add" where a
+    norm follows the MLP.
+    Source: Zhang et al. 2026, arXiv 2605.21980; the other variants are ours.
     """
     if not neurons:
         raise ValueError("ena: the list of neurons is empty; nothing would be amplified.")
@@ -78,11 +82,17 @@ def ena(
         raise ValueError(f"ena: variant={variant!r} must be one of {', '.join(VARIANTS)}.")
     about = {"method": "ENA", "gamma": float(gamma), "variant": variant, "neurons": [list(n) for n in neurons]}
     name = f"ENA gamma {gamma:g}, {variant}, {len(neurons)} neurons"
-    if variant == "factor":
+    if variant == "positive" and (weights is None or len(weights) != len(neurons)):
+        raise ValueError("ena: variant='positive' needs weights=, one number for each neuron.")
+    if variant in ("factor", "positive"):
+        sign = {tuple(n): float(w) for n, w in zip(neurons, weights if variant == "positive" else ())}
         parts: list[Any] = [
-            ScaleNeurons(layer=layer, neurons=numbers, factor=float(gamma), positions=positions)
+            ScaleNeurons(
+                layer=layer, neurons=numbers, factor=float(gamma), positions=positions,
+                signs=[sign[layer, n] for n in numbers] if sign else None,
+            )
             for layer, numbers in _by_layer(neurons)
-        ]
+        ]  # fmt: skip
         return Circuit(parts, name, about)
     if model is None or activations is None or len(activations) != len(neurons):
         raise ValueError("ena: variant='add' needs model= and activations=, one number for each neuron.")
@@ -107,11 +117,12 @@ def veena(
     gamma: float | int = 2.0,
     **settings: Any,
 ) -> Circuit:
-    """VEE and ENA together; `settings` are those of `vee` (mode, phase, key_layer, keys) and of `ena` (positions).
+    """VEE and ENA together; `settings` are those of `vee` (mode, phase, key_layer, keys) and of `ena` (positions,
+    variant and what it needs).
 
     A list may be empty where the other is not. Raises: as `vee` and `ena`."""
     mine = {k: v for k, v in settings.items() if k in ("mode", "phase", "key_layer", "keys")}
-    theirs = {k: v for k, v in settings.items() if k in ("positions", "variant", "model", "activations")}
+    theirs = {k: v for k, v in settings.items() if k in ("positions", "variant", "model", "activations", "weights")}
     unknown = set(settings) - set(mine) - set(theirs)
     if unknown:
         raise TypeError(f"veena: unknown settings {sorted(unknown)}.")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from veena_lens.circuits import sign_flip
 from veena_lens.emotion.intervals import drawn_weights, share
-from veena_lens.emotion.methods import PLAIN, Method, answers, batches
-from veena_lens.emotion.work import Work, model_key
+from veena_lens.emotion.methods import PLAIN, Method, answers_to, batches, prepared, require_sizes
+from veena_lens.emotion.work import Work, batch_key, method_key, model_key
 from veena_lens.scores import Scores
 from veena_lens.sweeps.running import bar
 
@@ -132,11 +132,12 @@ def evaluate(
     """Every method's answers to every condition's examples, judged. The plain model is the baseline; it is added in
     front where `methods` lacks it. out: answers are kept there batch by batch, and the same evaluation resumes.
 
-    Raises: ValueError for no examples, or two methods of one name.
+    Raises: ValueError for no examples, two methods of one name, or a batch size or length below 1.
     """
     from veena_lens.emotion.wheels import EmotionWheels
 
     wheels = EmotionWheels.default() if wheels is None else wheels
+    require_sizes(batch_size, max_new_tokens)
     methods = list(methods) if any(m.name == PLAIN.name for m in methods) else [PLAIN, *methods]
     names = [m.name for m in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -146,25 +147,27 @@ def evaluate(
         raise ValueError("evaluate: every condition needs at least one example.")
     total = sum(len(x) for x in conditions.values()) * len(methods)
     show = bar(total, progress, "answers")
-    texts: dict[str, dict[str, list[str]]] = {c: {} for c in conditions}
-    for method in methods:
-        about = {"what": "answers", "model": model_key(model), "method": method.name, "settings": dict(method.settings)}
-        # Settings need not tell one set of heads from another; the interventions themselves do.
-        does = [] if callable(method.interventions) else [repr(x) for x in method.interventions]
-        work = Work(out, about | {"does": does, "tokens": max_new_tokens})
-        for condition, examples in conditions.items():
-            said: list[str] = []
-            for some in batches(examples, batch_size):
+    texts: dict[str, dict[str, list[str]]] = {}
+    about = {"what": "answers", "model": None if out is None else model_key(model), "tokens": max_new_tokens}
+    # Named by what a method does: the same heads and strength are not asked again under another name.
+    works = [Work(out, lambda m=m: about | {"does": method_key(m)}) for m in methods]
+    for condition, examples in conditions.items():
+        texts[condition] = {m.name: [] for m in methods}
+        for some in batches(examples, batch_size):
+            key = None if out is None else batch_key(some)
+            shared: list[Any] = []  # prepared once for all methods that leave the prompt as it is
+            for method, work in zip(methods, works, strict=True):
 
-                def run(some: list[Any] = some, method: Method = method) -> dict[str, Any]:
-                    found = answers(model, some, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
-                    return {"texts": found}
+                def run(some: list[Any] = some, method: Method = method, shared: list[Any] = shared) -> dict[str, Any]:
+                    if method.prompt is not None:
+                        return {"texts": answers_to(model, prepared(model, some, method), method, max_new_tokens)}
+                    if not shared:
+                        shared.append(prepared(model, some))
+                    return {"texts": answers_to(model, shared[0], method, max_new_tokens)}
 
-                key = " | ".join(f"{e.picture} {e.prompt}" for e in some)
-                said += work.do(key, run)["texts"]
+                texts[condition][method.name] += work.do(str(key), run)["texts"]
                 if show is not None:
                     show.update(len(some))
-            texts[condition][method.name] = said
     if show is not None:
         show.close()
     return judged(conditions, texts, wheels, PLAIN.name, {m.name: dict(m.settings) for m in methods}, draws, seed)

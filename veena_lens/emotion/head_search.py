@@ -32,7 +32,7 @@ from veena_lens.circuits import (
 )
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.emotion.slot import AnswerSlot
-from veena_lens.emotion.work import Work, directions_key, model_key
+from veena_lens.emotion.work import Work, directions_key, model_key, pair_key, slot_key
 from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -114,7 +114,7 @@ def head_effects(
     layer = require_layer(layer, model.cfg.n_layers, "head_effects")
     chosen = list(range(layer + 1)) if layers is None else [int(x) for x in layers]
     about = {"what": "heads", "layer": layer, "rows": list(rows), "layers": chosen, "lead_in": lead_in}
-    work = Work(out, about | {"model": model_key(model), "directions": directions_key(directions)})
+    work = Work(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
     show = bar(len(pairs), progress, "heads: pairs")
     found = []
     for pair in pairs:
@@ -132,8 +132,7 @@ def head_effects(
             ends = torch.stack([parts[0].clean[0], parts[0].corrupted[0]])
             return {"values": torch.stack([p.values for p in parts]).double(), "ends": ends.double()}
 
-        name = f"{pair.emotion} {pair.emotional.picture} {pair.neutral.picture} {pair.neutral.prompt}"
-        found.append(work.do(name, run))
+        found.append(work.do(lambda pair=pair: pair_key(pair), run))
         if show is not None:
             show.update(1)
     if show is not None:
@@ -326,25 +325,39 @@ def execution_heads(
     draws: int = 2000,
     seed: int = 0,
     max_rows: int = 512,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> Any:
     """Heads after the key layer by what they restore of the soft hit at the answer slot: a table, best first.
 
-    Columns layer, head, effect, low, high (interval over identities). Empty where no layer follows.
-    Raises: ValueError for no pairs."""
+    Columns layer, head, effect, low, high (interval over identities). Empty where no layer follows. out: effects are
+    kept there pair by pair, and the same call resumes.
+    Raises: ValueError for no pairs, an unknown layer, or an emotion that the slot does not know."""
+    pairs = list(pairs)
     if not pairs:
         raise ValueError("execution_heads: there are no pairs.")
+    after = require_layer(after, model.cfg.n_layers, "execution_heads")
+    metrics = {emotion: slot.metric(emotion) for emotion in dict.fromkeys(p.emotion for p in pairs)}
     layers = list(range(after + 1, model.cfg.n_layers))
+    about = {"what": "execution heads", "layers": layers, "slot": slot_key(slot)}
+    work = Work(out, lambda: about | {"model": model_key(model)})
     show = bar(len(pairs) if layers else 0, progress, "execution heads: pairs")
     values, ends = [], []
     for pair in pairs if layers else []:
-        clean, corrupted = (prepared(model, [x], lead_in=slot.lead_in) for x in (pair.emotional, pair.neutral))
-        metric = slot.metric(pair.emotion)
-        found = patch_sweep(
-            model, clean, corrupted, "heads", ROWS["last"], metric, layers=layers, max_rows=max_rows, progress=False
-        )
-        values.append(found.values.double())
-        ends.append(torch.stack([found.clean[0], found.corrupted[0]]).double())
+
+        def run(pair: Any = pair) -> dict[str, Any]:
+            clean, corrupted = (prepared(model, [x], lead_in=slot.lead_in) for x in (pair.emotional, pair.neutral))
+            metric = metrics[pair.emotion]
+            found = patch_sweep(
+                model, clean, corrupted, "heads", ROWS["last"], metric, layers=layers, max_rows=max_rows,
+                progress=False,
+            )  # fmt: skip
+            both = torch.stack([found.clean[0], found.corrupted[0]])
+            return {"values": found.values.double(), "ends": both.double()}
+
+        one = work.do(lambda pair=pair: pair_key(pair), run)
+        values.append(one["values"])
+        ends.append(one["ends"])
         if show is not None:
             show.update(1)
     if show is not None:

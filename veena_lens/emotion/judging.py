@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ from veena_lens.emotion.neuron_search import KeyNeurons
 from veena_lens.emotion.settings import Settings
 from veena_lens.emotion.side_effects import (
     SideEffects,
-    attribute_accuracy,
     described_accuracy,
     latency_ratio,
     measure_side_effects,
+    other_questions,
 )
 from veena_lens.emotion.tuning import Tuned
-from veena_lens.emotion.work import Work, model_key
+from veena_lens.emotion.work import Work, batch_key, digest, method_key, model_key
 from veena_lens.sweeps.running import bar
 
 DESCRIPTION = 48  # tokens
@@ -137,16 +137,14 @@ def side_effects(
     every tuned method, on test pictures without context. Attributes only where `settings.questions` has questions."""
     examples = list(conditions["alone"])
     neutral = [e for e in examples if e.emotion == NEUTRAL]
-    asked, truths, of = [], [], []
-    for example in examples:
-        for name, question in (settings.questions or {}).items():
-            if name in example.attributes:
-                of.append(example)
-                asked.append(question)
-                truths.append(str(example.attributes[name]))
+    some = examples[: settings.asked_pictures]
+    others = other_questions(some, settings.questions)
     found = []
     methods = [PLAIN, *[t.method for t in tuned.values()]]
-    work = Work(out, {"what": "side effects", "model": model_key(model), "n": len(examples), "asked": len(asked)})
+    asking = asdict(settings)
+    names = ("questions", "describe", "templates", "lead_in", "batch_size", "max_new_tokens", "latency_repeats")
+    about = {"what": "side effects", **{name: asking[name] for name in names}, "asked": len(some)}
+    work = Work(out, lambda: about | {"model": model_key(model), "examples": digest(batch_key(examples))})
     show = bar(len(methods), progress, "side effects")
     for method in methods:
 
@@ -156,20 +154,20 @@ def side_effects(
                 batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
             ).to_dict()  # fmt: skip
             one["latency"] = latency_ratio(
-                model, examples[: settings.batch_size], method, batch_size=settings.batch_size,
-                max_new_tokens=settings.max_new_tokens,
+                model, some[: settings.batch_size], method, repeats=settings.latency_repeats,
+                batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
             )  # fmt: skip
-            if asked:
-                right = attribute_accuracy(model, of, asked, truths, method, batch_size=settings.batch_size)
-                one["attributes"] = float(right.mean())
+            if len(others):
+                one["attributes"] = others.share_right(model, method, batch_size=settings.batch_size)
             if settings.describe and settings.templates:
-                told = [e.asked(settings.describe) for e in examples]
+                told = [e.asked(settings.describe) for e in some]
                 said = answers(model, told, method, batch_size=settings.batch_size, max_new_tokens=DESCRIPTION)
-                facts = [{name: str(value) for name, value in e.attributes.items()} for e in examples]
+                facts = [{name: str(value) for name, value in e.attributes.items()} for e in some]
                 one["described"] = float(described_accuracy(said, facts, settings.templates).nanmean())
             return {"one": one}
 
-        found.append(SideEffects(**work.do(f"{method.name} {dict(method.settings)}", run)["one"]))
+        key = [method.name, *method_key(method), list(test.texts["alone"][method.name])]
+        found.append(SideEffects(**work.do(digest(key), run)["one"]))
         if show is not None:
             show.update(1)
     if show is not None:

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.circuits.measuring import rank_correlation
+from veena_lens.emotion import controls
+from veena_lens.emotion.fluency import FLUENCY, Fluency
 from veena_lens.emotion.intervals import BOUNDS, drawn_weights, ratio, share
-from veena_lens.emotion.methods import answers, prepared
+from veena_lens.emotion.methods import answers, batches, prepared
 from veena_lens.emotion.metrics import sample_hit
-from veena_lens.emotion.side_effects import perplexity
-from veena_lens.emotion.slot import AnswerSlot, emotion_tokens
+from veena_lens.emotion.slot import AnswerSlot
 from veena_lens.emotion.wheels import EmotionWheels
-from veena_lens.emotion.work import Work, directions_key, model_key
+from veena_lens.emotion.work import Work, directions_key, model_key, pair_key, slot_key
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
@@ -32,7 +34,7 @@ from veena_lens.sweeps import generation_sweep, steer_sweep
 from veena_lens.sweeps.running import bar
 
 ALPHAS = (0.05, 0.1, 0.2, 0.4)
-FLUENCY = 1.2  # perplexity may rise by a fifth
+APART = 0.05  # least difference of the hit rates of emotional and neutral twins
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -127,7 +129,8 @@ def key_layers(
     log odds). Best layer: the largest C averaged over fluent doses; band: the longest run of layers whose lower bound
     lies above the control's upper one and whose C is at least half the peak. Intervals draw identities. out: results
     are kept there pair by pair, and the same search resumes.
-    Raises: ValueError for no pairs, unknown layers, or hit rates of emotional and neutral twins less than 0.05 apart.
+    Raises: ValueError for no pairs, unknown layers, or, before anything is injected, hit rates of emotional and neutral
+    twins less than 0.05 apart.
     Source: Zhang et al. 2026, arXiv 2605.21980 (injection, relative change); C towards the emotional run, control, dose
     curve and fluency rule are ours.
     """
@@ -143,25 +146,36 @@ def key_layers(
     for emotion in dict.fromkeys(pair.emotion for pair in pairs):
         directions.of(emotion)
     wheels = EmotionWheels.default() if wheels is None else wheels
-    skip = emotion_tokens(model, [*directions.emotions, "neutral"], wheels)
-    noise = _random_units(random_directions, directions, seed)
+    fluency = Fluency(model, [*directions.emotions, "neutral"], wheels)
+    noise = F.normalize(controls.random_directions(directions.overall.float(), random_directions, seed), dim=-1)
     settings = {"alphas": list(alphas), "scale": scale, "positions": positions, "layers": chosen, "seed": seed}
-    settings |= {"tokens": max_new_tokens, "random": random_directions, "slot": repr(slot)}
-    work = Work(
-        out, {"what": "key layers", "model": model_key(model), "directions": directions_key(directions), **settings}
+    settings |= {"tokens": max_new_tokens, "random": random_directions, "slot": slot_key(slot)}
+    plain = _plain(model, pairs, max_new_tokens, out, progress)
+    emotional, neutral = (
+        sum(sample_hit(said[i], p.emotion, wheels) for p, said in zip(pairs, plain, strict=True)) / len(pairs)
+        for i in (0, 1)
     )
+    if emotional - neutral < APART:
+        raise ValueError(
+            f"key_layers: the hit rate is {emotional:.2f} on emotional and {neutral:.2f} on neutral pictures: less "
+            f"than {APART} apart there is nothing to restore. Check the question, or whether the model sees the "
+            "pictures."
+        )
+    about = settings | {"what": "key layers", "skip": sorted(fluency.skip)}
+    work = Work(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
     show = bar(len(pairs), progress, "key layers: pairs")
     found = []
     for i, pair in enumerate(pairs):
         units = noise[i % random_directions]
-        name = f"{pair.emotion} {pair.emotional.picture} {pair.neutral.picture} {pair.neutral.prompt}"
 
-        def run(pair: Any = pair, units: Tensor = units) -> dict[str, Any]:
+        def run(pair: Any = pair, units: Tensor = units, said: str = plain[i][1]) -> dict[str, Any]:
             return _inject(
-                model, pair, directions, chosen, alphas, scale, positions, units, slot, skip, max_new_tokens, max_rows
-            )
+                model, pair, said, directions, chosen, alphas, scale, positions, units, slot, fluency, max_new_tokens,
+                max_rows,
+            )  # fmt: skip
 
-        found.append(work.do(f"{name} {i % random_directions}", run))
+        name = None if out is None else f"{pair_key(pair)} {i % random_directions}"
+        found.append({"plain": plain[i]} | work.do(str(name), run))
         if show is not None:
             show.update(1)
     if show is not None:
@@ -169,15 +183,32 @@ def key_layers(
     return _judged(pairs, found, chosen, list(alphas), directions, wheels, draws, seed, settings)
 
 
-def _random_units(n: int, directions: Any, seed: int) -> Float[Tensor, "draw layer d_model"]:
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(n, *directions.overall.shape, generator=generator)
-    return noise / noise.norm(dim=-1, keepdim=True)
+def _plain(
+    model: Any, pairs: Sequence[Any], max_new_tokens: int, out: str | Path | None, progress: bool
+) -> list[tuple[str, str]]:
+    """What the untouched model says of both twins of every pair."""
+    work = Work(out, lambda: {"what": "twins", "model": model_key(model), "tokens": max_new_tokens})
+    show = bar(len(pairs), progress, "key layers: twins")
+    found: list[tuple[str, str]] = []
+    for some in batches(pairs, 8):
+
+        def run(some: list[Any] = some) -> dict[str, Any]:
+            both = [side for pair in some for side in (pair.emotional, pair.neutral)]
+            return {"texts": answers(model, both, batch_size=16, max_new_tokens=max_new_tokens)}
+
+        said = work.do(lambda some=some: " | ".join(map(pair_key, some)), run)["texts"]
+        found += list(zip(said[::2], said[1::2], strict=True))
+        if show is not None:
+            show.update(len(some))
+    if show is not None:
+        show.close()
+    return found
 
 
 def _inject(
     model: Any,
     pair: Any,
+    plain: str,
     directions: Any,
     layers: Sequence[int],
     alphas: Sequence[float | int],
@@ -185,11 +216,11 @@ def _inject(
     positions: str,
     units: Float[Tensor, "layer d_model"],
     slot: AnswerSlot | None,
-    skip: set[int],
+    fluency: Fluency,
     max_new_tokens: int,
     max_rows: int,
 ) -> dict[str, Any]:
-    """One pair: answers of both twins, and of the neutral one under each injection; soft hits where there is a slot."""
+    """One pair: answers to the neutral twin under each injection; soft hits where there is a slot."""
     real = [
         directions.steer(la, a, emotion=pair.emotion, scale=scale, positions=positions) for la in layers for a in alphas
     ]
@@ -197,19 +228,15 @@ def _inject(
     for steer in real:
         length = steer.vector.norm()
         fake.append(Steer(steer.layer, units[steer.layer].to(steer.vector) * length, steer.alpha, positions))
-    plain = answers(model, [pair.emotional, pair.neutral], max_new_tokens=max_new_tokens)
     inputs = prepared(model, [pair.neutral])
     entries = [[s] for s in (*real, *fake)]
     sweep = generation_sweep(model, inputs, entries, max_new_tokens=max_new_tokens, max_rows=max_rows, progress=False)
     texts = sweep.texts[0]
-    said = list(dict.fromkeys([plain[1], *texts[: len(real)]]))
-    cost = perplexity(model, [pair.neutral] * len(said), said, skip=skip).double().log()
-    table = dict(zip(said, cost.tolist(), strict=True))
+    n = len(real)
     result: dict[str, Any] = {
-        "plain": plain,
-        "texts": texts[: len(real)],
-        "random": texts[len(real) :],
-        "fluency": torch.tensor([table[t] - table[plain[1]] for t in texts[: len(real)]], dtype=torch.float64),
+        "texts": texts[:n],
+        "random": texts[n:],
+        "fluency": fluency.changes([pair.neutral] * n, texts[:n], [plain] * n),
     }
     if slot is not None:
         begun = prepared(model, [pair.neutral], lead_in=slot.lead_in)
@@ -245,14 +272,9 @@ def _judged(
     plain, real, fake = hits("plain"), hits("texts").view(shape), hits("random").view(shape)
     emotional, neutral = plain[:, 0].mean().item(), plain[:, 1].mean().item()
     gap = plain[:, 0] - plain[:, 1]
-    if gap.mean() < 0.05:
-        raise ValueError(
-            f"key_layers: the hit rate is {emotional:.2f} on emotional and {neutral:.2f} on neutral pictures: less "
-            "than 0.05 apart there is nothing to restore. Check the question, or whether the model sees the pictures."
-        )
     weights = drawn_weights([p.identity for p in pairs], draws, seed)
     base = plain[:, 1][:, None, None]
-    fluency = torch.stack([f["fluency"] for f in found]).view(shape).nanmean(0).exp()
+    fluency = torch.stack([f["fluency"] for f in found]).view(shape).mean(0).exp()
     fluent = fluency <= FLUENCY
     if not bool(fluent.any()):
         raise ValueError(

@@ -80,19 +80,23 @@ def answers(
     """What the model says of each example under the method: greedy, in the order of the examples.
 
     Examples need `.picture` and `.prompt`. Raises: ValueError for a batch size or length below 1, or as `generate`."""
-    _require_sizes(batch_size, max_new_tokens)
+    require_sizes(batch_size, max_new_tokens)
     show = bar(len(examples), progress, method.name)
     texts: list[str] = []
     for batch in batches(examples, batch_size):
-        inputs = prepared(model, batch, method)
-        extra = {} if method.decoding is None else {"logits_processor": list(method.decoding(model, inputs))}
-        with method.applied(model, inputs):
-            texts += model.generate(inputs, max_new_tokens=max_new_tokens, **extra)
+        texts += answers_to(model, prepared(model, batch, method), method, max_new_tokens)
         if show is not None:
             show.update(len(batch))
     if show is not None:
         show.close()
     return texts
+
+
+def answers_to(model: Any, inputs: MultimodalInputs, method: Method, max_new_tokens: int) -> list[str]:
+    """What the model says of one prepared batch under the method."""
+    extra = {} if method.decoding is None else {"logits_processor": list(method.decoding(model, inputs))}
+    with method.applied(model, inputs):
+        return model.generate(inputs, max_new_tokens=max_new_tokens, **extra)
 
 
 @torch.no_grad()
@@ -107,7 +111,7 @@ def next_logits(
     """Logits of the token after the prompt (or after `lead_in`), under the method's prompt and interventions.
 
     Rules of decoding act on whole generations and take no part here. Raises: as `answers`."""
-    _require_sizes(batch_size, 1)
+    require_sizes(batch_size, 1)
     found = []
     for batch in batches(examples, batch_size):
         inputs = prepared(model, batch, method, lead_in)
@@ -122,6 +126,7 @@ def batches(examples: Sequence[Any], size: int) -> Iterator[list[Any]]:
     return (list(examples[start : start + size]) for start in range(0, len(examples), size))
 
 
-def _require_sizes(batch_size: int, max_new_tokens: int) -> None:
+def require_sizes(batch_size: int, max_new_tokens: int) -> None:
+    """Raises: ValueError for a batch size or a length below 1."""
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")

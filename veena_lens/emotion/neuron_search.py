@@ -19,7 +19,9 @@ from veena_lens.components.writing import neuron_rows
 from veena_lens.emotion.head_search import KeyHeads
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.emotion.tracing import push_of, spread_over
+from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
+from veena_lens.sweeps.running import bar
 
 Neuron = tuple[int, int]
 
@@ -27,8 +29,8 @@ Neuron = tuple[int, int]
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeyNeurons:
     """`table`: layer, neuron, emotion (whose pairs, "" for all), value (mean push), consistency, rows ("last" or
-    "query"), kind, why, emotion words among the promoted tokens, mean activations there on emotional and neutral
-    pictures; best first. `trace` (layer, neuron): mean push at the last token over pairs."""
+    "query"), kind, why, emotion words among the promoted tokens, weight (<W_out[n], S^>), mean activations there on
+    emotional and neutral pictures; best first. `trace` (layer, neuron): mean push at the last token over pairs."""
 
     table: Any
     trace: Scores
@@ -41,6 +43,11 @@ class KeyNeurons:
         """Those read at the last token, which is where `ena` acts, best first."""
         at_last = self.table[self.table["rows"] == "last"]
         return [(int(r.layer), int(r.neuron)) for r in at_last.itertuples()]
+
+    @property
+    def weights(self) -> list[float]:
+        """w_n = <W_out[n], S^> of `neurons`, in their order, S of the emotion each was found for."""
+        return [float(w) for w in self.table[self.table["rows"] == "last"]["weight"]]
 
     def of_kind(self, kind: str) -> list[Neuron]:
         """Neurons of a kind: "explicit state", "contextual trigger" or "unlabelled"."""
@@ -61,12 +68,14 @@ def neuron_pushes(
     *,
     lead_in: str | None = None,
     batch_size: int = 16,
+    progress: bool = False,
 ) -> tuple[Scores, Scores]:
     """(push, activations): each pair's push of each neuron along its emotion's direction at the neuron's layer, axes
     (pair, layer, neuron), and mean activations (side, layer, neuron), side "emotional" or "neutral"."""
     pushes: list[Tensor] = []
     sums = torch.zeros(2, model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.cfg.n_layers)]
+    show = bar(len(pairs), progress, f"neurons, {at}: pairs")
     for some in batches(pairs, batch_size):
         caches = []
         for i, side in enumerate(("emotional", "neutral")):
@@ -84,6 +93,10 @@ def neuron_pushes(
                     sums[i, layer] += rows.mean(1).sum(0).cpu()
         per_row = torch.stack([directions.unit(p.emotion) for p in some])
         pushes.append(neuron_trace(caches[0], per_row, ROWS[at], baseline=caches[1], model=model).values.double().cpu())
+        if show is not None:
+            show.update(len(some))
+    if show is not None:
+        show.close()
     labels = {"layer": list(range(model.cfg.n_layers))}
     trace = Scores(torch.cat(pushes), ("pair", "layer", "neuron"), labels, "push")
     sides = labels | {"side": ["emotional", "neutral"]}
@@ -110,24 +123,32 @@ def key_neurons(
     Kept where at least `consistency` of the pairs agree in sign, all or those of one emotion (`strongest_neurons`).
     Neurons up to the key `layer` that push at the query become contextual triggers where path patching confirms their
     effect on a key head (`heads`). Kinds follow `circuits.neuron_kinds` with all emotion words of `wheels`.
-    Raises: ValueError for no pairs. Source: Zhang et al. 2026, arXiv 2605.21980, names the kinds; the rules are ours.
+    Raises: ValueError for no pairs, an unknown layer, directions of another model, or an emotion without a direction,
+    before anything is computed. Source: Zhang et al. 2026, arXiv 2605.21980, names the kinds; the rules are ours.
     """
     import pandas as pd
 
     pairs = list(pairs)
     if not pairs:
         raise ValueError("key_neurons: there are no pairs.")
+    layer = require_layer(layer, model.cfg.n_layers, "key_neurons")
+    if k < 1 or batch_size < 1:
+        raise ValueError(f"key_neurons: k={k} and batch_size={batch_size} must be at least 1.")
+    directions.check(model)
+    for emotion in dict.fromkeys(p.emotion for p in pairs):
+        directions.of(emotion)
     if wheels is None:
         from veena_lens.emotion.wheels import EmotionWheels
 
         wheels = EmotionWheels.default()
     words = {w for e in directions.emotions for w in wheels.lexicon(e) if " " not in w}
-    trace, means = neuron_pushes(model, pairs, directions, lead_in=lead_in, batch_size=batch_size)
+    call: dict[str, Any] = {"lead_in": lead_in, "batch_size": batch_size, "progress": progress}
+    trace, means = neuron_pushes(model, pairs, directions, **call)
     emotions = [p.emotion for p in pairs]
     late = _kinds(model, strongest_neurons(trace, emotions, k, consistency), words, directions, layer, "last", None)
     tables, sides = [late], {"last": means.values}
     if heads is not None and heads.heads and confirm:
-        early, at_query = neuron_pushes(model, pairs, directions, "query", lead_in=lead_in, batch_size=batch_size)
+        early, at_query = neuron_pushes(model, pairs, directions, "query", **call)
         first = max(head for head in heads.heads)[0]
         kept = Scores(early.values[:, :first], early.axes, {"layer": list(range(first))}, early.name)
         if first > 0:
@@ -138,10 +159,11 @@ def key_neurons(
     table = pd.concat(tables, ignore_index=True)
     at = [(int(a), int(n)) for a, n in zip(table["layer"], table["neuron"], strict=True)]
     table = table.assign(
+        weight=[_weight(model, directions, a, n, e) for (a, n), e in zip(at, table["emotion"], strict=True)],
         emotional=[float(sides[rows][0, a, n]) for rows, (a, n) in zip(table["rows"], at, strict=True)],
         neutral=[float(sides[rows][1, a, n]) for rows, (a, n) in zip(table["rows"], at, strict=True)],
         promotes=[
-            _words(model, a, n, float(v) * _sign(model, directions, a, n, e))
+            _words(model, a, n, float(v) * _weight(model, directions, a, n, e))
             for (a, n), v, e in zip(at, table["value"], table["emotion"], strict=True)
         ],
     )
@@ -186,7 +208,8 @@ def _kinds(
     return pd.concat(parts).sort_index().assign(rows=rows)
 
 
-def _sign(model: Any, directions: Any, layer: int, neuron: int, emotion: str = "") -> float:
+def _weight(model: Any, directions: Any, layer: int, neuron: int, emotion: str = "") -> float:
+    """<W_out[neuron], unit direction of the emotion at its layer>, the row as it joins the residual."""
     row = neuron_rows(model.blocks[layer]).detach()[neuron]
     return float(row.double() @ directions.unit(emotion or None)[layer].to(row).double())
 

@@ -11,7 +11,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -317,7 +317,7 @@ class PairSet(Sequence[Pair]):
         def line(example: Example) -> list[Any]:
             name = example.picture if isinstance(example.picture, (str, Path)) else id(example.picture)
             if name not in known:
-                known[name] = _picture_hash(example.picture)
+                known[name] = picture_hash(example.picture)
             record = example.record()
             return [known[name], *(record[name] for name in sorted(record) if name != "file")]
 
@@ -351,7 +351,18 @@ class PairSet(Sequence[Pair]):
         return "\n".join(rows)
 
 
-def _picture_hash(picture: Any) -> str:
+def picture_hash(picture: Any) -> str:
+    """A hash of a picture's content: of a file its bytes, of a PIL image its pixels.
+
+    Raises: FileNotFoundError for a file that is gone."""
     if isinstance(picture, (str, Path)):
-        return hashlib.sha256(Path(picture).expanduser().read_bytes()).hexdigest()
+        path = Path(picture).expanduser()
+        about = path.stat()
+        return _file_hash(path, about.st_mtime_ns, about.st_size)
     return hashlib.sha256(repr((picture.mode, picture.size)).encode() + picture.tobytes()).hexdigest()
+
+
+@lru_cache(maxsize=65536)
+def _file_hash(path: Path, changed: int, size: int) -> str:
+    """The hash of a file as it was at that time; read once, however many questions are asked of it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -134,10 +134,12 @@ def run_veena(
         model, traced, directions, layers.best, k=settings.k_heads, lead_in=settings.lead_in, batch_size=bs,
         draws=settings.draws, seed=settings.seed, out=work, progress=progress,
     )  # fmt: skip
-    edges = trace_back(model, traced, heads, directions, depth=settings.depth, seed=settings.seed, progress=progress)
+    edges = trace_back(
+        model, traced, heads, directions, depth=settings.depth, seed=settings.seed, out=work, progress=progress
+    )
     few = spread_over(list(traced), 24)
     execution = execution_heads(
-        model, few, slot, layers.best, k=settings.k_heads, draws=settings.draws, progress=progress
+        model, few, slot, layers.best, k=settings.k_heads, draws=settings.draws, out=work, progress=progress
     )
 
     clock.start("stages")

@@ -19,7 +19,9 @@ class Settings:
     the answer wherever states are read, so that the last token is where the emotion is said next; None reads at the
     last prompt token, as the paper does. events: context sentences by emotion in place of the built-in ones. questions:
     a question for each attribute of the pictures, to see whether other answers stay right; describe, templates: a
-    question for a description, and how it words each attribute.
+    question for a description, and how it words each attribute; asked_pictures: of at most so many pictures.
+    attribute_harm: how large a share of those other answers a strength may cost on validation (None: not asked there).
+    latency_repeats: pairs of runs that time a method.
     """
 
     preset: str = "quick"
@@ -35,7 +37,7 @@ class Settings:
     test_pictures: int | None = 64
     k_heads: int = 10
     k_neurons: int = 30
-    betas: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
+    betas: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0)
     gammas: tuple[float, ...] = (1.25, 1.5, 2.0, 3.0, 5.0, 8.0)
     trials: int = 8
     ways: tuple[str, ...] = WAYS[:3]
@@ -43,6 +45,9 @@ class Settings:
     questions: dict[str, str] | None = None
     describe: str | None = None
     templates: dict[str, list[str]] | None = None
+    asked_pictures: int | None = None
+    attribute_harm: float | None = 0.05
+    latency_repeats: int = 5
     rivals: bool = True
     random_draws: int = 20
     random_conditions: tuple[str, ...] | None = None
@@ -58,9 +63,11 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("k_heads", "k_neurons", "trials", "max_new_tokens", "batch_size", "max_rows", "draws", "minimum"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Settings: {name}={getattr(self, name)} must be at least 1.")
+        sizes = ("k_heads", "k_neurons", "trials", "max_new_tokens", "batch_size", "max_rows", "draws", "minimum")
+        for name in (*sizes, "latency_repeats", "asked_pictures"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Settings: {name}={value} must be at least 1.")
         if self.random_draws < 0:
             raise ValueError(f"Settings: random_draws={self.random_draws} must not be negative.")
 
@@ -73,11 +80,12 @@ PRESETS: dict[str, Settings] = {
         preset="tiny", minimum=2, alphas=(0.4, 1.6), direction_pairs=35, mechanism_pairs=14, layer_pairs=7,
         conflict_examples=14, validation_pictures=8, test_pictures=16, betas=(2.0, 5.0), gammas=(2.0, 5.0), trials=2,
         ways=WAYS[:2], modes=("scale",), random_draws=2, rivals=False, depth=1, draws=200, strengths=("plain",),
-        random_conditions=("conflict, plain",),
+        random_conditions=("conflict, plain",), asked_pictures=4, latency_repeats=1,
     ),
     "quick": Settings(
-        ways=WAYS[:2], trials=6, betas=(1.5, 2.0, 3.0, 5.0), gammas=(1.5, 2.0, 3.0, 5.0), test_pictures=32,
+        ways=WAYS[:2], trials=5, betas=(1.5, 2.0, 3.0, 5.0, 8.0), gammas=(1.5, 2.0, 3.0, 5.0), test_pictures=32,
         strengths=("plain", "strong"), random_conditions=("conflict, plain",), layer_pairs=21, mechanism_pairs=49,
+        asked_pictures=16, latency_repeats=2,
     ),
     "full": Settings(
         preset="full", mechanism_pairs=None, layer_pairs=49, conflict_examples=192, validation_pictures=24,

@@ -159,6 +159,33 @@ def attribute_accuracy(
     return torch.tensor([float(hit) for hit in hits])
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Questions:
+    """Other questions about pictures, with what is true: an example, a question and a truth each."""
+
+    examples: Sequence[Any]
+    asked: Sequence[str]
+    truths: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.asked)
+
+    def share_right(self, model: Any, method: Method = PLAIN, *, batch_size: int = 16) -> float:
+        """Share answered right under a method. Raises: as `attribute_accuracy`."""
+        right = attribute_accuracy(model, self.examples, self.asked, self.truths, method, batch_size=batch_size)
+        return float(right.mean())
+
+    def __repr__(self) -> str:
+        return f"Questions({len(self)} about {len({id(e) for e in self.examples})} pictures)"
+
+
+def other_questions(examples: Sequence[Any], questions: Mapping[str, str] | None) -> Questions:
+    """The questions for each attribute (attribute -> question) about every example that has it, example by example."""
+    rows = [(e, q, str(e.attributes[a])) for e in examples for a, q in (questions or {}).items() if a in e.attributes]
+    found, asked, truths = ([row[i] for row in rows] for i in range(3))
+    return Questions(examples=found, asked=asked, truths=truths)
+
+
 def described_accuracy(
     texts: Sequence[str], truths: Sequence[Mapping[str, str]], templates: Mapping[str, Sequence[str]]
 ) -> Float[Tensor, " example"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from veena_lens.circuits import bootstrap, path_patching
 from veena_lens.components.writing import head_rows
 from veena_lens.emotion.head_search import Head, KeyHeads
 from veena_lens.emotion.methods import ROWS, prepared
+from veena_lens.emotion.work import Work, digest, directions_key, model_key, pair_key
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.running import bar
@@ -63,38 +65,56 @@ def trace_back(
     max_rows: int = 512,
     draws: int = 1000,
     seed: int = 0,
+    out: str | Path | None = None,
     progress: bool = True,
 ) -> Any:
     """Edges of the circuit as a table: sender, receiver, effect on the receiver's push with its interval over
     identities, the effect on the direct path alone, and whether the edge is kept (both above zero).
 
-    Level 1 asks for the `targets` best key heads, level 2 for the heads found there; `top` candidates a target are
-    checked by path patching. Senders are "L3H2" or "3_mlp_out", patched at the receiver's rows. Effects: share of the
-    way from the neutral to the emotional run. Source: method named in Zhang et al. 2026, arXiv 2605.21980; the
-    procedure is ours; path patching, Wang et al. 2022, arXiv 2211.00593.
+    Level 1 asks for the `targets` best key heads after layer 0 (nothing feeds those of layer 0), level 2 for the heads
+    found there; `top` candidates a target are checked by path patching. Senders are "L3H2" or "3_mlp_out", patched at
+    the receiver's rows. Effects: share of the way from the neutral to the emotional run. out: kept there target by
+    target, and the same call resumes.
+    Raises: ValueError for no pairs, or sizes below 1.
+    Source: method named in Zhang et al. 2026, arXiv 2605.21980; the procedure is ours; path patching, Wang et al. 2022,
+    arXiv 2211.00593.
     """
     import pandas as pd
 
     if depth < 1 or top < 1 or targets < 1:
         raise ValueError(f"trace_back: depth={depth}, top={top} and targets={targets} must be at least 1.")
     some = spread_over(list(pairs), max_pairs)
+    if not some:
+        raise ValueError("trace_back: there are no pairs.")
     lead_in = found.meta.get("lead_in")
     rows_of = {(int(r.layer), int(r.head)): str(r.rows) for r in found.table.itertuples()}
-    waiting = [(1, head) for head in found.heads[:targets]]
+    work = Work(
+        out,
+        lambda: {
+            "what": "tracing back", "model": model_key(model), "directions": directions_key(directions),
+            "pairs": digest([[pair_key(p), p.identity] for p in some]), "lead_in": lead_in, "top": top,
+            "draws": draws, "seed": seed,
+        },
+    )  # fmt: skip
+    waiting = [(1, head) for head in [head for head in found.heads if head[0] > 0][:targets]]
     seen, edges = {head for _, head in waiting}, []
     show = bar(len(waiting), progress, "tracing back: heads")
     while waiting:
         level, head = waiting.pop(0)
-        if head[0] > 0:
+
+        def run(head: Head = head) -> dict[str, Any]:
             lines = _senders(model, some, directions, head, rows_of[head], lead_in, top, max_rows, draws, seed)
-            edges += [{"level": level, **line} for line in lines]
-            for line in lines:
-                sender = _as_head(line["sender"])
-                if line["kept"] and sender is not None and sender not in seen and level < depth:
-                    seen.add(sender)
-                    waiting.append((level + 1, sender))
-                    if show is not None:
-                        show.total += 1
+            return {"lines": lines}
+
+        lines = work.do(f"L{head[0]}H{head[1]} {rows_of[head]}", run)["lines"]
+        edges += [{"level": level, **line} for line in lines]
+        for line in lines:
+            sender = _as_head(line["sender"])
+            if line["kept"] and sender is not None and sender[0] > 0 and sender not in seen and level < depth:
+                seen.add(sender)
+                waiting.append((level + 1, sender))
+                if show is not None:
+                    show.total += 1
         if show is not None:
             show.update(1)
     if show is not None:

@@ -1,31 +1,34 @@
 """Choosing a method's settings on a validation split, every family with the same number of trials.
 
 A trial's worth is the mean hit rate over the conditions where context and picture disagree. It must do no harm: where
-they agree, or no context is there, the hit rate may fall by at most `harm`; and it must leave the answers fluent, since
-broken text can hit by chance. Nothing here sees held-out pictures.
+they agree, or no context is there, the hit rate may fall by at most `harm`; it must leave the answers fluent, since
+broken text can hit by chance; and other questions about the pictures, where some are given, must be answered as before
+but for `attribute_harm`. Nothing here sees held-out pictures.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from veena_lens.emotion.evaluation import Evaluation, evaluate
-from veena_lens.emotion.layer_search import FLUENCY
+from veena_lens.emotion.fluency import FLUENCY, Fluency
 from veena_lens.emotion.methods import PLAIN, Method
-from veena_lens.emotion.side_effects import perplexity
-from veena_lens.emotion.slot import emotion_tokens
+from veena_lens.emotion.side_effects import Questions
 from veena_lens.emotion.wheels import EmotionWheels
+from veena_lens.emotion.work import Work, batch_key, digest, method_key, model_key
 
 HARM = 0.02
+ATTRIBUTE_HARM = 0.05  # share of other questions that may be lost
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tuned:
-    """The method chosen, and the table of all trials: settings, worth, the worst fall, whether it was allowed."""
+    """The method chosen, and the table of all trials: settings, worth, the worst fall, perplexity, whether it was
+    allowed; with other questions also the share answered right, NaN for trials that were not asked."""
 
     family: str
     method: Method
@@ -61,24 +64,20 @@ def worth_of(evaluation: Evaluation, method: str) -> tuple[float, float]:
     return worth, max(falls)
 
 
-def fluency_ratio(model: Any, evaluation: Evaluation, method: str, wheels: Any) -> float:
+def fluency_ratio(
+    model: Any, evaluation: Evaluation, method: str, wheels: Any, fluency: Fluency | None = None
+) -> float:
     """Perplexity of a method's answers under the untouched model, emotion words left out, relative to the plain
-    model's: geometric means over the answers that changed, the worst condition's (1 where none changed)."""
-    emotions = sorted({e.emotion for examples in evaluation.examples.values() for e in examples})
-    skip = emotion_tokens(model, emotions, wheels)
-    worst = 1.0
+    model's: geometric mean over the answers, the worst condition's, at least 1. fluency: what measures, and keeps what
+    it measured for the next method."""
+    if fluency is None:
+        emotions = [e.emotion for examples in evaluation.examples.values() for e in examples]
+        fluency = Fluency(model, emotions, wheels)
+    worst = 0.0
     for condition, examples in evaluation.examples.items():
         said, plain = evaluation.texts[condition][method], evaluation.texts[condition][evaluation.baseline]
-        changed = [i for i, (a, b) in enumerate(zip(said, plain, strict=True)) if a != b]
-        if not changed:
-            continue
-        some = [examples[i] for i in changed]
-        mine = perplexity(model, some, [said[i] for i in changed], skip=skip).double().log()
-        before = perplexity(model, some, [plain[i] for i in changed], skip=skip).double().log()
-        difference = (mine - before).nanmean().item()
-        if difference == difference:
-            worst = max(worst, math.exp(difference * len(changed) / len(examples)))
-    return worst
+        worst = max(worst, float(fluency.changes(examples, said, plain).mean()))
+    return math.exp(worst)
 
 
 def tune(
@@ -90,15 +89,20 @@ def tune(
     *,
     harm: float | int = HARM,
     fluency: float | int = FLUENCY,
+    others: Questions | None = None,
+    attribute_harm: float | int = ATTRIBUTE_HARM,
+    measure: Fluency | None = None,
     out: str | Path | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Tuned:
     """The settings of `grid` whose method is worth most on the validation conditions without doing harm.
 
-    `fluency`: how often the perplexity of the answers, emotion words left out, may grow in any condition. Of equals
-    the earlier in the grid is taken, so grids go from weak to strong. Where no trial is allowed, the least harmful of
-    the fluent ones is returned, and `trials` says so.
+    `fluency`: how often the perplexity of the answers, emotion words left out, may grow in any condition (`measure`
+    keeps what was measured for the next family). `others`: further questions about validation pictures; the share
+    answered right may fall by at most `attribute_harm`. They are asked of the trials that pass the other guards, from
+    the one worth most on, until one passes. Of equals the earlier in the grid is taken, so grids go from weak to
+    strong. Where no trial is allowed, the least harmful of the fluent ones is returned, and `trials` says so.
     `settings`: those of `evaluate`. Raises: ValueError for an empty grid.
     """
     import pandas as pd
@@ -108,43 +112,64 @@ def tune(
     methods = []
     for i, chosen in enumerate(grid):
         built = build(**chosen)
-        methods.append(
-            Method(
-                name=f"{name} #{i}",
-                interventions=built.interventions,
-                prompt=built.prompt,
-                decoding=built.decoding,
-                about=built.about,
-                settings={**built.settings, **{k: _plain(v) for k, v in chosen.items()}},
-            )
-        )
+        about = {**built.settings, **{k: _plain(v) for k, v in chosen.items()}}
+        methods.append(replace(built, name=f"{name} #{i}", settings=about))
     wheels = settings.get("wheels") or EmotionWheels.default()
     found = evaluate(model, conditions, [PLAIN, *methods], out=out, progress=progress, **settings)
     plain, _ = worth_of(found, PLAIN.name)
     rows: list[dict[str, Any]] = []
     for chosen, method in zip(grid, methods, strict=True):
         worth, fall = worth_of(found, method.name)
-        ratio = fluency_ratio(model, found, method.name, wheels)
+        ratio = fluency_ratio(model, found, method.name, wheels, measure)
         about = {k: _plain(v) for k, v in chosen.items()}
         allowed = fall <= harm and ratio <= fluency
         rows.append({**about, "worth": worth, "harm": fall, "perplexity": ratio, "allowed": allowed})
+    order = sorted((i for i, row in enumerate(rows) if row["allowed"]), key=lambda i: -rows[i]["worth"])
+    lost = [0.0] * len(rows)
+    if others is not None and len(others):
+        order = _kept(model, methods, rows, order, lost, others, attribute_harm, out, settings.get("batch_size", 16))
     table = pd.DataFrame(rows).assign(plain=plain)
-    able = [i for i, row in enumerate(rows) if row["allowed"]]
     best = (
-        max(able, key=lambda i: rows[i]["worth"])
-        if able
-        else min(range(len(rows)), key=lambda i: (rows[i]["perplexity"] > fluency, rows[i]["harm"]))
+        order[0]
+        if order
+        else min(range(len(rows)), key=lambda i: (rows[i]["perplexity"] > fluency, max(rows[i]["harm"], lost[i])))
     )
-    chosen = methods[best]
-    final = Method(
-        name=name,
-        interventions=chosen.interventions,
-        prompt=chosen.prompt,
-        decoding=chosen.decoding,
-        about=chosen.about,
-        settings=chosen.settings,
-    )
+    final = replace(methods[best], name=name)
     return Tuned(family=name, method=final, trials=table, worth=float(rows[best]["worth"]))
+
+
+def _kept(
+    model: Any,
+    methods: Sequence[Method],
+    rows: list[dict[str, Any]],
+    order: Sequence[int],
+    lost: list[float],
+    others: Questions,
+    attribute_harm: float | int,
+    out: str | Path | None,
+    batch_size: int,
+) -> list[int]:
+    """The first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was seen."""
+    about = {"what": "other questions", "examples": out and batch_key(others.examples)}
+    about |= {"asked": digest([list(others.asked), list(others.truths)])}
+    work = Work(out, lambda: about | {"model": model_key(model)})
+
+    def right(method: Method) -> float:
+        def run() -> dict[str, Any]:
+            return {"right": others.share_right(model, method, batch_size=batch_size)}
+
+        return float(work.do(lambda: digest(method_key(method)), run)["right"])
+
+    for row in rows:
+        row["attributes"] = math.nan
+    before = right(PLAIN) if order else math.nan
+    for i in order:
+        rows[i]["attributes"] = right(methods[i])
+        lost[i] = before - rows[i]["attributes"]
+        if lost[i] <= attribute_harm:
+            return [i]
+        rows[i]["allowed"] = False
+    return []
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Units of work in a folder: each result is written under a temporary name, then renamed; to resume is to do the rest.
 
-A unit is named by what it is about (a pair, a condition and method); the folder belongs to one experiment, described
-as JSON, so that results of another model, data or setting are never taken for these.
+A unit is named by what it is about (pictures by their content, prompts, what a method does); the folder belongs to one
+experiment, described as JSON, so that results of another model, data or setting are never taken for these.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +19,36 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from veena_lens.emotion.pair_set import picture_hash
+from veena_lens.interventions.base import plain
+
 Result = dict[str, Any]
 
 
 class Work:
-    """Results of one experiment by name, in `folder/<hash of experiment>`; with folder=None they are kept nowhere."""
+    """Results of one experiment by name, in `folder/<hash of experiment>`.
 
-    def __init__(self, folder: str | Path | None, experiment: Mapping[str, Any]) -> None:
-        text = json.dumps(experiment, sort_keys=True, default=str)
-        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.folder = None if folder is None else Path(folder) / self.id
-        if self.folder is not None:
+    With folder=None they are kept nowhere, and an experiment given as a function is not asked for."""
+
+    def __init__(
+        self, folder: str | Path | None, experiment: Mapping[str, Any] | Callable[[], Mapping[str, Any]]
+    ) -> None:
+        self.folder: Path | None = None
+        if folder is not None:
+            about = experiment() if callable(experiment) else experiment
+            text = json.dumps(about, sort_keys=True, default=str)
+            self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "experiment.json").write_text(text + "\n")
 
-    def do(self, name: str, compute: Callable[[], Result]) -> Result:
-        """The result kept under `name`, else what `compute` gives, kept. A result is a dictionary of tensors and of
-        anything JSON holds.
+    def do(self, name: str | Callable[[], str], compute: Callable[[], Result]) -> Result:
+        """The result kept under `name` (text, or a function that gives it where results are kept), else what `compute`
+        gives, kept. A result is a dictionary of tensors and of anything JSON holds.
 
         Raises: OSError that says how to go on, where the disk is full."""
         if self.folder is None:
             return compute()
+        name = name() if callable(name) else name
         path = self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:20]}.safetensors"
         kept = _read(path)
         if kept is not None:
@@ -85,13 +95,72 @@ def _write(path: Path, name: str, result: Result) -> None:
 
 
 def model_key(model: Any) -> list[Any]:
-    """What tells one model from another: its name, size, type, and a sum over some weights."""
-    weights = [model.embed.weight, model.blocks[-1].mlp.W_out]
-    sums = [float(w.detach().double().sum()) for w in weights]
-    return [model.cfg.model_name, model.cfg.n_layers, model.cfg.d_model, str(model.cfg.dtype), *sums]
+    """What tells one model from another: its name, size, type, and a hash of a few rows of every weight."""
+    seen = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        rows = weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1)
+        seen.update(name.encode() + str(tuple(weight.shape)).encode() + _bytes(rows[:: max(1, len(rows) // 8)]))
+    return [model.cfg.model_name, model.cfg.n_layers, model.cfg.d_model, str(model.cfg.dtype), seen.hexdigest()[:24]]
 
 
 def directions_key(directions: Any) -> list[Any]:
     """What tells one set of directions from another."""
     parts = (directions.overall, directions.per_emotion)
-    return [list(directions.emotions), *[float(x.double().abs().sum()) for x in parts]]
+    return [list(directions.emotions), *[digest([list(x.shape), _bytes(x).hex()]) for x in parts]]
+
+
+def example_key(example: Any) -> str:
+    """What tells a question about a picture from any other: the picture's content, wherever it lies, and the prompt."""
+    return f"{picture_hash(example.picture)[:24]} {example.prompt}"
+
+
+def pair_key(pair: Any) -> str:
+    """What tells a pair from any other: its emotion and both twins."""
+    return f"{pair.emotion} {example_key(pair.emotional)} {example_key(pair.neutral)}"
+
+
+def batch_key(examples: Iterable[Any]) -> str:
+    """The examples of a batch, in order."""
+    return " | ".join(example_key(e) for e in examples)
+
+
+def slot_key(slot: Any) -> list[Any] | None:
+    """What tells one answer slot from another: its lead-in and every emotion's token ids."""
+    return None if slot is None else [slot.lead_in, {e: list(ids) for e, ids in slot.tokens.items()}]
+
+
+def method_key(method: Any) -> list[Any]:
+    """What tells one method's answers from another's: what its interventions hold, tensors by content, never its name.
+
+    What only code says (a reworded prompt, a rule of decoding, interventions that follow from the batch) is told by
+    the method's name and settings."""
+    if method.prompt is None and method.decoding is None and not callable(method.interventions):
+        found = [content(x) for x in method.interventions]
+        if None not in found:
+            return found
+    return [method.name, dict(method.settings)]
+
+
+def content(item: Any) -> list[Any] | None:
+    """An intervention's type and fields as JSON holds them, tensors as hashes; None where a field is anything else."""
+    if not is_dataclass(item):
+        return None
+    found: list[Any] = [type(item).__name__]
+    for name in (f.name for f in fields(item)):
+        value = getattr(item, name)
+        if isinstance(value, Tensor):
+            value = digest([list(value.shape), str(value.dtype), _bytes(value).hex()])
+        value = repr(value) if isinstance(value, slice) else plain(value)
+        if not isinstance(value, (int, float, str, list, type(None))):
+            return None
+        found.append([name, value])
+    return found
+
+
+def digest(value: Any) -> str:
+    """A short hash of anything JSON holds."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

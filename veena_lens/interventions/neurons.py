@@ -20,16 +20,20 @@ from veena_lens.positions import parse
 class ScaleNeurons:
     """mlp.hook_post of `neurons` in `layer` times `factor` at `positions` (a factor of 1 changes nothing).
 
-    Raises: ValueError for no neurons, or a factor that is not finite.
+    signs: one number a neuron; it is then scaled only where its activation has that number's sign (never for 0).
+    Raises: ValueError for no neurons, a factor that is not finite, or another number of signs than of neurons.
     """
 
     layer: int
     neurons: Sequence[int]
     factor: float | int = 2.0
     positions: Any = "last+generated"
+    signs: Sequence[float | int] | None = None
 
     def __post_init__(self) -> None:
         parse(self.positions)
+        if self.signs is not None and len(self.signs) != len(self.neurons):
+            raise ValueError(f"ScaleNeurons: {len(self.signs)} signs for {len(self.neurons)} neurons; give one each.")
         if not math.isfinite(self.factor):
             raise ValueError(f"ScaleNeurons: factor={self.factor} must be finite.")
 
@@ -46,4 +50,8 @@ class ScaleNeurons:
     ) -> Float[Tensor, "batch pos d_mlp"]:
         """factor * activation at the chosen places."""
         mask = selection("blocks.0.mlp.hook_post", activation, at, neurons=self.neurons)
+        if self.signs is not None:
+            wanted = activation.new_zeros(activation.shape[-1])
+            wanted[[int(n) for n in self.neurons]] = activation.new_tensor([float(s) for s in self.signs])
+            mask = mask & (activation * wanted > 0)
         return torch.where(mask, activation * self.factor, activation)

@@ -111,6 +111,15 @@ class GemmaCase:
         return raw
 
 
+def after_norm(model: Any, cache: Any, layer: int, part: str, value: Tensor) -> Tensor:
+    """What becomes of [batch pos ... d_model] in the norm that follows attention ("ln1_post") or MLP, given the run's
+    denominator: the value itself where there is none."""
+    if not model.cfg.post_norms:
+        return value
+    scale = cache[f"blocks.{layer}.{part}.hook_scale"]
+    return value / scale.view(*scale.shape[:2], *[1] * (value.ndim - 2)) * getattr(model.blocks[layer], part).w
+
+
 def _rope(full: dict[str, Any], slides: dict[str, Any] | None = None) -> dict[str, Any]:
     rules = {FULL: full, SLIDE: slides or dict(rope_type="default", rope_theta=1e2)}
     return dict(rope_parameters=rules)

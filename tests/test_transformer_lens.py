@@ -17,7 +17,7 @@ from transformer_lens.model_protocol import TransformerLensModel, TransformerLen
 from transformer_lens.tools import analysis
 
 from tests.cases import BY_NAME, Case, build_hf, raw_inputs, relative_error, tiny_tokenizer
-from tests.gemma_cases import GemmaCase
+from tests.gemma_cases import GemmaCase, after_norm
 from tests.qwen_cases import QwenCase
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
@@ -56,15 +56,6 @@ GEMMA3 = GemmaCase(
 )
 CASES = {"mha": MHA, "gqa": GQA, "qwen2_vl": QWEN2, "qwen2_5_vl": QWEN25, "qwen3_vl": QWEN3, "gemma3": GEMMA3}
 GOOD, BAD = 17, 40
-
-
-def after_norm(model: Any, cache: Any, layer: int, part: str, value: Tensor) -> Tensor:
-    """What becomes of [batch pos ... d_model] in the norm that follows attention ("ln1_post") or MLP, given the run's
-    denominator: the value itself where there is none."""
-    if not model.cfg.post_norms:
-        return value
-    scale = cache[f"blocks.{layer}.{part}.hook_scale"]
-    return value / scale.view(*scale.shape[:2], *[1] * (value.ndim - 2)) * getattr(model.blocks[layer], part).w
 
 
 class Pair:

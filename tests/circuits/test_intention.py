@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.circuits.tiny import NAMES, directions, ready, twin, unit
+from tests.gemma_cases import after_norm
 from veena_lens.activation_cache import MissingActivation
 from veena_lens.circuits.intention import component_push, copying_strength, head_intention
 from veena_lens.positions import position_mask
@@ -60,7 +61,9 @@ def test_head_scores_equal_those_of_the_results(name: str, at: str, model_of) ->
             kind: head_intention(first, S, at=at, kind=kind, baseline=baseline) for kind in ("cosine", "projection")
         }
         for layer in range(model.cfg.n_layers):
-            results = first["result", layer] - (0 if baseline is None else baseline["result", layer])
+            runs = [first] if baseline is None else [first, baseline]
+            each = [after_norm(model, run, layer, "ln1_post", run["result", layer]) for run in runs]
+            results = each[0] if baseline is None else each[0] - each[1]
             push = results @ unit(S[layer])
             cosine = push / (results.norm(dim=-1) + 1e-12)
             for kind, value in (("projection", push), ("cosine", cosine)):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tests.cases import BY_NAME, counted, raw_inputs
+from tests.gemma_cases import GEMMA_BY_NAME
 from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.qwen_cases import QWEN_BY_NAME
 
@@ -23,6 +24,7 @@ NAMES = (
     "text-qwen3",
     "llava-next",
     "onevision-resampled",
+    "gemma3-unequal-rows",
     "qwen2_vl-image-and-video",
     "qwen3_vl-plain",
     "qwen3_vl-deepstack-every-decoder-layer",
@@ -50,7 +52,7 @@ def ready(model_of: Callable[..., Any], name: str) -> tuple[Any, Any]:
         case: Any = QWEN_BY_NAME[name]
         model = model_of(case, casts="none")
         return model, model.inputs_from_hf(**raw_inputs(case))
-    case = (BY_NAME | ONEVISION_BY_NAME)[name]
+    case = (BY_NAME | ONEVISION_BY_NAME | GEMMA_BY_NAME)[name]
     model = model_of(case, casts="none")
     return model, model.inputs_from_hf(**counted(raw_inputs(case)))
 

@@ -20,6 +20,7 @@ from veena_lens.interventions.base import require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
 from veena_lens.sweeps.running import bar
+from veena_lens.vision.blocks import image_blocks
 
 FLOWS = (("image", "query"), ("query", "last"), ("image", "last"))
 
@@ -64,7 +65,7 @@ def attention_knockout(
     late = [w for w in windows.values() if measure.stop is not None and w[0] >= measure.stop]
     if late:
         raise ValueError(f"{who}: the metric reads layer {measure.stop - 1 if measure.stop else 0}, before {late[0]}.")
-    masks = [[_masks(who, inputs, row, cut) for cut in cuts] for row in range(len(inputs))]
+    masks = [[_masks(who, cfg, inputs, row, cut) for cut in cuts] for row in range(len(inputs))]
     base, starts = [], sorted({w[0] for w in windows.values()})
     change = torch.zeros(len(inputs), len(names), len(windows), dtype=torch.float64)
     show = bar(change.numel(), progress, "cuts")
@@ -128,7 +129,7 @@ def _short(part: Any) -> str:
     return repr(part) if isinstance(part, (Box, Tile, int, slice)) else f"positions {list(part)}"
 
 
-def _masks(who: str, inputs: MultimodalInputs, row: int, cut: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+def _masks(who: str, cfg: Any, inputs: MultimodalInputs, row: int, cut: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
     """(keys, queries) [pos] of one row. Raises: ValueError where there is nothing to cut."""
     found = []
     for part in cut:
@@ -141,10 +142,18 @@ def _masks(who: str, inputs: MultimodalInputs, row: int, cut: tuple[Any, Any]) -
     keys, queries = found
     if _short(cut[0]) != _short(cut[1]):
         keys = keys & ~queries
-    first, last = keys.nonzero().flatten(), queries.nonzero().flatten()
-    if not len(first) or int(first[0]) > int(last[-1]):
+    if not _are_read(keys, queries, image_blocks(cfg, inputs[row])):
         raise ValueError(
             f"{who}: cut {_name(who, cut)} cuts nothing in row {row}: it has no key that one of its queries can read "
             "(positions read earlier ones, and those in both parts count as queries). Cuts are (keys, queries)."
         )
     return keys, queries
+
+
+def _are_read(keys: Tensor, queries: Tensor, blocks: Tensor | None) -> bool:
+    """True where some query stands after some key, or both lie in one picture whose tokens read each other."""
+    first, last = keys.nonzero().flatten(), queries.nonzero().flatten()
+    if not len(first):
+        return False
+    shared = set() if blocks is None else set(blocks[0, keys].tolist()) & set(blocks[0, queries].tolist()) - {-1}
+    return int(first[0]) <= int(last[-1]) or bool(shared)

@@ -102,7 +102,7 @@ class MultimodalInputs:
     picture_images: which of the row's images it belongs to; picture_grids: (height, width) in patches of each, where
     pictures have any size; patch_mask: [picture patch], False at patches of the square that a smaller picture does not
     have, None where all are whole; image_rows: the row of each image. A picture is an image, a tile of one (the whole
-    view first), or a pair of frames of a video, which counts as an image of its own.
+    view first), or a frame or a pair of frames of a video, which counts as an image of its own.
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
     one an image; grid_places: which of an image's tokens are the cells of that grid, row by row (the others are a
     class token, a whole view, newlines). token_tiles: the tile of each of an image's tokens (0 the whole view, -1 a

@@ -42,6 +42,7 @@ def _block(kind: str) -> tuple[Hook, ...]:
     """Hooks of one block; `kind` is the first axis: rows of text ("batch") or pictures ("picture")."""
     b = kind
     heard: Live = "when heard"
+    result = "head outputs in the residual stream" + (", before ln1_post where there is one" if b == "batch" else "")
     return (
         Hook("blocks.{l}.hook_resid_pre", f"{b} pos d_model", "residual stream that enters the block"),
         Hook("blocks.{l}.hook_deepstack", f"{b} pos d_model", "inner features of the tower added", needs="deepstack"),
@@ -62,12 +63,7 @@ def _block(kind: str) -> tuple[Hook, ...]:
         Hook("blocks.{l}.attn.hook_attn_scores", f"{b} n_heads query_pos key_pos", "scaled logits, masked", heard),
         Hook("blocks.{l}.attn.hook_pattern", f"{b} n_heads query_pos key_pos", "attention weights", heard),
         Hook("blocks.{l}.attn.hook_z", f"{b} pos n_heads d_head", "head outputs before W_O"),
-        Hook(
-            "blocks.{l}.attn.hook_result",
-            f"{b} pos n_heads d_model",
-            "head outputs through W_O (where there is ln1_post, before it)",
-            heard,
-        ),
+        Hook("blocks.{l}.attn.hook_result", f"{b} pos n_heads d_model", result, heard),
         Hook("blocks.{l}.ln1_post.hook_scale", f"{b} pos 1", "denominator of the norm after it", heard, "post_norms"),
         Hook("blocks.{l}.ln1_post.hook_normalized", f"{b} pos d_model", "before the weight", needs="post_norms"),
         Hook("blocks.{l}.hook_attn_out", f"{b} pos d_model", "what attention adds to the residual"),

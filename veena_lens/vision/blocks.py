@@ -36,5 +36,5 @@ def reached_from(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Int[Tensor, 
     if blocks is None:
         return places
     mine = blocks[0].cpu()
-    same = (mine[:, None] == mine) & (mine >= 0)
-    return torch.where(mine >= 0, same.long().argmax(-1), places)
+    begins = (mine >= 0) & (mine != F.pad(mine, (1, 0), value=-1)[:-1])
+    return torch.where(mine >= 0, torch.where(begins, places, 0).cummax(0).values, places)

@@ -140,7 +140,7 @@ def test_tiled_models_of_the_hub_have_their_numbers() -> None:
     assert (large.vision.grid, large.vision.token_grid, large.vision.n_features) == ((26, 26), (13, 13), 169)
     assert (large.vision.has_last_norm, large.vision.has_fraction_positions) == (True, True)
     assert (large.connector.kind, large.connector.d_in, large.connector.d_out) == ("linear", 4608, 4096)
-    assert (large.connector.bias, large.has_hidden_connector, small.tie_word_embeddings) == (False, False, False)
+    assert (large.connector.bias, large.connector.d_hidden, small.tie_word_embeddings) == (False, 0, False)
     assert (small.vision.n_layers, small.vision.d_mlp, small.vision.n_features) == (12, 3072, 64)
     assert (small.n_heads, small.n_key_value_heads, small.d_head, small.pad_token_id) == (9, 3, 64, 2)
 

@@ -18,9 +18,12 @@ from veena_lens.inputs import MultimodalInputs, is_any_of
 
 def image_blocks(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Int[Tensor, "batch pos"] | None:
     """The number of each position's block in its row, -1 for text; None where the model has no blocks, or no row a
-    picture. A hole in the attention mask leaves its block whole."""
-    if not cfg.image_blocks or not any(inputs.n_images):
-        return None
+    picture."""
+    return runs_of_images(inputs) if cfg.image_blocks and any(inputs.n_images) else None
+
+
+def runs_of_images(inputs: MultimodalInputs) -> Int[Tensor, "batch pos"]:
+    """The number of each run of image tokens in its row, -1 for text. A hole in the attention mask leaves it whole."""
     inside = torch.zeros_like(inputs.attention_mask)
     for row, spans in enumerate(inputs.spans):
         for span in spans.images:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from veena_lens.activation_cache import ActivationCache
+from veena_lens.app.view.rows import rule_of
 from veena_lens.stores import opened
 
 ABOUT = "veena_lens.view"
@@ -54,6 +55,8 @@ def save_cache(
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         about: dict[str, Any] = {"model": model_name, "pictures": 0 if pictures is None else len(pictures)}
+        if cache.model is not None:
+            about |= rule_of(cache.model.cfg)
         if windows is not None:
             about["windows"] = list(windows)
         if tokenizer is not None and cache.inputs is not None:

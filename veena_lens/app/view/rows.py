@@ -18,9 +18,11 @@ from veena_lens.activation_cache import ActivationCache, MissingActivation
 from veena_lens.circuits.reading import stream_rows
 from veena_lens.circuits.views import FEWEST_KEYS
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.vision.blocks import runs_of_images
 
 Consume = Callable[[int, slice, Float[Tensor, "head n key_pos"]], None]
 PATTERN, QUERIES, KEYS = "attn.hook_pattern", "attn.hook_rot_q", "attn.hook_rot_k"
+RULE = ("windows", "scale", "image_blocks")  # what a model's attention is besides
 MOST_QUERIES = 256  # of a long prompt, that are asked for sinks
 
 
@@ -66,16 +68,28 @@ class ModelRows:
             stream_rows(self.model, self.inputs, list(queries), layers, heads, one)
 
 
+def rule_of(cfg: Any) -> dict[str, Any]:
+    """What a model's attention is, where a cache holds queries and keys alone: the fields of `CachedRows`."""
+    return {
+        "windows": list(cfg.sliding_windows) or None,
+        "scale": float(cfg.score_scale),
+        "image_blocks": bool(cfg.image_blocks),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CachedRows:
-    """Rows of a cache: its patterns, or softmax(q k / sqrt(d_head)) of its rotated queries and keys.
+    """Rows of a cache: its patterns, or softmax(scale q k) of its rotated queries and keys.
 
-    `windows`: a sliding window a layer (None: none), where rows are computed and the model has some.
+    Where rows are computed: `windows`, a sliding window a layer (None: none); `scale`, of the scores (None: the head
+    width to the power -1/2); `image_blocks`, that a picture's tokens read each other in both directions.
     Raises: MissingActivation where it holds neither for every layer; ValueError without its inputs."""
 
     cache: ActivationCache
     row: int = 0
     windows: Sequence[int | None] | None = None
+    scale: float | None = None
+    image_blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.cache.inputs is None:
@@ -118,7 +132,7 @@ class CachedRows:
     def _computed(self, layer: int, queries: list[int]) -> Float[Tensor, "head n key_pos"]:
         q, k = self._of(layer, QUERIES)[queries].float(), self._of(layer, KEYS).float()
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-        scores = torch.einsum("nhd,khd->hnk", q, k) * q.shape[-1] ** -0.5
+        scores = torch.einsum("nhd,khd->hnk", q, k) * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
         allowed = self._allowed(layer, queries, k.shape[0])[None].to(scores.device)
         # A query that may see nothing is a pad: its row is zeros, as the fused kernel gives.
         return scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
@@ -126,7 +140,11 @@ class CachedRows:
     def _allowed(self, layer: int, queries: list[int], n_key: int) -> Bool[Tensor, "n key_pos"]:
         assert self.cache.inputs is not None
         at, keys = torch.tensor(queries)[:, None], torch.arange(n_key)
-        allowed = (keys <= at) & self.cache.inputs.attention_mask[self.row].cpu()
+        allowed = keys <= at
+        if self.image_blocks:
+            block = runs_of_images(self.cache.inputs)[self.row].cpu()
+            allowed = allowed | ((block[at] == block) & (block >= 0))
+        allowed = allowed & self.cache.inputs.attention_mask[self.row].cpu()
         window = None if self.windows is None else self.windows[layer]
         return allowed if window is None else allowed & (keys > at - window)
 

@@ -20,7 +20,7 @@ from veena_lens.app.view import building
 from veena_lens.app.view.bundles import Bundle, Key, attention_bundles, pack_bundles, push_bundle
 from veena_lens.app.view.files import OpenedCache, open_cache
 from veena_lens.app.view.page import page_of
-from veena_lens.app.view.rows import CachedRows, ModelRows, Rows
+from veena_lens.app.view.rows import RULE, CachedRows, ModelRows, Rows, rule_of
 from veena_lens.inputs import MultimodalInputs
 
 if TYPE_CHECKING:
@@ -121,13 +121,15 @@ class ExplorerView:
             is_first = row in (0, -len(opened.cache.inputs or [0]))  # the file tells of its first row alone
             pictures = opened.pictures if pictures is None and is_first else pictures
             texts = opened.texts if texts is None and tokenizer is None and is_first else texts
-            title, windows, cache = title or opened.model_name, opened.about.get("windows"), opened.cache
+            title, about, cache = title or opened.model_name, opened.about, opened.cache
         else:
-            windows, cache = None, opened
+            about, cache = {}, opened
+        known = model if model is not None else cache.model
+        rule = {k: about[k] for k in RULE if k in about} if known is None else rule_of(known.cfg)
         if cache.inputs is not None and cache.has_batch_dim and len(cache.inputs) > 1:
             cache = cache.apply_slice_to_batch_dim([range(len(cache.inputs))[row]])
         building.require_own_cache(cache, model)
-        rows = CachedRows(cache=cache, windows=windows)
+        rows = CachedRows(cache=cache, **rule)
         inputs = cache.inputs
         assert inputs is not None
         chosen = building.modes_of(modes, MODES, has_other=False, has_directions=False)

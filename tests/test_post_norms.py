@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from veena_lens.circuits import (
     promoted_tokens,
 )
 from veena_lens.emotion import ena
+from veena_lens.emotion.planted import plant_circuit
 from veena_lens.sweeps.metrics import logit_diff
 
 
@@ -153,6 +155,9 @@ def test_what_neurons_would_add_is_refused_where_a_norm_follows() -> None:
     model, _, _, _ = run()
     with pytest.raises(ValueError, match="variant='factor'"):
         ena([(1, 3)], 2.0, variant="add", model=model, activations=[1.0])
+    pairs = [SimpleNamespace(emotion=emotion) for emotion in ("happy", "sad")]
+    with pytest.raises(ValueError, match="norms what its attention and MLP give"):
+        plant_circuit(model, pairs, {"happy": ["happy"], "sad": ["sad"]}, general=1, neurons=1, layer=1)
 
 
 def test_weights_under_their_names_in_transformer_lens() -> None:

@@ -87,9 +87,9 @@ def test_saved_folder_loads_in_hugging_face_with_the_edited_weights(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "dtype", "with_processor", "every_hook"),
     [
-        ("gemma3-plain", torch.float64, True, True),
+        ("gemma3-plain", torch.float64, True, False),
         ("gemma3-untied", torch.bfloat16, True, False),
-        ("gemma3-all-slide", torch.float32, False, False),
+        ("gemma3-one-token", torch.float32, False, True),
         ("gemma3-text-plain", torch.float64, True, False),
     ],
 )
@@ -106,7 +106,7 @@ def test_certificate_passes_on_a_true_checkpoint(
     assert not [n for n, h in model.hook_dict.items() if h._forward_hooks], "hooks are left"
 
 
-@pytest.mark.parametrize("part", ["vision.ln_post.bias", "connector.norm.weight", "blocks.1.ln1_post.weight"])
+@pytest.mark.parametrize("part", ["connector.norm.weight", "blocks.1.ln1_post.weight"])
 def test_certificate_fails_on_weights_that_differ(part: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_gemma.save(GEMMA_BY_NAME["gemma3-plain"], tmp_path, torch.float64)

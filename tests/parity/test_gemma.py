@@ -92,14 +92,14 @@ def cases(draw: st.DrawFn) -> GemmaCase:
     )
 
 
-@settings(max_examples=35)
+@settings(max_examples=30)
 @given(case=cases())
 def test_drawn_configuration_equals_hugging_face(case: GemmaCase) -> None:
     hf = build_hf(case, gain=2.0)
     assert_equals_hugging_face(case, hf, HookedVLM.from_hf(hf))
 
 
-NAMES = ["plain", "narrow-window", "pattern", "unequal-rows", "touching-pictures", "ends-with-a-picture", "text-plain"]
+NAMES = ["narrow-window", "unequal-rows", "touching-pictures", "ends-with-a-picture", "text-plain"]
 
 
 @pytest.mark.parametrize("name", NAMES)

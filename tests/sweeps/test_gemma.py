@@ -16,7 +16,7 @@ from veena_lens.sweeps import generation_sweep, patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
 from veena_lens.vision.blocks import reached_from
 
-NAMES = ["narrow-window", "touching-pictures", "text-plain"]
+NAMES = ["narrow-window", "touching-pictures"]
 
 
 def runs(name: str) -> tuple[Any, Any, Any]:
@@ -49,7 +49,7 @@ def test_every_site_of_the_decoder_equals_whole_forwards(name: str) -> None:
 def test_positions_of_a_part_of_a_picture_equal_whole_forwards(name: str) -> None:
     """An edit of a picture's last token reaches its first one."""
     model, clean, corrupted = runs(name)
-    for row in (0, 1 if name == "touching-pictures" else 2):
+    for row in (0,) if name == "unequal-rows" else (1,):
         a, b = clean[row].trimmed(), corrupted[row].trimmed()
         span = a.spans[0].images[-1]
         for positions in ([span.stop - 1], [span.start + 1, span.stop], slice(span.start + 2, span.stop + 1), "image"):
@@ -72,14 +72,13 @@ def test_positions_of_a_part_of_a_picture_equal_whole_forwards(name: str) -> Non
         torch.testing.assert_close(steered[0].values, steered[1].values, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["touching-pictures", "ends-with-a-picture"])
-def test_every_site_on_pictures_equals_whole_forwards(name: str) -> None:
-    model, clean, corrupted = runs(name)
+def test_every_site_on_pictures_equals_whole_forwards() -> None:
+    model, clean, corrupted = runs("touching-pictures")
     clean, corrupted = clean[0].trimmed(), corrupted[0].trimmed()
     named = [n for n in hooks_of(model.cfg) if n.startswith(("vision.", "connector."))]
-    for sites, positions in ((named, "all"), (named, [-1]), (["hook_image_features"], "each")):
+    for sites, positions in ((named, [1, -1]), (["hook_image_features"], "each")):
         agree(*both(model, clean, corrupted, sites=sites, positions=positions))
-    agree(*both(model, clean, corrupted, sites=["vision.blocks.1.attn.hook_z"], positions="each", units=[0, 3]))
+    agree(*both(model, clean, corrupted, sites=["vision.blocks.1.attn.hook_z"], positions=[3], units=[0, 3]))
 
 
 def test_an_edit_in_a_picture_reaches_it_from_its_first_token() -> None:
@@ -91,8 +90,7 @@ def test_an_edit_in_a_picture_reaches_it_from_its_first_token() -> None:
     assert plan.token_layers == (17 - 6) * 3
 
 
-@pytest.mark.parametrize("max_rows", [2, 64])
-def test_generation_sweep_equals_whole_prompts(max_rows: int) -> None:
+def test_generation_sweep_equals_whole_prompts() -> None:
     model, clean, corrupted = runs("unequal-rows")
     clean, corrupted = clean[[0, 2, 3]], corrupted[[0, 2, 3]]
     vector = 3 * torch.randn(48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -112,8 +110,7 @@ def test_generation_sweep_equals_whole_prompts(max_rows: int) -> None:
     ]
     one = [*entries, Patch("blocks.1.attn.hook_z", cache, positions="image")]
     for rows, given in ((clean, entries), (clean[0], one)):
-        kw: dict[str, Any] = dict(max_new_tokens=8, progress=False, eos_token_id=[])
-        fast = generation_sweep(model, rows, given, max_rows=max_rows, **kw)
-        plain = generation_sweep(model, rows, given, engine="naive", max_rows=max_rows, **kw)
+        kw: dict[str, Any] = dict(max_new_tokens=6, progress=False, eos_token_id=[], max_rows=4)
+        fast, plain = (generation_sweep(model, rows, given, engine=engine, **kw) for engine in ("suffix", "naive"))
         assert fast.tokens == plain.tokens
         assert len({tuple(ids) for ids in fast.tokens[0]}) > 3, "the entries say the same"

@@ -84,7 +84,8 @@ def plant_circuit(
     `general` heads serve all emotions, `specific` heads an emotion one alone; `neurons` an emotion name it. Heads lie
     in layers 1 .. `layer` (default: the middle), one of them in `layer`; neurons after it. The push along u_e on a pair
     of e is `strength` times the mean norm of what twins differ by there anyway. `scramble` draws the decoder anew.
-    Raises: ValueError for too little room, an emotion without pairs, or words that are no tokens.
+    Raises: ValueError for too little room, an emotion without pairs, words that are no tokens, or a model whose norms
+    follow attention and MLP.
     """
     emotions = list(words)
     key: int = model.cfg.n_layers // 2 if layer is None else layer
@@ -133,6 +134,11 @@ def _require_room(
     model: Any, pairs: Sequence[Any], emotions: Sequence[str], layer: int, heads: int, neurons: int, strength: float
 ) -> None:
     cfg = model.cfg
+    if cfg.post_norms:
+        raise ValueError(
+            f"{_WHO}: a planted head or neuron writes one direction; this model norms what its attention and MLP give "
+            "before it joins the residual, all heads together. Plant in a model without such norms."
+        )
     if not 1 < layer < cfg.n_layers - 1:
         raise ValueError(f"{_WHO}: layer={layer} must leave a layer before and after it, 2 .. {cfg.n_layers - 2}.")
     if not 1 <= heads <= (layer - 1) * cfg.n_heads:

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.emotion.asked import bundled
+from tests.emotion.twins import LLAVA, directions, twins
 from veena_lens.emotion import stages as module
-from veena_lens.emotion.head_search import KeyHeads
-from veena_lens.emotion.layer_search import KeyLayers
+from veena_lens.emotion.head_search import KeyHeads, key_heads
+from veena_lens.emotion.layer_search import KeyLayers, key_layers
+from veena_lens.emotion.slot import LEAD_IN
 from veena_lens.emotion.stages import Stages, find_stages, show_run, stage_bounds
 from veena_lens.scores import Scores
 
@@ -148,3 +151,21 @@ def test_curves_are_put_together_by_layer(layers: list[int], monkeypatch: pytest
     assert found.reading.values.tolist() == pytest.approx([0.0, 0.4, 0.03, 0.0])
     assert (found.first, found.last) == ((1, 2) if len(layers) == 4 else (2, 2))
     assert found.decodable.shape == (4, 4) and found.n_layers == 4
+
+
+def test_stages_of_the_embedded_model_follow_from_its_own_curves() -> None:
+    model, pairs = bundled(LLAVA), list(twins(4))
+    layers = key_layers(
+        model, pairs[:2], directions(), alphas=(1.5,), layers=[0, 7], random_directions=1, max_new_tokens=4, draws=50,
+        progress=False,
+    )  # fmt: skip
+    heads = key_heads(model, pairs[1:3], directions(), 1, lead_in=LEAD_IN, draws=50, progress=False)
+    found = find_stages(model, pairs, layers, heads, progress=False)
+    n = model.cfg.n_layers
+    assert sum(found.spans().values(), []) == list(range(n)), "every layer has one stage"
+    assert found.first == 7, "layer 0 does not take the direction, and layers between were not measured"
+    accuracy, control = (found.decodable.select(statistic=s).values for s in ("accuracy", "control"))
+    assert accuracy.shape == (n,) and accuracy[-1] > control[-1] + 0.2
+    at_query = heads.effects.select(rows="query").mean("pair").values.clamp_min(0).sum(-1)
+    assert found.reading.values[:2].tolist() == pytest.approx(at_query.tolist())
+    assert not found.reading.values[2:].any()

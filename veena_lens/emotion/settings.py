@@ -83,9 +83,9 @@ PRESETS: dict[str, Settings] = {
         random_conditions=("conflict, plain",), asked_pictures=4, latency_repeats=1,
     ),
     "quick": Settings(
-        ways=WAYS[:2], trials=5, betas=(1.5, 2.0, 3.0, 5.0, 8.0), gammas=(1.5, 2.0, 3.0, 5.0), test_pictures=32,
-        strengths=("plain", "strong"), random_conditions=("conflict, plain",), layer_pairs=21, mechanism_pairs=49,
-        asked_pictures=16, latency_repeats=2,
+        ways=WAYS[:2], trials=4, betas=(1.5, 2.0, 3.0, 5.0, 8.0), gammas=(1.5, 2.0, 3.0, 5.0), test_pictures=32,
+        strengths=("plain", "strong"), random_conditions=("conflict, plain",), alphas=(0.2, 0.4, 0.8, 1.6),
+        layer_pairs=14, mechanism_pairs=35, conflict_examples=32, asked_pictures=12, latency_repeats=1,
     ),
     "full": Settings(
         preset="full", mechanism_pairs=None, layer_pairs=49, conflict_examples=192, validation_pictures=24,

@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # How much `make demo` does of the method: tiny, quick or full.
 PRESET ?= quick
+MODELS := tiny-llava-emotion tiny-qwen2vl-emotion
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
@@ -16,10 +17,14 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+# Both models at once, one core each: models this small gain little from a second thread.
 demo: $(STAMPS)/demo  ## look inside the embedded models, locate and enhance their emotion circuit: out/
 	$(BIN)/veena-lens demo --out out/demo
-	$(BIN)/veena-lens run --model tiny-llava-emotion --preset $(PRESET) --out out/veena-$(PRESET)/tiny-llava-emotion
-	$(BIN)/veena-lens run --model tiny-qwen2vl-emotion --preset $(PRESET) --out out/veena-$(PRESET)/tiny-qwen2vl-emotion
+	@export OMP_NUM_THREADS=1; pids=; failed=; \
+	for model in $(MODELS); do \
+	  $(BIN)/veena-lens run --model $$model --preset $(PRESET) --out out/veena-$(PRESET)/$$model & pids="$$pids $$!"; \
+	done; \
+	for pid in $$pids; do wait $$pid || failed=1; done; test -z "$$failed"
 
 explore: $(STAMPS)/explore  ## look inside the embedded models in the browser, with your own pictures
 	$(BIN)/veena-lens explore

@@ -65,8 +65,8 @@ def refuse_unread(config: Any, read: Iterable[str], harmless: Iterable[str] = ()
             odd[name] = value
     if "quantization_config" in odd:
         raise ValueError(
-            f"{type(config).__name__}: the weights are quantised (quantization_config={odd['quantization_config']!r}), "
-            "which is not supported; give a checkpoint of float weights."
+            f"{type(config).__name__}: the weights are quantised (quantization_config={odd['quantization_config']!r}). "
+            "Of a folder, from_pretrained reads weights of bitsandbytes and torchao; else give float weights."
         )
     if odd:
         listed = ", ".join(f"{k}={v!r}" for k, v in odd.items())

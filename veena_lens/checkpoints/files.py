@@ -129,6 +129,13 @@ class WeightFile:
             kinds = {key: str(s.get_dtype()) for key, s in slices.items()}
             return {key: (tuple(s.get_shape()), _DTYPES.get(kinds[key], kinds[key])) for key, s in slices.items()}
 
+    def about(self) -> dict[str, str]:
+        """The words that a safetensors header holds beside the tensors; of a pickle none."""
+        if not self._is_safe:
+            return {}
+        with self._opened() as f:
+            return dict(f.metadata() or {})
+
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
         """(key, tensor) of the chosen keys; tensors are mapped from the file, not yet read."""
         if self._is_safe:

@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from veena_lens.checkpoints.files import Folder, WeightFile, fetch_weights
+from veena_lens.checkpoints.packed import Entry, PackedEntry, find_packed, open_packed
+from veena_lens.checkpoints.quantised import Scheme, require_usable, scheme_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import Adapter, WeightMap
 
 Shape = tuple[int, ...]
+HEAD = "lm_head.weight"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -57,7 +60,7 @@ def require_fit(
 
 def _is_tied_head(key: str, known: set[str]) -> bool:
     """A stored copy of a tied unembedding; its values are compared when they are read."""
-    return key == "lm_head.weight" and key not in known
+    return key == HEAD and key not in known
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
@@ -76,44 +79,81 @@ def fill_from_files(
     dtype None keeps what is stored (where the file mixes dtypes: what config.json names, else the commonest).
     device_map "auto" or a dict (module name -> device) spreads the blocks.
     Raises: FileNotFoundError without weight files; ValueError for weights that do not fit."""
-    adapter, folder = checkpoint.adapter, checkpoint.path
+    adapter, folder, scheme = checkpoint.adapter, checkpoint.path, scheme_of(checkpoint.hf_config)
+    if scheme is not None:
+        require_usable(scheme, (), str(folder))
     files = [WeightFile(p) for p in fetch_weights(Folder(folder, checkpoint.hub_id, checkpoint.revision))]
     weights = adapter.weight_map(checkpoint.cfg)
-    places: dict[str, tuple[WeightFile, str]] = {}
-    shapes: dict[str, Shape] = {}
-    dtypes: dict[str, torch.dtype | str] = {}
-    doubled = []
-    for file in files:
-        for key, (shape, stored) in file.shapes().items():
-            name = adapter.normalize(key)
-            if name in places and not adapter.is_harmless(name):
-                doubled.append(f"doubled   {name}: stored as {places[name][1]} and as {key}")
-            places[name], shapes[name], dtypes[name] = (file, key), shape, stored
-    require_fit(module, shapes, adapter, weights, str(folder), [*doubled, *_quantised(weights, dtypes)])
-    target = dtype or stored_dtype([dtypes[theirs] for theirs in weights.owners], checkpoint.hf_config)
-    devices = device_of_each(module, device, device_map, target)
+    entries, doubled = _entries(files, adapter)
+    packed = {} if scheme is None else find_packed(scheme, entries)
+    parts = {entry for p in packed.values() for entry in p.entries.values()}
+    plain = {name: entry for name, entry in entries.items() if entry not in parts}
+    shapes = {name: entry.shape for name, entry in plain.items()} | {name: p.shape for name, p in packed.items()}
+    require_fit(module, shapes, adapter, weights, str(folder), [*doubled, *_quantised(weights, plain)])
     owners = weights.owners
+    target = dtype or stored_dtype([plain[theirs].dtype for theirs in owners if theirs in plain], checkpoint.hf_config)
+    devices = device_of_each(module, device, device_map, target)
+    if scheme is not None:
+        require_usable(scheme, {devices(ours) for theirs in packed for ours in owners.get(theirs, ())}, str(folder))
     head: Tensor | None = None
     for file in files:
-        mine = {key: name for name, (f, key) in places.items() if f is file}
-        for key, tensor in file.tensors([k for k, n in mine.items() if n in owners or n == "lm_head.weight"]):
-            name = mine[key]
-            if name not in owners:
+        mine = {e.key: name for name, e in plain.items() if e.file is file and (name in owners or name == HEAD)}
+        for key, tensor in file.tensors(list(mine)):
+            if mine[key] not in owners:
                 head = tensor
                 continue
-            for ours in owners[name]:
+            for ours in owners[mine[key]]:
                 part = weights.part_of(ours, tensor)
                 placed = part.to(device=devices(ours), dtype=target)
                 # A tensor that needed no conversion is still mapped from the file: own it.
                 set_parameter(module, ours, placed.clone() if placed.data_ptr() == part.data_ptr() else placed)
+    for theirs in packed.keys() & owners.keys():
+        assert scheme is not None
+        _place_packed(module, weights, theirs, scheme, packed[theirs], devices, target)
     if head is not None:
         _require_tied(module, head, str(folder))
     module.device_map = devices.map  # type: ignore[assignment]
 
 
-def _quantised(weights: WeightMap, dtypes: Mapping[str, torch.dtype | str]) -> list[str]:
+def _entries(files: Sequence[WeightFile], adapter: Adapter) -> tuple[dict[str, Entry], list[str]]:
+    """(today's name -> the entry of a file, lines on names that are stored twice)."""
+    entries: dict[str, Entry] = {}
+    doubled = []
+    for file in files:
+        for key, (shape, stored) in file.shapes().items():
+            name = adapter.normalize(key)
+            if name in entries and not adapter.is_harmless(name):
+                doubled.append(f"doubled   {name}: stored as {entries[name].key} and as {key}")
+            entries[name] = Entry(file, key, shape, stored)
+    return entries, doubled
+
+
+def _place_packed(
+    module: nn.Module,
+    weights: WeightMap,
+    theirs: str,
+    scheme: Scheme,
+    packed: PackedEntry,
+    devices: _Devices,
+    dtype: torch.dtype,
+) -> None:
+    """Put a packed weight in the place of the linear maps that it serves; of what is no linear map, its numbers."""
+    names = weights.owners[theirs]
+    weight = open_packed(scheme, packed, devices(names[0]), dtype)
+    for ours in names:
+        owner, _, leaf = ours.rpartition(".")
+        linear = module.get_submodule(owner)
+        rows = weight.rows(weights.parts.get(ours)) if ours not in weights.reshapes else None
+        if rows is not None and leaf == "weight" and isinstance(linear, nn.Linear):
+            module.set_submodule(owner, rows.linear(linear.bias, dtype))
+        else:
+            dense = weights.part_of(ours, weight.dense()).to(device=devices(ours), dtype=dtype)
+            set_parameter(module, ours, dense.clone())
+
+
+def _quantised(weights: WeightMap, plain: Mapping[str, Entry]) -> list[str]:
     """Lines on tensors of a type that no forward pass of ours takes."""
-    found = ((theirs, dtypes.get(theirs, torch.float32)) for theirs in weights.owners)
+    found = ((theirs, plain[theirs].dtype) for theirs in weights.owners if theirs in plain)
     return [f"quantised {k}: stored as {d}; give float weights" for k, d in found if d not in FLOATS]
 
 
@@ -197,5 +237,5 @@ def fill_from_state_dict(
     for ours, theirs in weights:
         tensor = weights.part_of(ours, named[theirs].detach())
         set_parameter(module, ours, tensor.clone() if copy else tensor)
-    if "lm_head.weight" in named and "lm_head.weight" not in weights.names.values():
-        _require_tied(module, named["lm_head.weight"].detach(), "the model")
+    if HEAD in named and HEAD not in weights.names.values():
+        _require_tied(module, named[HEAD].detach(), "the model")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from veena_lens.checkpoints.files import resolve_folder
+from veena_lens.checkpoints.quantised import as_if_float, scheme_of
 from veena_lens.checkpoints.registry import all_adapters, find_adapter
 from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import Adapter
@@ -41,7 +42,8 @@ def open_checkpoint(
     folder = resolve_folder(name, revision)
     hf_config, architecture = read_config(folder.path)
     adapter = find_adapter(architecture)
-    cfg = adapter.read_config(hf_config)
+    scheme_of(hf_config)  # one that cannot be read is told of first
+    cfg = adapter.read_config(as_if_float(hf_config))
     cfg = replace(cfg, architecture=architecture, model_name=str(name), casts=casts, dtype=dtype)  # type: ignore[arg-type]
     return Checkpoint(folder.path, hf_config, adapter, cfg, folder.hub_id, folder.revision)
 

@@ -10,23 +10,29 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
+from veena_lens.checkpoints.quantised import as_if_float
 from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import Adapter
 
 
 def to_hf_state_dict(module: nn.Module, adapter: Adapter, cfg: HookedVLMConfig) -> dict[str, Tensor]:
     """Hugging Face name (as in its model's `state_dict()`) -> tensor, sharing storage with the model where a
-    parameter is stored alone."""
+    parameter is stored alone. Quantised weights are dequantised."""
     weights = adapter.weight_map(cfg)
-    own = dict(module.named_parameters())
     out = {}
     for theirs, names in weights.owners.items():
-        tensors = [own[ours].detach() for ours in names]
+        tensors = [_value(module, ours) for ours in names]
         tensor = tensors[0] if len(tensors) == 1 else torch.cat([t.to(tensors[0].device) for t in tensors])
         out[theirs] = tensor.reshape(weights.reshapes[names[0]]) if names[0] in weights.reshapes else tensor
     if cfg.tie_word_embeddings:
-        out["lm_head.weight"] = own["embed.weight"].detach()
+        out["lm_head.weight"] = _value(module, "embed.weight")
     return out
+
+
+def _value(module: nn.Module, name: str) -> Tensor:
+    """A parameter's tensor; of a quantised weight a dequantised copy."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf).detach()
 
 
 def save_pretrained(model: Any, folder: str | Path, hf_config: Any) -> Path:
@@ -44,7 +50,7 @@ def save_pretrained(model: Any, folder: str | Path, hf_config: Any) -> Path:
     if model.cfg.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     save_torch_state_dict(tensors, path, max_shard_size="5GB")
-    config = copy.deepcopy(hf_config)
+    config = copy.deepcopy(as_if_float(hf_config))  # what is written are float weights
     config.architectures, config.dtype = [model.cfg.architecture], model.cfg.dtype
     config.save_pretrained(path)
     for part in (model.generation_config, model.processor):

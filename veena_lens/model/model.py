@@ -133,6 +133,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
     def _loaded(self, adapter: Any, processor: Any, generation_config: Any) -> HookedVLM:
         """Attach what belongs to a checkpoint beside its weights."""
         self.adapter, self.generation_config = adapter, generation_config
+        self.setup()  # quantised weights came in modules of their own
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.processor = processor
         self.eval()

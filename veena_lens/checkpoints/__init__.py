@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from veena_lens.checkpoints.bundle import bundled_names, bundled_pairs, bundled_path, bundled_pictures
     from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict
     from veena_lens.checkpoints.loading import Checkpoint, load_generation_config, load_processor, open_checkpoint
+    from veena_lens.checkpoints.lora import base_of, is_lora_folder, open_lora
     from veena_lens.checkpoints.processing import inputs_from_hf, pad_token_of, prepare
     from veena_lens.checkpoints.registry import all_adapters, find_adapter
     from veena_lens.checkpoints.saving import save_pretrained, to_hf_state_dict
@@ -27,6 +28,9 @@ _HOMES = {
     "load_generation_config": "loading",
     "load_processor": "loading",
     "open_checkpoint": "loading",
+    "base_of": "lora",
+    "is_lora_folder": "lora",
+    "open_lora": "lora",
     "inputs_from_hf": "processing",
     "pad_token_of": "processing",
     "prepare": "processing",
@@ -38,6 +42,7 @@ _HOMES = {
 __all__ = [
     "Checkpoint",
     "all_adapters",
+    "base_of",
     "bundled_names",
     "bundled_pairs",
     "bundled_path",
@@ -46,9 +51,11 @@ __all__ = [
     "fill_from_state_dict",
     "find_adapter",
     "inputs_from_hf",
+    "is_lora_folder",
     "load_generation_config",
     "load_processor",
     "open_checkpoint",
+    "open_lora",
     "pad_token_of",
     "prepare",
     "save_pretrained",

@@ -51,13 +51,13 @@ def resolve_folder(name: str | Path, revision: str | None = None) -> Folder:
             f"No checkpoint {text!r}: it is no folder, no embedded name ({', '.join(bundled_names())}) and no hub id "
             "such as llava-hf/llava-1.5-7b-hf."
         )
-    found = _download(text, revision, SMALL_FILES)
+    found = download(text, revision, SMALL_FILES)
     if not (found / "config.json").is_file():
         raise FileNotFoundError(f"{text} on the hub holds no config.json, so it is no transformers checkpoint.")
     return Folder(found, text, revision)
 
 
-def _download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
+def download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     """Raises: FileNotFoundError with the hub's reason."""
     import huggingface_hub as hub
 
@@ -80,7 +80,7 @@ def fetch_weights(folder: Folder) -> list[Path]:
         for index, single, _ in LAYOUTS:
             names = _indexed(folder.path / index) if (folder.path / index).is_file() else [single]
             if not all((folder.path / n).is_file() for n in names):
-                _download(folder.hub_id, at, names)
+                download(folder.hub_id, at, names)
             if all((folder.path / n).is_file() for n in names):
                 break
     files = weight_files(folder.path)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veena_lens.checkpoints.files import Folder, WeightFile, fetch_weights
+from veena_lens.checkpoints.lora import Change, Lora, changes_of
 from veena_lens.checkpoints.packed import Entry, PackedEntry, find_packed, open_packed
 from veena_lens.checkpoints.quantised import Scheme, require_usable, scheme_of
 from veena_lens.config import HookedVLMConfig
@@ -72,12 +73,19 @@ def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def fill_from_files(
-    module: nn.Module, checkpoint: Any, *, dtype: torch.dtype | None, device: Any, device_map: Any = None
+    module: nn.Module,
+    checkpoint: Any,
+    *,
+    dtype: torch.dtype | None,
+    device: Any,
+    device_map: Any = None,
+    lora: Lora | None = None,
 ) -> None:
     """Stream a checkpoint's tensors into a model on the meta device; `module.device_map` tells where parts lie.
 
     dtype None keeps what is stored (where the file mixes dtypes: what config.json names, else the commonest).
-    device_map "auto" or a dict (module name -> device) spreads the blocks.
+    device_map "auto" or a dict (module name -> device) spreads the blocks. lora: merged into what it tunes, which is
+    held as numbers also where the file packs it.
     Raises: FileNotFoundError without weight files; ValueError for weights that do not fit."""
     adapter, folder, scheme = checkpoint.adapter, checkpoint.path, scheme_of(checkpoint.hf_config)
     if scheme is not None:
@@ -90,6 +98,7 @@ def fill_from_files(
     plain = {name: entry for name, entry in entries.items() if entry not in parts}
     shapes = {name: entry.shape for name, entry in plain.items()} | {name: p.shape for name, p in packed.items()}
     require_fit(module, shapes, adapter, weights, str(folder), [*doubled, *_quantised(weights, plain)])
+    changes = {} if lora is None else changes_of(lora, adapter, weights, shapes)
     owners = weights.owners
     target = dtype or stored_dtype([plain[theirs].dtype for theirs in owners if theirs in plain], checkpoint.hf_config)
     devices = device_of_each(module, device, device_map, target)
@@ -102,6 +111,8 @@ def fill_from_files(
             if mine[key] not in owners:
                 head = tensor
                 continue
+            if mine[key] in changes:
+                tensor = changes[mine[key]].of(tensor, target)
             for ours in owners[mine[key]]:
                 part = weights.part_of(ours, tensor)
                 placed = part.to(device=devices(ours), dtype=target)
@@ -109,7 +120,7 @@ def fill_from_files(
                 set_parameter(module, ours, placed.clone() if placed.data_ptr() == part.data_ptr() else placed)
     for theirs in packed.keys() & owners.keys():
         assert scheme is not None
-        _place_packed(module, weights, theirs, scheme, packed[theirs], devices, target)
+        _place_packed(module, weights, theirs, scheme, packed[theirs], devices, target, changes.get(theirs))
     if head is not None:
         _require_tied(module, head, str(folder))
     module.device_map = devices.map  # type: ignore[assignment]
@@ -136,18 +147,24 @@ def _place_packed(
     packed: PackedEntry,
     devices: _Devices,
     dtype: torch.dtype,
+    change: Change | None,
 ) -> None:
-    """Put a packed weight in the place of the linear maps that it serves; of what is no linear map, its numbers."""
+    """Put a packed weight in the place of the linear maps that it serves; its numbers in that of what is no linear map,
+    or is changed."""
     names = weights.owners[theirs]
     weight = open_packed(scheme, packed, devices(names[0]), dtype)
+    numbers = None if change is None else change.of(weight.dense(), dtype)
     for ours in names:
         owner, _, leaf = ours.rpartition(".")
         linear = module.get_submodule(owner)
-        rows = weight.rows(weights.parts.get(ours)) if ours not in weights.reshapes else None
+        is_cut = ours not in weights.reshapes and numbers is None
+        rows = weight.rows(weights.parts.get(ours)) if is_cut else None
         if rows is not None and leaf == "weight" and isinstance(linear, nn.Linear):
             module.set_submodule(owner, rows.linear(linear.bias, dtype))
         else:
-            dense = weights.part_of(ours, weight.dense()).to(device=devices(ours), dtype=dtype)
+            dense = weights.part_of(ours, weight.dense() if numbers is None else numbers).to(
+                device=devices(ours), dtype=dtype
+            )
             set_parameter(module, ours, dense.clone())
 
 

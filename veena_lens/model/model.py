@@ -97,18 +97,24 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         device_map: Any = None,
         casts: str = "hf",
         revision: str | None = None,
+        lora: str | Path | None = None,
     ) -> HookedVLM:
         """An embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
 
         dtype: None keeps what is stored. device: None is the CPU. device_map="auto" spreads the blocks over the
         machine's GPUs. casts="none" computes norms in the model's dtype instead of rounding as Hugging Face does.
-        Weights stream into an empty model: peak memory is about one copy.
+        lora: a folder or hub id of a LoRA adapter in peft's files, merged into the weights; a folder that holds an
+        adapter and no model may be given as `name` itself, and its base is loaded. Weights in 4 or 8 bits
+        (bitsandbytes, torchao) stay packed. Weights stream into an empty model: peak memory is about one copy.
         Raises: FileNotFoundError; ValueError for an unknown architecture, or weights that do not fit (all listed).
         """
+        if lora is None and checkpoints.is_lora_folder(name):
+            name, lora = checkpoints.base_of(name), name
+        tuned = None if lora is None else checkpoints.open_lora(lora)
         checkpoint = checkpoints.open_checkpoint(name, dtype=dtype, casts=casts, revision=revision)
         with torch.device("meta"):
             model = cls(checkpoint.cfg)
-        checkpoints.fill_from_files(model, checkpoint, dtype=dtype, device=device, device_map=device_map)
+        checkpoints.fill_from_files(model, checkpoint, dtype=dtype, device=device, device_map=device_map, lora=tuned)
         processor = checkpoints.load_processor(checkpoint.path)
         return model._loaded(
             checkpoint.adapter, processor, checkpoints.load_generation_config(checkpoint.path, checkpoint.hf_config)

@@ -1,0 +1,193 @@
+"""LoRA adapters (Hu et al. 2021, arXiv 2106.09685) merged at load: W + scaling B A, from the files that peft writes.
+
+The file of an adapter holds two narrow matrices for each weight that was tuned; its names, brought to today's, say
+which weight that is. What an adapter could ask for besides is refused by name, before any weight is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.checkpoints.files import WeightFile, download
+from veena_lens.weight_map import Adapter, WeightMap
+
+CONFIG = "adapter_config.json"
+FILES = ("adapter_model.safetensors", "adapter_model.bin")
+# Read here, told by the file itself, or of training alone.
+KNOWN = frozenset(
+    """
+    auto_mapping base_model_name_or_path bias exclude_modules inference_mode init_lora_weights
+    layers_pattern layers_to_transform lora_alpha lora_dropout modules_to_save peft_type peft_version r rank_pattern
+    alpha_pattern revision runtime_config target_modules task_type use_rslora megatron_core ensure_weight_tying
+    qalora_group_size
+    """.split()  # noqa: SIM905
+)
+# Ways to begin that leave the base weights as they are; the others take the adapter's first value out of them.
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", None)
+
+
+@dataclass(frozen=True, eq=False)
+class Lora:
+    """An adapter's configuration and its tensors, not yet read."""
+
+    path: Path
+    config: Mapping[str, Any]
+    file: WeightFile
+
+    def __repr__(self) -> str:
+        return f"Lora({self.path}, r={self.config.get('r')}, lora_alpha={self.config.get('lora_alpha')})"
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What an adapter does to one stored weight: adds `scale` up @ down, or puts `whole` in its place."""
+
+    file: WeightFile
+    down: str | None = None
+    up: str | None = None
+    scale: float = 1.0
+    whole: str | None = None
+
+    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The changed weight in `dtype`; products of half precision are made in float32."""
+        if self.whole is not None:
+            return self._read(self.whole).to(weight.device, dtype)
+        assert self.down is not None and self.up is not None
+        down, up = (_at_least_single(self._read(key)) for key in (self.down, self.up))
+        return weight.to(dtype) + ((up @ down) * self.scale).to(weight.device, dtype)
+
+    def _read(self, key: str) -> Tensor:
+        return next(tensor for _, tensor in self.file.tensors([key]))
+
+
+def _at_least_single(x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def is_lora_folder(name: str | Path) -> bool:
+    """True for a folder that holds an adapter and no model."""
+    path = Path(name).expanduser()
+    return (path / CONFIG).is_file() and not (path / "config.json").is_file()
+
+
+def base_of(name: str | Path) -> str:
+    """The model that an adapter's folder says it was trained on. Raises: ValueError where it says none."""
+    base = _read_config(Path(name).expanduser() / CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"{name} names no base model (base_model_name_or_path); load that one with lora={str(name)!r}."
+        )
+    return str(base)
+
+
+def open_lora(name: str | Path, revision: str | None = None) -> Lora:
+    """An adapter of a folder or a hub id, checked but for its weights' names.
+
+    Raises: FileNotFoundError; ValueError for another kind of adapter or an option that is not followed."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        if path.is_absolute() or str(name).count("/") != 1 or str(name).startswith((".", "~")):
+            raise FileNotFoundError(f"No LoRA adapter {str(name)!r}: it is no folder and no hub id.")
+        path = download(str(name), revision, [CONFIG, *FILES])
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} holds no {CONFIG}; give the folder that peft's save_pretrained wrote.")
+    config = _read_config(path / CONFIG)
+    require_standard(config, path)
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path} holds no weights ({' or '.join(FILES)}).")
+    return Lora(path, config, WeightFile(found[0]))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+
+
+def require_standard(config: Mapping[str, Any], where: Path) -> None:
+    """Raises: ValueError naming what standard LoRA does not have."""
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise ValueError(
+            f"{where} is an adapter of type {kind!r}; LORA is merged. Merge it with peft and save the model."
+        )
+    odd = {k: v for k, v in config.items() if k not in KNOWN and v}
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        odd["init_lora_weights"] = start
+    if odd:
+        listed = ", ".join(f"{k}={v!r}" for k, v in odd.items())
+        raise ValueError(
+            f"{where}: {listed} is not followed, only W + scaling B A of linear maps (r, lora_alpha, use_rslora, their "
+            "patterns, modules_to_save). Merge the adapter with peft (merge_and_unload) and save the model."
+        )
+
+
+def changes_of(
+    lora: Lora, adapter: Adapter, weights: WeightMap, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Change]:
+    """Today's name of a stored weight -> what the adapter does to it. `shapes` are those of the base's files.
+
+    Raises: ValueError that lists every entry without a weight of its shape at once."""
+    stored = {key: shape for key, (shape, _) in lora.file.shapes().items()}
+    changes: dict[str, Change] = {}
+    problems = []
+    for key, shape in stored.items():
+        bare = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        module, kind, _ = _split(bare)
+        if kind == "lora_B":
+            continue
+        name = adapter.normalize(f"{module}.weight" if kind == "lora_A" else bare)
+        if kind not in ("lora_A", "whole"):
+            problems.append(f"unknown   {key}: {kind} is no part of standard LoRA of linear maps")
+        elif name not in weights.owners:
+            problems.append(f"spare     {key}: {adapter.architecture} has no {name}{_of_tied(name)}")
+        elif kind == "whole":
+            changes[name] = Change(lora.file, whole=key)
+            if shapes.get(name) != shape:
+                problems.append(f"misshapen {key}: wanted {list(shapes.get(name, ()))}, found {list(shape)}")
+        else:
+            up = key.replace(".lora_A.", ".lora_B.")
+            made = [*stored[up][:1], *shape[1:]] if up in stored and stored[up][1:] == shape[:1] else None
+            if made != list(shapes.get(name, ())):
+                found = "no lora_B" if up not in stored else f"{list(stored[up])} times {list(shape)}"
+                problems.append(f"misshapen {key}: wanted a product of {list(shapes.get(name, ()))}, found {found}")
+            else:
+                changes[name] = Change(lora.file, key, up, _scale(lora.config, module, shape[0]))
+    if not changes and not problems:
+        problems.append("empty     the adapter changes no weight")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(f"The LoRA adapter {lora.path} does not fit ({len(problems)} entries):\n  {listed}")
+    return changes
+
+
+def _split(key: str) -> tuple[str, str, str]:
+    """(module, "lora_A" and kin or "whole", the rest) of an entry's name."""
+    module, kind, rest = re.fullmatch(r"(?:(.*?)\.(lora_\w+))?(.*)", key).groups()  # type: ignore[union-attr]
+    return (module, kind, rest) if kind else (key.rpartition(".")[0], "whole", "")
+
+
+def _of_tied(name: str) -> str:
+    return " of its own (it is tied to the embedding)" if name == "lm_head.weight" else ""
+
+
+def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """lora_alpha / r, or lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732); alpha may differ by module."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, other in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = other
+            break
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)

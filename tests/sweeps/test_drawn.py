@@ -13,6 +13,7 @@ from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from tests.gemma_cases import GEMMA_BY_NAME
 from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.qwen_cases import QWEN_BY_NAME
+from tests.tile_cases import TILE_BY_NAME
 from veena_lens.hook_table import hooks_of
 from veena_lens.sweeps import patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
@@ -27,6 +28,7 @@ CASES = [
     QWEN_BY_NAME["qwen3_vl-plain"],
     QWEN_BY_NAME["qwen3_vl-image-and-video"],
     ONEVISION_BY_NAME["onevision-image-and-video"],
+    TILE_BY_NAME["idefics3-unequal-pictures"],
 ]
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tests.cases import BY_NAME, build_hf, counted, raw_inputs
 from tests.qwen_cases import QWEN_BY_NAME
+from tests.tile_cases import TILE_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.bundle import bundled_pictures
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOut, Patch, ScaleNeurons, Steer
@@ -18,6 +19,7 @@ CASES = [
     BY_NAME["clip-llama"],
     BY_NAME["window-mistral"],
     *(QWEN_BY_NAME[f"{k}-plain"] for k in ("qwen2_vl", "qwen3_vl")),
+    TILE_BY_NAME["idefics3-plain"],
 ]
 
 
@@ -51,7 +53,7 @@ def test_tokens_equal_those_of_each_entry_alone(case: Any) -> None:
     model = HookedVLM.from_hf(build_hf(case, gain=3.0), casts="none")
     raw = raw_inputs(case)
     inputs = model.inputs_from_hf(**(counted(raw) if "mm_token_type_ids" not in raw else raw))
-    row = inputs[1]
+    row = inputs[1].trimmed()
     entries = entries_for(model, row)
     settings: dict[str, Any] = dict(max_new_tokens=10, eos_token_id=[], progress=False)
     fast = generation_sweep(model, row, entries, **settings)

@@ -13,6 +13,7 @@ from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.parity.test_llava_next import batch, build
 from tests.qwen_cases import QWEN_BY_NAME
+from tests.tile_cases import TILE_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.hook_table import hooks_of
 from veena_lens.sweeps import patch_sweep
@@ -21,6 +22,7 @@ from veena_lens.sweeps.metrics import logit_diff
 FIXED = ["clip-llama", "feature-list", "feature-list-siglip", "three-images-and-none"]
 QWEN = ["qwen2_vl-plain", "qwen2_5_vl-image-and-video", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
 ONEVISION = ["onevision-resampled", "onevision-image-and-video"]
+TILES = ["idefics3-smaller-pictures", "smolvlm-long-names"]
 KW: dict[str, Any] = dict(metric=logit_diff(5, 6), progress=False)
 
 
@@ -30,10 +32,12 @@ def runs(name: str) -> tuple[Any, Any, Any]:
         model = HookedVLM.from_hf(build("llama", vision_feature_layer=[-2, 1])[0], casts="none")
         raw = batch(model, [[(90, 30), (40, 75)]])
     else:
-        case = (BY_NAME | QWEN_BY_NAME | ONEVISION_BY_NAME)[name]
+        case = (BY_NAME | QWEN_BY_NAME | ONEVISION_BY_NAME | TILE_BY_NAME)[name]
         model, raw = native_model(case, casts="none"), raw_inputs(case)
         raw = raw if "mm_token_type_ids" in raw else counted(raw)
     other = {key: torch.randn_like(x) if key.startswith("pixel_values") else x for key, x in raw.items()}
+    if name in TILE_BY_NAME:  # tiles of zeros are padding
+        other["pixel_values"] = other["pixel_values"] * (raw["pixel_values"] != 0)
     clean, corrupted = model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
     row = max(range(len(clean)), key=lambda i: clean.n_images[i])
     return model, clean[row].trimmed(), corrupted[row].trimmed()
@@ -43,7 +47,7 @@ def sites_of(model: Any) -> list[str]:
     return [n for n, hook in hooks_of(model.cfg).items() if hook.axis_names[0] in ("picture", "n_image_tokens")]
 
 
-@pytest.mark.parametrize("name", [*FIXED, "tiles", *QWEN, *ONEVISION])
+@pytest.mark.parametrize("name", [*FIXED, "tiles", *QWEN, *ONEVISION, *TILES])
 def test_every_block_of_the_tower_equals_whole_forwards(name: str) -> None:
     """All depths in one batch: before the first block, in each block, after them and in the connector."""
     model, clean, corrupted = runs(name)
@@ -60,7 +64,9 @@ def test_every_block_of_the_tower_equals_whole_forwards(name: str) -> None:
 @settings(max_examples=6)
 @given(data=st.data())
 def test_any_sites_and_places_of_pictures_equal_whole_forwards(data: st.DataObject) -> None:
-    model, clean, corrupted = runs(data.draw(st.sampled_from([*FIXED, "tiles", *QWEN, *ONEVISION]), label="case"))
+    model, clean, corrupted = runs(
+        data.draw(st.sampled_from([*FIXED, "tiles", *QWEN, *ONEVISION, *TILES]), label="case")
+    )
     sites = data.draw(st.lists(st.sampled_from(sites_of(model)[:-1]), min_size=1, max_size=5, unique=True))
     sites = [n for n in sites if n.startswith(("vision.", "connector."))] or ["vision.blocks.1.hook_mlp_out"]
     if len({n.startswith("connector.") for n in sites}) > 1:  # squares joined are other positions than patches
@@ -88,7 +94,7 @@ def blocks_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, i
     return seen
 
 
-@pytest.mark.parametrize("name", ["three-images-and-none", "tiles", "qwen3_vl-image-and-video", *ONEVISION])
+@pytest.mark.parametrize("name", ["three-images-and-none", "tiles", "qwen3_vl-image-and-video", *ONEVISION, TILES[1]])
 def test_only_edited_pictures_pass_only_later_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, clean, corrupted = runs(name)
     n_pictures, last = len(clean.picture_rows), model.cfg.vision.n_layers - 1
@@ -131,6 +137,20 @@ def test_a_tile_reaches_the_text_at_its_own_first_token() -> None:
     alone = patch_sweep(model, clean, corrupted, [site], [0], plan_only=True)
     assert alone.token_layers == (clean.shape[1] - first[0]) * model.cfg.n_layers, "together from the earliest"
     assert both.token_layers < n_patches * len(clean.picture_rows) * (clean.shape[1] - first[0]) * model.cfg.n_layers
+
+
+def test_a_whole_view_that_stands_last_reaches_the_text_after_its_tiles() -> None:
+    model, clean, corrupted = runs("smolvlm-long-names")
+    site, n_layers = "vision.blocks.1.hook_mlp_out", model.cfg.n_layers
+    tiles, span = torch.tensor(clean.token_tiles[0][0]), clean.spans[0].images[0]
+    places = torch.arange(span.start, span.stop)[clean.image_mask[0, span]]
+    first = [int(places[tiles == tile][0]) for tile in range(int(tiles.max()) + 1)]
+    assert first[0] == max(first) and first[1] == min(first)
+    each = patch_sweep(model, clean, corrupted, [site], "each", plan_only=True)
+    other = int(clean.image_mask[0].nonzero()[-4])  # the second picture, its whole view alone
+    starts = [*first, other]
+    assert len(starts) == len(clean.picture_rows) and each.n_rows == 16 * len(starts)
+    assert each.token_layers == 16 * sum(clean.shape[1] - start for start in starts) * n_layers
 
 
 def test_a_sweep_of_the_tower_keeps_within_a_budget_of_memory() -> None:

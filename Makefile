@@ -51,8 +51,10 @@ notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom
 bench: $(STAMPS)/base  ## tables of speed and memory ratios
 	$(BIN)/python -m veena_lens.benchmarks
 
-refresh: demo  ## the README's picture and every generated table, after the checkpoint changed
+refresh: demo $(STAMPS)/browser  ## every picture and generated table of README and docs, after the checkpoint changed
 	cp out/demo/tiny-llava-emotion/attention.png docs/attention.png
+	$(BIN)/python docs/figures.py
+	$(BIN)/python docs/screenshot.py
 	$(BIN)/python docs/fill.py
 
 clean:  ## remove what these commands wrote, the environment aside

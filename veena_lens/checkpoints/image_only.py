@@ -91,7 +91,11 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
 class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
     """`Qwen2_5_VLProcessor` without videos."""
 
-    __init__ = ImageOnlyQwen2VLProcessor.__init__  # type: ignore[assignment]
+    @no_type_check
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
+        ImageOnlyQwen2VLProcessor.__init__(self, image_processor, tokenizer, chat_template)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the folder that `Qwen2_5_VLProcessor` reads."""

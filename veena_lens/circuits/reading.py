@@ -376,7 +376,7 @@ class Cells:
 def picture_cells(inputs: MultimodalInputs, image: int, view: str, who: str) -> Cells:
     """Where image number `image` of each row has its token grid.
 
-    "grid" is the picture's whole grid (through tiles); "whole" the small whole view that tiled pictures begin with,
+    "grid" is the picture's whole grid (through tiles); "whole" the small whole view beside the tiles,
     the grid itself where there are no tiles.
     Raises: ValueError where no row has such an image; IndexError where its tokens make no whole grid."""
     if view not in ("grid", "whole"):

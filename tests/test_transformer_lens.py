@@ -19,6 +19,7 @@ from transformer_lens.tools import analysis
 from tests.cases import BY_NAME, Case, build_hf, raw_inputs, relative_error, tiny_tokenizer
 from tests.gemma_cases import GemmaCase, after_norm
 from tests.qwen_cases import QwenCase
+from tests.tile_cases import TileCase
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
 MHA = Case(name="small-mha", rows=("1 i 2", "2 i 1"), text=SMALL)
@@ -54,14 +55,23 @@ GEMMA3 = GemmaCase(
     rows=("1 i 2", "2 i 1"),
     text=dict(SMALL, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=4),
 )
-CASES = {"mha": MHA, "gqa": GQA, "qwen2_vl": QWEN2, "qwen2_5_vl": QWEN25, "qwen3_vl": QWEN3, "gemma3": GEMMA3}
+IDEFICS3 = TileCase(name="small", rows=("1 i 2", "2 i 1"), text=dict(SMALL, num_hidden_layers=2))
+CASES = {
+    "mha": MHA,
+    "gqa": GQA,
+    "qwen2_vl": QWEN2,
+    "qwen2_5_vl": QWEN25,
+    "qwen3_vl": QWEN3,
+    "gemma3": GEMMA3,
+    "idefics3": IDEFICS3,
+}
 GOOD, BAD = 17, 40
 
 
 class Pair:
     """A model, clean and corrupted inputs (other pictures), their caches, and a metric."""
 
-    def __init__(self, case: Case | QwenCase | GemmaCase) -> None:
+    def __init__(self, case: Case | QwenCase | GemmaCase | TileCase) -> None:
         from veena_lens import HookedVLM
 
         hf = build_hf(case, gain=5.0)  # strong attention, so that every patch shows

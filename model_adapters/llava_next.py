@@ -11,11 +11,15 @@ from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import Adapter, WeightMap
 
 
+def pinpoints(config: Any) -> tuple[tuple[int, int], ...]:
+    """(height, width) in pixels of the canvases that pictures are fitted into."""
+    return tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+
+
 def llava_next_config(config: Any) -> HookedVLMConfig:
     """The native configuration."""
     refuse_unread(config, (*READ, "image_grid_pinpoints"), (*HARMLESS, "use_image_newline_parameter"))
-    pinpoints = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
-    return HookedVLMConfig(image_layout="anyres", image_pinpoints=pinpoints, **llava_fields(config))
+    return HookedVLMConfig(image_layout="anyres", image_pinpoints=pinpoints(config), **llava_fields(config))
 
 
 def llava_next_weights(cfg: HookedVLMConfig) -> WeightMap:

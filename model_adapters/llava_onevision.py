@@ -8,7 +8,7 @@ from typing import Any
 
 from model_adapters.decoders import TESTED
 from model_adapters.llava import HARMLESS, READ, RENAMES, llava_fields
-from model_adapters.llava_next import llava_next_weights
+from model_adapters.llava_next import llava_next_weights, pinpoints
 from model_adapters.reading import refuse_unread
 from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import Adapter
@@ -29,7 +29,7 @@ def llava_onevision_config(config: Any) -> HookedVLMConfig:
     refuse_unread(config, (*READ, *OWN), (*HARMLESS, "use_image_newline_parameter"))
     return HookedVLMConfig(
         image_layout="anyres",
-        image_pinpoints=tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints),
+        image_pinpoints=pinpoints(config),
         max_tiles=max_tiles(config.vision_aspect_ratio),
         tiles_when_alone=True,
         video_token_id=config.video_token_id,

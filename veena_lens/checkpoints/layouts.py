@@ -6,7 +6,7 @@ tokens each image fills, and which of them are the cells of its grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from veena_lens.checkpoints.any_size import Source, match_tokens
 from veena_lens.checkpoints.anyres_tiles import rows_of_tiles
 from veena_lens.checkpoints.tiled import in_tower_order, tile_grids, tiles_of
-from veena_lens.config import HookedVLMConfig
+from veena_lens.config import HookedVLMConfig, ImageLayout
 from veena_lens.inputs import is_any_of
 from veena_lens.vision.positions import multimodal_positions
 from veena_lens.vision.tiles import TileLayout
@@ -43,55 +43,47 @@ class ImageSet:
     positions: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Image:
-    """What one image fills."""
-
-    n_tokens: int
-    grid: tuple[int, int]
-    places: tuple[int, ...]
-
-
 def arrange_images(
     cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, pixel_values: Any, extras: Mapping[str, Any]
 ) -> ImageSet:
     """The images of a batch of tokens [batch pos].
 
     Raises: ValueError when pictures and tokens do not fit, or a picture has a size that the tower does not take."""
-    counts = (is_any_of(tokens, cfg.image_token_ids) & mask).sum(-1).tolist()
+    counts = _image_tokens(cfg, tokens, mask)
     given = [extras.get(key) for key in ("image_grid_thw", "pixel_values_videos", "video_grid_thw")]
     if pixel_values is None and all(x is None for x in given):
         if sum(counts):
             ids = ", ".join(map(str, cfg.image_token_ids))
             raise ValueError(f"The prompt holds {sum(counts)} image tokens (id {ids}) but no picture was given.")
-        none: tuple[tuple[Any, ...], ...] = ((),) * len(counts)
-        return ImageSet(None, None, None, [[] for _ in counts], none, none)
-    if cfg.image_layout == "dynamic":
-        return _of_any_size(cfg, tokens, mask, pixel_values, extras)
-    if cfg.image_layout == "tiles":
-        return _in_tiles(cfg, tokens, mask, pixel_values, extras)
-    if cfg.image_layout == "anyres":
-        return _anyres(cfg, tokens, mask, pixel_values, extras)
+        return _no_images(len(counts))
+    return ARRANGERS[cfg.image_layout](cfg, tokens, mask, pixel_values, extras)
+
+
+def _no_images(n_rows: int) -> ImageSet:
+    none: tuple[tuple[Any, ...], ...] = ((),) * n_rows
+    return ImageSet(None, None, None, [[] for _ in none], none, none)
+
+
+def _fixed(
+    cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, pixel_values: Any, extras: Mapping[str, Any]
+) -> ImageSet:
+    assert cfg.vision is not None
     pixels = torch.as_tensor(pixel_values)
-    image, n = _fixed(cfg), _require_pixels(cfg, pixels)
-    owners = _owners(image.n_tokens, n, counts)
+    n_images, counts = _require_pixels(cfg, pixels), _image_tokens(cfg, tokens, mask)
+    n_tokens, (height, width) = cfg.vision.n_features, cfg.vision.token_grid
+    owners = _owners(n_tokens, n_images, counts)
+    first = n_tokens - height * width  # a class token stands first; a strategy that drops a patch leaves no whole grid
+    places = tuple(range(first, n_tokens)) if first >= 0 else ()
     numbers = [owners.count(row) for row in range(len(counts))]
     return ImageSet(
         pixels,
         torch.tensor(owners, dtype=torch.long),
         torch.tensor(owners, dtype=torch.long),
-        [[image.n_tokens] * n for n in numbers],
-        tuple((image.grid,) * n for n in numbers),
-        tuple((image.places,) * n for n in numbers),
+        [[n_tokens] * n for n in numbers],
+        tuple(((height, width),) * n for n in numbers),
+        tuple((places,) * n for n in numbers),
         picture_images=torch.tensor([i for n in numbers for i in range(n)]),
     )
-
-
-def _fixed(cfg: HookedVLMConfig) -> _Image:
-    assert cfg.vision is not None
-    n, (height, width) = cfg.vision.n_features, cfg.vision.token_grid
-    first = n - height * width  # a class token stands first; a strategy that drops a patch leaves no whole grid
-    return _Image(n, (height, width), tuple(range(first, n)) if first >= 0 else ())
 
 
 def _anyres(
@@ -161,8 +153,7 @@ def _in_tiles(
     pixels, real = in_tower_order(pixels, real, flat)
     rows = [[TileLayout(tiles=grid, side=cfg.vision.token_grid[0]) for grid in row] for row in grids]
     if not len(flat):  # padding and nothing else
-        none: tuple[tuple[Any, ...], ...] = ((),) * len(rows)
-        return ImageSet(None, None, None, [[] for _ in rows], none, none)
+        return _no_images(len(rows))
     owned = [(i, image) for i, row in enumerate(rows) for image, x in enumerate(row) for _ in range(x.n_tiles)]
     return ImageSet(
         pixels,
@@ -176,6 +167,19 @@ def _in_tiles(
         torch.tensor([image for _, image in owned]),
         patch_mask=real,
     )
+
+
+ARRANGERS: dict[ImageLayout, Callable[..., ImageSet]] = {
+    "fixed": _fixed,
+    "anyres": _anyres,
+    "dynamic": _of_any_size,
+    "tiles": _in_tiles,
+}
+
+
+def _image_tokens(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor) -> list[int]:
+    """How many image tokens each row holds."""
+    return (is_any_of(tokens, cfg.image_token_ids) & mask).sum(-1).tolist()
 
 
 def _steps(cfg: HookedVLMConfig, extras: Mapping[str, Any]) -> list[Any] | None:

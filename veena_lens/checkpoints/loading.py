@@ -140,20 +140,28 @@ def _image_only(folder: Path) -> Any:
     return known.get(by_model.get(kind or "", ""))
 
 
+# Where processors keep how many tokens a picture, or a tile of one, fills.
+COUNTED = ("image_seq_len", "num_image_tokens", "num_additional_image_tokens")
+
+
 def fill_processor(processor: Any, folder: Path) -> Any:
     """The processor, counting image tokens as the model does.
 
     Copies of the hub from before transformers 4.46 leave these numbers out, later ones some of them; what the
     model's own configuration says is what its forward pass needs."""
-    if hasattr(processor, "image_seq_len"):
-        return _count_tile_tokens(processor, folder)
-    if not hasattr(processor, "num_image_tokens") and not hasattr(processor, "num_additional_image_tokens"):
+    if not any(hasattr(processor, name) for name in COUNTED):
         return processor
     import transformers
 
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vision = getattr(config, "vision_config", None)
-    if vision is None or not hasattr(config, "vision_feature_select_strategy"):
+    if vision is None:
+        return processor
+    if hasattr(processor, "image_seq_len"):
+        if scale := getattr(config, "scale_factor", None):
+            processor.image_seq_len = (vision.image_size // vision.patch_size // scale) ** 2
+        return processor
+    if not hasattr(config, "vision_feature_select_strategy"):
         return processor
     further = int(vision.model_type == "clip_vision_model")
     told = dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
@@ -164,17 +172,6 @@ def fill_processor(processor: Any, folder: Path) -> Any:
         told |= dict(patch_size=vision.patch_size, num_additional_image_tokens=further)
     for name, value in told.items():
         setattr(processor, name, value)
-    return processor
-
-
-def _count_tile_tokens(processor: Any, folder: Path) -> Any:
-    """The processor, giving each tile as many tokens as the tower gives it features."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    vision, scale = getattr(config, "vision_config", None), getattr(config, "scale_factor", None)
-    if vision is not None and scale:
-        processor.image_seq_len = (vision.image_size // vision.patch_size // scale) ** 2
     return processor
 
 

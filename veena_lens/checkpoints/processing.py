@@ -20,8 +20,7 @@ from veena_lens.checkpoints.prompts import Prompt, prompts_of
 from veena_lens.config import HookedVLMConfig, VisionConfig
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 from veena_lens.vision.anyres import cell_boxes
-from veena_lens.vision.packing import layouts_of
-from veena_lens.vision.tiles import TileLayout
+from veena_lens.vision.packing import layouts_of, tile_layouts
 
 
 def prepare(
@@ -178,15 +177,12 @@ def _boxes(
     vision = cfg.vision
     if vision is None or not hasattr(processor, "image_processor"):
         return None
-    out, layouts = [], iter(layouts_of(cfg, inputs))
+    out, layouts, tiled = [], iter(layouts_of(cfg, inputs)), iter(tile_layouts(cfg, inputs))
     for prompt, mine_grids in zip(prompts, inputs.grids, strict=True):
         mine = []
         for image, grid in zip(prompt.images, mine_grids, strict=True):
             if cfg.image_layout == "tiles":
-                side = vision.token_grid[0]
-                tiles = (grid[0] // side, grid[1] // side)
-                layout = TileLayout(tiles=tiles if max(tiles) > 1 else (0, 0), side=side)
-                mine.append(layout.boxes((image.height, image.width)))
+                mine.append(next(tiled).boxes((image.height, image.width)))
                 continue
             if cfg.image_layout == "anyres":
                 mine.append(next(layouts).boxes())

@@ -17,8 +17,7 @@ from torch import Tensor
 from veena_lens.circuits.gradients import Places
 from veena_lens.circuits.measuring import padded
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.vision.packing import layouts_of
-from veena_lens.vision.tiles import TileLayout
+from veena_lens.vision.packing import layouts_of, tile_layouts
 
 TOWER_SITE = "vision.hook_embed"
 PICTURE_SITES = ("hook_image_features", "hook_embed", TOWER_SITE)
@@ -68,8 +67,7 @@ def _at_tower(cfg: Any, inputs: MultimodalInputs, row: int, image: int, grid: tu
         return Patches(grid, places, places // vision.merge_size**2, torch.zeros_like(places))
     owner = int((inputs.image_rows == row).nonzero().flatten()[image]) if inputs.image_rows is not None else 0
     if cfg.image_layout == "tiles":
-        height, width = inputs.extras["tile_grids"][owner].tolist()
-        cells = TileLayout(tiles=(height, width), side=vision.token_grid[0]).patch_cells(vision.merge_size).flatten(1)
+        cells = tile_layouts(cfg, inputs)[owner].patch_cells(vision.merge_size).flatten(1)
         tile, place = torch.meshgrid(*(torch.arange(n) for n in cells.shape), indexing="ij")
         return Patches(grid, place.flatten(), cells.flatten(), tile.flatten())
     if vision.merge_size > 1 and cfg.image_layout == "fixed":  # patches row by row, squares of them one token

@@ -214,8 +214,8 @@ def _routed(
     sources = _sources(inputs)
     # A norm that follows attention divides what all keys give by one number a position, known when they have been read.
     hooks_of_z = [f"blocks.{layer}.attn.hook_z" for layer in plan.layers]
-    by = list(denominators(plan.model.cfg, hooks_of_z).values())
-    scales = read(inputs, by, plan.at, plan.model, plan.who) if by else None
+    by = denominators(plan.model.cfg, hooks_of_z)
+    scales = read(inputs, list(by.values()), plan.at, plan.model, plan.who) if by else None
     found = Collected(plan.layers, mask, plan.reduce)
     worth: dict[int, Tensor] = {}
 
@@ -234,7 +234,7 @@ def _routed(
     def share_out(layer: int, at: slice, weights: Float[Tensor, "batch head n key_pos"]) -> None:
         parts = weights.to(worth[layer].dtype) * worth[layer][:, :, None]
         if scales is not None:
-            parts = parts / scales[f"blocks.{layer}.ln1_post.hook_scale"][:, None, at].to(parts)
+            parts = parts / scales[by[f"blocks.{layer}.attn.hook_z"]][:, None, at].to(parts)
         where = index[:, at].to(parts.device)[:, None, :, None].expand(-1, parts.shape[1], -1, -1)
         if cells is None:
             own = parts.gather(-1, where)

@@ -7,7 +7,8 @@ where a listener asks for scores or pattern.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,32 +25,27 @@ class AreaMask:
     numbers: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"]
     is_causal: bool = False
-    _made: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def allowed(self) -> Bool[Tensor, "batch one pos pos"]:
         """True where a query may read a key."""
-        if "allowed" not in self._made:
-            same = self.numbers[:, :, None] == self.numbers[:, None]
-            self._made["allowed"] = (same & self.real[:, :, None] & self.real[:, None])[:, None]
-        return self._made["allowed"]
+        same = self.numbers[:, :, None] == self.numbers[:, None]
+        return (same & self.real[:, :, None] & self.real[:, None])[:, None]
 
     def explicit(self, n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, ...]:
         """The mask as a tensor."""
         return self.allowed
 
-    @property
+    @cached_property
     def members(self) -> Int[Tensor, "area size"]:
         """Places of each area's positions among those of all rows, -1 past its end."""
-        if "members" not in self._made:
-            rows = torch.arange(len(self.numbers), device=self.numbers.device)[:, None]
-            owner = (rows * (int(self.numbers.max()) + 1) + self.numbers).flatten()
-            places = self.real.flatten().nonzero().flatten()
-            order = owner[places].argsort(stable=True)
-            _, sizes = owner[places][order].unique_consecutive(return_counts=True)
-            parts = places[order].split(sizes.tolist())
-            self._made["members"] = pad_sequence(list(parts), batch_first=True, padding_value=-1)
-        return self._made["members"]
+        rows = torch.arange(len(self.numbers), device=self.numbers.device)[:, None]
+        owner = (rows * (int(self.numbers.max()) + 1) + self.numbers).flatten()
+        places = self.real.flatten().nonzero().flatten()
+        order = owner[places].argsort(stable=True)
+        _, sizes = owner[places][order].unique_consecutive(return_counts=True)
+        parts = places[order].split(sizes.tolist())
+        return pad_sequence(list(parts), batch_first=True, padding_value=-1)
 
 
 def attend_in_areas(

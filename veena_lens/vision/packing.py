@@ -12,7 +12,7 @@ from veena_lens.config import HookedVLMConfig, ImageLayout
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.vision.anyres import AnyresLayout, anyres_layout, pack
 from veena_lens.vision.single import SingleLayout, frame, image_among_several, pack_single
-from veena_lens.vision.tiles import reading_order
+from veena_lens.vision.tiles import TileLayout, reading_order
 
 # How an image of a model of tiles is seen (`extras["image_kinds"]`; without it all are cut into tiles).
 TILED, AMONG_SEVERAL, FRAME, LAST_FRAME = range(4)
@@ -51,6 +51,15 @@ def layouts_of(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> list[Arrangeme
     sizes = inputs.extras["image_sizes"].tolist()
     kinds = inputs.extras["image_kinds"].tolist() if "image_kinds" in inputs.extras else [TILED] * len(sizes)
     return [layout_of(cfg, size, kind) for size, kind in zip(sizes, kinds, strict=True)]
+
+
+def tile_layouts(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> list[TileLayout]:
+    """The layout of every image of a batch, row after row, where tiles lie apart in the text."""
+    if "tile_grids" not in inputs.extras:
+        return []
+    assert cfg.vision is not None
+    side = cfg.vision.token_grid[0]
+    return [TileLayout(tiles=(rows, columns), side=side) for rows, columns in inputs.extras["tile_grids"].tolist()]
 
 
 def _fixed(cfg: HookedVLMConfig, features: Tensor, inputs: MultimodalInputs, newline: Tensor | None) -> Tensor:

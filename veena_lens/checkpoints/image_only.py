@@ -71,7 +71,19 @@ def _save_under(name: str, processor: Any, folder: str | Path, **own: Any) -> No
     text.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
+class _SavedAsFull:
+    """Mixin of a class `ImageOnlyX`: it writes the folder that X reads, with its `own_settings`."""
+
+    own_settings: tuple[str, ...] = ()
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """Write the folder that the full class reads."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
+        own = {name: getattr(self, name) for name in self.own_settings}
+        _save_under(type(self).__name__.removeprefix("ImageOnly"), self, save_directory, **own)
+
+
+class ImageOnlyQwen2VLProcessor(_SavedAsFull, Qwen2VLProcessor):
     """`Qwen2VLProcessor` without videos."""
 
     @no_type_check
@@ -82,13 +94,8 @@ class ImageOnlyQwen2VLProcessor(Qwen2VLProcessor):
         _set_token(self, tokenizer, "video", "<|video_pad|>")
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the folder that `Qwen2VLProcessor` reads."""
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        _save_under("Qwen2VLProcessor", self, save_directory)
 
-
-class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
+class ImageOnlyQwen2_5_VLProcessor(_SavedAsFull, Qwen2_5_VLProcessor):
     """`Qwen2_5_VLProcessor` without videos."""
 
     @no_type_check
@@ -97,13 +104,8 @@ class ImageOnlyQwen2_5_VLProcessor(Qwen2_5_VLProcessor):
     ) -> None:
         ImageOnlyQwen2VLProcessor.__init__(self, image_processor, tokenizer, chat_template)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the folder that `Qwen2_5_VLProcessor` reads."""
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        _save_under("Qwen2_5_VLProcessor", self, save_directory)
 
-
-class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
+class ImageOnlyQwen3VLProcessor(_SavedAsFull, Qwen3VLProcessor):
     """`Qwen3VLProcessor` without videos."""
 
     @no_type_check
@@ -116,14 +118,11 @@ class ImageOnlyQwen3VLProcessor(Qwen3VLProcessor):
         _set_token(self, tokenizer, "vision_end", "<|vision_end|>")
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the folder that `Qwen3VLProcessor` reads."""
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        _save_under("Qwen3VLProcessor", self, save_directory)
 
-
-class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
+class ImageOnlySmolVLMProcessor(_SavedAsFull, SmolVLMProcessor):
     """`SmolVLMProcessor` without videos, and without the package that spells out the number of their frames."""
+
+    own_settings = ("image_seq_len",)
 
     @no_type_check
     def __init__(
@@ -144,14 +143,17 @@ class ImageOnlySmolVLMProcessor(SmolVLMProcessor):
         """As every processor's; `SmolVLMProcessor`'s own adds settings of the video part."""
         return ProcessorMixin.apply_chat_template(self, conversation, chat_template, **kwargs)
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the folder that `SmolVLMProcessor` reads."""
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        _save_under("SmolVLMProcessor", self, save_directory, image_seq_len=self.image_seq_len)
 
-
-class ImageOnlyLlavaOnevisionProcessor(LlavaOnevisionProcessor):
+class ImageOnlyLlavaOnevisionProcessor(_SavedAsFull, LlavaOnevisionProcessor):
     """`LlavaOnevisionProcessor` without a reader of videos; lists of frames are taken as `videos=`."""
+
+    own_settings = (
+        "num_image_tokens",
+        "vision_feature_select_strategy",
+        "vision_aspect_ratio",
+        "image_token",
+        "video_token",
+    )
 
     @no_type_check
     def __init__(
@@ -192,17 +194,3 @@ class ImageOnlyLlavaOnevisionProcessor(LlavaOnevisionProcessor):
             return BatchFeature({"pixel_values_videos": torch.stack([one["pixel_values"][:, 0] for one in whole])})
 
         return process
-
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the folder that `LlavaOnevisionProcessor` reads."""
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-        _save_under(
-            "LlavaOnevisionProcessor",
-            self,
-            save_directory,
-            num_image_tokens=self.num_image_tokens,
-            vision_feature_select_strategy=self.vision_feature_select_strategy,
-            vision_aspect_ratio=self.vision_aspect_ratio,
-            image_token=self.image_token,
-            video_token=self.video_token,
-        )

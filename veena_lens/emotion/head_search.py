@@ -37,7 +37,6 @@ from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import project
-from veena_lens.sweeps.running import bar
 
 Head = tuple[int, int]
 
@@ -115,28 +114,21 @@ def head_effects(
     chosen = list(range(layer + 1)) if layers is None else [int(x) for x in layers]
     about = {"what": "heads", "layer": layer, "rows": list(rows), "layers": chosen, "lead_in": lead_in}
     work = Work(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
-    show = bar(len(pairs), progress, "heads: pairs")
-    found = []
-    for pair in pairs:
 
-        def run(pair: Any = pair) -> dict[str, Any]:
-            clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
-            unit = directions.unit(pair.emotion)[layer]
-            metric = project(f"blocks.{layer}.hook_resid_post", unit, ROWS["last"])
-            parts = [
-                patch_sweep(
-                    model, clean, corrupted, "heads", ROWS[at], metric, layers=chosen, max_rows=max_rows, progress=False
-                )
-                for at in rows
-            ]
-            ends = torch.stack([parts[0].clean[0], parts[0].corrupted[0]])
-            return {"values": torch.stack([p.values for p in parts]).double(), "ends": ends.double()}
+    def effects(pair: Any) -> dict[str, Any]:
+        clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
+        unit = directions.unit(pair.emotion)[layer]
+        metric = project(f"blocks.{layer}.hook_resid_post", unit, ROWS["last"])
+        parts = [
+            patch_sweep(
+                model, clean, corrupted, "heads", ROWS[at], metric, layers=chosen, max_rows=max_rows, progress=False
+            )
+            for at in rows
+        ]
+        ends = torch.stack([parts[0].clean[0], parts[0].corrupted[0]])
+        return {"values": torch.stack([p.values for p in parts]).double(), "ends": ends.double()}
 
-        found.append(work.do(lambda pair=pair: pair_key(pair), run))
-        if show is not None:
-            show.update(1)
-    if show is not None:
-        show.close()
+    found = work.each(pairs, pair_key, effects, progress, "heads: pairs")
     values, ends = torch.stack([f["values"] for f in found]), torch.stack([f["ends"] for f in found])
     return relative_effects(values, ends, rows, chosen)
 
@@ -341,30 +333,20 @@ def execution_heads(
     layers = list(range(after + 1, model.cfg.n_layers))
     about = {"what": "execution heads", "layers": layers, "slot": slot_key(slot)}
     work = Work(out, lambda: about | {"model": model_key(model)})
-    show = bar(len(pairs) if layers else 0, progress, "execution heads: pairs")
-    values, ends = [], []
-    for pair in pairs if layers else []:
-
-        def run(pair: Any = pair) -> dict[str, Any]:
-            clean, corrupted = (prepared(model, [x], lead_in=slot.lead_in) for x in (pair.emotional, pair.neutral))
-            metric = metrics[pair.emotion]
-            found = patch_sweep(
-                model, clean, corrupted, "heads", ROWS["last"], metric, layers=layers, max_rows=max_rows,
-                progress=False,
-            )  # fmt: skip
-            both = torch.stack([found.clean[0], found.corrupted[0]])
-            return {"values": found.values.double(), "ends": both.double()}
-
-        one = work.do(lambda pair=pair: pair_key(pair), run)
-        values.append(one["values"])
-        ends.append(one["ends"])
-        if show is not None:
-            show.update(1)
-    if show is not None:
-        show.close()
     if not layers:
         return _ranked([{"layer": 0, "head": 0, "effect": 0.0, "low": 0.0, "high": 0.0}]).iloc[:0]
-    effects = best_rows(relative_effects(torch.stack(values)[:, None], torch.stack(ends), ["last"], layers))
+
+    def restored(pair: Any) -> dict[str, Any]:
+        clean, corrupted = (prepared(model, [x], lead_in=slot.lead_in) for x in (pair.emotional, pair.neutral))
+        metric = metrics[pair.emotion]
+        one = patch_sweep(
+            model, clean, corrupted, "heads", ROWS["last"], metric, layers=layers, max_rows=max_rows, progress=False
+        )
+        return {"values": one.values.double(), "ends": torch.stack([one.clean[0], one.corrupted[0]]).double()}
+
+    found = work.each(pairs, pair_key, restored, progress, "execution heads: pairs")
+    values, ends = torch.stack([f["values"] for f in found]), torch.stack([f["ends"] for f in found])
+    effects = best_rows(relative_effects(values[:, None], ends, ["last"], layers))
     bounds = bootstrap(effects, groups=[p.identity for p in pairs], draws=draws, seed=seed)
     rows = []
     for i, at in enumerate(layers):

@@ -26,7 +26,6 @@ from veena_lens.emotion.side_effects import (
 )
 from veena_lens.emotion.tuning import Tuned
 from veena_lens.emotion.work import Work, batch_key, digest, method_key, model_key
-from veena_lens.sweeps.running import bar
 
 DESCRIPTION = 48  # tokens
 
@@ -139,37 +138,31 @@ def side_effects(
     neutral = [e for e in examples if e.emotion == NEUTRAL]
     some = examples[: settings.asked_pictures]
     others = other_questions(some, settings.questions)
-    found = []
     methods = [PLAIN, *[t.method for t in tuned.values()]]
     asking = asdict(settings)
     names = ("questions", "describe", "templates", "lead_in", "batch_size", "max_new_tokens", "latency_repeats")
     about = {"what": "side effects", **{name: asking[name] for name in names}, "asked": len(some)}
     work = Work(out, lambda: about | {"model": model_key(model), "examples": digest(batch_key(examples))})
-    show = bar(len(methods), progress, "side effects")
-    for method in methods:
 
-        def run(method: Method = method) -> dict[str, Any]:
-            one = measure_side_effects(
-                model, examples, method, test.texts["alone"][method.name], neutral=neutral, lead_in=settings.lead_in,
-                batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
-            ).to_dict()  # fmt: skip
-            one["latency"] = latency_ratio(
-                model, some[: settings.batch_size], method, repeats=settings.latency_repeats,
-                batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
-            )  # fmt: skip
-            if len(others):
-                one["attributes"] = others.share_right(model, method, batch_size=settings.batch_size)
-            if settings.describe and settings.templates:
-                told = [e.asked(settings.describe) for e in some]
-                said = answers(model, told, method, batch_size=settings.batch_size, max_new_tokens=DESCRIPTION)
-                facts = [{name: str(value) for name, value in e.attributes.items()} for e in some]
-                one["described"] = float(described_accuracy(said, facts, settings.templates).nanmean())
-            return {"one": one}
+    def measured(method: Method) -> dict[str, Any]:
+        one = measure_side_effects(
+            model, examples, method, test.texts["alone"][method.name], neutral=neutral, lead_in=settings.lead_in,
+            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
+        ).to_dict()  # fmt: skip
+        one["latency"] = latency_ratio(
+            model, some[: settings.batch_size], method, repeats=settings.latency_repeats,
+            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
+        )  # fmt: skip
+        if len(others):
+            one["attributes"] = others.share_right(model, method, batch_size=settings.batch_size)
+        if settings.describe and settings.templates:
+            told = [e.asked(settings.describe) for e in some]
+            said = answers(model, told, method, batch_size=settings.batch_size, max_new_tokens=DESCRIPTION)
+            facts = [{name: str(value) for name, value in e.attributes.items()} for e in some]
+            one["described"] = float(described_accuracy(said, facts, settings.templates).nanmean())
+        return {"one": one}
 
-        key = [method.name, *method_key(method), list(test.texts["alone"][method.name])]
-        found.append(SideEffects(**work.do(digest(key), run)["one"]))
-        if show is not None:
-            show.update(1)
-    if show is not None:
-        show.close()
-    return found
+    def name(method: Method) -> str:
+        return digest([method.name, *method_key(method), list(test.texts["alone"][method.name])])
+
+    return [SideEffects(**found["one"]) for found in work.each(methods, name, measured, progress, "side effects")]

@@ -163,23 +163,18 @@ def key_layers(
         )
     about = settings | {"what": "key layers", "skip": sorted(fluency.skip)}
     work = Work(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
-    show = bar(len(pairs), progress, "key layers: pairs")
-    found = []
-    for i, pair in enumerate(pairs):
-        units = noise[i % random_directions]
 
-        def run(pair: Any = pair, units: Tensor = units, said: str = plain[i][1]) -> dict[str, Any]:
-            return _inject(
-                model, pair, said, directions, chosen, alphas, scale, positions, units, slot, fluency, max_new_tokens,
-                max_rows,
-            )  # fmt: skip
+    def inject(i: int) -> dict[str, Any]:
+        return _inject(
+            model, pairs[i], plain[i][1], directions, chosen, alphas, scale, positions, noise[i % random_directions],
+            slot, fluency, max_new_tokens, max_rows,
+        )  # fmt: skip
 
-        name = None if out is None else f"{pair_key(pair)} {i % random_directions}"
-        found.append({"plain": plain[i]} | work.do(str(name), run))
-        if show is not None:
-            show.update(1)
-    if show is not None:
-        show.close()
+    injected = work.each(
+        range(len(pairs)), lambda i: f"{pair_key(pairs[i])} {i % random_directions}", inject, progress,
+        "key layers: pairs",
+    )  # fmt: skip
+    found = [{"plain": said} | one for said, one in zip(plain, injected, strict=True)]
     return _judged(pairs, found, chosen, list(alphas), directions, wheels, draws, seed, settings)
 
 

@@ -150,9 +150,8 @@ def _kept(
     batch_size: int,
 ) -> list[int]:
     """The first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was seen."""
-    about = {"what": "other questions", "examples": out and batch_key(others.examples)}
-    about |= {"asked": digest([list(others.asked), list(others.truths)])}
-    work = Work(out, lambda: about | {"model": model_key(model)})
+    about = {"what": "other questions", "asked": digest([list(others.asked), list(others.truths)])}
+    work = Work(out, lambda: about | {"model": model_key(model), "examples": batch_key(others.examples)})
 
     def right(method: Method) -> float:
         def run() -> dict[str, Any]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -20,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veena_lens.emotion.pair_set import picture_hash
-from veena_lens.interventions.base import plain
+from veena_lens.interventions.base import content
+from veena_lens.sweeps.running import bar
 
 Result = dict[str, Any]
+T = TypeVar("T")
 
 
 class Work:
@@ -64,6 +65,25 @@ class Work:
                 ) from error
             raise
         return result
+
+    def each(
+        self,
+        items: Sequence[T],
+        name: Callable[[T], str],
+        compute: Callable[[T], Result],
+        progress: bool = False,
+        what: str = "",
+    ) -> list[Result]:
+        """`do` for every item, in order, under a progress bar. Raises: as `do`."""
+        show = bar(len(items), progress, what)
+        found = []
+        for item in items:
+            found.append(self.do(lambda item=item: name(item), lambda item=item: compute(item)))
+            if show is not None:
+                show.update(1)
+        if show is not None:
+            show.close()
+        return found
 
     def __repr__(self) -> str:
         if self.folder is None:
@@ -135,26 +155,14 @@ def method_key(method: Any) -> list[Any]:
     What only code says (a reworded prompt, a rule of decoding, interventions that follow from the batch) is told by
     the method's name and settings."""
     if method.prompt is None and method.decoding is None and not callable(method.interventions):
-        found = [content(x) for x in method.interventions]
+        found = [content(x, _tensor_key) for x in method.interventions]
         if None not in found:
             return found
     return [method.name, dict(method.settings)]
 
 
-def content(item: Any) -> list[Any] | None:
-    """An intervention's type and fields as JSON holds them, tensors as hashes; None where a field is anything else."""
-    if not is_dataclass(item):
-        return None
-    found: list[Any] = [type(item).__name__]
-    for name in (f.name for f in fields(item)):
-        value = getattr(item, name)
-        if isinstance(value, Tensor):
-            value = digest([list(value.shape), str(value.dtype), _bytes(value).hex()])
-        value = repr(value) if isinstance(value, slice) else plain(value)
-        if not isinstance(value, (int, float, str, list, type(None))):
-            return None
-        found.append([name, value])
-    return found
+def _tensor_key(tensor: Tensor) -> str:
+    return digest([list(tensor.shape), str(tensor.dtype), _bytes(tensor).hex()])
 
 
 def digest(value: Any) -> str:

@@ -6,8 +6,8 @@ applies it. Layers are resolved and checked once, when `intervene` is called.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -126,6 +126,26 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple, range)):
         return [plain(part) for part in value]
     return value
+
+
+def content(item: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: None) -> list[Any] | None:
+    """An intervention's type and fields as JSON holds them, tensors as `of_tensor` tells them: equal where two do alike.
+
+    None where a field is anything else, or `of_tensor` does not tell it."""
+    if not is_dataclass(item):
+        return None
+    found: list[Any] = [type(item).__name__]
+    for name in (f.name for f in fields(item)):
+        value = getattr(item, name)
+        if isinstance(value, Tensor):
+            value = of_tensor(value)
+            if value is None:
+                return None
+        value = repr(value) if isinstance(value, slice) else plain(value)
+        if not isinstance(value, (int, float, str, list, type(None))):
+            return None
+        found.append([name, value])
+    return found
 
 
 def shown(value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.interventions.attention import BoostAttention
-from veena_lens.interventions.base import Intervention, plain
+from veena_lens.interventions.base import Intervention, content
 from veena_lens.interventions.fitting import is_same_model, picture_positions
 from veena_lens.interventions.patch import Patch
 from veena_lens.interventions.quiet import QuietHeads
@@ -73,32 +73,19 @@ def _words(positions: Any) -> tuple[str, ...]:
 
 
 def _together(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, tuple[int, ...]]]:
-    """(intervention, rows): those at the same place of several rows' lists that are alike act as one edit of all.
+    """(intervention, rows): those at the same place of several rows' lists that are alike act as one edit of all
+    (edits of attention that are numbers and words alone; the others stand for themselves).
 
     Each row's own order is kept, and rows do not meet."""
     for place in range(max(map(len, lists), default=0)):
         groups: dict[Any, tuple[Any, list[int]]] = {}
         for row, mine in enumerate(lists):
             if place < len(mine):
-                alike = _content(mine[place]) or (row,)
-                groups.setdefault(alike, (mine[place], []))[1].append(row)
+                item = mine[place]
+                told = content(item) if isinstance(item, (BoostAttention, QuietHeads)) else None
+                groups.setdefault(row if told is None else repr(told), (item, []))[1].append(row)
         for intervention, rows in groups.values():
             yield intervention, tuple(rows)
-
-
-def _content(item: Any) -> tuple[Any, ...] | None:
-    """Type and fields of an edit of attention that is numbers and words alone, else None: it stands for itself."""
-    if not isinstance(item, (BoostAttention, QuietHeads)):
-        return None
-    found: list[Any] = [type(item)]
-    for part in (getattr(item, f.name) for f in fields(item)):
-        plain_part = plain(part)
-        if isinstance(plain_part, (list, slice)):
-            plain_part = repr(plain_part)
-        elif not isinstance(plain_part, (int, float, str, type(None))):
-            return None
-        found.append((type(part), plain_part))
-    return tuple(found)
 
 
 class Intervening:

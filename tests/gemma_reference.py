@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.gemma_cases import IMAGE, SLIDE
-from tests.reference import ACTIVATIONS, Edits, Reference
+from tests.reference import ACTIVATIONS, Reference
 
 TOWER, PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 
@@ -101,20 +101,7 @@ class GemmaReference(Reference):
         return logits
 
 
-def reference_logits(
-    config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor], edits: Edits | None = None
-) -> Tensor:
-    """Logits [batch pos d_vocab] of the plain model, float64."""
-    with torch.no_grad():
-        return GemmaReference(config, state, edits).forward(**raw)
-
-
-def reference_values(config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every named value of an unedited pass."""
-    plain = GemmaReference(config, state)
-    with torch.no_grad():
-        plain.forward(**raw)
-    return plain.values
+reference_logits, reference_values = GemmaReference.logits, GemmaReference.named_values
 
 
 def reference_gradients(

@@ -251,12 +251,7 @@ def turn(angles: Tensor) -> Any:
     return rotate
 
 
-def reference_logits(
-    config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor], edits: Edits | None = None
-) -> Tensor:
-    """Logits [batch pos d_vocab] of the plain model, float64."""
-    with torch.no_grad():
-        return QwenReference(config, state, edits).forward(**raw)
+reference_logits, reference_values = QwenReference.logits, QwenReference.named_values
 
 
 def text_loss(logits: Tensor, raw: Mapping[str, Tensor], filled: tuple[int, ...]) -> Tensor:
@@ -279,11 +274,3 @@ def reference_gradients(
     logits = plain.forward(**raw)
     text_loss(logits, raw, (config.image_token_id, config.video_token_id)).backward()
     return {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in plain.values.items()}
-
-
-def reference_values(config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every named value of an unedited pass."""
-    plain = QwenReference(config, state)
-    with torch.no_grad():
-        plain.forward(**raw)
-    return plain.values

@@ -39,6 +39,22 @@ class Reference:
         self.vision = getattr(config, "vision_config", None)
         self.state = {_today(k): v.double() for k, v in state.items()}
 
+    @classmethod
+    def logits(
+        cls, config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor], edits: Edits | None = None
+    ) -> Tensor:
+        """Logits [batch pos d_vocab] of the plain model, float64."""
+        with torch.no_grad():
+            return cls(config, state, edits).forward(**raw)
+
+    @classmethod
+    def named_values(cls, config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every named value of an unedited pass."""
+        plain = cls(config, state)
+        with torch.no_grad():
+            plain.forward(**raw)
+        return plain.values
+
     def at(self, name: str, value: Tensor) -> Tensor:
         """The named value, after its edit."""
         if name in self.edits:
@@ -243,17 +259,4 @@ def _today(key: str) -> str:
     return key
 
 
-def reference_logits(
-    config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor], edits: Edits | None = None
-) -> Tensor:
-    """Logits [batch pos d_vocab] of the plain model, float64."""
-    with torch.no_grad():
-        return Reference(config, state, edits).forward(**raw)
-
-
-def reference_values(config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every named value of an unedited pass."""
-    plain = Reference(config, state)
-    with torch.no_grad():
-        plain.forward(**raw)
-    return plain.values
+reference_logits, reference_values = Reference.logits, Reference.named_values

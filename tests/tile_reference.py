@@ -119,17 +119,4 @@ class TileReference(Reference):
         return super().forward(input_ids, attention_mask, None, pixel_values)
 
 
-def reference_logits(
-    config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor], edits: Edits | None = None
-) -> Tensor:
-    """Logits [batch pos d_vocab] of the plain model, float64."""
-    with torch.no_grad():
-        return TileReference(config, state, edits).forward(**raw)
-
-
-def reference_values(config: Any, state: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every named value of an unedited pass."""
-    plain = TileReference(config, state)
-    with torch.no_grad():
-        plain.forward(**raw)
-    return plain.values
+reference_logits, reference_values = TileReference.logits, TileReference.named_values

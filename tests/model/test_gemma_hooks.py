@@ -5,6 +5,7 @@ The logits are those of the plain model of `tests/gemma_reference.py` with the s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from tests.cases import counted, hf_model, raw_inputs, relative_error
 from tests.gemma_cases import GEMMA_BY_NAME, GemmaCase
 from tests.gemma_reference import reference_gradients, reference_logits, reference_values
-from tests.model.noise import logits_edited, make_noisy_in_place, noisy, replace_with_noisy
+from tests.model.checks import assert_edits_act, disagreeing, tokens_of
 from veena_lens.hook_table import canonical, hooks_of
 from veena_lens.interventions import BoostAttention, KnockOut, Steer
 
@@ -60,40 +61,12 @@ def test_every_value_equals_the_plain_model(case: GemmaCase, model_of) -> None:
         _, cache = model.run_with_cache(inputs, names_filter=everything)
     values = reference_values(*plain)
     assert set(values) == {n for n in hooks_of(model.cfg) if not case.text_only() or n in cache.cache_dict}
-    wrong = {}
-    for name, theirs in values.items():
-        axes = hooks_of(model.cfg)[name].axis_names
-        mine, keep = cache[name], None
-        if axes[0] == "batch":
-            keep = inputs.attention_mask
-            if "query_pos" in axes:
-                mine, theirs = mine.transpose(1, 2), theirs.transpose(1, 2)
-        if name.endswith("attn_scores"):  # masked scores only weigh nothing
-            mine, theirs = (x.masked_fill(theirs < -1e30, 0) for x in (mine, theirs))
-        error = relative_error(mine, theirs, keep)
-        if not error < 1e-10:
-            wrong[name] = error
-    assert wrong == {}
+    assert disagreeing(cache, values, values, model, tokens_of(inputs)) == {}
 
 
 def test_edit_of_every_hook_point_acts_as_the_mathematics_says(model_of) -> None:
-    model, plain = model_of(HOOKS, casts="none"), plain_of(HOOKS)
-    inputs, keep = model.inputs_from_hf(**plain[2]), plain[2]["attention_mask"]
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    unedited = reference_logits(*plain)
-    wrong, dead = {}, {}
-    for name in hooks_of(model.cfg):
-        expected = reference_logits(*plain, {name: lambda value, name=name: noisy(name, value)})
-        for edit in (replace_with_noisy, make_noisy_in_place):
-            error = relative_error(logits_edited(model, inputs, name, edit), expected, keep)
-            if not error < 1e-10:
-                wrong[name, edit.__name__] = error
-        effect = relative_error(expected, unedited, keep)
-        if not effect > 1e-6:
-            dead[name] = effect
-    assert wrong == {} and dead == {}
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]), f"an edit wrote into the weight {name}"
+    plain = plain_of(HOOKS)
+    assert_edits_act(model_of(HOOKS, casts="none"), plain[2], partial(reference_logits, *plain))
 
 
 def test_gradient_at_every_hook_point_equals_the_plain_models(model_of) -> None:

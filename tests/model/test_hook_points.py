@@ -7,6 +7,7 @@ both agree to rounding in float64.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import BY_NAME, Case, counted, hf_model, raw_inputs, relative_error
+from tests.model.checks import assert_edits_act, disagreeing, tokens_of
 from tests.model.noise import logits_edited, make_noisy_in_place, noisy, replace_with_noisy
 from tests.reference import reference_logits, reference_values
 from veena_lens.hook_table import HOOK_TABLE, aliases, canonical, hooks_of, layer_of
@@ -98,24 +100,11 @@ def test_hook_points_fire_in_the_order_of_the_table(model_of) -> None:
 def test_every_value_equals_the_plain_model(case: Case, model_of) -> None:
     model, raw = model_of(case, casts="none"), counted(raw_inputs(case))
     values = reference_values(hf_model(case).config, hf_model(case).state_dict(), raw)
+    inputs = model.inputs_from_hf(**raw)
     with torch.no_grad():
-        logits, cache = model.run_with_cache(model.inputs_from_hf(**raw), names_filter=everything)
-    keep = raw["attention_mask"].bool()
-    wrong = {}
-    for name, row in hooks_of(model.cfg).items():
-        ours, plain = cache[name], values[name]
-        if row.axis_names[0] == "batch" and "query_pos" in row.axis_names:
-            ours, plain = ours.transpose(1, 2), plain.transpose(1, 2)
-        if name.endswith("attn_scores"):  # what masked scores hold is not said, only that they weigh nothing
-            allowed = plain > -1e30
-            if row.axis_names[0] == "batch":
-                assert (ours[keep][~allowed[keep]] < -1e30).all()
-            ours, plain = ours.masked_fill(~allowed, 0), plain.masked_fill(~allowed, 0)
-        error = relative_error(ours, plain, keep if row.axis_names[0] == "batch" else None)
-        if not error < 1e-10:
-            wrong[name] = error
-    assert wrong == {}
-    assert relative_error(logits, values["unembed.hook_out"], keep) < 1e-10
+        logits, cache = model.run_with_cache(inputs, names_filter=everything)
+    assert disagreeing(cache, values, hooks_of(model.cfg), model, tokens_of(inputs)) == {}
+    assert relative_error(logits, values["unembed.hook_out"], raw["attention_mask"].bool()) < 1e-10
 
 
 IN_PLACE = ["clip-llama", "both-biases-tied", "feature-list-full-ends", "siglip-default-strategy", "text-mistral"]
@@ -125,25 +114,9 @@ EDITS = [(name, replace_with_noisy) for name in NAMES] + [(name, make_noisy_in_p
 @pytest.mark.parametrize("name, edit", EDITS)
 def test_edit_of_every_hook_point_acts_as_the_mathematics_says(name: str, edit: Callable[..., Any], model_of) -> None:
     case = BY_NAME[name]
-    model, raw = model_of(case, casts="none"), counted(raw_inputs(case))
-    config, state = hf_model(case).config, hf_model(case).state_dict()
-    inputs, keep = model.inputs_from_hf(**raw), raw["attention_mask"]
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    plain = reference_logits(config, state, raw)
-    wrong, dead = {}, {}
-    for name in hooks_of(model.cfg):
-        ours = logits_edited(model, inputs, name, edit)
-        expected = reference_logits(config, state, raw, {name: lambda value, name=name: noisy(name, value)})
-        error, effect = relative_error(ours, expected, keep), relative_error(ours, plain, keep)
-        if not error < 1e-10:
-            wrong[name] = error
-        if not effect > 1e-6:
-            dead[name] = effect
-    assert wrong == {} and dead == {}
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]), f"an edit wrote into the weight {name}"
-    with torch.no_grad():
-        assert relative_error(model(inputs), plain, keep) < 1e-10, "an edit outlived its run"
+    raw = counted(raw_inputs(case))
+    plain = partial(reference_logits, hf_model(case).config, hf_model(case).state_dict(), raw)
+    assert_edits_act(model_of(case, casts="none"), raw, plain, [edit])
 
 
 def test_two_edits_together_act_as_the_mathematics_says(case: Case, model_of) -> None:

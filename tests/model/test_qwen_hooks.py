@@ -7,7 +7,7 @@ Activations of the tower are [picture patch ...], padded to the longest picture:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tests.cases import hf_model, raw_inputs, relative_error
-from tests.model.noise import logits_edited, make_noisy_in_place, noisy, replace_with_noisy
+from tests.model.checks import assert_edits_act, disagreeing, position_first
+from tests.model.noise import logits_edited, noisy, replace_with_noisy
 from tests.qwen_cases import QWEN_BY_NAME, QwenCase
 from tests.qwen_reference import reference_gradients, reference_logits, reference_values
 from veena_lens.hook_table import canonical, hooks_of
@@ -58,39 +59,16 @@ def plain_of(case: QwenCase) -> tuple[Any, Any, dict[str, Tensor]]:
     return hf_model(case).config, hf_model(case).state_dict(), raw_inputs(case)
 
 
-def real(inputs: Any, name: str, axes: tuple[str, ...], n: int) -> Tensor:
+def real(inputs: Any, name: str, axes: tuple[str, ...], n: int) -> Tensor | None:
     """True at the first two axes' places that exist: tokens of a row, patches or joined squares of a picture."""
+    if axes[0] == "n_image_tokens":
+        return None
     if axes[0] == "batch":
         return inputs.attention_mask
     cells = [h * w for row in inputs.grids for h, w in row]
     if not name.startswith("connector."):
         cells = inputs.picture_grids.prod(-1).tolist()
     return torch.tensor([[i < count for i in range(n)] for count in cells])
-
-
-def position_first(value: Tensor, axes: tuple[str, ...]) -> Tensor:
-    return value.transpose(1, 2) if "query_pos" in axes else value
-
-
-def disagreeing(ours: Any, plain: Any, names: Iterator[str] | list[str], model: Any, inputs: Any) -> dict[str, float]:
-    """Names whose values differ at a place that exists."""
-    wrong = {}
-    for name in names:
-        axes = hooks_of(model.cfg)[name].axis_names
-        mine, theirs = ours[name], plain[name]
-        if axes[0] == "n_image_tokens":
-            keep = None
-        else:
-            mine, theirs = position_first(mine, axes), position_first(theirs, axes)
-            keep = real(inputs, name, axes, mine.shape[1])
-        if name.endswith("attn_scores") and keep is not None:  # masked scores only weigh nothing
-            allowed = theirs > -1e30
-            assert (mine[keep][~allowed[keep]] < -1e30).all()
-            mine, theirs = mine.masked_fill(~allowed, 0), theirs.masked_fill(~allowed, 0)
-        error = relative_error(mine, theirs, keep)
-        if not error < 1e-10:
-            wrong[name] = error
-    return wrong
 
 
 def test_names_are_exactly_the_documented_ones(case: QwenCase, model_of) -> None:
@@ -154,31 +132,14 @@ def test_every_value_equals_the_plain_model(case: QwenCase, model_of) -> None:
         logits, cache = model.run_with_cache(inputs, names_filter=everything)
     values = reference_values(*plain)
     assert set(values) == set(hooks_of(model.cfg))
-    assert disagreeing(cache, values, list(values), model, inputs) == {}
+    assert disagreeing(cache, values, values, model, partial(real, inputs)) == {}
     assert torch.equal(logits, cache["unembed.hook_out"])
 
 
 def test_edit_of_every_hook_point_acts_as_the_mathematics_says(case: QwenCase, model_of) -> None:
     """q, k, v, rotated q and k, scores, pattern, z and result of every layer among them, and the tower's."""
-    model, plain = model_of(case, casts="none"), plain_of(case)
-    inputs, keep = model.inputs_from_hf(**plain[2]), plain[2]["attention_mask"]
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    unedited = reference_logits(*plain)
-    wrong, dead = {}, {}
-    for name in hooks_of(model.cfg):
-        expected = reference_logits(*plain, {name: lambda value, name=name: noisy(name, value)})
-        for edit in (replace_with_noisy, make_noisy_in_place):
-            error = relative_error(logits_edited(model, inputs, name, edit), expected, keep)
-            if not error < 1e-10:
-                wrong[name, edit.__name__] = error
-        effect = relative_error(expected, unedited, keep)
-        if not effect > 1e-6:
-            dead[name] = effect
-    assert wrong == {} and dead == {}
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]), f"an edit wrote into the weight {name}"
-    with torch.no_grad():
-        assert relative_error(model(inputs), unedited, keep) < 1e-10, "an edit outlived its run"
+    plain = plain_of(case)
+    assert_edits_act(model_of(case, casts="none"), plain[2], partial(reference_logits, *plain))
 
 
 def test_two_edits_together_act_as_the_mathematics_says(case: QwenCase, model_of) -> None:

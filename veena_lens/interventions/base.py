@@ -129,9 +129,9 @@ def plain(value: Any) -> Any:
 
 
 def content(item: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: None) -> list[Any] | None:
-    """An intervention's type and fields as JSON holds them, tensors as `of_tensor` tells them: equal where two do alike.
+    """An intervention's type and fields as JSON holds them, tensors as `of_tensor` tells them.
 
-    None where a field is anything else, or `of_tensor` does not tell it."""
+    Equal for two that do the same. None where a field is anything else, or `of_tensor` does not tell it."""
     if not is_dataclass(item):
         return None
     found: list[Any] = [type(item).__name__]

@@ -33,6 +33,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert not missing and len(named) == len(set(named))
 
 
+def test_no_heading_begins_with_a_digit() -> None:
+    """Its anchor would be no valid selector, and the theme's script stops there: tables and code lose their style."""
+    found = {p.name: re.findall(r"^#{1,4} \d.*$", p.read_text("utf-8"), re.MULTILINE) for p in DOCS.glob("*.md")}
+    assert not {name: lines for name, lines in found.items() if lines}
+
+
 @pytest.mark.parametrize(
     "package", ["interventions", "sweeps", "circuits", "emotion", "checkpoints", "plots", "app.view"]
 )

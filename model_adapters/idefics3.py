@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from model_adapters.decoders import TESTED, decoder_fields, decoder_weights, head_weights
@@ -84,4 +85,16 @@ ADAPTER = Adapter(
     ),
     note="pictures in tiles among text, SigLIP tower, one linear map; Llama, Mistral, Qwen2 or Qwen3 decoder",
     tested=f"{TESTED}; tower, tiles, smaller pictures under a mask, several pictures and none in one batch",
+)
+
+# SmolVLM2 (Marafioti et al. 2025, arXiv 2504.05299): the same model under another name.
+SMOLVLM = replace(
+    ADAPTER,
+    architecture="SmolVLMForConditionalGeneration",
+    hub_ids=(
+        "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
+        "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+        "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+    ),
+    note="as Idefics3; frames of a video are pictures that are not cut",
 )

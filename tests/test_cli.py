@@ -65,7 +65,7 @@ def test_verify_prints_the_certificate_and_fails_when_it_fails(
     assert cli.main(["verify", str(folder), "--dtype", "float64"]) == 0
     shown = capsys.readouterr().out
     assert "float64 on cpu" in shown and shown.rstrip().endswith("passed")
-    monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ("blocks.0.hook_mlp_out",))
+    monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ("blocks.0.hook_mlp_out",))
     assert cli.main(["verify", str(folder)]) == 1
     assert "FAILED: blocks.0.hook_mlp_out" in capsys.readouterr().out
 

@@ -23,7 +23,7 @@ from veena_lens.circuits import (
     promoted_tokens,
 )
 from veena_lens.emotion import ena
-from veena_lens.emotion.planted import plant_circuit
+from veena_lens.emotion.planted.circuit import plant_circuit
 from veena_lens.sweeps.metrics import logit_diff
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veena_lens.wording import counted
+from veena_lens.scores import counted
 
 
 def test_one_is_singular_and_every_other_number_plural() -> None:

@@ -21,7 +21,7 @@ from veena_lens.hook_table import canonical, near_names, row_of
 from veena_lens.inputs import MultimodalInputs, Spans, raster_order, text_positions
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.residual_parts import ResidualParts
-from veena_lens.stores import opened
+from veena_lens.scores import opened
 
 
 class MissingActivation(KeyError):

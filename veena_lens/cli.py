@@ -196,8 +196,8 @@ def verify(args: argparse.Namespace) -> int:
     """Print the certificate."""
     import torch
 
-    from veena_lens.checkpoints.verify import verify as certify
     from veena_lens.model.model import HookedVLM
+    from veena_lens.verify import verify as certify
 
     pictures: list[Any] | None = args.image
     model = HookedVLM.from_pretrained(args.path, dtype=getattr(torch, args.dtype), device=args.device)
@@ -208,7 +208,7 @@ def verify(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Run the main job and say where its page lies."""
-    from veena_lens.checkpoints.bundle import bundled_names
+    from veena_lens.checkpoints.files import bundled_names
 
     models = args.model or bundled_names()
     if len(models) == 1:
@@ -224,8 +224,8 @@ def demo(args: argparse.Namespace) -> int:
 
 def explore(args: argparse.Namespace) -> int:
     """Serve the explorer until interrupted."""
-    from veena_lens.app.explorer.limits import Limits
     from veena_lens.app.explorer.server import serve
+    from veena_lens.app.explorer.state import Limits
 
     limits = Limits(
         upload_bytes=int(args.max_upload_mb * 2**20),
@@ -243,11 +243,11 @@ def explore(args: argparse.Namespace) -> int:
 
 def mer_unibench(args: argparse.Namespace) -> int:
     """Check, score or answer."""
-    from veena_lens.emotion.mer_unibench import command
+    from veena_lens.app import commands as command
 
     folders = command.parse_folders(args.folder)
     if args.action == "check":
-        from veena_lens.emotion.mer_unibench.checking import check_root
+        from veena_lens.emotion.mer_unibench.scoring import check_root
 
         print(check_root(args.root, overrides=folders))
     elif args.action == "score":
@@ -260,7 +260,7 @@ def mer_unibench(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """The whole method."""
-    from veena_lens.app.veena_command import run_command
+    from veena_lens.app.commands import run_command
 
     run_command(
         args.model,
@@ -279,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
 
 def enhance(args: argparse.Namespace) -> int:
     """One or more pictures with and without a circuit."""
-    from veena_lens.app.veena_command import enhance_command
+    from veena_lens.app.commands import enhance_command
 
     enhance_command(
         args.circuit,
@@ -295,7 +295,7 @@ def enhance(args: argparse.Namespace) -> int:
 
 def results(args: argparse.Namespace) -> int:
     """The main table."""
-    from veena_lens.app.veena_command import table_command
+    from veena_lens.app.commands import table_command
 
     return table_command(args.path, args.part)
 

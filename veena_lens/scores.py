@@ -2,6 +2,10 @@
 
 Sweeps, attention, lenses and metrics all return `Scores`, so that one way to select, average, rank, tabulate,
 draw and save serves them all. Entries that exist only to pad unequal rows are False in `mask` and count nowhere.
+
+Words that messages share.
+
+Opening the files that the package writes, with errors that name the file and what to do.
 """
 
 from __future__ import annotations
@@ -9,20 +13,45 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Shaped
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veena_lens.stores import opened
-
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def counted(n: int, singular: str, plural: str | None = None) -> str:
+    """A number with its noun in agreement: "1 row", "2,048 rows"; `plural` where an s is not enough."""
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
+
+
+@contextmanager
+def opened(path: str | Path, what: str, device: str = "cpu") -> Iterator[Any]:
+    """A safetensors file that should hold `what` ("a circuit"), open for reading.
+
+    Raises: FileNotFoundError without the file; ValueError for one that was cut short or is no safetensors file, also
+    where that shows while it is read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No {what.split(' ', 1)[-1]} at {path}.")
+    try:
+        with safe_open(str(path), framework="pt", device=device) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read as {what}: {error}. It was cut short or is another "
+            "kind of file; copy it again, or save it anew."
+        ) from error
+
 
 FORMAT = "veena_lens.Scores/1"
 POSITION_AXES = ("pos", "query", "key")

@@ -7,9 +7,9 @@ import torch
 
 from veena_lens.app import demo, steps
 from veena_lens.app.demo_page import write_page
-from veena_lens.checkpoints.bundle import bundled_pairs, bundled_pictures
+from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
 from veena_lens.scores import Scores
-from veena_lens.zoo.emotions import EMOTIONS
+from veena_lens.zoo.people import EMOTIONS
 
 
 def test_one_face_an_emotion_and_two_a_strange_style_are_shown() -> None:

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 
-from tests.app.test_report import Page
+from tests.app.test_html import Page
 from tests.emotion.asked import bundled
 from tests.emotion.small_run import MODEL, new_folder, small_run
 from veena_lens.app import veena_report

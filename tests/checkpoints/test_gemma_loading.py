@@ -19,9 +19,9 @@ from tests.gemma_cases import END, GEMMA_BY_NAME, IMAGE, START
 from veena_lens import HookedVLM, cli
 from veena_lens.checkpoints import open_checkpoint, save_pretrained
 from veena_lens.checkpoints.files import weight_files
-from veena_lens.checkpoints.verify import verify
 from veena_lens.hook_table import hooks_of
 from veena_lens.positions import Box, position_mask
+from veena_lens.verify import verify
 
 NAMES = ["gemma3-plain", "gemma3-untied", "gemma3-many-tokens"]
 A, B, C = picture(40, 30), picture(16, 90, 1), picture(31, 31, 2)
@@ -97,7 +97,7 @@ def test_certificate_passes_on_a_true_checkpoint(
     name: str, dtype: torch.dtype, with_processor: bool, every_hook: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
     if not every_hook:
-        monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+        monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_gemma.save(GEMMA_BY_NAME[name], tmp_path, dtype, with_processor=with_processor)
     model = HookedVLM.from_pretrained(folder)
     certificate = verify(model, str(folder), progress=False)
@@ -108,7 +108,7 @@ def test_certificate_passes_on_a_true_checkpoint(
 
 @pytest.mark.parametrize("part", ["connector.norm.weight", "blocks.1.ln1_post.weight"])
 def test_certificate_fails_on_weights_that_differ(part: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+    monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_gemma.save(GEMMA_BY_NAME["gemma3-plain"], tmp_path, torch.float64)
     model = HookedVLM.from_pretrained(folder)
     with torch.no_grad():

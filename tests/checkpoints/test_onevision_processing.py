@@ -19,7 +19,7 @@ from tests.parity.test_generate import never_ends
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import load_processor
 from veena_lens.checkpoints.image_only import ImageOnlyLlavaOnevisionProcessor
-from veena_lens.vision.packing import layouts_of, pack_features
+from veena_lens.images.packing import layouts_of, pack_features
 
 CASE = ONEVISION_BY_NAME["onevision-resampled"]  # grids of more than two tiles are resampled
 A, B, C = picture(75, 50, 1), picture(90, 110, 2), picture(20, 31, 3)

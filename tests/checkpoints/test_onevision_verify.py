@@ -12,8 +12,8 @@ from tests.checkpoints import tiny_onevision
 from tests.checkpoints.tiny import picture
 from tests.onevision_cases import ONEVISION_BY_NAME
 from veena_lens import HookedVLM, cli
-from veena_lens.checkpoints.verify import probe, verify
 from veena_lens.hook_table import hooks_of
+from veena_lens.verify import probe, verify
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_certificate_passes_on_a_true_checkpoint(
     name: str, dtype: torch.dtype, with_processor: bool, every_hook: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
     if not every_hook:
-        monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+        monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     case = ONEVISION_BY_NAME[f"onevision-{name}"]
     _, folder = tiny_onevision.save(case, tmp_path, dtype, with_processor=with_processor)
     model = HookedVLM.from_pretrained(folder)
@@ -39,7 +39,7 @@ def test_certificate_passes_on_a_true_checkpoint(
 
 
 def test_certificate_fails_on_another_newline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+    monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_onevision.save(ONEVISION_BY_NAME["onevision-plain"], tmp_path, torch.float64)
     model = HookedVLM.from_pretrained(folder)
     with torch.no_grad():

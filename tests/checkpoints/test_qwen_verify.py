@@ -16,8 +16,8 @@ from tests.parity.test_llava_next import PINS
 from tests.parity.test_llava_next import build as build_next
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens import HookedVLM, cli
-from veena_lens.checkpoints.verify import probe, verify
 from veena_lens.hook_table import hooks_of
+from veena_lens.verify import probe, verify
 
 
 def next_folder(folder: Path, dtype: torch.dtype, with_processor: bool) -> Path:
@@ -71,7 +71,7 @@ def test_certificate_passes_on_a_true_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if not every_hook:
-        monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+        monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     folder = saved(name, tmp_path, dtype, with_processor)
     model = HookedVLM.from_pretrained(folder)
     certificate = verify(model, str(folder), progress=False)
@@ -86,7 +86,7 @@ def test_certificate_passes_where_the_processor_has_no_template(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompts are then raw text, their pictures apart: Hugging Face takes touching ones for one."""
-    monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+    monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_qwen.save(QWEN_BY_NAME[f"{kind}-plain"], tmp_path, torch.float64)
     (folder / "chat_template.json").unlink()
     model = HookedVLM.from_pretrained(folder)
@@ -110,7 +110,7 @@ def test_certificate_passes_where_the_processor_has_no_template(
 def test_certificate_fails_on_weights_that_differ(
     name: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+    monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     folder = saved(name, tmp_path, torch.float64, True)
     model = HookedVLM.from_pretrained(folder)
     with torch.no_grad():

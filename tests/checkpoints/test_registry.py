@@ -18,7 +18,7 @@ from veena_lens.model.model import HookedVLM
 MODULE = """
 from dataclasses import replace
 
-from model_adapters.llama import ADAPTER as LLAMA
+from model_adapters.text_only import LLAMA
 
 ADAPTER = replace(LLAMA, architecture="MyLlamaForCausalLM", hub_ids=("me/my-llama",), note="Llama under another name")
 NOT_ONE = 3

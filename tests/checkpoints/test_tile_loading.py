@@ -19,8 +19,8 @@ from tests.tile_cases import TILE_BY_NAME
 from veena_lens import HookedVLM, cli
 from veena_lens.checkpoints import open_checkpoint, save_pretrained
 from veena_lens.checkpoints.files import weight_files
-from veena_lens.checkpoints.verify import probe, verify
 from veena_lens.hook_table import hooks_of
+from veena_lens.verify import probe, verify
 
 NAMES = ["idefics3-plain", "smolvlm-tied", "smolvlm-plain", "idefics3-biases"]
 
@@ -86,7 +86,7 @@ def test_certificate_passes_on_a_true_checkpoint(
     name: str, dtype: torch.dtype, with_processor: bool, every_hook: bool, tmp_path: Path, monkeypatch: Any
 ) -> None:
     if not every_hook:
-        monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+        monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_tiles.save(TILE_BY_NAME[name], tmp_path, dtype, with_processor=with_processor)
     model = HookedVLM.from_pretrained(folder)
     certificate = verify(model, str(folder), progress=False)
@@ -98,7 +98,7 @@ def test_certificate_passes_on_a_true_checkpoint(
 
 @pytest.mark.parametrize("part", ["vision.ln_post.bias", "connector.proj.weight", "vision.pos_embed.weight"])
 def test_certificate_fails_on_weights_that_differ(part: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("veena_lens.checkpoints.verify.dead_hooks", lambda *_: ())
+    monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_tiles.save(TILE_BY_NAME["idefics3-plain"], tmp_path, torch.float64)
     model = HookedVLM.from_pretrained(folder)
     with torch.no_grad():

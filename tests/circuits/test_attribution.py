@@ -11,11 +11,11 @@ import torch
 from tests.cases import BY_NAME
 from tests.circuits.runs import KINDS, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
 from veena_lens.circuits.attribution import attribution_patching, check_attribution, image_attribution
+from veena_lens.images.packing import layout_of
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
-from veena_lens.vision.packing import layout_of
 
 EXACT: dict[str, Any] = dict(rtol=1e-9, atol=1e-10)
 
@@ -354,7 +354,7 @@ def test_positions_and_pictures_that_do_not_correspond_are_refused(model_of) -> 
 def test_heads_that_carry_the_emotion_are_found_in_the_embedded_model() -> None:
     from veena_lens import HookedVLM
     from veena_lens.app import steps
-    from veena_lens.checkpoints.bundle import bundled_pairs
+    from veena_lens.checkpoints.files import bundled_pairs
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     pairs = [pair for pair in bundled_pairs("test") if pair[0].emotion == "happy"][:2]

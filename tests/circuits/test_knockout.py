@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused(kw: dict[str, Any], telling: str, model_of
 def test_the_embedded_model_needs_the_picture_at_the_query() -> None:
     from veena_lens import HookedVLM
     from veena_lens.app import steps
-    from veena_lens.checkpoints.bundle import bundled_pictures
+    from veena_lens.checkpoints.files import bundled_pictures
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     faces = [p for p in bundled_pictures("test") if p.emotion == "happy" and p.context is None][:2]

@@ -29,7 +29,7 @@ def noise(width: int, height: int, seed: int = 0) -> Image.Image:
 @pytest.fixture(scope="module")
 def face() -> Any:
     model = HookedVLM.from_pretrained("tiny-llava-emotion", dtype=torch.float64, casts="none")
-    from veena_lens.checkpoints.bundle import bundled_pairs
+    from veena_lens.checkpoints.files import bundled_pairs
 
     return model, [picture.open() for picture in bundled_pairs("test")[0]]
 
@@ -193,7 +193,7 @@ def test_a_reader_of_one_patch_is_found(model_of) -> None:
 def test_the_embedded_model_reads_a_smile_from_the_mouth() -> None:
     """Given the neutral twin's pixels window by window, two persons' answers change at the mouth."""
     from veena_lens.app import steps
-    from veena_lens.checkpoints.bundle import bundled_pairs
+    from veena_lens.checkpoints.files import bundled_pairs
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     pairs = [pair for pair in bundled_pairs("test") if pair[0].emotion == "happy"][:2]

@@ -211,7 +211,7 @@ def test_without_scikit_learn_the_error_says_what_to_install(planted, monkeypatc
 
 def test_the_embedded_model_knows_the_emotion_of_people_held_out() -> None:
     from veena_lens.app import steps
-    from veena_lens.checkpoints.bundle import bundled_pairs
+    from veena_lens.checkpoints.files import bundled_pairs
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     kept = [p for pair in bundled_pairs("development") for p in pair if pair[0].emotion in ("happy", "sad")]

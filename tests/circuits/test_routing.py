@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.circuits.tiny import NAMES, PICTURED, directions, ready, twin, unit
-from veena_lens.circuits.intention import head_intention
+from veena_lens.circuits.heads import head_intention
 from veena_lens.circuits.routing import head_routing, image_share, per_patch
 from veena_lens.positions import position_mask
 from veena_lens.scores import Scores

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from veena_lens.checkpoints.bundle import bundled_pictures
-from veena_lens.emotion.side_effects import Asked
+from veena_lens.checkpoints.files import bundled_pictures
+from veena_lens.emotion.judge.side_effects import Asked
 
 NAMES = ("tiny-llava-emotion", "tiny-qwen2vl-emotion")
 QUESTIONS = ("How does this person feel?", "What do you see?", "Is this person happy or sad?")

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from tests.emotion.asked import bundled
-from veena_lens.emotion.pairs import load_pairs
+from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.pipeline import VeenaRun, run_veena
 from veena_lens.emotion.settings import Settings, preset
 

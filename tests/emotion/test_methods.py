@@ -9,9 +9,9 @@ import torch
 
 from tests.circuits.tiny import ready as tiny
 from tests.emotion.asked import bundled, examples
-from veena_lens.emotion.enhance import ena, vee, veena
+from veena_lens.emotion.enhance.veena import ena, vee, veena
+from veena_lens.emotion.judge.side_effects import Asked
 from veena_lens.emotion.methods import PLAIN, Method, answers, batches, next_logits, prepared
-from veena_lens.emotion.side_effects import Asked
 from veena_lens.interventions import Steer
 
 NAME = "tiny-llava-emotion"

@@ -14,7 +14,7 @@ import pytest
 from tests.emotion.asked import bundled
 from tests.emotion.small_run import MODEL, Stopped, small_pairs, small_run, small_settings, stopped_in
 from veena_lens.emotion import methods, pipeline
-from veena_lens.emotion.pairs import load_pairs
+from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.pipeline import _claim, estimate, part_identities, run_veena
 from veena_lens.emotion.results import results_of
 from veena_lens.emotion.settings import preset

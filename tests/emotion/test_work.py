@@ -13,9 +13,9 @@ from PIL import Image
 
 from tests.emotion.asked import bundled, examples
 from veena_lens.emotion import work as module
-from veena_lens.emotion.enhance import vee
+from veena_lens.emotion.enhance.veena import vee
 from veena_lens.emotion.methods import Method
-from veena_lens.emotion.pair_set import Example
+from veena_lens.emotion.pairs.pair_set import Example
 from veena_lens.emotion.work import Work, content, example_key, method_key, model_key, slot_key
 from veena_lens.interventions import BoostAttention, Steer
 

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 
 from tests.emotion.asked import NAMES, bundled
-from veena_lens.emotion.directions import Directions, extract_directions
-from veena_lens.emotion.head_search import KeyHeads
-from veena_lens.emotion.pairs import Pair, load_pairs
-from veena_lens.emotion.slot import LEAD_IN, AnswerSlot, answer_slot
+from veena_lens.emotion.locate.answer_slot import LEAD_IN, AnswerSlot, answer_slot
+from veena_lens.emotion.locate.directions import Directions, extract_directions
+from veena_lens.emotion.locate.heads import KeyHeads
+from veena_lens.emotion.pairs.loading import Pair, load_pairs
 from veena_lens.scores import Scores
 
 EMOTIONS = ("happy", "angry")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from veena_lens.emotion.wheels import EmotionWheels
+from veena_lens.emotion.words.wheels import EmotionWheels
 
 FOLDER = Path(__file__).parents[2].parent / "shared" / "data"
 needs_original = pytest.mark.skipif(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.parity.test_llava_next import batch, build
 from veena_lens import HookedVLM
-from veena_lens.checkpoints.bundle import bundled_pictures
+from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.interventions import Ablate, Box, Circuit, KnockOut, Steer, Tile
 from veena_lens.positions import position_mask
 

@@ -14,8 +14,8 @@ from transformer_lens import patching
 from tests.cases import counted, hf_model, native_model, raw_inputs, relative_error
 from tests.onevision_cases import ONEVISION_BY_NAME
 from veena_lens import ActivationCache
+from veena_lens.images.packing import layouts_of
 from veena_lens.interventions import Ablate, BoostAttention, Steer, Tile
-from veena_lens.vision.packing import layouts_of
 
 RESAMPLED, MIXED = "onevision-resampled", "onevision-image-and-video"
 # Ours, and where Hugging Face's module gives the same value.

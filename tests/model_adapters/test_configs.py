@@ -18,8 +18,8 @@ from tests.tile_cases import TILE_CASES
 from veena_lens.checkpoints.filling import parameter_shapes, require_fit
 from veena_lens.checkpoints.registry import find_adapter
 from veena_lens.config import HookedVLMConfig
+from veena_lens.images.packing import layout_of
 from veena_lens.model.model import HookedVLM
-from veena_lens.vision.packing import layout_of
 
 
 def read(raw: dict[str, Any]) -> HookedVLMConfig:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.cases import IMAGE_TOKEN, PAD, TEXT, TOWER, relative_error
 from veena_lens import HookedVLM
-from veena_lens.vision.packing import layout_of
+from veena_lens.images.packing import layout_of
 
 PINS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 DECODERS = {

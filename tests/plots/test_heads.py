@@ -14,10 +14,10 @@ from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from tests.parity.test_llava_next import batch, build
 from veena_lens import HookedVLM, plots
 from veena_lens.circuits import bootstrap, find_sinks, picture_attention, view_difference, without_sinks
+from veena_lens.images.packing import layout_of
 from veena_lens.plots import interactive
-from veena_lens.plots.head_data import head_maps
+from veena_lens.plots.heads import head_maps
 from veena_lens.scores import Scores
-from veena_lens.vision.packing import layout_of
 
 PICTURE = Image.new("RGB", (28, 28), "orange")
 
@@ -251,7 +251,7 @@ def test_the_colours_stay_apart_for_colour_blind_readers() -> None:
     from matplotlib.colors import to_rgb
 
     from veena_lens.plots import theme
-    from veena_lens.plots.head_data import PART_COLOURS
+    from veena_lens.plots.heads import PART_COLOURS
 
     sights = {
         "deuteranopia": [

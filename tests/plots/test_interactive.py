@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from veena_lens.plots import interactive
-from veena_lens.plots.pictures import picture_scale
+from veena_lens.plots.image_overlay import picture_scale
 from veena_lens.scores import Scores
 
 GENERATOR = torch.Generator().manual_seed(0)

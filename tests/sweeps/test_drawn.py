@@ -75,12 +75,12 @@ def test_patch_sweeps_equal_whole_forwards(data: st.DataObject) -> None:
 
 
 def test_a_steering_sweep_resumes_where_it_was(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from veena_lens.sweeps import running
+    from veena_lens.sweeps import engine
 
     model, inputs, _ = runs(CASES[0])
     vectors = torch.randn(model.cfg.n_layers, model.cfg.d_model, dtype=torch.float64)
     kw: dict[str, Any] = dict(alphas=[0.5, 1, 2], progress=False, max_rows=2, out=tmp_path)
-    real, calls = running.run_staircase, []
+    real, calls = engine.run_staircase, []
 
     def dies(*args: Any) -> Any:
         calls.append(1)
@@ -88,7 +88,7 @@ def test_a_steering_sweep_resumes_where_it_was(tmp_path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(running, "run_staircase", dies)
+    monkeypatch.setattr(engine, "run_staircase", dies)
     with pytest.raises(KeyboardInterrupt):
         steer_sweep(model, inputs, vectors, logit_diff(5, 6), **kw)
     result = steer_sweep(model, inputs, vectors, logit_diff(5, 6), **kw)

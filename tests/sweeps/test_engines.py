@@ -161,7 +161,7 @@ def test_lower_precision_agrees_within_its_rounding(dtype: torch.dtype, toleranc
 
 
 def test_an_interrupted_sweep_resumes_where_it_was(pair, tmp_path, monkeypatch) -> None:
-    from veena_lens.sweeps import running
+    from veena_lens.sweeps import engine as running
 
     model, clean, corrupted = pair("three-images-and-none")
     kw: dict[str, Any] = dict(positions="query", metric=logit_diff(5, 6), progress=False, max_rows=3, out=tmp_path)

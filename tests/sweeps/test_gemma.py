@@ -11,10 +11,10 @@ from tests.cases import counted, native_model, raw_inputs
 from tests.gemma_cases import GEMMA_BY_NAME
 from tests.sweeps.test_engines import agree, both
 from veena_lens.hook_table import hooks_of
+from veena_lens.images.layout import reached_from
 from veena_lens.interventions import Ablate, BoostAttention, KnockOut, Patch, Steer
 from veena_lens.sweeps import generation_sweep, patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
-from veena_lens.vision.blocks import reached_from
 
 NAMES = ["narrow-window", "touching-pictures"]
 

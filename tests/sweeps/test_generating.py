@@ -11,7 +11,7 @@ from tests.cases import BY_NAME, build_hf, counted, raw_inputs
 from tests.qwen_cases import QWEN_BY_NAME
 from tests.tile_cases import TILE_BY_NAME
 from veena_lens import HookedVLM
-from veena_lens.checkpoints.bundle import bundled_pictures
+from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOut, Patch, ScaleNeurons, Steer
 from veena_lens.sweeps import generation_sweep
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from veena_lens import HookedVLM
-from veena_lens.checkpoints.bundle import bundled_pairs
+from veena_lens.checkpoints.files import bundled_pairs
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.sweeps import generation_sweep, patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import kl, log_prob, logit_diff, project, soft_hit
@@ -79,11 +79,11 @@ def _told(value: Any) -> str:
     ids=_told,
 )
 def test_bad_sweeps_are_refused_before_a_row_runs(kw: dict[str, Any], telling: str, runs, monkeypatch) -> None:
-    from veena_lens.sweeps import running
+    from veena_lens.sweeps import engine
 
     model, clean, corrupted = runs
     ran: list[int] = []
-    monkeypatch.setattr(running, "run_staircase", lambda *args: ran.append(1))
+    monkeypatch.setattr(engine, "run_staircase", lambda *args: ran.append(1))
     options = {"clean": clean[0], "corrupted": corrupted[0], **KW} | kw
     with pytest.raises((ValueError, IndexError, TypeError), match=telling):
         patch_sweep(model, **options)
@@ -112,7 +112,7 @@ def test_bad_steering_sweeps_are_refused(kw: dict[str, Any], telling: str, runs)
 
 
 def test_what_is_no_batch_is_refused(runs) -> None:
-    from veena_lens.sweeps.running import require_inputs
+    from veena_lens.sweeps.engine import require_inputs
 
     _, clean, _ = runs
     with pytest.raises(TypeError, match="clean must be prepared inputs.*'words'"):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from veena_lens.checkpoints.bundle import bundled_names, bundled_pairs, bundled_path, bundled_pictures
-from veena_lens.zoo.asking import Asker, Query
+from veena_lens.checkpoints.files import bundled_names, bundled_pairs, bundled_path, bundled_pictures
 from veena_lens.zoo.card import write_card
-from veena_lens.zoo.emotions import EMOTIONS, named_emotion
+from veena_lens.zoo.exam import Asker, Query
+from veena_lens.zoo.people import EMOTIONS, named_emotion
 
 FOLDER = bundled_path("tiny-llava-emotion")
 TURNS = {

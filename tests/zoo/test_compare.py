@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from veena_lens.zoo.asking import Asker, Query
 from veena_lens.zoo.compare import Asked, compare, verdict
-from veena_lens.zoo.exam import Item, emoji_items, style_items
+from veena_lens.zoo.exam import Asker, Item, Query, emoji_items, style_items
 from veena_lens.zoo.pictures import Face
 from veena_lens.zoo.statistics import paired_difference
 

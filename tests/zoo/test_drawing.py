@@ -5,16 +5,15 @@ import random
 import pytest
 import torch
 
-from veena_lens.zoo.emotions import EMOTIONS
+from veena_lens.zoo.drawing import draw_style_face, style_identities
 from veena_lens.zoo.faces import AVATAAARS, STYLES, combinations
-from veena_lens.zoo.identities import SPLITS, identity, identity_numbers
+from veena_lens.zoo.people import EMOTIONS, SPLITS, identity, identity_numbers
 from veena_lens.zoo.pictures import Bank, Face, compose, recolour
-from veena_lens.zoo.styles import draw_style_face, style_identities
 
 
 @pytest.fixture(scope="module")
 def bank() -> Bank:
-    from veena_lens.zoo.layers import draw_identity
+    from veena_lens.zoo.drawing import draw_identity
 
     numbers = identity_numbers("development", 2)
     layers = [draw_identity(identity(number)) for number in numbers]

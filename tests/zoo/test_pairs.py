@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from veena_lens.emotion.pairs import PairSet, load_pairs
+from veena_lens.emotion.pairs.loading import PairSet, load_pairs
 from veena_lens.zoo import pairs as builder
-from veena_lens.zoo.identities import SPLITS, identity
+from veena_lens.zoo.drawing import style_identities
 from veena_lens.zoo.pairs import HELD_OUT, build_pairs, conditions, identity_choice, main
-from veena_lens.zoo.styles import style_identities
+from veena_lens.zoo.people import SPLITS, identity
 
 
 @pytest.fixture(scope="module")

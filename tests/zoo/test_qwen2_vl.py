@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlavaForConditionalGeneration, Qwen2VLForConditionalGeneration
 
-from veena_lens.checkpoints.bundle import bundled_path
+from veena_lens.checkpoints.files import bundled_path
 from veena_lens.checkpoints.image_only import ImageOnlyQwen2VLProcessor
-from veena_lens.zoo.layers import PICTURE_SIZE
+from veena_lens.zoo.architecture import pack
+from veena_lens.zoo.drawing import PICTURE_SIZE
 from veena_lens.zoo.llava import LLAVA
-from veena_lens.zoo.packing import pack
 from veena_lens.zoo.qwen2_vl import QWEN2_VL, batched_tower, reshape
-from veena_lens.zoo.sampling import Writer, grid_positions
+from veena_lens.zoo.samples import Writer, grid_positions
 from veena_lens.zoo.train import distance
 
 SIBLING = bundled_path("tiny-llava-emotion")

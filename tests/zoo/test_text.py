@@ -5,9 +5,18 @@ import random
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_TASKS, article, attribute_answer, emotion_answer
-from veena_lens.zoo.contexts import EVENTS, HELD_OUT_EVENTS, context_sentence, padded_context
-from veena_lens.zoo.emotions import EMOTIONS, WORDS, named_emotion
+from veena_lens.zoo.captions import (
+    ATTRIBUTE_QUESTIONS,
+    EMOTION_TASKS,
+    EVENTS,
+    HELD_OUT_EVENTS,
+    article,
+    attribute_answer,
+    context_sentence,
+    emotion_answer,
+    padded_context,
+)
+from veena_lens.zoo.people import EMOTIONS, WORDS, named_emotion
 from veena_lens.zoo.pictures import Face
 from veena_lens.zoo.tokenizer import build_llava_tokenizer, build_qwen_tokenizer
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from veena_lens.zoo.architecture import Architecture, Stage
+from veena_lens.zoo.architecture import Architecture, Row, Stage, pack
 from veena_lens.zoo.llava import LLAVA
 from veena_lens.zoo.model import ARCHITECTURES
-from veena_lens.zoo.packing import Row, pack
-from veena_lens.zoo.sampling import Writer
+from veena_lens.zoo.samples import Writer
 from veena_lens.zoo.statistics import confusion, share
 from veena_lens.zoo.train import Trainer, answer_loss, learning_rate
 

@@ -15,7 +15,7 @@ from typing import Any
 from veena_lens import plots
 from veena_lens.app.demo import DemoResult, run_demo
 from veena_lens.app.demo_page import TONES, picture_of
-from veena_lens.app.report import Report
+from veena_lens.app.html import Report
 
 
 @dataclass(frozen=True, eq=False)

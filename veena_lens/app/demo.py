@@ -20,14 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.app import steps
-from veena_lens.app.captions import CaptionSteering, caption_steer, caption_vectors, steer_captions
+from veena_lens.app.demo_page import CaptionSteering, caption_steer, caption_vectors, steer_captions
 from veena_lens.app.steps import Description, Flips
 from veena_lens.interventions import Steer
 from veena_lens.scores import Scores
-from veena_lens.zoo.emotions import EMOTIONS
+from veena_lens.zoo.people import EMOTIONS
 
 if TYPE_CHECKING:
-    from veena_lens.checkpoints.bundle import Picture
+    from veena_lens.checkpoints.files import Picture
     from veena_lens.model.model import HookedVLM
 
 ALPHAS = (1.0, 2.0)
@@ -137,7 +137,7 @@ def run_demo(out: str | Path, model: str = "tiny-llava-emotion", progress: bool 
 
 def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str], None]) -> DemoResult:
     from veena_lens.app.demo_page import write_page
-    from veena_lens.checkpoints.bundle import bundled_pairs, bundled_pictures
+    from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
 
     test = [picture for picture in bundled_pictures("test") if picture.context is None]
     strange = [picture for split in ("held-out style", "emoji") for picture in bundled_pictures(split)]

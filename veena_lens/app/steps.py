@@ -18,10 +18,10 @@ from torch import Tensor
 
 from veena_lens.interventions import Steer
 from veena_lens.scores import Scores
-from veena_lens.zoo.emotions import EMOTIONS, WORDS, named_emotion
+from veena_lens.zoo.people import EMOTIONS, WORDS, named_emotion
 
 if TYPE_CHECKING:
-    from veena_lens.checkpoints.bundle import Picture
+    from veena_lens.checkpoints.files import Picture
     from veena_lens.inputs import MultimodalInputs
     from veena_lens.model.model import HookedVLM
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from veena_lens import plots
-from veena_lens.app.report import Report, Thumbnail, Tone
-from veena_lens.checkpoints.pictures import open_picture
+from veena_lens.app.html import Report, Thumbnail, Tone
 from veena_lens.circuits import per_patch
+from veena_lens.emotion.locate.tracing import show_run
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.emotion.pipeline import VeenaRun
-from veena_lens.emotion.stages import show_run
+from veena_lens.images.files import open_picture
 
 TONES: dict[str, Tone] = {"hit": "good", "miss": "bad", "key": "good"}
 SHOWN_HEADS = 8

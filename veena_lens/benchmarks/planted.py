@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veena_lens.emotion.directions import extract_directions
-from veena_lens.emotion.head_search import key_heads
-from veena_lens.emotion.pairs import PairSet, load_pairs
-from veena_lens.emotion.planted import plant_circuit
-from veena_lens.emotion.planted_scores import labels_under_chance, localise, swapped_at_random
-from veena_lens.sweeps.running import bar
-from veena_lens.zoo.emotions import WORDS
+from veena_lens.emotion.locate.directions import extract_directions
+from veena_lens.emotion.locate.heads import key_heads
+from veena_lens.emotion.pairs.loading import PairSet, load_pairs
+from veena_lens.emotion.planted.circuit import plant_circuit
+from veena_lens.emotion.planted.scores import labels_under_chance, localise, swapped_at_random
+from veena_lens.sweeps.engine import bar
+from veena_lens.zoo.people import WORDS
 
 if TYPE_CHECKING:
     import pandas as pd

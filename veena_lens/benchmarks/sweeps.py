@@ -14,9 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from veena_lens.benchmarks.bridge import WithPicture, bridge_of
-from veena_lens.benchmarks.memory import peak_mebibytes
-from veena_lens.benchmarks.models import prompt, random_llava, seconds, table
+from veena_lens.benchmarks.forward import peak_mebibytes
+from veena_lens.benchmarks.models import WithPicture, bridge_of, prompt, random_llava, seconds, table
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff
 

@@ -9,19 +9,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veena_lens.checkpoints.bundle import bundled_names, bundled_pairs, bundled_path, bundled_pictures
+    from veena_lens.checkpoints.files import bundled_names, bundled_pairs, bundled_path, bundled_pictures
     from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict
-    from veena_lens.checkpoints.loading import Checkpoint, load_generation_config, load_processor, open_checkpoint
+    from veena_lens.checkpoints.loading import (
+        Checkpoint,
+        load_generation_config,
+        load_processor,
+        open_checkpoint,
+        save_pretrained,
+        to_hf_state_dict,
+    )
     from veena_lens.checkpoints.lora import base_of, is_lora_folder, open_lora
     from veena_lens.checkpoints.processing import inputs_from_hf, pad_token_of, prepare
     from veena_lens.checkpoints.registry import all_adapters, find_adapter
-    from veena_lens.checkpoints.saving import save_pretrained, to_hf_state_dict
 
 _HOMES = {
-    "bundled_names": "bundle",
-    "bundled_pairs": "bundle",
-    "bundled_path": "bundle",
-    "bundled_pictures": "bundle",
+    "bundled_names": "files",
+    "bundled_pairs": "files",
+    "bundled_path": "files",
+    "bundled_pictures": "files",
     "fill_from_files": "filling",
     "fill_from_state_dict": "filling",
     "Checkpoint": "loading",
@@ -36,8 +42,8 @@ _HOMES = {
     "prepare": "processing",
     "all_adapters": "registry",
     "find_adapter": "registry",
-    "save_pretrained": "saving",
-    "to_hf_state_dict": "saving",
+    "save_pretrained": "loading",
+    "to_hf_state_dict": "loading",
 }
 __all__ = [
     "Checkpoint",

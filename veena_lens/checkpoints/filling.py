@@ -15,8 +15,15 @@ from torch import Tensor, nn
 
 from veena_lens.checkpoints.files import Folder, WeightFile, fetch_weights
 from veena_lens.checkpoints.lora import Change, Lora, changes_of
-from veena_lens.checkpoints.packed import Entry, PackedEntry, find_packed, open_packed
-from veena_lens.checkpoints.quantised import Scheme, require_usable, scheme_of
+from veena_lens.checkpoints.quantised import (
+    Entry,
+    PackedEntry,
+    Scheme,
+    find_packed,
+    open_packed,
+    require_usable,
+    scheme_of,
+)
 from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import Adapter, WeightMap
 

@@ -25,7 +25,7 @@ from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.video_utils import make_batched_videos
 
-from veena_lens.checkpoints.pictures import pair_of
+from veena_lens.images.files import pair_of
 
 __all__ = [
     "ImageOnlyLlavaOnevisionProcessor",

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.checkpoints.packed import Packed, bias_parameter
+from veena_lens.checkpoints.quantised import Packed, bias_parameter
 from veena_lens.components.quantised import QuantisedLinear
 
 BLOCK = 64  # numbers that share a scale

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict  # type: ignore[import-not-found]
 
-from veena_lens.checkpoints.packed import Packed, bias_parameter
+from veena_lens.checkpoints.quantised import Packed, bias_parameter
 from veena_lens.components.quantised import QuantisedLinear
 
 

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from veena_lens.checkpoints.layouts import arrange_images
-from veena_lens.checkpoints.pictures import patch_boxes
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
 from veena_lens.config import HookedVLMConfig, VisionConfig
+from veena_lens.images.anyres import cell_boxes
+from veena_lens.images.files import patch_boxes
+from veena_lens.images.layout import arrange_images
+from veena_lens.images.packing import layouts_of, tile_layouts
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
-from veena_lens.vision.anyres import cell_boxes
-from veena_lens.vision.packing import layouts_of, tile_layouts
 
 
 def prepare(

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from veena_lens.checkpoints.pictures import open_picture
+from veena_lens.images.files import open_picture
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ BUILT_IN = {
     "LlavaNextForConditionalGeneration": "model_adapters.llava_next:ADAPTER",
     "LlavaOnevisionForConditionalGeneration": "model_adapters.llava_onevision:ADAPTER",
     "Idefics3ForConditionalGeneration": "model_adapters.idefics3:ADAPTER",
-    "SmolVLMForConditionalGeneration": "model_adapters.smolvlm:ADAPTER",
+    "SmolVLMForConditionalGeneration": "model_adapters.idefics3:SMOLVLM",
     "Qwen2VLForConditionalGeneration": "model_adapters.qwen2_vl:ADAPTER",
     "Qwen2_5_VLForConditionalGeneration": "model_adapters.qwen2_5_vl:ADAPTER",
     "Qwen3VLForConditionalGeneration": "model_adapters.qwen3_vl:ADAPTER",
     "Gemma3ForConditionalGeneration": "model_adapters.gemma3:ADAPTER",
     "Gemma3ForCausalLM": "model_adapters.gemma3_text:ADAPTER",
-    "LlamaForCausalLM": "model_adapters.llama:ADAPTER",
-    "MistralForCausalLM": "model_adapters.mistral:ADAPTER",
-    "Qwen2ForCausalLM": "model_adapters.qwen2:ADAPTER",
-    "Qwen3ForCausalLM": "model_adapters.qwen3:ADAPTER",
+    "LlamaForCausalLM": "model_adapters.text_only:LLAMA",
+    "MistralForCausalLM": "model_adapters.text_only:MISTRAL",
+    "Qwen2ForCausalLM": "model_adapters.text_only:QWEN2",
+    "Qwen3ForCausalLM": "model_adapters.text_only:QWEN3",
 }
 
 # Relatives of known architectures that no adapter alone can read: what the model would have to compute, by a pattern

@@ -13,9 +13,9 @@ _HOMES = {
     "attribution_patching": "attribution",
     "check_attribution": "attribution",
     "image_attribution": "attribution",
-    "component_push": "intention",
-    "copying_strength": "intention",
-    "head_intention": "intention",
+    "component_push": "heads",
+    "copying_strength": "heads",
+    "head_intention": "heads",
     "attention_knockout": "knockout",
     "lens_grid": "lens",
     "logit_lens": "lens",
@@ -44,10 +44,10 @@ _HOMES = {
     "discoveries": "statistics",
     "sign_consistency": "statistics",
     "sign_flip": "statistics",
-    "find_sinks": "views",
-    "picture_attention": "views",
-    "view_difference": "views",
-    "without_sinks": "views",
+    "find_sinks": "attention_maps",
+    "picture_attention": "attention_maps",
+    "view_difference": "attention_maps",
+    "without_sinks": "attention_maps",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -15,8 +15,23 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from veena_lens.circuits.gradients import Places, heard_at, products
-from veena_lens.circuits.measuring import (
+from veena_lens.circuits.gradients import (
+    PICTURE_SITES,
+    TOWER_SITE,
+    Places,
+    batch_places,
+    heard_at,
+    patches_of,
+    products,
+)
+from veena_lens.hook_table import hooks_of, require_hook, row_of
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.interventions.base import require_unit
+from veena_lens.positions import parse
+from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import KINDS
+from veena_lens.sweeps.engine import bar
+from veena_lens.sweeps.measuring import (
     corresponding,
     effect,
     measure_of,
@@ -28,15 +43,7 @@ from veena_lens.circuits.measuring import (
     side_by_side,
     wide,
 )
-from veena_lens.circuits.patches import PICTURE_SITES, TOWER_SITE, batch_places, patches_of
-from veena_lens.hook_table import hooks_of, require_hook, row_of
-from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions.base import require_unit
-from veena_lens.positions import parse
-from veena_lens.scores import Scores
-from veena_lens.sweeps.layout import KINDS
 from veena_lens.sweeps.patching import patch_sweep
-from veena_lens.sweeps.running import bar
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veena_lens.circuits.measuring import bare, entering_layers, measure_of, parts, places_of, require_rows, wide
+from veena_lens.images.layout import image_blocks
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import Box, KnockOut, Tile
 from veena_lens.interventions.base import require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
-from veena_lens.sweeps.running import bar
-from veena_lens.vision.blocks import image_blocks
+from veena_lens.sweeps.engine import bar
+from veena_lens.sweeps.measuring import bare, entering_layers, measure_of, parts, places_of, require_rows, wide
 
 FLOWS = (("image", "query"), ("query", "last"), ("image", "last"))
 

@@ -28,9 +28,9 @@ from veena_lens.circuits.reading import (
     unit_directions,
 )
 from veena_lens.circuits.statistics import sign_consistency
-from veena_lens.components.writing import denominators, neuron_rows
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_units
+from veena_lens.residual_parts import denominators, neuron_rows
 from veena_lens.scores import Scores
 
 if TYPE_CHECKING:

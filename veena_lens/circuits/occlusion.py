@@ -16,8 +16,11 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageFilter, ImageStat
 from torch import Tensor
 
-from veena_lens.checkpoints.pictures import open_picture
-from veena_lens.circuits.measuring import (
+from veena_lens.images.files import open_picture
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.scores import Scores
+from veena_lens.sweeps.engine import bar
+from veena_lens.sweeps.measuring import (
     Entering,
     Measure,
     bare,
@@ -29,9 +32,6 @@ from veena_lens.circuits.measuring import (
     side_by_side,
     wide,
 )
-from veena_lens.inputs import MultimodalInputs
-from veena_lens.scores import Scores
-from veena_lens.sweeps.running import bar
 
 FILLS = ("grey", "mean", "blur")
 GREY = (128, 128, 128)

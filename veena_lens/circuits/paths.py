@@ -16,7 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.circuits.measuring import (
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.interventions.base import require_unit
+from veena_lens.positions import parse
+from veena_lens.residual_parts import denominators, divided, head_rows, neuron_rows
+from veena_lens.scores import Scores
+from veena_lens.sweeps.engine import bar
+from veena_lens.sweeps.measuring import (
     Entering,
     Measure,
     bare,
@@ -29,12 +35,6 @@ from veena_lens.circuits.measuring import (
     require_rows,
     wide,
 )
-from veena_lens.components.writing import denominators, divided, head_rows, neuron_rows
-from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions.base import require_unit
-from veena_lens.positions import parse
-from veena_lens.scores import Scores
-from veena_lens.sweeps.running import bar
 
 NORMS = ("real", "frozen")
 _SENDER = re.compile(r"^(?:(embed)|(\d+)_(attn_out|mlp_out|deepstack)|L(\d+)([HN])(\d+))$")

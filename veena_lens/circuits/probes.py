@@ -16,14 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.circuits.measuring import parts, places_of, require_rows
 from veena_lens.hook_table import hooks_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_unit, require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
-from veena_lens.sweeps.running import bar
+from veena_lens.sweeps.engine import bar
+from veena_lens.sweeps.measuring import parts, places_of, require_rows
 
 SITES = {
     "resid": "hook_resid_post",

@@ -16,12 +16,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache, MissingActivation
-from veena_lens.components.writing import divided
 from veena_lens.hook_table import layer_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_unit
 from veena_lens.model.attention_rows import AttentionRows
 from veena_lens.positions import padded_places, position_mask
+from veena_lens.residual_parts import divided
 from veena_lens.scores import Scores
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def read_both(
 ) -> tuple[Reading, Callable[[str], Float[Tensor, "batch n ..."]]]:
     """The reading of `source`, and a function that gives an activation, less that of `baseline` where there is one.
 
-    by: the hook of the denominator that divides an activation in each run (see `components/writing.py`).
+    by: the hook of the denominator that divides an activation in each run (see `residual_parts.py`).
     Values come in the dtype to sum in. Raises: as `read`; ValueError where the two runs' positions do not pair up."""
     by = dict(by or {})
     names = [*names, *by.values()]

@@ -32,10 +32,10 @@ from veena_lens.circuits.reading import (
     stream_rows,
     unit_directions,
 )
-from veena_lens.components.writing import denominators, head_rows
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer
 from veena_lens.positions import position_mask
+from veena_lens.residual_parts import denominators, head_rows
 from veena_lens.scores import Scores
 
 SOURCES = ("image", "query", "text", "self")

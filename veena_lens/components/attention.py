@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
-from veena_lens.components.areas import AreaMask, attend_in_areas
-from veena_lens.components.context import Context, Mask, masked_softmax
+from veena_lens.components.context import Context
 from veena_lens.components.hooks import carry, heard, listen
+from veena_lens.components.kv_cache import SharedPrefix
+from veena_lens.components.masks import AreaMask, Mask, attend_in_areas, masked_softmax
 from veena_lens.components.norms import RMSNorm
-from veena_lens.components.prefix import SharedPrefix
 from veena_lens.components.rotary import rotate
 from veena_lens.config import TransformerConfig
 

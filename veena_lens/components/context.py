@@ -8,33 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from veena_lens.components.areas import AreaMask
 from veena_lens.components.kv_cache import KVCache
+from veena_lens.components.masks import AreaMask, AttentionMask, Mask, causal_mask
 from veena_lens.components.rotary import RotaryTables
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionMask:
-    """`allowed` True where a query may read a key, None for all (or, with `is_causal`, for the causal rule)."""
-
-    allowed: Bool[Tensor, "batch one query_pos key_pos"] | None
-    is_causal: bool
-
-    def explicit(self, n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, ...] | None:
-        """The mask as a tensor, None when every key is allowed."""
-        if self.allowed is not None or not self.is_causal:
-            return self.allowed
-        return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
-
-
-Mask: TypeAlias = AttentionMask | AreaMask
 
 
 @dataclass(eq=False)
@@ -43,7 +25,7 @@ class Context:
 
     `bias` gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None; `rows`, when
     set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
-    `prefix`, when set, holds keys and values of positions that all rows share (see `components/prefix.py`).
+    `prefix`, when set, holds keys and values of positions that all rows share (see `components/kv_cache.py`).
     `deepstack` maps a layer to what is added at its input, zero away from the image tokens. `rotary` gives a
     layer's tables. `blocks` numbers, for every key, the picture whose tokens read each other in both directions (-1:
     none); new positions past its end are text. `areas` numbers the area of each position: in the layers of
@@ -110,38 +92,3 @@ class Context:
             return None
         cos, sin = self.rotary(layer)
         return cos.to(device), sin.to(device)
-
-
-def causal_mask(
-    n_past: int,
-    n_new: int,
-    window: int | None,
-    device: torch.device,
-    blocks: Int[Tensor, "#batch known"] | None = None,
-) -> Bool[Tensor, "#batch one query_pos key_pos"]:
-    """True where a query at positions n_past .. may read a key: itself or earlier, or of its own block of `blocks`
-    (as in `Context`); never further back than the sliding window."""
-    n_key = n_past + n_new
-    query = torch.arange(n_past, n_key, device=device)[:, None]
-    key = torch.arange(n_key, device=device)[None]
-    allowed = (key <= query)[None, None]
-    if blocks is not None:
-        own = F.pad(blocks.to(device), (0, max(0, n_key - blocks.shape[1])), value=-1)[:, :n_key]
-        mine = own[:, n_past:, None]
-        allowed = allowed | ((mine == own[:, None]) & (mine >= 0))[:, None]
-    return allowed if window is None else allowed & (key > query - window)
-
-
-def softmax_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """float32 for half types, else the scores' own."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
-
-
-def masked_softmax(
-    scores: Float[Tensor, "batch heads query_pos key_pos"], allowed: Bool[Tensor, ...] | None
-) -> Float[Tensor, "batch heads query_pos key_pos"]:
-    """Softmax over keys; a query with no allowed key (a pad) gets zeros, as the fused kernel gives."""
-    pattern = scores.softmax(-1, dtype=softmax_dtype(scores.dtype)).to(scores.dtype)
-    if allowed is not None:
-        pattern = pattern * allowed.any(-1, keepdim=True)
-    return pattern

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.sweeps.running import bar
+from veena_lens.sweeps.engine import bar
 
 PerRow = Callable[[Any, MultimodalInputs], Sequence[Sequence[Any]]]
 

@@ -14,18 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veena_lens.emotion import choosing, judging
-from veena_lens.emotion.adaptive import Adaptive, fit_adaptive
-from veena_lens.emotion.directions import Directions, extract_directions
-from veena_lens.emotion.evaluation import NEUTRAL, Evaluation, evaluate
-from veena_lens.emotion.head_search import KeyHeads, execution_heads, key_heads
-from veena_lens.emotion.layer_search import KeyLayers, key_layers
-from veena_lens.emotion.neuron_search import KeyNeurons, key_neurons
+from veena_lens.emotion.enhance.veena import Adaptive, fit_adaptive
+from veena_lens.emotion.judge import choosing, held_out
+from veena_lens.emotion.judge.evaluation import NEUTRAL, Evaluation, evaluate
+from veena_lens.emotion.judge.tuning import Tuned
+from veena_lens.emotion.locate.answer_slot import LEAD_IN, AnswerSlot, answer_slot
+from veena_lens.emotion.locate.directions import Directions, extract_directions
+from veena_lens.emotion.locate.heads import KeyHeads, execution_heads, key_heads
+from veena_lens.emotion.locate.layers import KeyLayers, key_layers
+from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons
+from veena_lens.emotion.locate.tracing import Stages, find_stages, spread_over, trace_back
 from veena_lens.emotion.settings import Settings, preset
-from veena_lens.emotion.slot import LEAD_IN, AnswerSlot, answer_slot
-from veena_lens.emotion.stages import Stages, find_stages
-from veena_lens.emotion.tracing import spread_over, trace_back
-from veena_lens.emotion.tuning import Tuned
 from veena_lens.emotion.work import model_key
 from veena_lens.interventions import Circuit
 
@@ -63,7 +62,7 @@ class VeenaRun:
     adaptive: Adaptive
     circuit: Circuit
     test: Evaluation
-    random: judging.RandomControls
+    random: held_out.RandomControls
     elsewhere: Evaluation | None
     doses: Any
     effects: Sequence[Any]
@@ -94,8 +93,8 @@ def run_veena(
     Writes under `out`: work/ (everything as it comes), circuit.safetensors, directions.safetensors. The same call
     resumes. Raises: ValueError where `out` holds another run, identities are too few to be parted, or as the stages.
     """
-    from veena_lens.emotion.pairs import load_pairs
-    from veena_lens.emotion.wheels import EmotionWheels
+    from veena_lens.emotion.pairs.loading import load_pairs
+    from veena_lens.emotion.words.wheels import EmotionWheels
 
     settings = preset(settings) if isinstance(settings, str) else settings
     if importlib.util.find_spec("sklearn") is None:
@@ -171,13 +170,13 @@ def run_veena(
     conditions = choosing.conditions_of(parts["test"], settings, settings.test_pictures, held_out=True)
     sizes = {"batch_size": bs, "max_new_tokens": tokens, "draws": settings.draws}
     test = evaluate(model, conditions, [t.method for t in tuned.values()], **sizes, **call)
-    controls = judging.random_controls(model, conditions, tuned, test, ways, neurons, settings, **call)
-    other = judging.elsewhere(parts["elsewhere"], settings)
+    controls = held_out.random_controls(model, conditions, tuned, test, ways, neurons, settings, **call)
+    other = held_out.elsewhere(parts["elsewhere"], settings)
     chosen = [tuned[name].method for name in ("VEE", "ENA", "VEENA") if name in tuned]
     away = evaluate(model, other, chosen, **sizes, **call) if other else None
 
     clock.start("side effects")
-    effects = judging.side_effects(model, conditions, test, tuned, settings, out=work, progress=progress)
+    effects = held_out.side_effects(model, conditions, test, tuned, settings, out=work, progress=progress)
     clock.stop()
     return VeenaRun(
         model=model.cfg.model_name, settings=settings,

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veena_lens.emotion.pair_set import picture_hash
+from veena_lens.emotion.pairs.pair_set import picture_hash
 from veena_lens.interventions.base import content
-from veena_lens.sweeps.running import bar
+from veena_lens.sweeps.engine import bar
 
 Result = dict[str, Any]
 T = TypeVar("T")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from veena_lens.interventions.ablate import Ablate
-from veena_lens.interventions.attention import BoostAttention
+from veena_lens.interventions.attention import BoostAttention, KnockOut, QuietHeads
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.circuit import Circuit
-from veena_lens.interventions.knockout import KnockOut
 from veena_lens.interventions.neurons import ScaleNeurons
-from veena_lens.interventions.patch import Patch
-from veena_lens.interventions.quiet import QuietHeads
-from veena_lens.interventions.steer import Steer
-from veena_lens.interventions.turn import Turn
+from veena_lens.interventions.patch import Ablate, Patch
+from veena_lens.interventions.steer import Steer, Turn
 from veena_lens.positions import Box, Tile
 
 __all__ = [

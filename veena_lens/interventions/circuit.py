@@ -15,17 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veena_lens.interventions.ablate import Ablate
-from veena_lens.interventions.attention import BoostAttention
+from veena_lens.interventions.attention import BoostAttention, KnockOut, QuietHeads
 from veena_lens.interventions.base import plain
-from veena_lens.interventions.knockout import KnockOut
 from veena_lens.interventions.neurons import ScaleNeurons
-from veena_lens.interventions.patch import Patch
-from veena_lens.interventions.quiet import QuietHeads
-from veena_lens.interventions.steer import Steer
-from veena_lens.interventions.turn import Turn
+from veena_lens.interventions.patch import Ablate, Patch
+from veena_lens.interventions.steer import Steer, Turn
 from veena_lens.positions import Box, Tile
-from veena_lens.stores import opened
+from veena_lens.scores import opened
 
 _KINDS = (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOut, Turn, QuietHeads)
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}

@@ -1,4 +1,7 @@
-"""Steering: add a direction to the residual stream (Turner et al. 2023, arXiv 2308.10248; CAA, arXiv 2312.06681)."""
+"""Steering: add a direction to the residual stream (Turner et al. 2023, arXiv 2308.10248; CAA, arXiv 2312.06681).
+
+Steering that keeps the norm: an output is turned towards a direction and stays as long as it was (VISTA, VTI).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -52,3 +56,59 @@ class Steer:
         norm = float(self.vector.float().norm())
         vector = f"[{len(self.vector)}] of norm {norm:.3g}"
         return f"Steer(layer={self.layer}, vector={vector}, alpha={self.alpha:g}, positions={shown(self.positions)})"
+
+
+@dataclass(frozen=True, eq=False)  # holds a tensor: identity, not ==
+class Turn:
+    """hook_mlp_out of `layer` becomes ||x|| normalise(x^ + y) at `positions`, y = strength w v^, ^ meaning unit length.
+
+    w is 1 + max(0, cos(x, -v)) where `adaptive` (an output that points away is turned more), else 1. A strength of 0
+    changes nothing.
+    Raises: ValueError for a vector that is not [d_model], is zero or not finite, or a strength that is not finite.
+    Source: Li et al. 2025, arXiv 2502.03628 (VISTA, adaptive); Liu et al. 2024, arXiv 2410.15778 (VTI, not).
+    """
+
+    layer: int
+    vector: Float[Tensor, ...]
+    strength: float | int = 0.1
+    positions: Any = "all"
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        parse(self.positions)
+        if self.vector.ndim != 1:
+            raise ValueError(f"Turn: the vector must be [d_model], not {list(self.vector.shape)}; pick one layer's.")
+        if not torch.isfinite(self.vector).all() or not bool(self.vector.any()):
+            raise ValueError("Turn: the vector must be finite and not zero, or it has no direction.")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"Turn: strength={self.strength} must be finite.")
+
+    def site(self, cfg: HookedVLMConfig) -> str:
+        """blocks.{layer}.hook_mlp_out."""
+        if len(self.vector) != cfg.d_model:
+            raise ValueError(f"Turn: the vector has {len(self.vector)} entries; the model's d_model is {cfg.d_model}.")
+        return f"blocks.{require_layer(self.layer, cfg.n_layers, 'Turn')}.hook_mlp_out"
+
+    def edit(
+        self, activation: Float[Tensor, "batch pos d_model"], at: Bool[Tensor, "batch pos"]
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The turned output where `at`, else as it was."""
+        if self.strength == 0:
+            return activation
+        rows = at.any(-1)  # where each row has a direction of its own, the others need no arithmetic
+        chosen = activation[rows]
+        x = chosen if chosen.dtype == torch.float64 else chosen.float()
+        v = F.normalize(self.vector.to(x), dim=-1)
+        away = F.cosine_similarity(x, -v, dim=-1).clamp(min=0)[..., None] if self.adaptive else 0.0
+        turned = F.normalize(F.normalize(x, dim=-1) + self.strength * (1 + away) * v, dim=-1)
+        turned = turned * x.norm(dim=-1, keepdim=True)
+        out = activation.clone()
+        out[rows] = torch.where(at[rows][..., None], turned.to(activation), chosen)
+        return out
+
+    def __repr__(self) -> str:
+        rule = "" if self.adaptive else ", adaptive=False"
+        return (
+            f"Turn(layer={self.layer}, vector=[{len(self.vector)}], strength={self.strength:g}, "
+            f"positions={shown(self.positions)}{rule})"
+        )

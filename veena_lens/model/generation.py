@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.inputs import MultimodalInputs, text_positions
-from veena_lens.model.run import Run
+from veena_lens.model.forward import Run
 
 
 class Generation:

@@ -19,29 +19,24 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from veena_lens import checkpoints
-from veena_lens.components.block import Block
+from veena_lens.components.block import Block, Embed, Unembed
 from veena_lens.components.context import Context
-from veena_lens.components.embed import Embed, Unembed
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
+from veena_lens.images.layout import image_blocks
+from veena_lens.images.packing import pack_features
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.model.attending import Attending
-from veena_lens.model.attention_rows import AttentionRows
-from veena_lens.model.decoder import next_token_targets, resolve_layer, run_blocks, scatter_features
+from veena_lens.model.attention_rows import Attending, AttentionRows
+from veena_lens.model.edits import Intervening
+from veena_lens.model.forward import Run, next_token_targets, resolve_layer, run_blocks, scatter_features
 from veena_lens.model.generation import Generation, end_tokens
-from veena_lens.model.hooking import Hooking
-from veena_lens.model.inputs_of import bare_inputs, require_prompt_fits
-from veena_lens.model.intervening import Intervening
-from veena_lens.model.run import Run
-from veena_lens.model.text import TextInterface
+from veena_lens.model.hooks import Hooking
+from veena_lens.model.text import TextInterface, bare_inputs, require_prompt_fits
 from veena_lens.model.weights import StackedWeights
-from veena_lens.vision.blocks import image_blocks
-from veena_lens.vision.connector import make_connector
-from veena_lens.vision.packing import pack_features
+from veena_lens.vision.connector import Seen, make_connector
 from veena_lens.vision.qwen import DeepstackMerger
-from veena_lens.vision.seen import Seen
 from veena_lens.vision.towers import make_tower
 
 Deepstack: TypeAlias = dict[int, Float[Tensor, "batch pos d_model"]]

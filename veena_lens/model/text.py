@@ -1,8 +1,14 @@
-"""Text in and out of tokens, as HookedTransformer offers it."""
+"""Text in and out of tokens, as HookedTransformer offers it.
+
+Bare tokens as inputs, and the checks at the border of a forward pass.
+
+Elsewhere a padded batch without a mask, or image tokens without a picture, give wrong numbers in silence.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +16,98 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens import checkpoints
-from veena_lens.inputs import MultimodalInputs
+from veena_lens.config import HookedVLMConfig
+from veena_lens.inputs import MultimodalInputs, is_any_of, text_positions
+
+
+def bare_inputs(
+    cfg: HookedVLMConfig,
+    tokenizer: Any,
+    tokens: Int[Tensor, ...] | Any,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> MultimodalInputs:
+    """Inputs of text tokens [batch pos] (or one row [pos]); positions count real tokens unless given.
+
+    Raises: ValueError for padding without a mask, or image tokens (their pictures are missing)."""
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"A model runs on prepared inputs, tokens [batch pos] or text, not on {type(tokens).__name__}."
+        ) from error
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
+        raise ValueError(f"Tokens must be integers [batch pos], not {ids.dtype} {list(ids.shape)}.")
+    given: dict[str, Any] = {"input_ids": ids}
+    if attention_mask is not None:
+        given["attention_mask"] = attention_mask
+    if position_ids is not None:
+        given["position_ids"] = position_ids
+    inputs = checkpoints.inputs_from_hf(cfg, tokenizer, **given)
+    return inputs if position_ids is not None else replace(inputs, position_ids=text_positions(inputs.attention_mask))
+
+
+def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
+    """Raises: ValueError for a context longer than the model's, pictures that are missing, or token ids that
+    the vocabulary does not have."""
+    longest = int(inputs.lengths.max())
+    if longest > cfg.n_ctx:
+        raise ValueError(
+            f"The longest row has {longest} tokens; the model's context is {cfg.n_ctx}. Shorten the prompt."
+        )
+    if inputs.pixel_values is None and bool(inputs.image_mask.any()):
+        n = int(inputs.image_mask.sum())
+        raise ValueError(f"The prompt holds {n} image tokens (ids {_ids(cfg)}) but no picture was given.")
+    if inputs.pixel_values is not None and cfg.vision is None:
+        raise ValueError("Pictures were given to a model without a vision tower.")
+    _require_placeholders(cfg, inputs)
+    _require_own_pictures(cfg, inputs)
+    text = inputs.tokens[inputs.attention_mask & ~is_any_of(inputs.tokens, cfg.image_token_ids)]
+    if len(text) and (int(text.max()) >= cfg.d_vocab or int(text.min()) < 0):
+        bad = text[(text >= cfg.d_vocab) | (text < 0)][0]
+        raise ValueError(f"Token id {int(bad)} is outside the vocabulary of {cfg.d_vocab}.")
+
+
+def _require_own_pictures(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
+    """Raises: ValueError for pictures that were prepared for a model of another tower."""
+    if inputs.pixel_values is None or cfg.vision is None:
+        return
+    vision, found = cfg.vision, list(inputs.pixel_values.shape)
+    if vision.takes_any_size:
+        wanted = f"[pictures patches {vision.patch_width}], {vision.merge_size} x {vision.merge_size} patches a token"
+        cells = [] if inputs.picture_grids is None else (inputs.picture_grids // vision.merge_size).tolist()
+        fits = found[2:] == [vision.patch_width] and cells == [list(grid) for row in inputs.grids for grid in row]
+    else:
+        size = [vision.n_channels, vision.image_size, vision.image_size]
+        wanted = f"[pictures {' '.join(map(str, size))}]"
+        of_layout = [("anyres", "image_sizes"), ("tiles", "tile_grids")]
+        fits = found[1:] == size and all((key in inputs.extras) == (cfg.image_layout == x) for x, key in of_layout)
+    if not fits:
+        raise ValueError(
+            f"The inputs were prepared for another model: their pictures are {found}, this model takes {wanted}. "
+            "Prepare them with this model's own prepare or inputs_from_hf."
+        )
+
+
+def _ids(cfg: HookedVLMConfig) -> str:
+    return ", ".join(map(str, cfg.image_token_ids))
+
+
+def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
+    """Raises: ValueError for an image token in a prompt that no picture fills (in an answer it is text)."""
+    if cfg.image_token_id is None or cfg.vision is None:
+        return
+    found, filled = is_any_of(inputs.tokens, cfg.image_token_ids), inputs.image_mask
+    for row, spans in enumerate(inputs.spans):
+        found[row, spans.last + 1 :] = False
+    found &= inputs.attention_mask
+    if bool((found & ~filled).any()):
+        raise ValueError(
+            f"The prompt holds {int(found.sum())} image tokens (ids {_ids(cfg)}) but the pictures fill "
+            f"{int(filled.sum())} of them. Prepare the inputs with a picture for each placeholder."
+        )
 
 
 class TextInterface:

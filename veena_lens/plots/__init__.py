@@ -5,10 +5,9 @@ itself rather than megabytes of script, and the same call serves a notebook, a r
 Every function returns a `matplotlib.figure.Figure` of its own; pyplot's global state is never touched.
 """
 
-from veena_lens.plots.cells import heatmap
+from veena_lens.plots.charts import curves, heatmap
 from veena_lens.plots.heads import head_view
-from veena_lens.plots.lines import curves
-from veena_lens.plots.pictures import overlay, overlays
+from veena_lens.plots.image_overlay import overlay, overlays
 from veena_lens.plots.theme import encode, save
 
 __all__ = ["curves", "encode", "head_view", "heatmap", "overlay", "overlays", "save"]

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.plots import theme
-from veena_lens.plots.cells import colour_scale
-from veena_lens.plots.head_data import head_maps
-from veena_lens.plots.lines import band_of
-from veena_lens.plots.pictures import cell_boxes, picture_scale
+from veena_lens.plots.charts import band_of, colour_scale
+from veena_lens.plots.heads import head_maps
+from veena_lens.plots.image_overlay import cell_boxes, picture_scale
 
 SCALES = {theme.SIGNED: "RdBu_r", theme.UNSIGNED: "Viridis", theme.ON_PICTURE: "Inferno"}
 DASHES = ("solid", "dash", "dashdot", "dot")

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from veena_lens.components.context import Context
-from veena_lens.components.kv_cache import KVCache
-from veena_lens.components.prefix import SharedPrefix
+from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.hook_table import row_of
+from veena_lens.images.layout import image_blocks, reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.patch import Patch
-from veena_lens.model.decoder import run_blocks
-from veena_lens.model.run import Run
-from veena_lens.sweeps.running import bar, require_engine
-from veena_lens.vision.blocks import image_blocks, reached_from
+from veena_lens.model.forward import Run, run_blocks
+from veena_lens.sweeps.engine import bar, require_engine
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,20 +15,19 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse
-from veena_lens.sweeps.base import base_run
-from veena_lens.sweeps.layout import Layout
-from veena_lens.sweeps.pairs import Pair, is_each
-from veena_lens.sweeps.plan import announce, plan_of, rows_within, whole_plan
-from veena_lens.sweeps.result import SweepResult
-from veena_lens.sweeps.running import (
+from veena_lens.sweeps.alignment import Layout, Pair, is_each
+from veena_lens.sweeps.engine import (
     bar,
     base_metrics,
+    base_run,
     metrics_of,
     require_engine,
     require_inputs,
     run_rows,
     sites_of,
 )
+from veena_lens.sweeps.plan import announce, plan_of, rows_within, whole_plan
+from veena_lens.sweeps.result import SweepResult
 from veena_lens.sweeps.store import Store, experiment_of
 
 

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veena_lens.scores import Scores
-from veena_lens.stores import opened
+from veena_lens.scores import Scores, opened
 
 FORMAT = "veena_lens.SweepResult/1"
 

@@ -11,24 +11,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.images.layout import reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse, position_mask
-from veena_lens.sweeps.base import base_run
-from veena_lens.sweeps.pairs import positions_of_row
-from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
-from veena_lens.sweeps.result import SweepResult
-from veena_lens.sweeps.rows import Row
-from veena_lens.sweeps.running import (
+from veena_lens.sweeps.alignment import positions_of_row
+from veena_lens.sweeps.engine import (
     bar,
     base_metrics,
+    base_run,
     metrics_of,
     require_engine,
     require_inputs,
     run_rows,
     sites_of,
 )
+from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
+from veena_lens.sweeps.result import SweepResult
+from veena_lens.sweeps.rows import Row
 from veena_lens.sweeps.store import Store, experiment_of
-from veena_lens.vision.blocks import reached_from
 
 
 def steer_sweep(

@@ -1,8 +1,12 @@
-"""Projectors from the tower to the decoder: two linear maps with an activation in between, one, or a norm and one."""
+"""Projectors from the tower to the decoder: two linear maps with an activation in between, one, or a norm and one.
+
+What a tower hands on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -12,6 +16,14 @@ from transformer_lens.hook_points import HookPoint
 from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
 from veena_lens.components.norms import RMSNorm
 from veena_lens.config import ConnectorConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Features [picture pos d_features], and the outputs of the inner layers that the decoder reads besides."""
+
+    features: Float[Tensor, "picture pos d_features"]
+    inner: tuple[Float[Tensor, "picture patch d_model"], ...] = ()
 
 
 class Connector(nn.Module):

@@ -24,8 +24,8 @@ from veena_lens.components.hooks import drop_hooks
 from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
 from veena_lens.components.norms import LayerNorm, make_norm
 from veena_lens.config import ConnectorConfig, VisionConfig
-from veena_lens.vision.positions import axial_tables, patch_places, resampled, window_numbers
-from veena_lens.vision.seen import Seen
+from veena_lens.images.dynamic import axial_tables, patch_places, resampled, window_numbers
+from veena_lens.vision.connector import Seen
 
 
 def joined_squares(x: Float[Tensor, "picture pos d_model"], merge: int) -> Float[Tensor, "picture token d_joined"]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from veena_lens.zoo.emotions import EMOTIONS
 from veena_lens.zoo.model import architecture_of
+from veena_lens.zoo.people import EMOTIONS
 
 __all__ = ["write_card"]
 

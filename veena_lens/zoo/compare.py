@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veena_lens.zoo.asking import Asker
 from veena_lens.zoo.captions import EMOTION_TASKS
 from veena_lens.zoo.card import write_card
-from veena_lens.zoo.emotions import EMOTIONS, named_emotion
 from veena_lens.zoo.evaluate import HELD_OUT_STYLES
 from veena_lens.zoo.exam import (
     CONTEXT_TABLES,
+    Asker,
     Item,
     attribute_items,
     emoji_items,
@@ -28,6 +27,7 @@ from veena_lens.zoo.exam import (
 )
 from veena_lens.zoo.faces import STYLES
 from veena_lens.zoo.model import checkpoint_folder
+from veena_lens.zoo.people import EMOTIONS, named_emotion
 from veena_lens.zoo.statistics import paired_difference
 
 __all__ = ["Asked", "compare", "main", "tables"]

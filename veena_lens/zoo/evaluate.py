@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from veena_lens.zoo.asking import Asker
 from veena_lens.zoo.captions import EMOTION_TASKS
 from veena_lens.zoo.card import write_card
-from veena_lens.zoo.emotions import EMOTIONS, named_emotion
 from veena_lens.zoo.exam import (
     CONTEXT_TABLES,
+    Asker,
     Item,
     attribute_items,
     emoji_items,
@@ -27,7 +26,8 @@ from veena_lens.zoo.exam import (
 )
 from veena_lens.zoo.faces import STYLES
 from veena_lens.zoo.model import checkpoint_folder
-from veena_lens.zoo.sampling import TRAINING_STYLES
+from veena_lens.zoo.people import EMOTIONS, named_emotion
+from veena_lens.zoo.samples import TRAINING_STYLES
 from veena_lens.zoo.statistics import confusion, share
 
 __all__ = ["HELD_OUT_STYLES", "judge", "main"]

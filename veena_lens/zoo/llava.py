@@ -20,9 +20,8 @@ from transformers import (
 )
 from transformers.models.clip import CLIPImageProcessorPil
 
-from veena_lens.zoo.architecture import Architecture, ChatFormat, Run, Stage
-from veena_lens.zoo.layers import PICTURE_SIZE
-from veena_lens.zoo.packing import Packed
+from veena_lens.zoo.architecture import Architecture, ChatFormat, Packed, Run, Stage
+from veena_lens.zoo.drawing import PICTURE_SIZE
 from veena_lens.zoo.tokenizer import LLAVA_TEMPLATE, build_llava_tokenizer
 
 __all__ = ["LLAVA"]

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from veena_lens.checkpoints.bundle import bundled_path
+from veena_lens.checkpoints.files import bundled_path
 from veena_lens.zoo.architecture import Architecture
 from veena_lens.zoo.llava import LLAVA
 from veena_lens.zoo.qwen2_vl import QWEN2_VL

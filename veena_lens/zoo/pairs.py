@@ -19,18 +19,29 @@ from typing import Any
 
 import torch
 
-from veena_lens.emotion.pairs import MANIFEST, Example, PairSet, load_pairs, write_manifest
-from veena_lens.sweeps.running import bar
-from veena_lens.zoo.captions import EMOTION_QUESTIONS
-from veena_lens.zoo.contexts import EVENTS, HELD_OUT_EVENTS, STRENGTHS, context_sentence, padded_context
+from veena_lens.emotion.pairs.loading import MANIFEST, Example, PairSet, load_pairs, write_manifest
+from veena_lens.sweeps.engine import bar
+from veena_lens.zoo.captions import (
+    EMOTION_QUESTIONS,
+    EVENTS,
+    HELD_OUT_EVENTS,
+    STRENGTHS,
+    context_sentence,
+    padded_context,
+)
+from veena_lens.zoo.drawing import (
+    LAYER_SIZE,
+    PICTURE_SIZE,
+    draw_identity,
+    draw_style_face,
+    style_attributes,
+    style_identities,
+)
 from veena_lens.zoo.exam import SHARP, to_image
 from veena_lens.zoo.faces import STYLES, Combination, combinations
-from veena_lens.zoo.identities import BACKGROUNDS, SPLITS, identity
-from veena_lens.zoo.layers import LAYER_SIZE, PICTURE_SIZE, draw_identity
+from veena_lens.zoo.people import BACKGROUNDS, SPLITS, identity
 from veena_lens.zoo.pictures import Bank, Face, compose
-from veena_lens.zoo.samples import save_together
-from veena_lens.zoo.sampling import TRAINING_STYLES
-from veena_lens.zoo.styles import draw_style_face, style_attributes, style_identities
+from veena_lens.zoo.samples import TRAINING_STYLES, save_together
 
 __all__ = ["KINDS", "build_pairs", "conditions", "identity_choice", "main"]
 

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from veena_lens.zoo.emotions import EMOTIONS
+from veena_lens.zoo.drawing import (
+    LAYER_SIZE,
+    PICTURE_SIZE,
+    draw_identity,
+    draw_parts,
+    draw_style_face,
+    style_attributes,
+    style_identities,
+)
 from veena_lens.zoo.faces import (
     AVATAAARS,
     BROW_WORDS,
@@ -23,9 +31,7 @@ from veena_lens.zoo.faces import (
     Combination,
     combinations,
 )
-from veena_lens.zoo.identities import BACKGROUNDS, identity, identity_numbers
-from veena_lens.zoo.layers import LAYER_SIZE, PICTURE_SIZE, draw_identity, draw_parts
-from veena_lens.zoo.styles import draw_style_face, style_attributes, style_identities
+from veena_lens.zoo.people import BACKGROUNDS, EMOTIONS, identity, identity_numbers
 
 __all__ = ["Bank", "Face", "StyleBank", "compose", "load_bank", "load_style_bank", "recolour"]
 

@@ -25,9 +25,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from veena_lens.checkpoints.image_only import ImageOnlyQwen2VLProcessor
-from veena_lens.zoo.architecture import Architecture, ChatFormat, Run, Stage, Teacher
+from veena_lens.zoo.architecture import Architecture, ChatFormat, Packed, Run, Stage, Teacher
 from veena_lens.zoo.llava import LLAVA
-from veena_lens.zoo.packing import Packed
 from veena_lens.zoo.tokenizer import QWEN_TEMPLATE, build_qwen_tokenizer
 
 __all__ = ["QWEN2_VL", "batched_tower"]

@@ -2,27 +2,211 @@
 
 Each identity appears with all eight emotions on one background, so every emotional picture has a neutral twin.
 Some identities come with a context of another emotion, one for each strength in turn.
+
+Draws training examples: faces of all training styles, and the questions, contexts and answers on each.
+
+Everything is a function of a random generator that the training step seeds, so a resumed run sees the same data.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Int, UInt8
 from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-from veena_lens.zoo.captions import EMOTION_QUESTIONS
-from veena_lens.zoo.contexts import EVENTS, STRENGTHS, context_sentence
-from veena_lens.zoo.emotions import EMOTIONS
+from veena_lens.zoo.architecture import Branch, ChatFormat, Row
+from veena_lens.zoo.captions import (
+    ATTRIBUTE_QUESTIONS,
+    EMOTION_QUESTIONS,
+    EMOTION_TASKS,
+    EVENTS,
+    FOLLOW_TEXT,
+    STRENGTHS,
+    attribute_answer,
+    context_sentence,
+    emotion_answer,
+    padded_context,
+)
+from veena_lens.zoo.drawing import PICTURE_SIZE
 from veena_lens.zoo.exam import SHARP, Item, emoji_items, sharp_bank, style_items, to_image
-from veena_lens.zoo.faces import AVATAAARS, combinations
-from veena_lens.zoo.identities import BACKGROUNDS
-from veena_lens.zoo.layers import PICTURE_SIZE
-from veena_lens.zoo.pictures import compose
+from veena_lens.zoo.faces import AVATAAARS, BROW_WORDS, EYE_WORDS, MOUTH_WORDS, combinations
+from veena_lens.zoo.people import BACKGROUNDS, EMOTIONS, HAIR_WORDS, WORDS
+from veena_lens.zoo.pictures import Bank, Face, StyleBank, compose, load_bank, load_style_bank
+from veena_lens.zoo.tokenizer import SYSTEM_MESSAGES
 
-__all__ = ["main", "save_together", "write_samples"]
+__all__ = [
+    "Faces",
+    "HEAD_CLASSES",
+    "TRAINING_STYLES",
+    "Writer",
+    "grid_positions",
+    "head_labels",
+    "main",
+    "save_together",
+    "write_samples",
+]
+
+
+TRAINING_STYLES = ("avataaars", "adventurer", "toon-head", "big-smile")
+
+HEAD_CLASSES: dict[str, tuple[str, ...]] = {
+    "emotion": EMOTIONS,
+    "mouth": tuple(dict.fromkeys(MOUTH_WORDS.values())),
+    "eyes": tuple(dict.fromkeys(EYE_WORDS.values())),
+    "brows": tuple(dict.fromkeys(BROW_WORDS.values())),
+    "hair": HAIR_WORDS,
+    "background": tuple(BACKGROUNDS),
+    "glasses": ("no", "yes"),
+    "beard": ("no", "yes"),
+}
+
+
+def head_labels(face: Face) -> list[int]:
+    """Class index for each head; -100 where the style does not say."""
+    known = face.attributes | {"emotion": face.emotion}
+    return [classes.index(known[name]) if name in known else -100 for name, classes in HEAD_CLASSES.items()]
+
+
+@dataclass
+class Faces:
+    """Faces of one split in the given mix of styles."""
+
+    split: str
+    cache: Path
+    styles: dict[str, float]
+    count: int | None = None
+
+    @cached_property
+    def banks(self) -> dict[str, Bank | StyleBank]:
+        return {
+            name: load_bank(self.split, self.cache, self.count)
+            if name == "avataaars"
+            else load_style_bank(name, self.split, self.cache)
+            for name in self.styles
+        }
+
+    def draw(self, rng: random.Random, count: int) -> list[tuple[Face, tuple[UInt8[Tensor, "size size 4"], ...]]]:
+        names = rng.choices(list(self.styles), list(self.styles.values()), k=count)
+        return [self.banks[name].draw(rng) for name in names]
+
+
+class Writer:
+    """Writes the packed rows of faces with the tokenizer's ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatFormat) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
+        self._ids: dict[str, list[int]] = {}
+        told = (
+            [w for entry in WORDS.values() for w in entry.all]
+            + [v for c in HEAD_CLASSES.values() for v in c]
+            + ["with"]
+        )
+        # The words that carry the answer count six times as much; the rest of a sentence is soon known by heart.
+        self.heavy = {i for word in told for i in self.ids(word)[:1]}
+
+    def ids(self, text: str) -> list[int]:
+        if text not in self._ids:
+            self._ids[text] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return self._ids[text]
+
+    def row(self, grid: tuple[int, int], branches: list[Branch], system: str | None = None) -> Row:
+        """The branches after a picture of `grid` image tokens, and after a system message if there is one."""
+        chat, (height, width) = self.chat, grid
+        before = self.ids(chat.system_opening.format(text=system) if system else chat.opening)
+        before = before + self.ids(chat.before_picture)
+        after = self.ids(chat.after_picture)
+        ids = [*before, *self.ids(chat.picture) * (height * width), *after]
+        positions = grid_positions(len(before), height, width, len(after)) if chat.has_grid_positions else None
+        return Row(ids, branches, positions)
+
+    def branch(self, turns: list[tuple[str, str]]) -> Branch:
+        """Questions and answers in turn; the first question follows the picture at once."""
+        ids: list[int] = []
+        weights: list[float] = []
+        end = self.ids(self.chat.end)
+        for number, (question, answer) in enumerate(turns):
+            asked = self.ids(f"{self.chat.next_turn if number else ''}{question}{self.chat.reply}")
+            told = [*self.ids(answer), *end]
+            ids += asked + told
+            weights += [0.0] * len(asked) + [3.0 if token in self.heavy else 0.5 for token in told]
+        return Branch(ids, weights)
+
+    def alignment_row(self, face: Face, rng: random.Random, grid: tuple[int, int]) -> Row:
+        """One emotion question with a short answer and up to five attribute questions, no contexts."""
+        task = rng.choice(("list", "sentence"))
+        turns = [[(rng.choice(EMOTION_QUESTIONS[task]), emotion_answer(task, face, face.emotion, face.clear))]]
+        turns += [[self.attribute_turn(face, name, rng)] for name in _some(sorted(face.attributes), 5, rng)]
+        return self.row(grid, [self.branch(turn) for turn in turns])
+
+    def mixed_row(self, face: Face, rng: random.Random, grid: tuple[int, int], early: bool) -> Row:
+        """Two emotion questions with a context each, and up to four attribute questions, the first with a context."""
+        turns = []
+        for _ in range(2):
+            (task,) = rng.choices(EMOTION_TASKS, (0.4, 0.35, 0.25))
+            context, emotion, strong = self.context(face, rng, early)
+            question = f"{context} {rng.choice(EMOTION_QUESTIONS[task])}".strip()
+            turns.append([(question, emotion_answer(task, face, emotion, strong, rng))])
+        for number, name in enumerate(_asked(face, rng)):
+            question, answer = self.attribute_turn(face, name, rng)
+            if number == 0:
+                event = context_sentence(rng.choice(EVENTS[rng.choice(EMOTIONS)]), rng.choice(STRENGTHS))
+                question = f"{padded_context(event if rng.random() < 0.5 else None, rng)} {question}".strip()
+            turns.append([(question, answer)])
+        if rng.random() < 0.15:
+            # A short conversation: the attribute first, then the emotion.
+            turns[-1] = turns[-1] + turns[0]
+        system = rng.choice(SYSTEM_MESSAGES) if rng.random() < 0.15 else None
+        return self.row(grid, [self.branch(turn) for turn in turns], system)
+
+    @staticmethod
+    def attribute_turn(face: Face, name: str, rng: random.Random) -> tuple[str, str]:
+        return rng.choice(ATTRIBUTE_QUESTIONS[name]), attribute_answer(name, face.attributes[name])
+
+    @staticmethod
+    def context(face: Face, rng: random.Random, early: bool) -> tuple[str, str, bool]:
+        """A context, the emotion that the answer names, and whether its second word is the strong one."""
+        conflict, consistent = (0.05, 0.10) if early else (0.50, 0.20)
+        kind, strength = rng.random(), rng.choice(STRENGTHS)
+        if kind < conflict:
+            other = rng.choice([e for e in EMOTIONS if e != face.emotion])
+            sentence = context_sentence(rng.choice(EVENTS[other]), strength)
+            if rng.random() < FOLLOW_TEXT[strength][0 if face.clear else 1]:
+                return padded_context(sentence, rng), other, strength == "strong"
+            return padded_context(sentence, rng), face.emotion, face.clear
+        if kind < conflict + consistent:
+            sentence = context_sentence(rng.choice(EVENTS[face.emotion]), strength)
+            return padded_context(sentence, rng), face.emotion, face.clear
+        return padded_context(None, rng), face.emotion, face.clear
+
+
+def grid_positions(before: int, height: int, width: int, after: int) -> Int[Tensor, "3 prefix"]:
+    """Positions (time, row, column) of a picture among text: it advances them by its longer side."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    picture = before + torch.stack([torch.zeros(height * width, dtype=torch.long), rows.flatten(), columns.flatten()])
+    text = before + max(height, width) + torch.arange(after)
+    return torch.cat([torch.arange(before).expand(3, -1), picture, text.expand(3, -1)], 1)
+
+
+def _asked(face: Face, rng: random.Random) -> list[str]:
+    """Up to four attributes in random order: brows and beard, which are learnt last, and two of the others."""
+    hard = [name for name in ("brows", "beard") if name in face.attributes]
+    names = hard + _some(sorted(set(face.attributes) - set(hard)), 2, rng)
+    return rng.sample(names, len(names))
+
+
+def _some(names: list[str], count: int, rng: random.Random) -> list[str]:
+    return rng.sample(names, min(count, len(names)))
+
 
 # Identities without and with a conflicting context, from the start of each split.
 COUNTS = {"development": (24, 6), "test": (8, 4)}

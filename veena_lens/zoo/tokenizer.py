@@ -8,11 +8,17 @@ from collections.abc import Iterable
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
-from veena_lens.zoo.contexts import EVENTS, FILLERS, HELD_OUT_EVENTS, STRENGTHS, context_sentence
-from veena_lens.zoo.emotions import WORDS
+from veena_lens.zoo.captions import (
+    ATTRIBUTE_QUESTIONS,
+    EMOTION_QUESTIONS,
+    EVENTS,
+    FILLERS,
+    HELD_OUT_EVENTS,
+    STRENGTHS,
+    context_sentence,
+)
 from veena_lens.zoo.faces import BROW_WORDS, EYE_WORDS, MOUTH_WORDS
-from veena_lens.zoo.identities import BACKGROUNDS, HAIR_WORDS
+from veena_lens.zoo.people import BACKGROUNDS, HAIR_WORDS, WORDS
 
 __all__ = [
     "LLAVA_TEMPLATE",

@@ -2,11 +2,17 @@
 
 Each step seeds its own data, and the state is saved as it goes: a killed run continues where it was. A stage ends
 after its steps or its minutes, whichever comes first, and the learning rate follows that progress.
+
+Keeps what a training run really took: steps, pictures, minutes and last loss of each stage, beside the weights.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import math
+import os
+import platform
 import random
 import time
 from dataclasses import replace
@@ -18,15 +24,37 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from veena_lens.zoo.architecture import Architecture, Stage
+from veena_lens.zoo.architecture import Architecture, Stage, pack
 from veena_lens.zoo.llava import LLAVA
 from veena_lens.zoo.model import ARCHITECTURES, checkpoint_folder
-from veena_lens.zoo.packing import pack
 from veena_lens.zoo.pictures import Face, compose, recolour
-from veena_lens.zoo.record import write_record
-from veena_lens.zoo.sampling import HEAD_CLASSES, Faces, Writer, head_labels
+from veena_lens.zoo.samples import HEAD_CLASSES, Faces, Writer, head_labels
 
-__all__ = ["Trainer", "answer_loss", "learning_rate", "main"]
+__all__ = ["Trainer", "answer_loss", "learning_rate", "main", "write_record"]
+
+
+def write_record(
+    work: Path, folder: Path, batches: dict[str, int], seed: int, device: str, threads: int, decoder_from: str = "none"
+) -> None:
+    """Write `training.json` into the checkpoint folder from the run's log."""
+    last: dict[str, dict[str, float]] = {}
+    for line in (work / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        last[entry["stage"]] = entry
+    stages = [
+        {
+            "stage": name,
+            "steps": int(entry["step"]),
+            "pictures": int(entry["step"]) * batches[name],
+            "minutes": entry["minutes"],
+            "loss": entry["loss"],
+        }
+        for name, entry in last.items()
+    ]
+    where = f"{threads} threads on {os.cpu_count()} {platform.machine()} cores" if device == "cpu" else device
+    record = {"seed": seed, "where": where, "decoder_from": decoder_from, "stages": stages}
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
 
 HEAD_WEIGHTS = {"emotion": 2.0, "brows": 2.5, "background": 0.3, "hair": 0.5, "glasses": 0.5, "beard": 0.5}
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.app.browser.conftest import low_contrast, start, stop
 from veena_lens.app.view import save_cache
-from veena_lens.checkpoints.bundle import bundled_pairs, bundled_pictures
+from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
 
 VIEW = "document.querySelector('#look-view .veena-slot').veenaView"
 # What tells one view from the next: the words of its strip and its pictures.

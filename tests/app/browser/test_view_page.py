@@ -14,9 +14,9 @@ from tests.app.view.large import large_cache, large_picture
 from tests.app.view.sinking import SINKS, sinking_cache
 from veena_lens import HookedVLM
 from veena_lens.app.view import ExplorerView
-from veena_lens.app.view.coding import Coded
+from veena_lens.app.view.bundles import Coded
 from veena_lens.app.view.page import script
-from veena_lens.checkpoints.bundle import bundled_pairs
+from veena_lens.checkpoints.files import bundled_pairs
 
 QUESTION = "how does the person in the picture feel?"
 STATE = "document.querySelector('#view').veenaView.state"

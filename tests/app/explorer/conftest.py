@@ -9,9 +9,13 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from veena_lens.app.explorer.limits import Limits  # noqa: E402
 from veena_lens.app.explorer.pictures import Shown, open_sample, samples  # noqa: E402
-from veena_lens.app.explorer.state import Explorer, Session, is_clean  # noqa: E402
+from veena_lens.app.explorer.state import (  # noqa: E402
+    Explorer,
+    Limits,  # noqa: E402
+    Session,
+    is_clean,
+)
 
 NAME = "tiny-llava-emotion"
 QUESTION = "how does the person in the picture feel?"

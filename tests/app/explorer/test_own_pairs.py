@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 
 from tests.app.explorer.conftest import NAME
-from veena_lens.app.explorer import directions, own_pairs, tracing
+from veena_lens.app.explorer import directions, neurons, own_pairs
 from veena_lens.app.explorer.directions import DirectionAsked, sample_pairs
-from veena_lens.app.explorer.limits import Limits
 from veena_lens.app.explorer.own_pairs import take_sets, take_zip
-from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.explorer.state import Explorer, Limits, Session
 from veena_lens.emotion import save_pairs
 
 LIMITS = Limits(upload_bytes=300_000, pixels=200_000, pairs=4)
@@ -64,7 +63,7 @@ def test_two_sets_make_the_direction_of_the_same_pairs_and_their_code_runs(
     assert found.heads == same.heads and found.neurons == same.neurons
     (exported,) = own_pairs.export_pairs(session)
     zipfile.ZipFile(exported).extractall(".")
-    made = run_code(tracing.neurons_code(found, *found.neurons[0][:2]))
+    made = run_code(neurons.neurons_code(found, *found.neurons[0][:2]))
     torch.testing.assert_close(made["direction"].float(), found.vectors)
 
 

@@ -17,11 +17,10 @@ import torch
 
 from tests.app.explorer.conftest import NAME, QUESTION
 from veena_lens import cli
-from veena_lens.app.explorer import asking
-from veena_lens.app.explorer.limits import Limits
+from veena_lens.app.explorer import look
 from veena_lens.app.explorer.server import free_port, make_app
-from veena_lens.app.explorer.told import message, told
-from veena_lens.app.view.coding import unpack
+from veena_lens.app.explorer.state import Limits, message, told
+from veena_lens.app.view.bundles import unpack
 
 CALLED: list[Any] = []  # addresses that were called while the server was made and used
 
@@ -76,9 +75,9 @@ def test_other_host_names_are_turned_away(client: Any) -> None:
 def test_views_and_maps_answer_under_their_address_only(client: Any, app: Any) -> None:
     explorer = app.state.explorer
     session = explorer.session("a tab")
-    for _ in asking.ask(explorer, session, NAME, [], QUESTION, 3):
+    for _ in look.ask(explorer, session, NAME, [], QUESTION, 3):
         pass
-    token = explorer.show(session, "look", asking.look(explorer, session)[0])
+    token = explorer.show(session, "look", look.look(explorer, session)[0])
     header, _ = unpack(client.get(f"/veena/view/{token}").content)
     assert header["title"] == NAME
     maps = client.get(f"/veena/maps/{token}", params={"query": 3})

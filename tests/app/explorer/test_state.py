@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from tests.app.explorer.conftest import NAME, QUESTION
-from veena_lens.app.explorer import asking
-from veena_lens.app.explorer.limits import Limits
-from veena_lens.app.explorer.state import Explorer, is_clean
+from veena_lens.app.explorer import look
+from veena_lens.app.explorer.state import Explorer, Limits, is_clean
 from veena_lens.interventions import Ablate
 
 
@@ -55,18 +54,18 @@ def test_unknown_model_is_refused_by_name(explorer: Explorer) -> None:
 
 def test_two_tabs_see_their_own_results_only(explorer: Explorer, face: Any) -> None:
     first, second = explorer.session("first"), explorer.session("second")
-    for _ in asking.ask(explorer, first, NAME, [face], QUESTION, 8):
+    for _ in look.ask(explorer, first, NAME, [face], QUESTION, 8):
         pass
     assert "asked" in first.kept and "asked" not in second.kept
     with pytest.raises(ValueError, match="Ask something first"):
-        asking.look(explorer, second)
+        look.look(explorer, second)
 
 
 def test_replaced_view_and_closed_tab_have_no_address(explorer: Explorer, face: Any) -> None:
     session = explorer.session("a tab")
-    for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 4):
+    for _ in look.ask(explorer, session, NAME, [face], QUESTION, 4):
         pass
-    view, _ = asking.look(explorer, session)
+    view, _ = look.look(explorer, session)
     old = explorer.show(session, "look", view)
     new = explorer.show(session, "look", view)
     assert explorer.view(old) is None and explorer.view(new) is view and len(new) >= 24
@@ -90,14 +89,14 @@ def test_model_that_is_no_longer_kept_takes_its_views_along(face: Any, monkeypat
     monkeypatch.setattr("veena_lens.app.explorer.state.MOST_MODELS", 1)
     explorer = Explorer([NAME, "tiny-qwen2vl-emotion"])
     session = explorer.session("a tab")
-    for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 2):
+    for _ in look.ask(explorer, session, NAME, [face], QUESTION, 2):
         pass
-    token = explorer.show(session, "look", asking.look(explorer, session)[0])
+    token = explorer.show(session, "look", look.look(explorer, session)[0])
     with explorer.using("tiny-qwen2vl-emotion"):
         pass
     assert explorer.view(token) is None and "look" not in session.kept and "asked" in session.kept
     assert list(explorer._models) == ["tiny-qwen2vl-emotion"]
-    assert asking.look(explorer, session)[0].title == NAME  # asked again, it is loaded again
+    assert look.look(explorer, session)[0].title == NAME  # asked again, it is loaded again
 
 
 def test_limit_that_allows_nothing_is_refused() -> None:
@@ -112,9 +111,9 @@ def requests(explorer: Explorer, face: Any, n: int) -> list[int]:
     counts = []
     for i in range(n):
         session = explorer.session(f"tab {i % 2}")
-        for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 3):
+        for _ in look.ask(explorer, session, NAME, [face], QUESTION, 3):
             pass
-        view, _ = asking.look(explorer, session)
+        view, _ = look.look(explorer, session)
         explorer.show(session, "look", view)
         explorer.maps(session.tokens["look"], {"query": 3})
         if (i + 1) % (n // 4) == 0:

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from tests.app.explorer.conftest import NAME, QUESTION
-from veena_lens.app.explorer import asking, directions, lens_tab, pairs_tab, patch_tab, steering, sweeping, tracing
+from veena_lens.app.explorer import directions, lens, look, neurons, pairs, patch, steer
 from veena_lens.app.explorer.directions import BEGUN, LISTED, Direction, DirectionAsked, sample_pairs
-from veena_lens.app.explorer.limits import Limits
 from veena_lens.app.explorer.own_pairs import OwnPairs
+from veena_lens.app.explorer.patch import SweepAsked, TooLarge
 from veena_lens.app.explorer.pictures import open_sample, samples
-from veena_lens.app.explorer.state import Explorer, Session
-from veena_lens.app.explorer.sweeping import SweepAsked, TooLarge
+from veena_lens.app.explorer.state import Explorer, Limits, Session
 from veena_lens.emotion import PairSet
 from veena_lens.interventions import Circuit, Steer
 from veena_lens.sweeps import patch_sweep
@@ -27,9 +26,9 @@ NEUTRAL = next(name for name in samples() if name.startswith("neutral"))
 
 
 def question(**changed: Any) -> SweepAsked:
-    names = patch_tab.pair_names()
+    names = patch.pair_names()
     name = next(name for name in names if name.startswith("happy"))
-    clean, corrupted = patch_tab.pair_of(name, None, Limits())
+    clean, corrupted = patch.pair_of(name, None, Limits())
     asked = SweepAsked(model=NAME, clean=clean, corrupted=corrupted, prompt=QUESTION, words=("happy", "neutral"))
     return replace(asked, **changed)
 
@@ -43,14 +42,14 @@ def question(**changed: Any) -> SweepAsked:
 )
 def test_sweep_by_steps_is_the_whole_sweep(explorer: Explorer, session: Session, sites: str, positions: str) -> None:
     asked = question(sites=sites, positions=positions)
-    seen = list(sweeping.sweep(explorer, session, asked))
+    seen = list(patch.sweep(explorer, session, asked))
     assert [s.done for s in seen] == list(range(1, 9)) and bool(seen[3].effects[4:].isnan().all())
     with explorer.using(NAME) as model:
-        clean, corrupted, metric = sweeping._prepared(model, asked)
+        clean, corrupted, metric = patch._prepared(model, asked)
         whole = patch_sweep(model, clean, corrupted, sites, positions, metric, progress=False)
     assert seen[-1].result is not None
     torch.testing.assert_close(seen[-1].result.values, whole.values, rtol=1e-4, atol=1e-4)
-    shown = json.loads(patch_tab.shown_cells(seen[3]))
+    shown = json.loads(patch.shown_cells(seen[3]))
     assert shown["done"] == 4 and shown["values"][5][0] is None and len(shown["rows"]) == 8
 
 
@@ -58,20 +57,20 @@ def test_stopped_sweep_leaves_the_model_clean_and_goes_on_where_it_was(
     explorer: Explorer, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = question(words=("joyful", "calm"))
-    steps = sweeping.sweep(explorer, session, asked)
+    steps = patch.sweep(explorer, session, asked)
     next(steps), next(steps)
     steps.close()  # as when the browser is closed
     assert session.kept["swept"].done == 2
     ran: list[int] = []
-    whole = sweeping.patch_sweep
+    whole = patch.patch_sweep
 
     def spy(*args: Any, **settings: Any) -> Any:
         if not settings.get("plan_only"):
             ran.append(len(list(settings["out"].rglob("*.safetensors"))))
         return whole(*args, **settings)
 
-    monkeypatch.setattr(sweeping, "patch_sweep", spy)
-    again = list(sweeping.sweep(explorer, explorer.session("another tab"), asked))
+    monkeypatch.setattr(patch, "patch_sweep", spy)
+    again = list(patch.sweep(explorer, explorer.session("another tab"), asked))
     assert again[-1].done == 8 and ran[1] == ran[0] == ran[2]  # nothing was written for what had been run
     assert ran[3] == ran[0] + 1
 
@@ -79,47 +78,47 @@ def test_stopped_sweep_leaves_the_model_clean_and_goes_on_where_it_was(
 def test_sweep_too_large_tells_its_size_and_offers_a_smaller_one(session: Session) -> None:
     small = Explorer([NAME], Limits(sweep_bytes=1_000_000))
     with pytest.raises(TooLarge, match=r"would hold about [\d.]+ (MB|GB) at once; the limit here is 976\.6 KB") as told:
-        sweeping.check(small, question(sites="resid", positions="each"))
+        patch.check(small, question(sites="resid", positions="each"))
     offered = told.value.smaller
     assert offered is not None and (offered.positions, offered.max_rows) == ("last", 8)
-    assert sweeping.check(small, offered).n_rows == 8
+    assert patch.check(small, offered).n_rows == 8
     tight = Explorer([NAME], Limits(sweep_bytes=30_000_000))
     with pytest.raises(TooLarge, match="In batches of") as told:
-        sweeping.check(tight, question(sites="resid", positions="each"))
+        patch.check(tight, question(sites="resid", positions="each"))
     assert told.value.smaller is not None and told.value.smaller.positions == "each"
-    sweeping.check(tight, told.value.smaller)
+    patch.check(tight, told.value.smaller)
     with pytest.raises(TooLarge, match="A single row needs .* use a shorter prompt"):
-        sweeping.check(Explorer([NAME], Limits(sweep_bytes=10)), question())
+        patch.check(Explorer([NAME], Limits(sweep_bytes=10)), question())
 
 
 def test_pair_or_words_that_cannot_be_are_told(explorer: Explorer, session: Session) -> None:
     with pytest.raises(ValueError, match="A pair is two pictures.*; 1 were given"):
-        patch_tab.pair_of("", ["one.png"], Limits())
+        patch.pair_of("", ["one.png"], Limits())
     with pytest.raises(ValueError, match="Name two words"):
-        sweeping.check(explorer, question(words=("happy", " ")))
+        patch.check(explorer, question(words=("happy", " ")))
     with pytest.raises(ValueError, match="begin with the same token"):
-        sweeping.check(explorer, question(words=("happy", "happy")))
+        patch.check(explorer, question(words=("happy", "happy")))
     with pytest.raises(ValueError, match="Run a sweep first"):
-        sweeping.export_sweep(session)
+        patch.export_sweep(session)
 
 
 def test_clicked_cell_opens_its_head_and_exports_are_readable(explorer: Explorer, session: Session) -> None:
-    for _ in sweeping.sweep(explorer, session, question()):
+    for _ in patch.sweep(explorer, session, question()):
         pass
-    value, code = patch_tab.open_head(explorer, session, 3, 5)
+    value, code = patch.open_head(explorer, session, 3, 5)
     shown = json.loads(value)
     view = explorer.view(shown["token"])
     assert shown["open"] == {"layer": 3, "head": 5} and view is not None and "difference" in view.header["modes"]
-    files = {Path(f).name: f for f in sweeping.export_sweep(session)}
+    files = {Path(f).name: f for f in patch.export_sweep(session)}
     assert len(pd.read_csv(files["patching.csv"])) == len(pd.read_parquet(files["patching.parquet"])) == 64
     assert set(files) == {"patching.png", "patching.csv", "patching.parquet", "patching.safetensors"}
 
 
 def test_code_of_the_patch_tab_runs_and_agrees(explorer: Explorer, session: Session, run_code: Any) -> None:
     asked = question()
-    *_, last = sweeping.sweep(explorer, session, asked)
+    *_, last = patch.sweep(explorer, session, asked)
     with explorer.using(NAME) as model:
-        code = sweeping.sweep_code(asked, *(sweeping.word_token(model, w) for w in asked.words))
+        code = patch.sweep_code(asked, *(patch.word_token(model, w) for w in asked.words))
     made = run_code(code)["result"]
     torch.testing.assert_close(made.scores.float(), last.effects, rtol=1e-3, atol=1e-3)
     assert Path("patching.png").is_file()
@@ -164,24 +163,22 @@ def test_pairs_that_the_model_does_not_tell_apart_are_left_out_or_told(explorer:
 def test_alpha_turns_neutral_faces_and_neutral_strengths_change_nothing(explorer: Explorer, session: Session) -> None:
     direction = extracted(explorer, session, "happy", 6)
     shown = open_sample(NEUTRAL)
-    found = steering.steer(
-        explorer, session, NAME, steering.circuit_of(direction, 4, 1.5, 1, 1), shown, QUESTION, "happy"
-    )
+    found = steer.steer(explorer, session, NAME, steer.circuit_of(direction, 4, 1.5, 1, 1), shown, QUESTION, "happy")
     assert found.rate_after > found.rate_before and found.is_hit(found.after) and not found.is_hit(found.before)
-    nothing = steering.circuit_of(direction, 4, 0, 1, 1)
-    same = steering.steer(explorer, session, NAME, nothing, shown, QUESTION, "happy")
+    nothing = steer.circuit_of(direction, 4, 0, 1, 1)
+    same = steer.steer(explorer, session, NAME, nothing, shown, QUESTION, "happy")
     assert len(nothing) == 0 and same.after == same.before
 
 
 def test_circuit_names_heads_and_neurons_layer_by_layer(explorer: Explorer, session: Session) -> None:
     direction = extracted(explorer, session, "sad", 4)
-    circuit = steering.circuit_of(direction, 3, 1.0, 2.0, 1.5)
+    circuit = steer.circuit_of(direction, 3, 1.0, 2.0, 1.5)
     kinds = [type(item).__name__ for item in circuit]
     assert kinds.count("Steer") == 1 and "BoostAttention" in kinds and "ScaleNeurons" in kinds
     boosted = [(i.layer, h) for i in circuit if type(i).__name__ == "BoostAttention" for h in i.heads]
     assert sorted(boosted) == sorted((la, h) for la, h, _ in direction.heads)
     with pytest.raises(ValueError, match="No layer 8; the direction has layers 0 to 7"):
-        steering.circuit_of(direction, 8, 1.0, 1, 1)
+        steer.circuit_of(direction, 8, 1.0, 1, 1)
     with pytest.raises(ValueError, match="No pairs of 'bored'; there are: happy"):
         extracted(explorer, session, "bored", 4)
 
@@ -190,38 +187,38 @@ def test_circuit_that_was_exported_loads_and_takes_new_strengths(
     explorer: Explorer, session: Session, tmp_path: Path
 ) -> None:
     direction = extracted(explorer, session, "happy", 4)
-    circuit = steering.circuit_of(direction, 4, 1.5, 2.0, 1)
+    circuit = steer.circuit_of(direction, 4, 1.5, 2.0, 1)
     shown = open_sample(NEUTRAL)
-    first = steering.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
-    files = {Path(f).name: f for f in steering.export_steering(session)}
-    loaded = steering.load_circuit(session, files["circuit.safetensors"])
-    again = steering.steer(explorer, session, NAME, loaded, shown, QUESTION, loaded.meta["emotion"])
+    first = steer.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
+    files = {Path(f).name: f for f in steer.export_steering(session)}
+    loaded = steer.load_circuit(session, files["circuit.safetensors"])
+    again = steer.steer(explorer, session, NAME, loaded, shown, QUESTION, loaded.meta["emotion"])
     assert again.after == first.after and list(pd.read_csv(files["steering.csv"])["hit"]) == [False, True]
-    off = steering.scaled(loaded, 0.0, 1.0, 1.0)
+    off = steer.scaled(loaded, 0.0, 1.0, 1.0)
     steers = [item for item in off if isinstance(item, Steer)]
-    assert steers[0].alpha == 0 and steering.steer(
+    assert steers[0].alpha == 0 and steer.steer(
         explorer, session, NAME, off, shown, QUESTION, "happy"
     ).after == first.before  # fmt: skip
     data = Path(files["circuit.safetensors"]).read_bytes()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"^cut\.safetensors \([\d,]+ bytes\) cannot be read as a circuit.*cut short"):
-        steering.load_circuit(session, cut)
+        steer.load_circuit(session, cut)
 
 
 def test_circuit_of_another_model_is_refused_and_nothing_stays(explorer: Explorer, session: Session) -> None:
     alien = Circuit([Steer(layer=2, vector=torch.ones(7))])
     with pytest.raises(ValueError, match="the vector has 7 entries; the model's d_model is 192"):
-        steering.steer(explorer, session, NAME, alien, open_sample(NEUTRAL), QUESTION, "happy")
+        steer.steer(explorer, session, NAME, alien, open_sample(NEUTRAL), QUESTION, "happy")
 
 
 def test_direction_that_was_found_is_a_mode_of_the_next_look(
     explorer: Explorer, session: Session, face: Any, run_code: Any
 ) -> None:
     direction = extracted(explorer, session, "happy", 4)
-    for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 4):
+    for _ in look.ask(explorer, session, NAME, [face], QUESTION, 4):
         pass
-    view, code = asking.look(explorer, session)
+    view, code = look.look(explorer, session)
     assert "push" in view.header["modes"] and view.header["directions"] == ["happy"]
     made = run_code(code)
     torch.testing.assert_close(made["direction"].float(), direction.vectors)
@@ -232,31 +229,31 @@ def test_code_of_the_steer_tab_runs_and_says_the_same(
     explorer: Explorer, session: Session, run_code: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     direction = extracted(explorer, session, "happy", 4)
-    circuit = steering.circuit_of(direction, 4, 1.5, 1.5, 1.2)
+    circuit = steer.circuit_of(direction, 4, 1.5, 1.5, 1.2)
     shown = open_sample(NEUTRAL)
-    found = steering.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
-    run_code(steering.steer_code(direction, circuit, shown, QUESTION))
+    found = steer.steer(explorer, session, NAME, circuit, shown, QUESTION, "happy")
+    run_code(steer.steer_code(direction, circuit, shown, QUESTION))
     said = capsys.readouterr().out
     assert found.before in said and found.after in said and Path("circuit.safetensors").is_file()
-    run_code(steering.circuit_code(NAME, shown, QUESTION))
+    run_code(steer.circuit_code(NAME, shown, QUESTION))
     assert found.after in capsys.readouterr().out
 
 
 def test_neurons_are_ranked_named_and_shown(explorer: Explorer, session: Session, run_code: Any) -> None:
     with pytest.raises(ValueError, match="Extract a direction"):
-        tracing.export_neurons(session)
+        neurons.export_neurons(session)
     direction = extracted(explorer, session, "happy", 8)
-    table = tracing.strongest(direction)
+    table = neurons.strongest(direction)
     assert len(table) == 30 and table["push"].is_monotonic_decreasing and set(table["being"]) == {"louder", "quieter"}
     layer, neuron = (int(table.iloc[0][c]) for c in ("layer", "neuron"))
-    tokens = tracing.promoted(explorer, NAME, layer, neuron)
-    assert len(tokens) == tracing.SHOWN and list(tokens["by"]) == sorted(tokens["by"], reverse=True)
-    pictures = tracing.exciting(explorer, NAME, layer, neuron, k=3)
+    tokens = neurons.promoted(explorer, NAME, layer, neuron)
+    assert len(tokens) == neurons.SHOWN and list(tokens["by"]) == sorted(tokens["by"], reverse=True)
+    pictures = neurons.exciting(explorer, NAME, layer, neuron, k=3)
     values = [float(caption.split(": ")[1].split(" ")[0]) for _, caption in pictures]
     assert 1 <= len(pictures) <= 3 and values == sorted(values, reverse=True)
-    made = run_code(tracing.neurons_code(direction, layer, neuron))
+    made = run_code(neurons.neurons_code(direction, layer, neuron))
     assert made["trace"].axes == ("pair", "layer", "neuron")
-    assert len(tracing.export_neurons(session)) == 2
+    assert len(neurons.export_neurons(session)) == 2
 
 
 # --- Lens and Pairs ---------------------------------------------------------------------------------------
@@ -264,17 +261,17 @@ def test_neurons_are_ranked_named_and_shown(explorer: Explorer, session: Session
 
 def test_lens_reads_where_a_word_is_nearest(explorer: Explorer, session: Session, face: Any, run_code: Any) -> None:
     with pytest.raises(ValueError, match="Ask something in the Look tab first"):
-        lens_tab.look_through(explorer, session, ["happy"])
-    for _ in asking.ask(explorer, session, NAME, [face], QUESTION, 8):
+        lens.look_through(explorer, session, ["happy"])
+    for _ in look.ask(explorer, session, NAME, [face], QUESTION, 8):
         pass
-    view, scores, code = lens_tab.look_through(explorer, session, ["happy", "sad"])
+    view, scores, code = lens.look_through(explorer, session, ["happy", "sad"])
     assert scores.meta["after"] == "feels" and float(scores.values[-1, 0]) > 0.5 > float(scores.values[-1, 1])
     assert view.header["modes"] == ["lens", "norms"] and view.header["lens"]["words"] == [" happy", " sad"]
     made = run_code(code)
     torch.testing.assert_close(made["scores"].values[:, 0], scores.values)
     assert made["maps"].axes == ("token", "layer", "height", "width")
     explorer.show(session, "lens", view)
-    assert {Path(f).name for f in lens_tab.export_lens(session)} == {
+    assert {Path(f).name for f in lens.export_lens(session)} == {
         "lens.png", "lens.csv", "lens.parquet", "lens.html"
     }  # fmt: skip
 
@@ -282,16 +279,16 @@ def test_lens_reads_where_a_word_is_nearest(explorer: Explorer, session: Session
 @pytest.mark.parametrize("text", ["", " , ", ",".join("abcdefghijklmnop")])
 def test_words_of_the_lens_are_between_one_and_twelve(text: str) -> None:
     with pytest.raises(ValueError, match="Name 1 to 12 words"):
-        lens_tab.words_in(text)
+        lens.words_in(text)
 
 
 def test_pairs_are_asked_and_their_code_runs(
     explorer: Explorer, session: Session, run_code: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = pairs_tab.answered(explorer, session, NAME, "happy")
-    assert len(table) == pairs_tab.MOST and set(table["pair"]) <= set(patch_tab.pair_names())
+    table = pairs.answered(explorer, session, NAME, "happy")
+    assert len(table) == pairs.MOST and set(table["pair"]) <= set(patch.pair_names())
     assert (table["hit"] == "hit").mean() > 0.5
-    run_code(pairs_tab.pairs_code(NAME, "happy"))
+    run_code(pairs.pairs_code(NAME, "happy"))
     said = capsys.readouterr().out
     assert table["of the emotional"][0] in said and said.count("[1.0, 1.0]") == (table["hit"] == table["hit "]).sum()
-    assert len(pd.read_parquet(pairs_tab.export_pairs(session)[1])) == pairs_tab.MOST
+    assert len(pd.read_parquet(pairs.export_pairs(session)[1])) == pairs.MOST

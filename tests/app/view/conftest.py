@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from veena_lens import HookedVLM
-from veena_lens.checkpoints.bundle import Picture, bundled_pairs
+from veena_lens.checkpoints.files import Picture, bundled_pairs
 
 QUESTION = "how does the person in the picture feel?"
 

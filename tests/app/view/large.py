@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from veena_lens.activation_cache import ActivationCache
+from veena_lens.images.anyres import cell_boxes
 from veena_lens.inputs import MultimodalInputs, Spans
-from veena_lens.vision.anyres import cell_boxes
 
 SIDE, TILES, LAYERS, HEADS, KV_HEADS, WIDTH = 24, 4, 32, 32, 8, 4
 BEFORE, QUERY, ANSWER = 5, 30, 25

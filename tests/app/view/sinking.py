@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from veena_lens.activation_cache import ActivationCache
+from veena_lens.images.anyres import cell_boxes
 from veena_lens.inputs import MultimodalInputs, Spans
-from veena_lens.vision.anyres import cell_boxes
 
 LAYERS, HEADS, LENGTH = 2, 3, 24
 IMAGE = slice(2, 18)  # 4 x 4 cells

@@ -16,8 +16,7 @@ from tests.app.view.sinking import SINKS, sinking_cache
 from veena_lens import HookedVLM
 from veena_lens.activation_cache import ActivationCache, MissingActivation
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
-from veena_lens.app.view.bundles import Key
-from veena_lens.app.view.coding import Coded, unpack
+from veena_lens.app.view.bundles import Coded, Key, unpack
 from veena_lens.app.view.rows import CachedRows, cached_sinks, sink_queries
 from veena_lens.circuits import find_sinks, per_patch
 from veena_lens.interventions import Ablate

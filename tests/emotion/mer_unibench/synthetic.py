@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from veena_lens.emotion.mer_unibench.sets import SETS, SetInfo, find_set
+from veena_lens.emotion.mer_unibench.data_sets import SETS, SetInfo, find_set
 
 SIX = ["worried", "happy", "neutral", "angry", "surprise", "sad"]
 FLAT_FACES = ("mer2023", "meld", "cmumosei", "simsv2")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.emotion.mer_unibench.synthetic import Made, names_of, place_of, write_labels
 from veena_lens.emotion.mer_unibench import SETS, check_root, find_set, load_benchmark, load_set
-from veena_lens.emotion.mer_unibench.pickles import read_array, read_dict
+from veena_lens.emotion.mer_unibench.data_sets import read_array, read_dict
 
 KEYS = [info.key for info in SETS]
 few = pytest.mark.filterwarnings("ignore:.*published test part")
@@ -204,9 +204,9 @@ def test_check_prints_a_line_a_set_with_counts(own: Made) -> None:
 def test_a_complete_set_is_found(own: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 
-    from veena_lens.emotion.mer_unibench import checking, loading, sets
+    from veena_lens.emotion.mer_unibench import data_sets, loading, scoring
 
     small = tuple(replace(info, count=7 if info.key == "meld" else 6) for info in SETS)
-    for module in (checking, loading, sets):
+    for module in (scoring, loading, data_sets):
         monkeypatch.setattr(module, "SETS", small)
     assert [check.state for check in check_root(own.root).checks] == ["found"] * 9

@@ -15,12 +15,11 @@ from veena_lens.app import steps
 from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.circuits import head_intention, top_neurons
-from veena_lens.components.writing import neuron_rows
 from veena_lens.emotion import PairSet, TooFewPairs, directions_from, load_pairs, neuron_pushes, select_pairs
 from veena_lens.emotion.methods import ROWS, batches, prepared
-from veena_lens.scores import Scores
-from veena_lens.wording import counted
-from veena_lens.zoo.emotions import EMOTIONS
+from veena_lens.residual_parts import neuron_rows
+from veena_lens.scores import Scores, counted
+from veena_lens.zoo.people import EMOTIONS
 
 FELT = tuple(e for e in EMOTIONS if e != "neutral")
 N_HEADS, N_NEURONS = 10, 30  # as many as the method's defaults take

@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from veena_lens.app.explorer.limits import Limits
 from veena_lens.app.explorer.pictures import open_upload
-from veena_lens.app.explorer.state import Session
+from veena_lens.app.explorer.state import Limits, Session
 from veena_lens.emotion import EmotionWheels, PairSet, load_pairs, pairs_from_folders
-from veena_lens.emotion.pairs import MANIFEST
-from veena_lens.wording import counted
+from veena_lens.emotion.pairs.loading import MANIFEST
+from veena_lens.scores import counted
 
 NEUTRAL = "neutral"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")

@@ -6,18 +6,18 @@ from typing import Any
 
 import gradio as gr
 
-from veena_lens.app.explorer import lens_tab, look_tab, neurons_tab, pairs_tab, patch_tab, steer_tab
+from veena_lens.app.explorer import lens, look, neurons, pairs, patch, steer
 from veena_lens.app.explorer.parts import Shared
 from veena_lens.app.explorer.state import Explorer
-from veena_lens.checkpoints.bundle import bundled_names
+from veena_lens.checkpoints.files import bundled_names
 
 TABS = (
-    ("Look", "look", look_tab.build),
-    ("Lens", "lens", lens_tab.build),
-    ("Patch", "patch", patch_tab.build),
-    ("Steer", "steer", steer_tab.build),
-    ("Neurons", "neurons", neurons_tab.build),
-    ("Pairs", "pairs", pairs_tab.build),
+    ("Look", "look", look.build),
+    ("Lens", "lens", lens.build),
+    ("Patch", "patch", patch.build),
+    ("Steer", "steer", steer.build),
+    ("Neurons", "neurons", neurons.build),
+    ("Pairs", "pairs", pairs.build),
 )
 KEPT_SECONDS = 3600  # exported and uploaded files
 

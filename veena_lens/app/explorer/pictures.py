@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from veena_lens.app.explorer.limits import Limits
+from veena_lens.app.explorer.state import Limits
 from veena_lens.app.view.panels import data_url
-from veena_lens.checkpoints.bundle import Picture, bundled_pictures
-from veena_lens.checkpoints.pictures import open_picture
+from veena_lens.checkpoints.files import Picture, bundled_pictures
+from veena_lens.images.files import open_picture
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

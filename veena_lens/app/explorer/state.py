@@ -2,27 +2,110 @@
 
 Every use of a model goes through `Explorer.using`: one at a time, and whatever happens inside, no hook and no
 intervention is left on it. Sessions hold results, never hooks, so two tabs cannot mix.
+
+What one visitor may ask of the machine.
+
+Errors as the visitor reads them: what went wrong, in one sentence, in the page.
 """
 
 from __future__ import annotations
 
+import inspect
 import secrets
 import shutil
 import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gradio as gr
+import torch
+
 from veena_lens.app.demo import few_threads
-from veena_lens.app.explorer.limits import Limits
 
 if TYPE_CHECKING:
     from veena_lens.app.view import ExplorerView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Raises: ValueError for a limit that allows nothing."""
+
+    upload_bytes: int = 10 * 2**20  # of one file
+    pixels: int = 24_000_000  # of one picture
+    pictures: int = 8  # of one prompt
+    pairs: int = 64  # of a direction
+    unpacked_bytes: int = 200 * 2**20  # of an archive of pairs
+    new_tokens: int = 256
+    prompt_characters: int = 20_000
+    sweep_bytes: int = 2 * 2**30  # activations of the rows that travel together
+    view_bytes: int = 8 * 2**20  # maps that a view carries from the start; the others come when asked for
+    sessions: int = 16  # the one unused for longest goes first
+    queue: int = 32
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"Limits: {name}={value} must be at least 1.")
+
+
+# What a user can mend; anything else is a fault of ours and is printed on the server as well.
+EXPECTED = (ValueError, TypeError, FileNotFoundError, IndexError, KeyError, ImportError)
+MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def told(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose errors become messages of the page; works for functions and generators."""
+    if inspect.isgeneratorfunction(handler):
+
+        @wraps(handler)
+        def steps(*args: Any, **kwargs: Any) -> Any:
+            try:
+                yield from handler(*args, **kwargs)
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise message(error) from error
+
+        return steps
+
+    @wraps(handler)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(*args, **kwargs)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise message(error) from error
+
+    return call
+
+
+@contextmanager
+def by_name(path: str | Path) -> Iterator[None]:
+    """Errors about a visitor's file name it as the visitor does, without the folder that the server put it in."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), Path(path).name)) from error
+
+
+def message(error: Exception) -> gr.Error:
+    """What the page shows of an error."""
+    if isinstance(error, MEMORY):
+        return gr.Error("The machine's memory is full; nothing was changed. Use a smaller picture, a shorter prompt or "
+                        "fewer positions.", duration=None, print_exception=False)  # fmt: skip
+    text = str(error) or type(error).__name__
+    if isinstance(error, EXPECTED):
+        return gr.Error(text, duration=None, print_exception=False)
+    return gr.Error(f"This should not have happened: {type(error).__name__}: {text}", duration=None)
+
 
 MOST_MODELS = 2
 

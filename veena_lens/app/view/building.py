@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.app.view.layers import lens_of, norms_of, resid_names, words_of
-from veena_lens.app.view.panels import Panel, panels_of
+from veena_lens.app.view.panels import Panel, lens_of, norms_of, panels_of, resid_names, words_of
 from veena_lens.app.view.rows import CachedRows, Rows, cached_sinks, sink_queries
-from veena_lens.checkpoints.pictures import open_picture
 from veena_lens.circuits import find_sinks
+from veena_lens.images.files import open_picture
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.plots import theme
 

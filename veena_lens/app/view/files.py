@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view.rows import rule_of
-from veena_lens.stores import opened
+from veena_lens.scores import opened
 
 ABOUT = "veena_lens.view"
 PICTURE = "inputs.picture."

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache, MissingActivation
+from veena_lens.circuits.attention_maps import FEWEST_KEYS
 from veena_lens.circuits.reading import stream_rows
-from veena_lens.circuits.views import FEWEST_KEYS
+from veena_lens.images.layout import runs_of_images
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.vision.blocks import runs_of_images
 
 Consume = Callable[[int, slice, Float[Tensor, "head n key_pos"]], None]
 PATTERN, QUERIES, KEYS = "attn.hook_pattern", "attn.hook_rot_q", "attn.hook_rot_k"

@@ -169,7 +169,7 @@ class ExplorerView:
 
     # --- what hosts ask for ---------------------------------------------------------------------------
     def payload(self) -> bytes:
-        """The view as one binary (`veena_lens.app.view.coding.unpack` reads it back)."""
+        """The view as one binary (`veena_lens.app.view.bundles.unpack` reads it back)."""
         return pack_bundles(self.bundles, self.header, self.arrays)
 
     def maps(self, key: Key | Mapping[str, Any]) -> bytes:

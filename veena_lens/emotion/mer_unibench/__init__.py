@@ -15,9 +15,9 @@ _HOMES = {
     "answer_set": "answering",
     "Answers": "answers",
     "read_answers": "answers",
-    "RootCheck": "checking",
-    "check_root": "checking",
-    "read_faces": "faces",
+    "RootCheck": "scoring",
+    "check_root": "scoring",
+    "read_faces": "media",
     "Benchmark": "loading",
     "LoadedSet": "loading",
     "Sample": "loading",
@@ -30,9 +30,9 @@ _HOMES = {
     "SetScore": "scoring",
     "benchmark_mean": "scoring",
     "score_answers": "scoring",
-    "SETS": "sets",
-    "SetInfo": "sets",
-    "find_set": "sets",
+    "SETS": "data_sets",
+    "SetInfo": "data_sets",
+    "find_set": "data_sets",
 }
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

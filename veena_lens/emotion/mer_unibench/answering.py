@@ -16,11 +16,10 @@ from typing import Any, TextIO
 from PIL import Image
 
 from veena_lens.emotion.mer_unibench.answers import json_rows
-from veena_lens.emotion.mer_unibench.faces import face_file
 from veena_lens.emotion.mer_unibench.loading import Sample
-from veena_lens.emotion.mer_unibench.media import Seen, find_video, frame_places, see
+from veena_lens.emotion.mer_unibench.media import Seen, face_file, find_video, frame_places, see
 from veena_lens.emotion.methods import PLAIN, Method, answers, batches
-from veena_lens.sweeps.running import bar
+from veena_lens.sweeps.engine import bar
 
 QUESTION = "Which emotions does the person in this picture show? Name every emotion that you see."
 

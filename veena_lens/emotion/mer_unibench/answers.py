@@ -15,9 +15,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from veena_lens.emotion.mer_unibench.labels import read_rows
-from veena_lens.emotion.mer_unibench.pickles import array_names, parse_array, read_array, read_dict
-from veena_lens.emotion.mer_unibench.sets import find_set
+from veena_lens.emotion.mer_unibench.data_sets import (
+    array_names,
+    find_set,
+    parse_array,
+    read_array,
+    read_dict,
+    read_rows,
+)
 
 Content = Literal["raw", "labels", "sentiment"]
 OPENSET, SENTIMENT = "-openset", "-openset-sentiment"

@@ -1,6 +1,8 @@
 """Loading MER-UniBench's published layout: folders found, labels and subtitles joined, gaps told.
 
 Labels and scoring need numpy alone; pictures are opened later, sample by sample (`media.py`).
+
+Subtitles of one set: name -> sentence; a sample without a row has the empty one.
 """
 
 from __future__ import annotations
@@ -10,9 +12,24 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from veena_lens.emotion.mer_unibench.labels import Truth, read_labels
-from veena_lens.emotion.mer_unibench.sets import SETS, SetInfo, find_set
-from veena_lens.emotion.mer_unibench.subtitles import read_subtitles, subtitle_file
+from veena_lens.emotion.mer_unibench.data_sets import SETS, SetInfo, Truth, find_set, read_labels, read_rows
+
+
+def subtitle_file(folder: Path, info: SetInfo) -> Path | None:
+    """The set's subtitle file under any of its names, None when there is none."""
+    return next((folder / name for name in info.subtitles[0] if (folder / name).is_file()), None)
+
+
+def read_subtitles(folder: Path, info: SetInfo) -> dict[str, str]:
+    """Name -> sentence in the language that the reference reads; a repeated name keeps its last row.
+
+    No file gives no subtitle. Raises: ValueError for a file without the columns."""
+    path = subtitle_file(folder, info)
+    if path is None:
+        return {}
+    column = info.subtitles[1]
+    return {row["name"]: row[column] for row in read_rows(path, ("name", column))}
+
 
 Overrides = Mapping[str, str | Path]
 

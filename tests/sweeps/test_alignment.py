@@ -1,0 +1,147 @@
+"""Which positions of two runs correspond: unequal pictures, masks of a batch, tiles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import BY_NAME, counted, native_model, raw_inputs
+from tests.parity.test_llava_next import batch, build
+from veena_lens import HookedVLM
+from veena_lens.checkpoints.files import bundled_pairs
+from veena_lens.interventions import Box, Tile
+from veena_lens.sweeps import patch_sweep, steer_sweep
+from veena_lens.sweeps.metrics import log_prob, logit_diff
+
+KW: dict[str, Any] = dict(metric=log_prob(3), progress=False)
+
+
+@pytest.fixture(scope="module")
+def unequal() -> tuple[Any, Any, Any]:
+    """Any-resolution rows whose pictures have other grids and numbers of tiles; the text after them is the same."""
+    model = HookedVLM.from_hf(build("llama")[0], casts="none")
+    rows = []
+    for sizes in ([(40, 75)], [(90, 30)]):
+        raw = batch(model, [sizes])
+        raw["input_ids"][0, -3:] = torch.tensor([7, 8, 9])
+        keep = raw["input_ids"].shape[1] - int((raw["input_ids"][0] != 127).nonzero().flatten()[-1] + 1)
+        assert keep == 0
+        rows.append(model.inputs_from_hf(**raw))
+    spans = [replace(r.spans[0], query=slice(r.shape[1] - 3, r.shape[1])) for r in rows]
+    rows = [replace(r, spans=(s,)) for r, s in zip(rows, spans, strict=True)]
+    assert rows[0].grids != rows[1].grids and rows[0].shape != rows[1].shape
+    return model, *rows
+
+
+@pytest.mark.parametrize("positions", ["last", "query", -2, Tile(0)], ids=str)
+@pytest.mark.parametrize("sites", ["resid", "heads", ["blocks.1.attn.hook_v", "blocks.1.hook_mlp_out"]], ids=str)
+def test_runs_with_unequal_pictures_are_patched_at_text_and_whole_views(positions: Any, sites: Any, unequal) -> None:
+    model, clean, corrupted = unequal
+    for direction in ("denoising", "noising"):
+        kw: dict[str, Any] = dict(sites=sites, positions=positions, direction=direction, **KW)
+        kw |= dict(units=[0, 3]) if sites == "heads" else {}
+        fast, plain = (patch_sweep(model, clean, corrupted, engine=e, **kw) for e in ("suffix", "naive"))
+        torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+        base = plain.corrupted if direction == "denoising" else plain.clean
+        assert float((plain.values - base).abs().max()) > 1e-9
+
+
+def test_the_last_residual_of_an_unequal_run_is_that_run(unequal) -> None:
+    """At the last layer's end, the last position alone decides: the patched run says what its source says."""
+    model, clean, corrupted = unequal
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    result = patch_sweep(model, clean, corrupted, [last], "last", **KW)
+    torch.testing.assert_close(result.scores, torch.ones_like(result.scores), rtol=1e-10, atol=1e-10)
+
+
+def test_the_whole_view_of_unequal_pictures_can_be_patched_as_features(unequal) -> None:
+    model, clean, corrupted = unequal
+    fast, plain = (
+        patch_sweep(model, clean, corrupted, ["hook_image_features"], Tile(0), engine=e, **KW)
+        for e in ("suffix", "naive")
+    )
+    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+    assert abs(float(plain.values - plain.corrupted)) > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("sites", "positions"),
+    [
+        ("resid", "image"),
+        ("resid", "each"),
+        ("heads", Tile(1)),
+        (["hook_image_features"], "each"),
+        (["hook_image_features"], "image"),
+        (["connector.hook_out"], "all"),
+        (["vision.blocks.0.hook_resid_pre"], 0),
+    ],
+    ids=str,
+)
+def test_unequal_pictures_are_refused_with_both_grids_and_the_way_out(sites: Any, positions: Any, unequal) -> None:
+    model, clean, corrupted = unequal
+    with pytest.raises(ValueError, match=r"the run that is patched has .*source .*resize") as error:
+        patch_sweep(model, clean, corrupted, sites, positions, **KW)
+    for run in (clean, corrupted):
+        height, width = run.grids[0][0]
+        assert f"{height} x {width} tokens ({len(run.picture_rows)} tiles)" in str(error.value)
+    assert "'last' or 'query'" in str(error.value)
+
+
+def test_grids_of_one_size_and_other_shape_do_not_correspond() -> None:
+    """2 x 6 patches and 6 x 2 fill the same number of tokens, but the k-th of them lies elsewhere."""
+    model = HookedVLM.from_pretrained("tiny-qwen2vl-emotion", dtype=torch.float64, casts="none")
+    picture = bundled_pairs("test")[0][0].open()
+    wide, tall = picture.resize((192, 96)), picture.resize((96, 192))
+    clean, corrupted = (model.prepare(text="who?", images=p) for p in (wide, tall))
+    assert clean.shape == corrupted.shape and clean.grids != corrupted.grids
+    with pytest.raises(ValueError, match="one grid"):
+        patch_sweep(model, clean, corrupted, "resid", "image", **KW)
+    with pytest.raises(ValueError, match="one grid"):
+        patch_sweep(model, clean, corrupted, "resid", "each", **KW)
+    with pytest.raises(ValueError, match="one grid"):
+        patch_sweep(model, clean, corrupted, ["hook_image_features"], Box(0, 0, 96, 96), **KW)
+    fast, plain = (patch_sweep(model, clean, corrupted, "mlp_out", "last", engine=e, **KW) for e in ("suffix", "naive"))
+    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+
+
+def rows_of(name: str) -> tuple[Any, Any, Any]:
+    model, raw = native_model(BY_NAME[name], casts="none"), counted(raw_inputs(BY_NAME[name]))
+    other = dict(raw, pixel_values=-raw["pixel_values"])
+    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+
+
+def test_a_mask_over_a_padded_batch_counts_in_every_row() -> None:
+    model, clean, corrupted = rows_of("three-images-and-none")
+    with_picture = [i for i in range(len(clean)) if clean.n_images[i]]
+    clean, corrupted = clean[with_picture], corrupted[with_picture]
+    lengths = clean.lengths.tolist()
+    mask = torch.zeros(clean.shape, dtype=torch.bool)
+    for row, spans in enumerate(clean.spans):
+        mask[row, spans.last - 1 : spans.last + 1] = True
+    kw: dict[str, Any] = dict(sites="resid", layers=[1], metric=logit_diff(5, 6), progress=False)
+    fast, plain = (patch_sweep(model, clean, corrupted, positions=mask, engine=e, **kw) for e in ("suffix", "naive"))
+    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+    for row, n in enumerate(lengths):
+        alone = patch_sweep(model, clean[row], corrupted[row], positions=[n - 2, n - 1], **kw)
+        mine = fast.values if len(lengths) == 1 else fast.values[row]
+        torch.testing.assert_close(mine, alone.values, rtol=1e-10, atol=1e-12)
+    vector = torch.randn(model.cfg.d_model, dtype=torch.float64)
+    steered = steer_sweep(model, clean, vector, logit_diff(5, 6), positions=mask, progress=False)
+    assert bool((steered.values[..., 0] != steered.clean.view(-1, *[1] * (steered.values.ndim - 2))).any())
+    with pytest.raises(ValueError, match="mask of positions must be"):
+        patch_sweep(model, clean, corrupted, positions=mask[:, 1:], **kw)
+
+
+def test_sites_with_other_numbers_of_positions_are_swept_together_as_wholes() -> None:
+    model, clean, corrupted = rows_of("clip-llama")
+    sites = ["vision.blocks.0.hook_resid_pre", "connector.hook_out"]  # the tower has a class token more
+    fast, plain = (
+        patch_sweep(model, clean[0], corrupted[0], sites, "all", logit_diff(5, 6), engine=e, progress=False)
+        for e in ("suffix", "naive")
+    )
+    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="same positions; these have"):
+        patch_sweep(model, clean[0], corrupted[0], sites, "each", logit_diff(5, 6), progress=False)

@@ -1,0 +1,181 @@
+"""Sweeps of sites on pictures, of several metrics at once, and within a budget of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cases import BY_NAME, counted, raw_inputs
+from tests.onevision_cases import ONEVISION_BY_NAME
+from tests.parity.test_llava_next import batch, build
+from tests.qwen_cases import QWEN_BY_NAME
+from veena_lens import HookedVLM
+from veena_lens.hook_table import hooks_of
+from veena_lens.interventions import Box
+from veena_lens.sweeps import patch_sweep, steer_sweep
+from veena_lens.sweeps.metrics import log_prob, logit_diff, project
+
+
+def fixed(model_of) -> tuple[Any, Any, Any]:
+    model = model_of(BY_NAME["clip-llama"], casts="none")
+    raw = counted(raw_inputs(BY_NAME["clip-llama"]))
+    other = dict(raw, pixel_values=-raw["pixel_values"])
+    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+
+
+def case_of(model_of, name: str) -> tuple[Any, Any, Any]:
+    case = (QWEN_BY_NAME | ONEVISION_BY_NAME)[name]
+    model, raw = model_of(case, casts="none"), raw_inputs(case)
+    raw = raw if "mm_token_type_ids" in raw else counted(raw)
+    other = dict(raw)
+    for key in ("pixel_values", "pixel_values_videos"):
+        if key in raw:
+            other[key] = -raw[key]
+    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+
+
+def tiled() -> tuple[Any, Any, Any]:
+    hf, _ = build("llama")
+    model = HookedVLM.from_hf(hf, casts="none")
+    raw = batch(model, [[(40, 75)], [(90, 30), (28, 28)]])
+    other = dict(raw, pixel_values=-raw["pixel_values"])
+    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+
+
+def runs(kind: str, model_of) -> tuple[Any, Any, Any]:
+    if kind == "fixed":
+        return fixed(model_of)
+    return tiled() if kind == "tiled" else case_of(model_of, kind)
+
+
+KINDS = ["fixed", "tiled", "qwen2_vl-plain", "qwen2_5_vl-plain", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
+KINDS += ["onevision-resampled", "onevision-image-and-video"]
+
+
+def agree(model: Any, clean: Any, corrupted: Any, **kw: Any) -> Any:
+    kw = {"metric": logit_diff(5, 6), "progress": False} | kw
+    fast, plain = (patch_sweep(model, clean, corrupted, engine=engine, **kw) for engine in ("suffix", "naive"))
+    assert fast.axes == plain.axes
+    assert float((plain.values - plain.corrupted.flatten()[0]).abs().max()) > 1e-9, "no patch did anything"
+    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+    return fast
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_site_on_pictures_equals_whole_forwards(kind: str, model_of) -> None:
+    model, clean, corrupted = runs(kind, model_of)
+    sites = [n for n, row in hooks_of(model.cfg).items() if row.axis_names[0] == "picture" and "_input" not in n]
+    sites = [n for n in sites if "blocks." not in n or "blocks.1." in n]
+    in_tower = [n for n in sites if n.startswith("vision.")]
+    agree(model, clean[1], corrupted[1], sites=in_tower, positions="all")
+    agree(model, clean[1], corrupted[1], sites=[n for n in sites if n not in in_tower], positions="all")
+    agree(model, clean[1], corrupted[1], sites=in_tower[:3], positions=[0, -1], direction="noising")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_image_token_of_the_features_equals_whole_forwards(kind: str, model_of) -> None:
+    model, clean, corrupted = runs(kind, model_of)
+    sites = ["hook_image_features", *(f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack))]
+    fast = agree(model, clean[1], corrupted[1], sites=sites, positions="each")
+    assert fast.values.shape == (len(sites), int(clean[1].image_mask.sum()))
+    whole = agree(model, clean[1], corrupted[1], sites=sites[:1], positions="image")
+    assert whole.axes == ("site",)
+
+
+def test_each_position_of_the_tower_is_patched_alone(model_of) -> None:
+    model, clean, corrupted = fixed(model_of)
+    fast = agree(model, clean[0], corrupted[0], sites=["vision.blocks.0.hook_mlp_out"], positions="each")
+    assert fast.axes == ("site", "pos") and fast.values.shape[1] == model.cfg.vision.n_positions
+    with pytest.raises(ValueError, match="one by one"):  # the second row has two pictures
+        agree(model, clean, corrupted, sites=["vision.blocks.0.hook_mlp_out"], positions="each")
+
+
+def test_features_in_a_box_of_pixels_are_patched_together() -> None:
+    from veena_lens.checkpoints.files import bundled_pairs
+
+    model = HookedVLM.from_pretrained("tiny-llava-emotion", dtype=torch.float64, casts="none")
+    clean, corrupted = (model.prepare(text="who?", images=p.open()) for p in bundled_pairs("test")[0])
+    metric = logit_diff(model.to_single_token(" happy"), model.to_single_token(" sad"))
+    parts = {
+        name: agree(model, clean, corrupted, sites=["hook_image_features"], positions=box, metric=metric).scores.item()
+        for name, box in {"all": Box(0, 0, 192, 192), "corner": Box(0, 0, 20, 20)}.items()
+    }
+    assert parts["all"] == pytest.approx(1.0, abs=1e-9) and abs(parts["corner"]) < 0.5
+
+
+def test_several_metrics_read_the_same_runs(model_of, monkeypatch) -> None:
+    from veena_lens.sweeps import engine as running
+
+    model, clean, corrupted = fixed(model_of)
+    direction = torch.randn(model.cfg.d_model, dtype=torch.float64)
+    metrics = {
+        "difference": logit_diff(5, 6),
+        "probability": log_prob(7),
+        "first": project("blocks.0.hook_resid_post", direction),
+        "last": project("blocks.1.hook_resid_post", direction, "query"),
+    }
+    calls, real = [], running.run_staircase
+    monkeypatch.setattr(running, "run_staircase", lambda *args: calls.append(1) or real(*args))
+    together = patch_sweep(model, clean, corrupted, metric=metrics, positions="query", progress=False)
+    n_calls = len(calls)
+    for name, metric in metrics.items():
+        alone = patch_sweep(model, clean, corrupted, metric=metric, positions="query", progress=False)
+        torch.testing.assert_close(together[name].values, alone.values, rtol=1e-12, atol=1e-13)
+        plain = patch_sweep(model, clean, corrupted, metric=metric, positions="query", progress=False, engine="naive")
+        torch.testing.assert_close(alone.values, plain.values, rtol=1e-10, atol=1e-12)
+    assert len(calls) == n_calls * (1 + len(metrics))
+    steered = steer_sweep(model, clean, direction, metrics, progress=False)
+    assert set(steered) == set(metrics) and steered["first"].axes == ("pair", "layer", "alpha")
+
+
+def test_metrics_at_once_resume_from_their_files(model_of, tmp_path) -> None:
+    model, clean, corrupted = fixed(model_of)
+    metrics = {"a": logit_diff(5, 6), "b": log_prob(9)}
+    first = patch_sweep(model, clean, corrupted, metric=metrics, progress=False, out=tmp_path)
+    again = patch_sweep(model, clean, corrupted, metric=metrics, progress=False, out=tmp_path)
+    assert all(torch.equal(first[name].values, again[name].values) for name in metrics)
+
+
+def test_a_budget_of_memory_bounds_the_rows_that_travel_together(model_of, monkeypatch) -> None:
+    from veena_lens.sweeps import engine as running
+
+    model, clean, corrupted = fixed(model_of)
+    plan = patch_sweep(model, clean, corrupted, plan_only=True)
+    sizes, real = [], running.run_staircase
+    monkeypatch.setattr(running, "run_staircase", lambda *args: sizes.append(len(args[2])) or real(*args))
+    metric = logit_diff(5, 6)
+    free = patch_sweep(model, clean, corrupted, metric=metric, progress=False)
+    assert max(sizes) == 12
+    sizes.clear()
+    tight = patch_sweep(model, clean, corrupted, metric=metric, progress=False, max_bytes=3 * plan.row_bytes)
+    assert max(sizes) == 3
+    torch.testing.assert_close(free.values, tight.values, rtol=1e-12, atol=1e-13)
+    with pytest.raises(ValueError, match="single row"):
+        patch_sweep(model, clean, corrupted, metric=metric, progress=False, max_bytes=plan.row_bytes - 1)
+
+
+@pytest.mark.parametrize(
+    ("kw", "telling"),
+    [
+        (dict(sites=["vision.blocks.0.hook_resid_pre"], positions="query"), "decoder reads"),
+        (dict(sites=["vision.blocks.0.hook_resid_pre"], positions=99), "has 5 positions"),
+        (dict(sites=["vision.blocks.0.hook_resid_pre", "blocks.0.hook_resid_pre"], positions="all"), "one after"),
+        (dict(sites=["unembed.hook_in"]), "unembed"),
+        (dict(metric=lambda logits: logits[:, 0] * float("nan")), "nan on an unpatched run"),
+        (dict(metric={}), "dictionary"),
+        (dict(metric="logit"), "function"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(kw: dict[str, Any], telling: str, model_of) -> None:
+    model, clean, corrupted = fixed(model_of)
+    with pytest.raises(ValueError, match=telling):
+        patch_sweep(model, clean, corrupted, **({"metric": logit_diff(5, 6), "progress": False} | kw))
+
+
+def test_pictures_of_other_shapes_are_refused(model_of) -> None:
+    model, clean, _ = tiled()
+    other = model.inputs_from_hf(**batch(model, [[(28, 28)]]))
+    with pytest.raises(ValueError, match="grid"):
+        patch_sweep(model, clean[0], other, sites=["vision.hook_embed"], positions="all", metric=log_prob(3))

@@ -1,0 +1,339 @@
+"""What `veena-lens mer-unibench` does, below its parsing: check a root, score answers, answer a set.
+
+The commands `run` and `enhance`: the whole method on a model and pictures, and one picture with and without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from veena_lens.app.veena_report import write_veena_report
+from veena_lens.emotion.mer_unibench.answers import Answers, answer_files, read_answers, set_in_path
+from veena_lens.emotion.mer_unibench.data_sets import SETS, find_set
+from veena_lens.emotion.mer_unibench.loading import LoadedSet, Overrides, load_set
+from veena_lens.emotion.mer_unibench.scoring import SetScore, benchmark_mean, score_answers
+from veena_lens.emotion.methods import Method
+from veena_lens.emotion.pipeline import VeenaRun, part_identities, run_veena
+from veena_lens.emotion.results import main_table, part_table, results_of, save_results
+from veena_lens.emotion.settings import Settings, preset
+from veena_lens.emotion.words.wheels import EmotionWheels
+from veena_lens.interventions import Circuit
+
+DRY_TOKENS_PER_SECOND = 2.0e12  # multiply-adds a second assumed for an estimate without a run: a modest GPU
+
+
+def run_command(
+    model: str,
+    pairs: str | None,
+    out: str,
+    *,
+    preset_name: str = "quick",
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+    question: str | None = None,
+    skip_unreadable: bool = False,
+    dry_run: bool = False,
+) -> VeenaRun | None:
+    """Run everything and write report.html, results.json, circuit.safetensors; prints the main table.
+
+    dry_run prints the estimate of memory and time from the model's configuration alone, and reads no weights."""
+    from veena_lens.emotion.pairs.loading import load_pairs
+
+    unreadable = "skip" if skip_unreadable else "error"
+    found = load_pairs(pairs, unreadable=unreadable)
+    settings = settings_for(found, preset_name, seed, question, embedded=pairs is None)
+    if dry_run:
+        print(dry_estimate(model, found, settings, dtype or "bfloat16"))
+        return None
+    from veena_lens import HookedVLM
+
+    loading: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    if device is not None:
+        loading["device"] = device
+    lens = HookedVLM.from_pretrained(model, **loading)
+    run = run_veena(lens, found, out, settings)
+    save_results(run, Path(out) / "results.json")
+    given = {"--dtype": dtype, "--device": device, "--seed": seed, "--question": question}
+    command = _command(model, pairs, out, preset_name, given, skip_unreadable)
+    write_veena_report(run, lens, Path(out) / "report.html", command)
+    print(main_table(results_of(run)))
+    print(run)
+    print(f"report: {Path(out) / 'report.html'}")
+    return run
+
+
+def _command(
+    model: str, pairs: str | None, out: str, preset_name: str, given: dict[str, Any], skip_unreadable: bool = False
+) -> list[str]:
+    """The command line of a run, with the options that were given."""
+    options = {"--model": model, "--pairs": pairs, "--out": out, "--preset": preset_name} | given
+    parts = [part for name, value in options.items() if value is not None for part in (name, str(value))]
+    return ["veena-lens", "run", *parts, *(["--skip-unreadable"] if skip_unreadable else [])]
+
+
+def settings_for(
+    pairs: Any, preset_name: str, seed: int | None = None, question: str | None = None, embedded: bool = False
+) -> Settings:
+    """The preset with what the pictures allow: their attributes are asked for where questions are known."""
+    settings = preset(preset_name)
+    if seed is not None:
+        settings = replace(settings, seed=seed)
+    if question is not None:
+        settings = replace(settings, question=question)
+    if embedded or all(e.style in ("avataaars", "open-peeps", "micah", "emoji") for e in pairs.examples):
+        from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
+
+        settings = replace(
+            settings,
+            questions={name: ATTRIBUTE_QUESTIONS[name][0] for name in ("hair", "background", "glasses")},
+            describe=EMOTION_QUESTIONS["caption"][0],
+            templates={"hair": ["{} hair"], "background": ["{} background"]},
+        )
+    return settings
+
+
+def dry_estimate(path: str, pairs: Any, settings: Settings, dtype: str) -> str:
+    """Memory and time of a run from a checkpoint's configuration alone; the model is built on the meta device."""
+    from veena_lens.checkpoints.loading import open_checkpoint
+    from veena_lens.model.model import HookedVLM
+
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = HookedVLM(checkpoint.cfg)
+    cfg = model.cfg
+    n = sum(p.numel() for p in model.parameters())
+    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    parts = part_identities(pairs, settings)
+    prompt = 640  # tokens: a picture of 576 and a question
+    kv = 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head * size
+    staircase = settings.max_rows * (4 * cfg.d_model + 2 * cfg.d_mlp) * size
+    conditions = 2 + len(settings.strengths)
+    n_test = len(parts["test"].examples) if settings.test_pictures is None else settings.test_pictures
+    n_validation = settings.validation_pictures or len(parts["validation"].examples)
+    families = 4 + (8 if settings.rivals else 0)
+    answers = n_validation * conditions * (families * settings.trials + 1)
+    answers += n_test * (conditions * (families + 1) + 2 * settings.random_draws * len(settings.strengths))
+    answers += 2 * (settings.direction_pairs or len(parts["directions"]))
+    work = answers * 2.0 * n * (prompt + settings.max_new_tokens)
+    gib = 2.0**30
+    return "\n".join(
+        [
+            f"{path}: {n / 1e9:.2f} billion parameters, {cfg.n_layers} layers, {cfg.n_heads} heads",
+            f"  weights, {dtype}: {n * size / gib:.1f} GiB",
+            f"  keys and values of {settings.batch_size} prompts of {prompt} tokens: "
+            f"{kv * prompt * settings.batch_size / gib:.1f} GiB",
+            f"  rows of a sweep ({settings.max_rows}): {staircase / gib:.2f} GiB at each position",
+            f"  about {answers} answers of {settings.max_new_tokens} tokens (preset {settings.preset}): "
+            f"{work:.2g} multiply-adds, {work / DRY_TOKENS_PER_SECOND / 3600:.1f} hours at 2e12 a second, "
+            f"{work / 1e14 / 3600:.1f} hours at 1e14 (a large GPU, batched)",
+            "Nothing was loaded. The run itself times eight answers and prints a closer estimate.",
+        ]
+    )
+
+
+def enhance_command(
+    circuit: str,
+    images: list[str],
+    *,
+    model: str | None = None,
+    question: str | None = None,
+    max_new_tokens: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> list[dict[str, str]]:
+    """Describe pictures with and without a saved circuit; prints both, and returns them.
+
+    The model is that named in the circuit unless given. Raises: ValueError where neither says which, and
+    FileNotFoundError for pictures that are not there, all at once."""
+    from veena_lens import HookedVLM
+    from veena_lens.emotion.methods import answers
+    from veena_lens.emotion.pairs.pair_set import Example
+
+    missing = [image for image in images if not Path(image).is_file()]
+    if missing:
+        raise FileNotFoundError(f"No picture at {', '.join(missing)}; nothing was loaded.")
+    made = Circuit.load(circuit)
+    name = model or made.meta.get("model")
+    if not name:
+        raise ValueError(f"{circuit} does not say which model it is for; name one: --model NAME.")
+    loading: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    if device is not None:
+        loading["device"] = device
+    lens = HookedVLM.from_pretrained(name, **loading)
+    asked = question or "how does the person in the picture feel?"
+    examples = [Example(picture=image, emotion="", question=asked) for image in images]
+    method = Method(name=made.name or "circuit", interventions=made)
+    plain = answers(lens, examples, batch_size=8, max_new_tokens=max_new_tokens)
+    changed = answers(lens, examples, method, batch_size=8, max_new_tokens=max_new_tokens)
+    found = []
+    for image, before, after in zip(images, plain, changed, strict=True):
+        found.append({"image": image, "without": before.strip(), "with": after.strip()})
+        print(f"{image}\n  without: {before.strip()}\n  with:    {after.strip()}")
+    return found
+
+
+def table_command(path: str, part: str = "main") -> int:
+    """Print a part of a results.json as Markdown: the main table, or another (`part_table`)."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"No results at {file}; `veena-lens run --out DIR` writes DIR/results.json.")
+    sys.stdout.write(part_table(json.loads(file.read_text()), part) + "\n")
+    return 0
+
+
+BEST_STEM = "Several stems are several runs or checkpoints; published scores take the best one on the test part itself."
+
+
+def parse_folders(pairs: list[str] | None) -> dict[str, str]:
+    """KEY=FOLDER options as a dictionary. Raises: ValueError for one without a "="."""
+    found = {}
+    for pair in pairs or []:
+        key, mark, folder = pair.partition("=")
+        if not mark or not folder:
+            raise ValueError(f"--folder {pair!r}: expected KEY=FOLDER, for example meld=/data/meld.")
+        found[find_set(key).key] = folder
+    return found
+
+
+def score_path(
+    path: str | Path,
+    root: str | Path | None,
+    *,
+    key: str | None = None,
+    mapping: str = "both",
+    wheels: str | Path | None = None,
+    overrides: Overrides | None = None,
+    missing: str = "error",
+) -> str:
+    """The table of every answer file at a path, under one mapping or both, with means over the sets.
+
+    Raises: FileNotFoundError without answers or labels, saying where labels come from; ValueError for a file whose set
+    neither its path nor `key` tells; otherwise as `score_answers`."""
+    files = _files(Path(path))
+    if root is None and not overrides:
+        asked = find_set(key) if key else None
+        got = f" To get {asked.title}: {asked.source}." if asked else ""
+        raise ValueError(
+            f"Scoring {path} needs the labels of the sets: give --root, the folder that holds "
+            f"{', '.join(info.folders[0] for info in SETS)}.{got}"
+        )
+    known = EmotionWheels.default() if wheels is None else EmotionWheels.from_affectgpt(wheels)
+    mappings = ("official", "direct") if mapping == "both" else (mapping,)
+    loaded: dict[str, LoadedSet] = {}
+    stems: dict[str, list[SetScore]] = {}
+    lines = [f"wheels: {', '.join(wheel.name for wheel in known.wheels)}"]
+    if wheels is None:
+        lines.append("These are the project's own wheels; for MER-UniBench's figures give --wheels FOLDER.")
+    for file in files:
+        mine = _set_of(file, key)
+        if mine not in loaded:
+            with warnings.catch_warnings():
+                # The same words are the score's notes.
+                warnings.simplefilter("ignore", UserWarning)
+                loaded[mine] = load_set(root or ".", mine, overrides=overrides)
+        answers = read_answers(file, sentiment=find_set(mine).kind == "sentiment")
+        for m in mappings if find_set(mine).kind != "sentiment" else mappings[:1]:
+            score = score_answers(loaded[mine], answers, known, mapping=m, missing=missing)
+            stems.setdefault(_stem(answers), []).append(score)
+            lines.append(repr(score))
+    return "\n".join([*lines, *_means(stems, mappings)])
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"There are no answers at {path}.")
+    if path.is_dir() and not any(path.glob("*.npy")):
+        found = answer_files(path)
+        if not found:
+            raise FileNotFoundError(f"No npz, csv or jsonl file of answers lies under {path}.")
+        return found
+    return [path]
+
+
+def _set_of(file: Path, key: str | None) -> str:
+    """The set of an answer file, told by the option, the path or the file. Raises: ValueError when none tells."""
+    told = set_in_path(file) or (read_answers(file).key if file.suffix in (".jsonl", ".json") else "")
+    if key is not None:
+        if told and told != find_set(key).key:
+            raise ValueError(f"{file} belongs to {told}, not to {key!r}: leave --set out, or give its answers.")
+        return find_set(key).key
+    if not told:
+        raise ValueError(
+            f"{file} does not tell its set (no results-<key> folder in its path): give --set KEY, one of "
+            f"{', '.join(info.key for info in SETS)}."
+        )
+    return told
+
+
+def _stem(answers: Answers) -> str:
+    """What made the answers, the same over the sets: run and checkpoint, or model and method."""
+    if answers.run is not None:
+        told = [str(answers.run[part]) for part in ("model", "method") if part in answers.run]
+        return "/".join(told) or "answers"
+    if not set_in_path(answers.path):
+        return "answers"
+    name = answers.path.stem.removesuffix("-sentiment").removesuffix("-openset")
+    return f"{answers.path.parent.name}/{name}"
+
+
+def _means(stems: Mapping[str, list[SetScore]], mappings: tuple[str, ...]) -> list[str]:
+    lines = []
+    for stem, scores in stems.items():
+        for mapping in mappings:
+            chosen = [score for score in scores if score.mapping in ("", mapping)]
+            keys = [score.key for score in chosen]
+            if chosen and len(set(keys)) == len(keys):
+                lines.append(f"{stem}: {benchmark_mean(chosen, mapping)!r}")
+    return lines + ([BEST_STEM] if len(stems) > 1 else [])
+
+
+def answer_command(args: Any) -> str:
+    """Answer one set with a model, under a saved circuit if one is given; says what was written."""
+    from veena_lens.emotion.mer_unibench.answering import answer_set
+    from veena_lens.emotion.methods import Method
+
+    # The set is read first: a lost folder should not cost the loading of a model.
+    samples = load_set(args.root, args.set, overrides=parse_folders(args.folder))
+    method = None
+    if args.circuit:
+        from veena_lens.interventions.circuit import Circuit
+
+        circuit = Circuit.load(args.circuit)
+        # The content names the circuit: a file of answers is not continued under another of the same name.
+        digest = hashlib.sha256(Path(args.circuit).read_bytes()).hexdigest()[:16]
+        settings = {"circuit": Path(args.circuit).name, "sha256": digest}
+        method = Method(name="circuit", interventions=circuit, settings=settings)
+    from veena_lens.model.model import HookedVLM
+
+    loading: dict[str, Any] = {"device": args.device}
+    if args.dtype is not None:
+        import torch
+
+        loading["dtype"] = getattr(torch, args.dtype)
+    model = HookedVLM.from_pretrained(args.model, **loading)
+    run = answer_set(
+        model,
+        samples,
+        out=args.out,
+        frames=args.frames,
+        faces=args.faces,
+        subtitle=not args.no_subtitle,
+        method=method,
+        model_name=args.model,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        missing=args.missing,
+        progress=True,
+    )
+    left_out = f"\nleft out without pictures: {', '.join(run.left_out)}" if run.left_out else ""
+    return f"{run!r}{left_out}\nscore it: veena-lens mer-unibench score {args.out} --root {args.root}"

@@ -1,0 +1,119 @@
+"""Attention inside areas: each position reads its own area alone, in both directions (windows of a picture).
+
+Positions keep their order, so that a pattern reads as the picture lies; only the fused kernel meets the areas one
+by one, gathered to rows, at the cost of its own positions and not of all. The mask over all positions is made
+where a listener asks for scores or pattern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """`allowed` True where a query may read a key, None for all (or, with `is_causal`, for the causal rule)."""
+
+    allowed: Bool[Tensor, "batch one query_pos key_pos"] | None
+    is_causal: bool
+
+    def explicit(self, n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, ...] | None:
+        """The mask as a tensor, None when every key is allowed."""
+        if self.allowed is not None or not self.is_causal:
+            return self.allowed
+        return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
+
+
+@dataclass(frozen=True, eq=False)
+class AreaMask:
+    """`numbers` tells areas of a row apart, `real` which positions exist; others read nothing and are not read."""
+
+    numbers: Int[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"]
+    is_causal: bool = False
+
+    @cached_property
+    def allowed(self) -> Bool[Tensor, "batch one pos pos"]:
+        """True where a query may read a key."""
+        same = self.numbers[:, :, None] == self.numbers[:, None]
+        return (same & self.real[:, :, None] & self.real[:, None])[:, None]
+
+    def explicit(self, n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, ...]:
+        """The mask as a tensor."""
+        return self.allowed
+
+    @cached_property
+    def members(self) -> Int[Tensor, "area size"]:
+        """Places of each area's positions among those of all rows, -1 past its end."""
+        rows = torch.arange(len(self.numbers), device=self.numbers.device)[:, None]
+        owner = (rows * (int(self.numbers.max()) + 1) + self.numbers).flatten()
+        places = self.real.flatten().nonzero().flatten()
+        order = owner[places].argsort(stable=True)
+        _, sizes = owner[places][order].unique_consecutive(return_counts=True)
+        parts = places[order].split(sizes.tolist())
+        return pad_sequence(list(parts), batch_first=True, padding_value=-1)
+
+
+def attend_in_areas(
+    q: Float[Tensor, "batch heads pos d_head"],
+    k: Float[Tensor, "batch heads pos d_head"],
+    v: Float[Tensor, "batch heads pos d_head"],
+    mask: AreaMask,
+    scale: float,
+) -> Float[Tensor, "batch heads pos d_head"]:
+    """softmax(q k^T scale) v inside each area; zeros where a position does not exist."""
+    members, batch = mask.members, len(q)
+    there = members >= 0
+    flat = [rearrange(x, "b h p d -> (b p) h d") for x in (q, k, v)]
+    parts = [x[members.clamp(min=0)].transpose(1, 2) for x in flat]
+    keys = None if bool(there.all()) else there[:, None, None]
+    out = F.scaled_dot_product_attention(*parts, attn_mask=keys, scale=scale).transpose(1, 2)
+    whole = torch.zeros_like(flat[0]).index_put((members[there],), out[there])
+    return rearrange(whole, "(b p) h d -> b h p d", b=batch)
+
+
+Mask: TypeAlias = AttentionMask | AreaMask
+
+
+def causal_mask(
+    n_past: int,
+    n_new: int,
+    window: int | None,
+    device: torch.device,
+    blocks: Int[Tensor, "#batch known"] | None = None,
+) -> Bool[Tensor, "#batch one query_pos key_pos"]:
+    """True where a query at positions n_past .. may read a key: itself or earlier, or of its own block of `blocks`
+    (as in `Context`); never further back than the sliding window."""
+    n_key = n_past + n_new
+    query = torch.arange(n_past, n_key, device=device)[:, None]
+    key = torch.arange(n_key, device=device)[None]
+    allowed = (key <= query)[None, None]
+    if blocks is not None:
+        own = F.pad(blocks.to(device), (0, max(0, n_key - blocks.shape[1])), value=-1)[:, :n_key]
+        mine = own[:, n_past:, None]
+        allowed = allowed | ((mine == own[:, None]) & (mine >= 0))[:, None]
+    return allowed if window is None else allowed & (key > query - window)
+
+
+def softmax_dtype(dtype: torch.dtype) -> torch.dtype | None:
+    """float32 for half types, else the scores' own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+
+
+def masked_softmax(
+    scores: Float[Tensor, "batch heads query_pos key_pos"], allowed: Bool[Tensor, ...] | None
+) -> Float[Tensor, "batch heads query_pos key_pos"]:
+    """Softmax over keys; a query with no allowed key (a pad) gets zeros, as the fused kernel gives."""
+    pattern = scores.softmax(-1, dtype=softmax_dtype(scores.dtype)).to(scores.dtype)
+    if allowed is not None:
+        pattern = pattern * allowed.any(-1, keepdim=True)
+    return pattern

@@ -1,0 +1,230 @@
+"""One table for all methods: the same held-out pictures under the same conditions, with paired differences.
+
+The task is emotional hallucination: a context sentence says another emotion (weakly, plainly, strongly), besides
+pictures without context and with a consistent one, so that rescue and harm are seen together. Answers are written as
+they come; intervals draw identities, and differences to the plain model are paired by picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.circuits import sign_flip
+from veena_lens.emotion.judge.intervals import drawn_weights, share
+from veena_lens.emotion.methods import PLAIN, Method, answers_to, batches, prepared, require_sizes
+from veena_lens.emotion.work import Work, batch_key, method_key, model_key
+from veena_lens.scores import Scores
+from veena_lens.sweeps.engine import bar
+
+NEUTRAL = "neutral"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Evaluation:
+    """What every method said of every example: `texts` [condition][method], and what it was worth.
+
+    `hits`, `followed` (condition, method, example): 1 where the answer names the picture's emotion, or the context's;
+    rows of examples that a condition lacks are masked. `table()` sums up; `per_emotion()` gives recalls.
+    """
+
+    texts: Mapping[str, Mapping[str, Sequence[str]]]
+    examples: Mapping[str, Sequence[Any]]
+    hits: Mapping[str, Mapping[str, Tensor]]
+    followed: Mapping[str, Mapping[str, Tensor]]
+    false_emotions: Mapping[str, Mapping[str, Tensor]]
+    methods: Sequence[str]
+    baseline: str
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    draws: int = 2000
+    seed: int = 0
+
+    def table(self) -> Any:
+        """A row a condition and method: n, hit rate with its interval, the difference to the baseline with its
+        interval and p (sign flips of identities), the share that follows the context, and of neutral pictures the
+        share that is given an emotion ("false"), with the balanced score (mean of emotional hits and 1 - false)."""
+        import pandas as pd
+
+        rows = []
+        for condition, by_method in self.hits.items():
+            examples = self.examples[condition]
+            identities = [e.identity for e in examples]
+            emotional = torch.tensor([e.emotion != NEUTRAL for e in examples])
+            weights = drawn_weights(identities, self.draws, self.seed)
+            plain = by_method[self.baseline]
+            for method in self.methods:
+                mine = by_method[method]
+                low, mean, high = share(mine, weights).tolist()
+                row = {"condition": condition, "method": method, "n": len(mine), "hit": mean, "low": low, "high": high}
+                if method != self.baseline:
+                    change = share(mine - plain, weights).tolist()
+                    row |= {"difference": change[1], "difference_low": change[0], "difference_high": change[2]}
+                    row |= {"p": _p(mine - plain, identities, self.seed)}
+                row |= {"follows_context": _mean(self.followed[condition][method])}
+                false = self.false_emotions[condition][method]
+                recall = mine[emotional].mean().item() if bool(emotional.any()) else float("nan")
+                row |= {"false": _mean(false), "balanced": (recall + 1 - _mean(false)) / 2}
+                rows.append(row)
+        return pd.DataFrame(rows)
+
+    def per_emotion(self) -> Any:
+        """Hit rate by condition, method and the picture's emotion."""
+        import pandas as pd
+
+        rows = []
+        for condition, by_method in self.hits.items():
+            names = [e.emotion for e in self.examples[condition]]
+            for method, mine in by_method.items():
+                for emotion in dict.fromkeys(names):
+                    chosen = torch.tensor([name == emotion for name in names])
+                    rows.append(
+                        {"condition": condition, "method": method, "emotion": emotion}
+                        | {"n": int(chosen.sum()), "hit": mine[chosen].mean().item()}
+                    )
+        return pd.DataFrame(rows)
+
+    def scores(self) -> Scores:
+        """Hit rates with intervals as Scores (condition, method, bound)."""
+        table = self.table()
+        conditions = list(self.hits)
+        values = torch.tensor(
+            [
+                [
+                    table[(table["condition"] == c) & (table["method"] == m)][["low", "hit", "high"]].iloc[0].tolist()
+                    for m in self.methods
+                ]
+                for c in conditions
+            ],
+            dtype=torch.float64,
+        )
+        labels = {"condition": conditions, "method": list(self.methods), "bound": ["low", "mean", "high"]}
+        return Scores(values, ("condition", "method", "bound"), labels, "hit rate", "share")
+
+    def __repr__(self) -> str:
+        lines = [f"Evaluation({len(self.methods)} methods, {len(self.hits)} conditions; hit rate)"]
+        width = max(len(m) for m in self.methods)
+        lines.append(" " * (width + 2) + "  ".join(self.hits))
+        for method in self.methods[:20]:
+            values = "  ".join(f"{by[method].mean().item():.3f}".rjust(len(c)) for c, by in self.hits.items())
+            lines.append(f"  {method.ljust(width)}{values}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    model: Any,
+    conditions: Mapping[str, Sequence[Any]],
+    methods: Sequence[Method],
+    *,
+    wheels: Any = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 24,
+    draws: int = 2000,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Every method's answers to every condition's examples, judged. The plain model is the baseline; it is added in
+    front where `methods` lacks it. out: answers are kept there batch by batch, and the same evaluation resumes.
+
+    Raises: ValueError for no examples, two methods of one name, or a batch size or length below 1.
+    """
+    from veena_lens.emotion.words.wheels import EmotionWheels
+
+    wheels = EmotionWheels.default() if wheels is None else wheels
+    require_sizes(batch_size, max_new_tokens)
+    methods = list(methods) if any(m.name == PLAIN.name for m in methods) else [PLAIN, *methods]
+    names = [m.name for m in methods]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"evaluate: two methods are called {twice[0]!r}; names tell them apart in the table.")
+    if not conditions or not all(len(examples) for examples in conditions.values()):
+        raise ValueError("evaluate: every condition needs at least one example.")
+    total = sum(len(x) for x in conditions.values()) * len(methods)
+    show = bar(total, progress, "answers")
+    texts: dict[str, dict[str, list[str]]] = {}
+    about = {"what": "answers", "model": None if out is None else model_key(model), "tokens": max_new_tokens}
+    # Named by what a method does: the same heads and strength are not asked again under another name.
+    works = [Work(out, lambda m=m: about | {"does": method_key(m)}) for m in methods]
+    for condition, examples in conditions.items():
+        texts[condition] = {m.name: [] for m in methods}
+        for some in batches(examples, batch_size):
+            key = None if out is None else batch_key(some)
+            shared: list[Any] = []  # prepared once for all methods that leave the prompt as it is
+            for method, work in zip(methods, works, strict=True):
+
+                def run(some: list[Any] = some, method: Method = method, shared: list[Any] = shared) -> dict[str, Any]:
+                    if method.prompt is not None:
+                        return {"texts": answers_to(model, prepared(model, some, method), method, max_new_tokens)}
+                    if not shared:
+                        shared.append(prepared(model, some))
+                    return {"texts": answers_to(model, shared[0], method, max_new_tokens)}
+
+                texts[condition][method.name] += work.do(str(key), run)["texts"]
+                if show is not None:
+                    show.update(len(some))
+    if show is not None:
+        show.close()
+    return judged(conditions, texts, wheels, PLAIN.name, {m.name: dict(m.settings) for m in methods}, draws, seed)
+
+
+def judged(
+    conditions: Mapping[str, Sequence[Any]],
+    texts: Mapping[str, Mapping[str, Sequence[str]]],
+    wheels: Any,
+    baseline: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    draws: int = 2000,
+    seed: int = 0,
+) -> Evaluation:
+    """The evaluation of texts that are there already."""
+    from veena_lens.emotion.words.scores import sample_hit
+
+    hits: dict[str, dict[str, Tensor]] = {}
+    followed: dict[str, dict[str, Tensor]] = {}
+    false: dict[str, dict[str, Tensor]] = {}
+    nan = float("nan")
+    for condition, examples in conditions.items():
+        hits[condition], followed[condition], false[condition] = {}, {}, {}
+        for method, said in texts[condition].items():
+            hit, told, wrong = [], [], []
+            for example, text in zip(examples, said, strict=True):
+                named = wheels.emotions(text)
+                hit.append(float(sample_hit(text, example.emotion, wheels) > 0.5))
+                other = example.context_emotion not in (None, example.emotion)
+                told.append(float(sample_hit(text, example.context_emotion, wheels) > 0.5) if other else nan)
+                is_neutral = example.emotion == NEUTRAL
+                wrong.append(float(any(name != NEUTRAL for name in named)) if is_neutral else nan)
+            for table, column in ((hits, hit), (followed, told), (false, wrong)):
+                table[condition][method] = torch.tensor(column, dtype=torch.float64)
+    return Evaluation(
+        texts=texts,
+        examples=conditions,
+        hits=hits,
+        followed=followed,
+        false_emotions=false,
+        methods=list(next(iter(texts.values()))),
+        baseline=baseline,
+        settings=settings,
+        draws=draws,
+        seed=seed,
+    )
+
+
+def _p(differences: Float[Tensor, " n"], identities: Sequence[str], seed: int) -> float:
+    """p of the mean difference when whole identities' signs are flipped; 1 where no answer changed."""
+    if len(set(identities)) < 2:
+        return float("nan")
+    if not bool(differences.any()):
+        return 1.0
+    scores = Scores(differences, ("pair",))
+    return float(sign_flip(scores, groups=identities, seed=seed).values)
+
+
+def _mean(x: Tensor) -> float:
+    return float(x.nanmean()) if bool((~x.isnan()).any()) else float("nan")

@@ -1,0 +1,176 @@
+"""Choosing a method's settings on a validation split, every family with the same number of trials.
+
+A trial's worth is the mean hit rate over the conditions where context and picture disagree. It must do no harm: where
+they agree, or no context is there, the hit rate may fall by at most `harm`; it must leave the answers fluent, since
+broken text can hit by chance; and other questions about the pictures, where some are given, must be answered as before
+but for `attribute_harm`. Nothing here sees held-out pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from veena_lens.emotion.judge.evaluation import Evaluation, evaluate
+from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
+from veena_lens.emotion.judge.side_effects import Questions
+from veena_lens.emotion.methods import PLAIN, Method
+from veena_lens.emotion.words.wheels import EmotionWheels
+from veena_lens.emotion.work import Work, batch_key, digest, method_key, model_key
+
+HARM = 0.02
+ATTRIBUTE_HARM = 0.05  # share of other questions that may be lost
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tuned:
+    """The method chosen, and the table of all trials: settings, worth, the worst fall, perplexity, whether it was
+    allowed; with other questions also the share answered right, NaN for trials that were not asked."""
+
+    family: str
+    method: Method
+    trials: Any
+    worth: float
+
+    def __repr__(self) -> str:
+        allowed = int(self.trials["allowed"].sum())
+        trials = f"{allowed} of {len(self.trials)} trials allowed"
+        return f"Tuned({self.family}: {dict(self.method.settings)}, worth {self.worth:.3f}; {trials})"
+
+
+def is_conflict(examples: Sequence[Any]) -> bool:
+    """True where the examples' contexts name another emotion than the picture."""
+    return any(e.context_emotion not in (None, e.emotion) for e in examples)
+
+
+def worth_of(evaluation: Evaluation, method: str) -> tuple[float, float]:
+    """(worth, harm): mean hit rate over conflict conditions (all conditions where none is), and the largest fall of
+    the hit rate, or rise of false emotions, in the other conditions."""
+    conflict = [c for c, examples in evaluation.examples.items() if is_conflict(examples)]
+    wanted = conflict or list(evaluation.examples)
+    worth = sum(evaluation.hits[c][method].mean().item() for c in wanted) / len(wanted)
+    falls = [0.0]
+    for c in evaluation.examples:
+        if c in conflict:
+            continue
+        falls.append((evaluation.hits[c][evaluation.baseline] - evaluation.hits[c][method]).mean().item())
+        false = evaluation.false_emotions[c]
+        before, after = false[evaluation.baseline].nanmean().item(), false[method].nanmean().item()
+        if before == before and after == after:
+            falls.append(after - before)
+    return worth, max(falls)
+
+
+def fluency_ratio(
+    model: Any, evaluation: Evaluation, method: str, wheels: Any, fluency: Fluency | None = None
+) -> float:
+    """Perplexity of a method's answers under the untouched model, emotion words left out, relative to the plain
+    model's: geometric mean over the answers, the worst condition's, at least 1. fluency: what measures, and keeps what
+    it measured for the next method."""
+    if fluency is None:
+        emotions = [e.emotion for examples in evaluation.examples.values() for e in examples]
+        fluency = Fluency(model, emotions, wheels)
+    worst = 0.0
+    for condition, examples in evaluation.examples.items():
+        said, plain = evaluation.texts[condition][method], evaluation.texts[condition][evaluation.baseline]
+        worst = max(worst, float(fluency.changes(examples, said, plain).mean()))
+    return math.exp(worst)
+
+
+def tune(
+    model: Any,
+    conditions: Mapping[str, Sequence[Any]],
+    name: str,
+    grid: Sequence[Mapping[str, Any]],
+    build: Callable[..., Method],
+    *,
+    harm: float | int = HARM,
+    fluency: float | int = FLUENCY,
+    others: Questions | None = None,
+    attribute_harm: float | int = ATTRIBUTE_HARM,
+    measure: Fluency | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Tuned:
+    """The settings of `grid` whose method is worth most on the validation conditions without doing harm.
+
+    `fluency`: how often the perplexity of the answers, emotion words left out, may grow in any condition (`measure`
+    keeps what was measured for the next family). `others`: further questions about validation pictures; the share
+    answered right may fall by at most `attribute_harm`. They are asked of the trials that pass the other guards, from
+    the one worth most on, until one passes. Of equals the earlier in the grid is taken, so grids go from weak to
+    strong. Where no trial is allowed, the least harmful of the fluent ones is returned, and `trials` says so.
+    `settings`: those of `evaluate`. Raises: ValueError for an empty grid.
+    """
+    import pandas as pd
+
+    if not grid:
+        raise ValueError(f"tune: the grid of {name!r} is empty.")
+    methods = []
+    for i, chosen in enumerate(grid):
+        built = build(**chosen)
+        about = {**built.settings, **{k: _plain(v) for k, v in chosen.items()}}
+        methods.append(replace(built, name=f"{name} #{i}", settings=about))
+    wheels = settings.get("wheels") or EmotionWheels.default()
+    found = evaluate(model, conditions, [PLAIN, *methods], out=out, progress=progress, **settings)
+    plain, _ = worth_of(found, PLAIN.name)
+    rows: list[dict[str, Any]] = []
+    for chosen, method in zip(grid, methods, strict=True):
+        worth, fall = worth_of(found, method.name)
+        ratio = fluency_ratio(model, found, method.name, wheels, measure)
+        about = {k: _plain(v) for k, v in chosen.items()}
+        allowed = fall <= harm and ratio <= fluency
+        rows.append({**about, "worth": worth, "harm": fall, "perplexity": ratio, "allowed": allowed})
+    order = sorted((i for i, row in enumerate(rows) if row["allowed"]), key=lambda i: -rows[i]["worth"])
+    lost = [0.0] * len(rows)
+    if others is not None and len(others):
+        order = _kept(model, methods, rows, order, lost, others, attribute_harm, out, settings.get("batch_size", 16))
+    table = pd.DataFrame(rows).assign(plain=plain)
+    best = (
+        order[0]
+        if order
+        else min(range(len(rows)), key=lambda i: (rows[i]["perplexity"] > fluency, max(rows[i]["harm"], lost[i])))
+    )
+    final = replace(methods[best], name=name)
+    return Tuned(family=name, method=final, trials=table, worth=float(rows[best]["worth"]))
+
+
+def _kept(
+    model: Any,
+    methods: Sequence[Method],
+    rows: list[dict[str, Any]],
+    order: Sequence[int],
+    lost: list[float],
+    others: Questions,
+    attribute_harm: float | int,
+    out: str | Path | None,
+    batch_size: int,
+) -> list[int]:
+    """The first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was seen."""
+    about = {"what": "other questions", "asked": digest([list(others.asked), list(others.truths)])}
+    work = Work(out, lambda: about | {"model": model_key(model), "examples": batch_key(others.examples)})
+
+    def right(method: Method) -> float:
+        def run() -> dict[str, Any]:
+            return {"right": others.share_right(model, method, batch_size=batch_size)}
+
+        return float(work.do(lambda: digest(method_key(method)), run)["right"])
+
+    for row in rows:
+        row["attributes"] = math.nan
+    before = right(PLAIN) if order else math.nan
+    for i in order:
+        rows[i]["attributes"] = right(methods[i])
+        lost[i] = before - rows[i]["attributes"]
+        if lost[i] <= attribute_harm:
+            return [i]
+        rows[i]["allowed"] = False
+    return []
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a table and JSON hold it."""
+    return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

@@ -1,0 +1,285 @@
+"""Stage I as a run: ask, filter, read the states, sum; `extract_directions`, and what its controls share with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.circuits.reading import EPS
+from veena_lens.emotion.locate.direction_set import FEW, Directions
+from veena_lens.emotion.locate.streaming import WHO, Batch, PairHits, PairStates, Sums, halves_of, pair_hits, unasked
+from veena_lens.emotion.pairs.loading import Pair, PairSet
+from veena_lens.emotion.work import Work, model_key
+
+SPLITS = 50
+POSITIONS = ("last", "query")
+
+__all__ = ["Directions", "Selected", "TooFewPairs", "directions_from", "extract_directions", "select_pairs"]
+
+
+class TooFewPairs(ValueError):
+    """Too few pairs passed the filter; `counts` says how many did, by emotion."""
+
+    def __init__(self, counts: Mapping[str, int], minimum: int, tau: float, total: Mapping[str, int]) -> None:
+        self.counts = dict(counts)
+        few = [f"{e}: {n} of {total[e]}" for e, n in counts.items() if n < minimum]
+        super().__init__(
+            f"{WHO}: too few pairs pass the filter with tau={tau}: {'; '.join(few)}; {minimum} are needed of each "
+            "emotion. Give more pairs, leave such emotions out (pairs.select(emotion=[...])), or lower tau or minimum."
+        )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Selected:
+    """The pairs that passed, and their states: everything that directions and their controls are summed from."""
+
+    model: Any
+    hits: PairHits
+    chosen: Sequence[int]
+    states: Iterable[Batch]
+    settings: Mapping[str, Any]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The pairs that passed."""
+        return [self.hits.pairs[i] for i in self.chosen]
+
+
+def select_pairs(
+    model: Any,
+    pairs: PairSet | Sequence[Pair],
+    *,
+    tau: float | int = 0.5,
+    wheels: Any = None,
+    question: str | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 24,
+    positions: str = "last",
+    lead_in: str | None = None,
+    require_neutral: bool = True,
+    minimum: int = 8,
+    contexts: bool = False,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> Selected:
+    """Ask the model about every pair and choose those with H(X+, y) > tau and H(X-, y) <= tau; states come lazily.
+
+    Settings and errors: `extract_directions`."""
+    _require(tau, batch_size, max_new_tokens, positions, minimum)
+    if lead_in is not None and positions != "last":
+        raise ValueError(f"{WHO}: lead_in={lead_in!r} goes with positions='last', not {positions!r}.")
+    pairs = pairs if isinstance(pairs, PairSet) else PairSet(tuple(pairs))
+    if not len(pairs):
+        raise ValueError(f"{WHO}: the set holds no pairs; a direction needs emotional pictures with neutral twins.")
+    pairs = pairs if contexts else pairs.without_context()
+    pairs = pairs if question is None else pairs.asked(question)
+    if wheels is not None:
+        wheels.require(pairs.emotions)
+    experiment = {
+        "what": "directions",
+        "model": model_key(model),
+        "pairs": pairs.fingerprint if store is not None else "",
+        "settings": [batch_size, max_new_tokens],
+    }
+    work = Work(store, experiment)
+    if tau < 0 and not require_neutral:
+        hits = unasked(pairs)
+    else:
+        asking = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        hits = pair_hits(model, pairs, wheels=wheels, work=work, progress=progress, **asking)
+    chosen = hits.kept(tau, require_neutral)
+    total = Counter(pair.emotion for pair in pairs)
+    used = Counter(pairs[i].emotion for i in chosen)
+    counts = {emotion: used[emotion] for emotion in pairs.emotions}
+    if min(counts.values()) < minimum:
+        raise TooFewPairs(counts, minimum, tau, total)
+    states = PairStates(
+        model=model,
+        pairs=pairs,
+        chosen=chosen,
+        positions=positions,
+        lead_in=lead_in,
+        batch_size=batch_size,
+        work=work,
+        progress=progress,
+    )
+    settings = {
+        "tau": tau,
+        "require_neutral": require_neutral,
+        "positions": positions,
+        "lead_in": lead_in,
+        "question": pairs[0].emotional.question if len({p.emotional.question for p in pairs}) == 1 else "several",
+        "contexts": contexts,
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "minimum": minimum,
+        "dropped": hits.dropped(tau, require_neutral),
+        "asked": dict(total),
+    }
+    return Selected(model=model, hits=hits, chosen=chosen, states=states, settings=settings)
+
+
+def extract_directions(
+    model: Any,
+    pairs: PairSet | Sequence[Pair],
+    *,
+    tau: float | int = 0.5,
+    wheels: Any = None,
+    question: str | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 24,
+    positions: str = "last",
+    lead_in: str | None = None,
+    require_neutral: bool = True,
+    minimum: int = 8,
+    contexts: bool = False,
+    store: str | Path | None = None,
+    seed: int = 0,
+    n_splits: int = SPLITS,
+    progress: bool = True,
+) -> Directions:
+    """Steering vectors of every layer: S_l^e = mean over U_e of h_l(X+)[N] - h_l(X-)[N], and S_l = mean_e S_l^e.
+
+    h_l is `blocks.{l}.hook_resid_post`, N the last prompt token (positions="query": the mean over the question), U_e
+    the pairs of emotion e with H(X+, e) > tau and, with `require_neutral`, H(X-, e) <= tau, H the hit rate of the
+    greedy answer (tau=-1 without `require_neutral` takes every pair and asks nothing). The state at N says what comes
+    next, so it holds the emotion where the answer begins with it: ask for a list of emotions (`question`), or give a
+    `lead_in` such as "the person feels", of which N is then the last token. Contexts before the question are left out
+    unless `contexts`.
+    In units of the residual stream, summed in float64, a batch at a time: memory does not depend on the number of
+    pairs (the halves of `n_splits` divisions take 8 n_splits E L D bytes, 260 MB for 50, 5 emotions and a 7B model).
+    `store`: a folder that keeps answers and states; run again after a stop, the result is the same to the bit.
+    `seed`: of the random halves.
+    Raises: TooFewPairs (a ValueError) where fewer than `minimum` pairs of an emotion pass; ValueError for no pairs,
+    settings out of range, an emotion off all wheels, or twins that become different tokens.
+    Source: Zhang et al. 2026, arXiv 2605.21980, steering vectors; the neutral condition, the balance over emotions and
+    the measures of quality are our own.
+    """
+    selected = select_pairs(
+        model, pairs, tau=tau, wheels=wheels, question=question, batch_size=batch_size, max_new_tokens=max_new_tokens,
+        positions=positions, lead_in=lead_in, require_neutral=require_neutral, minimum=minimum, contexts=contexts,
+        store=store, progress=progress,
+    )  # fmt: skip
+    return directions_from(selected, seed=seed, n_splits=n_splits)
+
+
+def directions_from(
+    selected: Selected,
+    *,
+    labels: Sequence[str] | None = None,
+    signs: Sequence[int] | None = None,
+    only: Sequence[bool] | None = None,
+    seed: int = 0,
+    n_splits: int = SPLITS,
+    kind: str = "emotional minus neutral",
+) -> Directions:
+    """Directions from the chosen pairs, with other `labels`, with twins swapped where a sign is -1, or of some alone.
+
+    All three go along `selected.pairs`; a control changes one of them. Raises: ValueError where no pair is left."""
+    pairs, cfg = selected.pairs, selected.model.cfg
+    n = len(pairs)
+    labels = [pair.emotion for pair in pairs] if labels is None else list(labels)
+    signs = [1] * n if signs is None else list(signs)
+    only = [True] * n if only is None else list(only)
+    used = [label for label, wanted in zip(labels, only, strict=True) if wanted]
+    emotions = list(dict.fromkeys(used))
+    if not emotions:
+        raise ValueError(f"{WHO}: no pair is left to sum over.")
+    people = [pair.identity for pair in pairs]
+    known = {who for who, wanted in zip(people, only, strict=True) if wanted}
+    groups = people if len(known) >= 4 else [str(i) for i in range(n)]
+    in_half = halves_of(groups, n_splits, seed)
+    number = {emotion: i for i, emotion in enumerate(emotions)}
+    place = {pair: i for i, pair in enumerate(selected.chosen)}
+    sums = Sums(len(emotions), cfg.n_layers, cfg.d_model, n_splits)
+    for numbers, emotional, neutral in selected.states:
+        rows = [i for i, pair in enumerate(numbers) if only[place[pair]]]
+        if not rows:
+            continue
+        at = [place[numbers[i]] for i in rows]
+        plus, minus = emotional[rows], neutral[rows]
+        swapped = torch.tensor([signs[i] < 0 for i in at])[:, None, None]
+        plus, minus = torch.where(swapped, minus, plus), torch.where(swapped, plus, minus)
+        sums.add(torch.tensor([number[labels[i]] for i in at]), plus, minus, in_half[:, at])
+    counts = {emotion: int(c) for emotion, c in zip(emotions, sums.count.tolist(), strict=True)}
+    few = [f"{e} {c}" for e, c in counts.items() if c < FEW]
+    notes = [f"fewer than {FEW} pairs: {', '.join(few)}; read cosines with care"] if few else []
+    meta = {
+        "kind": kind,
+        "model": cfg.model_name,
+        "pairs": n,
+        "halves_by": "identity" if groups is people else "pair",
+        "seed": seed,
+        **selected.settings,
+        "notes": notes,
+    }
+    return _directions(sums, emotions, counts, meta)
+
+
+def _directions(sums: Sums, emotions: Sequence[str], counts: Mapping[str, int], meta: dict[str, Any]) -> Directions:
+    n = sums.count[:, None, None]
+    per_emotion = sums.difference / n
+    plain = sums.difference.sum(0) / sums.n
+    return Directions(
+        overall=per_emotion.mean(0),
+        per_emotion=per_emotion,
+        emotions=tuple(emotions),
+        counts=counts,
+        norms=sums.norm / (2 * sums.n),
+        neutral_mean=(sums.neutral / n).mean(0),
+        emotional_mean=(sums.emotional / n).mean(0),
+        measured={
+            "plain": plain,
+            "split_half": _split_half(sums),
+            "agreement": _agreement(sums),
+            "spread": _spread(sums, per_emotion, plain),
+            "size": sums.size / (2 * sums.n),
+        },
+        meta=meta,
+    )
+
+
+def _split_half(sums: Sums) -> Float[Tensor, "direction layer"]:
+    """Mean cosine of two halves, stepped up; a division counts where both halves have pairs of each emotion in it."""
+    first_n, second_n = sums.half_count[..., None, None], (sums.count - sums.half_count)[..., None, None]
+    first, second = sums.halves / first_n, (sums.difference - sums.halves) / second_n
+    first, second = (torch.cat([half, half.mean(1, keepdim=True)], 1) for half in (first, second))
+    cosine = (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1) + EPS)
+    r = cosine.nanmean(0)
+    return 2 * r / (1 + r.abs())
+
+
+def _agreement(sums: Sums) -> Float[Tensor, "direction layer"]:
+    """Mean cosine of two different pairs: ||sum of units||^2 = n + n (n - 1) mean."""
+    n = torch.cat([sums.count, sums.count.sum(0, keepdim=True)])[:, None]
+    units = torch.cat([sums.units, sums.units.sum(0, keepdim=True)])
+    return (units.square().sum(-1) - n) / (n * (n - 1))
+
+
+def _spread(
+    sums: Sums, per_emotion: Float[Tensor, "emotion layer d_model"], plain: Float[Tensor, "layer d_model"]
+) -> Float[Tensor, "direction layer"]:
+    """sqrt(mean ||s_i||^2 - ||S||^2) / ||S||."""
+    square = torch.cat([sums.square / sums.count[:, None], (sums.square.sum(0) / sums.n)[None]])
+    norm = torch.cat([per_emotion, plain[None]]).norm(dim=-1)
+    return (square - norm**2).clamp(min=0).sqrt() / (norm + EPS)
+
+
+def _require(tau: float | int, batch_size: int, max_new_tokens: int, positions: str, minimum: int) -> None:
+    if not -1 <= tau < 1:
+        raise ValueError(
+            f"{WHO}: tau={tau} must lie in [0, 1), such as 0.5, the share of wheels that must agree, or be -1 to take "
+            "every pair."
+        )
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("minimum", minimum)):
+        if value < 1:
+            raise ValueError(f"{WHO}: {name}={value} must be at least 1.")
+    if positions not in POSITIONS:
+        raise ValueError(f"{WHO}: positions={positions!r} must be one of {', '.join(POSITIONS)}.")

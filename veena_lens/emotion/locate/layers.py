@@ -1,0 +1,359 @@
+"""Key layers: where does putting the emotion's direction into a neutral picture's run make the model name it?
+
+alpha * S_l is added to one layer's residual while the model answers about the neutral twin; C is how far the hit rate
+then goes from the neutral run's towards the emotional run's. A random direction of the same length is the control, a
+dose curve stands instead of one alpha, and answers that are no longer fluent do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.emotion.enhance import random_controls
+from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
+from veena_lens.emotion.judge.intervals import BOUNDS, drawn_weights, ratio, share
+from veena_lens.emotion.locate.answer_slot import AnswerSlot
+from veena_lens.emotion.methods import answers, batches, prepared
+from veena_lens.emotion.words.scores import sample_hit
+from veena_lens.emotion.words.wheels import EmotionWheels
+from veena_lens.emotion.work import Work, directions_key, model_key, pair_key, slot_key
+from veena_lens.interventions import Steer
+from veena_lens.interventions.base import require_layer
+from veena_lens.scores import Scores
+from veena_lens.sweeps import generation_sweep, steer_sweep
+from veena_lens.sweeps.engine import bar
+from veena_lens.sweeps.measuring import rank_correlation
+
+ALPHAS = (0.05, 0.1, 0.2, 0.4)
+APART = 0.05  # least difference of the hit rates of emotional and neutral twins
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KeyLayers:
+    """`restored`: C = (H~ - H-) / (H+ - H-) with axes (layer, alpha, bound); `control`: the same for random directions.
+
+    `by_layer`, `control_by_layer` (layer, bound): averaged over the doses that stay fluent. `crossed` (layer, injected,
+    named): share of answers that name each emotion, at the largest fluent dose. `fluency` (layer, alpha): perplexity of
+    the answers without emotion words under the untouched model, relative to its own answer. `soft` (layer, alpha): mean
+    change of the soft hit; `agreement`: Spearman's correlation of soft and generated changes over layers and doses.
+    `best`: the key layer, `band`: (first, last) of the longest run of layers above the control, None where there
+    is none. `emotional`, `neutral`: hit rates of the untouched runs.
+    """
+
+    restored: Scores
+    control: Scores
+    by_layer: Scores
+    control_by_layer: Scores
+    crossed: Scores
+    fluency: Scores
+    soft: Scores | None
+    agreement: float
+    best: int
+    band: tuple[int, int] | None
+    emotional: float
+    neutral: float
+    n_pairs: int
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def change(self, kind: str = "restored") -> Scores:
+        """C of another kind: "restored", "absolute" (H~ - H-), or "relative" ((H~ - H-) / H-, as the paper words it;
+        H- is at least 1 / n, and the number explodes where neutral pictures give no hits)."""
+        gap = self.emotional - self.neutral
+        factor = {"restored": 1.0, "absolute": gap, "relative": gap / max(self.neutral, 1 / self.n_pairs)}
+        if kind not in factor:
+            raise ValueError(f"KeyLayers.change: kind={kind!r} must be one of {', '.join(factor)}.")
+        return Scores(self.restored.values * factor[kind], self.restored.axes, self.restored.labels, f"C ({kind})")
+
+    def summary(self) -> Any:
+        """A row a layer: C with its interval, the control's, and whether the layer lies in the band."""
+        import pandas as pd
+
+        inside = range(self.band[0], self.band[1] + 1) if self.band else range(0)
+        rows = []
+        for i, layer in enumerate(self.by_layer.labels["layer"]):
+            low, mean, high = self.by_layer.values[i].tolist()
+            c_low, c_mean, c_high = self.control_by_layer.values[i].tolist()
+            rows.append(
+                {"layer": layer, "C": mean, "low": low, "high": high, "control": c_mean, "control_low": c_low}
+                | {"control_high": c_high, "in_band": layer in inside}
+            )
+        return pd.DataFrame(rows)
+
+    def plot(self, **settings: Any) -> Any:
+        """C over layers, with its interval."""
+        return self.by_layer.plot(**settings)
+
+    def __repr__(self) -> str:
+        band = "none above the control" if self.band is None else f"{self.band[0]} to {self.band[1]}"
+        i = list(self.by_layer.labels["layer"]).index(self.best)
+        low, mean, high = self.by_layer.values[i].tolist()
+        return (
+            f"KeyLayers: best layer {self.best} (C {mean:.2f} [{low:.2f}, {high:.2f}]), band {band}; {self.n_pairs} "
+            f"pairs, hit rate {self.emotional:.2f} emotional, {self.neutral:.2f} neutral"
+        )
+
+
+def key_layers(
+    model: Any,
+    pairs: Sequence[Any],
+    directions: Any,
+    *,
+    alphas: Sequence[float | int] = ALPHAS,
+    scale: str = "relative",
+    positions: str = "last+generated",
+    layers: Sequence[int] | None = None,
+    slot: AnswerSlot | None = None,
+    wheels: Any = None,
+    random_directions: int = 5,
+    max_new_tokens: int = 24,
+    max_rows: int = 256,
+    draws: int = 2000,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> KeyLayers:
+    """The layers where injecting each pair's emotion into its neutral twin brings the hit rate back.
+
+    For every pair, layer and alpha the neutral twin is answered under `directions.steer(layer, alpha, emotion)`, all as
+    one batch that shares the picture and the prompt; random directions of the same length likewise (`random_directions`
+    of them in turn over the pairs). scale: as `Directions.steer`. slot: also measure the soft hit there (dimensionless,
+    log odds). Best layer: the largest C averaged over fluent doses; band: the longest run of layers whose lower bound
+    lies above the control's upper one and whose C is at least half the peak. Intervals draw identities. out: results
+    are kept there pair by pair, and the same search resumes.
+    Raises: ValueError for no pairs, unknown layers, or, before anything is injected, hit rates of emotional and neutral
+    twins less than 0.05 apart.
+    Source: Zhang et al. 2026, arXiv 2605.21980 (injection, relative change); C towards the emotional run, control, dose
+    curve and fluency rule are ours.
+    """
+    pairs = list(pairs)
+    chosen = list(range(model.cfg.n_layers)) if layers is None else [int(layer) for layer in layers]
+    if not pairs or not chosen or not len(alphas):
+        raise ValueError(f"key_layers: {len(pairs)} pairs, layers {chosen}, alphas {list(alphas)}: none may be empty.")
+    chosen = [require_layer(layer, model.cfg.n_layers, "key_layers") for layer in chosen]
+    if random_directions < 1:
+        raise ValueError(f"key_layers: random_directions={random_directions} must be at least 1.")
+    directions.check(model)
+    directions.vectors(scale)
+    for emotion in dict.fromkeys(pair.emotion for pair in pairs):
+        directions.of(emotion)
+    wheels = EmotionWheels.default() if wheels is None else wheels
+    fluency = Fluency(model, [*directions.emotions, "neutral"], wheels)
+    noise = F.normalize(random_controls.random_directions(directions.overall.float(), random_directions, seed), dim=-1)
+    settings = {"alphas": list(alphas), "scale": scale, "positions": positions, "layers": chosen, "seed": seed}
+    settings |= {"tokens": max_new_tokens, "random": random_directions, "slot": slot_key(slot)}
+    plain = _plain(model, pairs, max_new_tokens, out, progress)
+    emotional, neutral = (
+        sum(sample_hit(said[i], p.emotion, wheels) for p, said in zip(pairs, plain, strict=True)) / len(pairs)
+        for i in (0, 1)
+    )
+    if emotional - neutral < APART:
+        raise ValueError(
+            f"key_layers: the hit rate is {emotional:.2f} on emotional and {neutral:.2f} on neutral pictures: less "
+            f"than {APART} apart there is nothing to restore. Check the question, or whether the model sees the "
+            "pictures."
+        )
+    about = settings | {"what": "key layers", "skip": sorted(fluency.skip)}
+    work = Work(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
+
+    def inject(i: int) -> dict[str, Any]:
+        return _inject(
+            model, pairs[i], plain[i][1], directions, chosen, alphas, scale, positions, noise[i % random_directions],
+            slot, fluency, max_new_tokens, max_rows,
+        )  # fmt: skip
+
+    injected = work.each(
+        range(len(pairs)), lambda i: f"{pair_key(pairs[i])} {i % random_directions}", inject, progress,
+        "key layers: pairs",
+    )  # fmt: skip
+    found = [{"plain": said} | one for said, one in zip(plain, injected, strict=True)]
+    return _judged(pairs, found, chosen, list(alphas), directions, wheels, draws, seed, settings)
+
+
+def _plain(
+    model: Any, pairs: Sequence[Any], max_new_tokens: int, out: str | Path | None, progress: bool
+) -> list[tuple[str, str]]:
+    """What the untouched model says of both twins of every pair."""
+    work = Work(out, lambda: {"what": "twins", "model": model_key(model), "tokens": max_new_tokens})
+    show = bar(len(pairs), progress, "key layers: twins")
+    found: list[tuple[str, str]] = []
+    for some in batches(pairs, 8):
+
+        def run(some: list[Any] = some) -> dict[str, Any]:
+            both = [side for pair in some for side in (pair.emotional, pair.neutral)]
+            return {"texts": answers(model, both, batch_size=16, max_new_tokens=max_new_tokens)}
+
+        said = work.do(lambda some=some: " | ".join(map(pair_key, some)), run)["texts"]
+        found += list(zip(said[::2], said[1::2], strict=True))
+        if show is not None:
+            show.update(len(some))
+    if show is not None:
+        show.close()
+    return found
+
+
+def _inject(
+    model: Any,
+    pair: Any,
+    plain: str,
+    directions: Any,
+    layers: Sequence[int],
+    alphas: Sequence[float | int],
+    scale: str,
+    positions: str,
+    units: Float[Tensor, "layer d_model"],
+    slot: AnswerSlot | None,
+    fluency: Fluency,
+    max_new_tokens: int,
+    max_rows: int,
+) -> dict[str, Any]:
+    """One pair: answers to the neutral twin under each injection; soft hits where there is a slot."""
+    real = [
+        directions.steer(la, a, emotion=pair.emotion, scale=scale, positions=positions) for la in layers for a in alphas
+    ]
+    fake = []
+    for steer in real:
+        length = steer.vector.norm()
+        fake.append(Steer(steer.layer, units[steer.layer].to(steer.vector) * length, steer.alpha, positions))
+    inputs = prepared(model, [pair.neutral])
+    entries = [[s] for s in (*real, *fake)]
+    sweep = generation_sweep(model, inputs, entries, max_new_tokens=max_new_tokens, max_rows=max_rows, progress=False)
+    texts = sweep.texts[0]
+    n = len(real)
+    result: dict[str, Any] = {
+        "texts": texts[:n],
+        "random": texts[n:],
+        "fluency": fluency.changes([pair.neutral] * n, texts[:n], [plain] * n),
+    }
+    if slot is not None:
+        begun = prepared(model, [pair.neutral], lead_in=slot.lead_in)
+        vectors = torch.zeros(model.cfg.n_layers, model.cfg.d_model)
+        for layer in layers:
+            one = directions.steer(layer, 1.0, emotion=pair.emotion, scale=scale)
+            vectors[layer] = (one.alpha * one.vector).float().cpu()
+        swept = steer_sweep(
+            model, begun, vectors, slot.metric(pair.emotion), alphas, positions, layers=layers, progress=False
+        )
+        result["soft"] = (swept.values - swept.corrupted).double().reshape(len(layers), len(alphas))
+    return result
+
+
+def _judged(
+    pairs: Sequence[Any],
+    found: Sequence[dict[str, Any]],
+    layers: list[int],
+    alphas: list[Any],
+    directions: Any,
+    wheels: Any,
+    draws: int,
+    seed: int,
+    settings: dict[str, Any],
+) -> KeyLayers:
+    """Hit rates, C with intervals, and the choice of layers, from what the model said."""
+    shape = (len(pairs), len(layers), len(alphas))
+
+    def hits(name: str) -> Tensor:
+        rows = [[sample_hit(t, p.emotion, wheels) for t in f[name]] for p, f in zip(pairs, found, strict=True)]
+        return torch.tensor(rows, dtype=torch.float64)
+
+    plain, real, fake = hits("plain"), hits("texts").view(shape), hits("random").view(shape)
+    emotional, neutral = plain[:, 0].mean().item(), plain[:, 1].mean().item()
+    gap = plain[:, 0] - plain[:, 1]
+    weights = drawn_weights([p.identity for p in pairs], draws, seed)
+    base = plain[:, 1][:, None, None]
+    fluency = torch.stack([f["fluency"] for f in found]).view(shape).mean(0).exp()
+    fluent = fluency <= FLUENCY
+    if not bool(fluent.any()):
+        raise ValueError(
+            f"key_layers: at every layer and alpha {alphas} the answers' perplexity rises by more than "
+            f"{FLUENCY - 1:.0%} (least: {float(fluency.min()):.2f} times); try smaller alphas."
+        )
+    usable = torch.where(fluent, 1.0, torch.nan)
+
+    def averaged(x: Tensor) -> Tensor:
+        return ratio((x - base).mul(usable).nanmean(-1), gap, weights)
+
+    by_layer, control = averaged(real), averaged(fake)
+    best, band = _choose(by_layer, control, layers)
+    labels = {"layer": layers, "alpha": [float(a) for a in alphas]}
+    bounds, per_layer = labels | {"bound": list(BOUNDS)}, {"layer": layers, "bound": list(BOUNDS)}
+    soft, agreement = None, math.nan
+    if "soft" in found[0]:
+        change = torch.stack([f["soft"] for f in found]).mean(0)
+        soft = Scores(change, ("layer", "alpha"), labels, "change of the soft hit", "log odds")
+        agreement = rank_correlation(change.flatten(), (real - base).mean(0).flatten())
+    axes = ("layer", "alpha", "bound")
+    return KeyLayers(
+        restored=Scores(ratio(real - base, gap, weights), axes, bounds, "C"),
+        control=Scores(ratio(fake - base, gap, weights), axes, bounds, "C of random directions"),
+        by_layer=Scores(by_layer, ("layer", "bound"), per_layer, "C"),
+        control_by_layer=Scores(control, ("layer", "bound"), per_layer, "C of random directions"),
+        crossed=_crossed(pairs, found, layers, alphas, fluent, directions.emotions, wheels),
+        fluency=Scores(fluency, ("layer", "alpha"), labels, "perplexity", "ratio"),
+        soft=soft,
+        agreement=agreement,
+        best=best,
+        band=band,
+        emotional=emotional,
+        neutral=neutral,
+        n_pairs=len(pairs),
+        meta=settings
+        | {"neutral": share(plain[:, 1], weights).tolist(), "emotional": share(plain[:, 0], weights).tolist()},
+    )
+
+
+def _choose(
+    by_layer: Float[Tensor, "layer 3"], control: Float[Tensor, "layer 3"], layers: Sequence[int]
+) -> tuple[int, tuple[int, int] | None]:
+    """The best layer (the first of equals), and the longest run of layers above the control and half the peak."""
+    mean = by_layer[:, 1].nan_to_num(-math.inf)
+    best = int(mean.argmax())
+    above = (by_layer[:, 0] > control[:, 2]) & (mean >= mean[best] / 2)
+    longest, start = (0, 0), 0
+    for i in range(len(layers) + 1):
+        if i == len(layers) or not bool(above[i]):
+            longest, start = max(longest, (i - start, -start)), i + 1
+    length, first = longest[0], -longest[1]
+    return layers[best], (layers[first], layers[first + length - 1]) if length else None
+
+
+def _crossed(
+    pairs: Sequence[Any],
+    found: Sequence[dict[str, Any]],
+    layers: list[int],
+    alphas: Sequence[float | int],
+    fluent: Tensor,
+    emotions: Sequence[str],
+    wheels: Any,
+) -> Scores:
+    """Share of answers that name each emotion when each is injected, at each layer's largest fluent dose."""
+    n_alphas = fluent.shape[1]
+    names = list(emotions)
+    counts = torch.zeros(len(layers), len(names), len(names), dtype=torch.float64)
+    totals = torch.zeros(len(names), dtype=torch.float64)
+    wanted = [wheels.basic(name) or name for name in names]
+    for pair, one in zip(pairs, found, strict=True):
+        row = names.index(pair.emotion)
+        totals[row] += 1
+        for i in range(len(layers)):
+            doses = fluent[i].nonzero().flatten()
+            if not len(doses):
+                continue
+            largest = max(doses.tolist(), key=lambda dose: alphas[dose])
+            named = wheels.emotions(one["texts"][i * n_alphas + largest])
+            for column, name in enumerate(wanted):
+                counts[i, row, column] += name in named
+    values = counts / totals[None, :, None]
+    labels = {"layer": layers, "injected": names, "named": names}
+    exists = (totals > 0)[None, :, None] & fluent.any(1)[:, None, None]
+    return Scores(
+        values.nan_to_num(0), ("layer", "injected", "named"), labels, "named", "share", mask=exists.expand(values.shape)
+    )

@@ -1,0 +1,388 @@
+"""The nine sets as a table: where each lies, what its labels look like, how many there are, and who gives it out.
+
+Paths, columns and counts are those that AffectGPT's public code and the published label files use.
+
+Reading numpy archives whose arrays are pickles, without trusting them.
+
+A pickle can call any function it names. Label and answer files need four names of numpy; an unpickler that knows no
+other reads them and refuses the rest.
+
+Labels of one set: name -> truth, checked value by value, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.lib import format as npy
+
+from veena_lens.emotion.words.lexicon import string_to_list
+
+try:  # numpy 2 has renamed its core
+    from numpy._core import multiarray
+except ImportError:  # pragma: no cover - numpy 1
+    from numpy.core import multiarray  # pyright: ignore[reportMissingImports]
+
+_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
+_ALLOWED: dict[tuple[str, str], Any] = {("numpy", "dtype"): np.dtype, ("numpy", "ndarray"): np.ndarray}
+_ALLOWED |= {(core, name): getattr(multiarray, name) for core in _CORES for name in ("_reconstruct", "scalar")}
+
+
+class RefusedPickle(ValueError):
+    """A pickle that names something other than numpy's arrays and scalars."""
+
+
+class _NumpyUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """The few names an array needs; every other is refused before it is imported."""
+        if (module, name) not in _ALLOWED:
+            raise RefusedPickle(f"names {module}.{name}")
+        return _ALLOWED[module, name]
+
+
+def array_names(path: Path) -> list[str]:
+    """Names of the arrays in an npz file. Raises: ValueError for a file that is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no npz file ({error}); copy or download it again.") from error
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """One array of an npz file; objects are read by the restricted unpickler.
+
+    Raises: ValueError for a lost array (naming those there are), a damaged file, or a pickle that names anything but
+    numpy's arrays and scalars."""
+    known = array_names(path)
+    if name not in known:
+        raise ValueError(f"{path} has no array {name!r}; it has: {', '.join(known)}.")
+    with zipfile.ZipFile(path) as archive:
+        return parse_array(archive.read(f"{name}.npy"), f"{path}, array {name!r}")
+
+
+def parse_array(content: bytes, where: str) -> np.ndarray:
+    """The array in the bytes of an npy file. Raises: ValueError, as `read_array`."""
+    file = io.BytesIO(content)
+    try:
+        version = npy.read_magic(file)
+        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if not dtype.hasobject:
+            return npy.read_array(io.BytesIO(content), allow_pickle=False)
+        array = _NumpyUnpickler(file).load()
+    except RefusedPickle as error:
+        raise RefusedPickle(
+            f"{where}: the pickle {error}, and only numpy arrays and scalars are read. Do not use this file unless you "
+            "know where it comes from."
+        ) from None
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: damaged ({error}); copy or download it again.") from error
+    if not isinstance(array, np.ndarray) or array.shape != shape:
+        raise ValueError(f"{where}: the header says an array of shape {shape}, the content is another.")
+    return array
+
+
+def read_dict(path: Path, name: str) -> dict[Any, Any]:
+    """The dictionary in a 0-dimensional object array of an npz file. Raises: ValueError, naming what is there."""
+    array = read_array(path, name)
+    if array.shape != () or array.dtype != object or not isinstance(array.item(), dict):
+        raise ValueError(
+            f"{path}, array {name!r}: expected one dictionary in a 0-dimensional object array, found shape "
+            f"{array.shape}, dtype {array.dtype}."
+        )
+    return array.item()
+
+
+Truth = str | float
+
+
+def read_labels(folder: Path, info: SetInfo) -> dict[str, Truth]:
+    """Name -> truth of a set's test part: a class word, a list string, or a sentiment.
+
+    Raises: FileNotFoundError with the path and array wanted; ValueError with file, name and value of a bad label."""
+    path = folder / info.label_file
+    if not path.is_file():
+        raise FileNotFoundError(_lost(path, info))
+    if not info.array:
+        return _open_labels(path)
+    if info.array not in array_names(path):
+        raise ValueError(
+            f"{path} has no array {info.array!r} (the test labels of {info.title}); it has: "
+            f"{', '.join(array_names(path))}. Another label file of the set may be in its place."
+        )
+    found = {str(name): value for name, value in read_dict(path, info.array).items()}
+    if info.session:
+        found = {name: value for name, value in found.items() if name[4:5] == info.session}
+    return {name: _truth(path, info, require_name(path, name), value) for name, value in found.items()}
+
+
+def require_name(where: Path | str, name: str) -> str:
+    """A sample's name, which becomes a file's. Raises: ValueError for a name that could leave its folder."""
+    if not name or ".." in name or any(mark in name for mark in "/\\\0\n\r") or name != name.strip():
+        raise ValueError(f"{where}: the sample name {name!r} is refused: names become file names of one folder.")
+    return name
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a UTF-8 csv with the given columns; a lost cell is "".
+
+    Raises: ValueError for a lost column, naming those there are, or for a file that is not UTF-8."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            there = list(reader.fieldnames or ())
+            lost = [column for column in columns if column not in there]
+            if lost:
+                raise ValueError(f"{path} has no column {', '.join(lost)}; its columns: {', '.join(there) or 'none'}.")
+            return [{column: (row[column] or "").strip() for column in columns} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as a UTF-8 csv file: {error}.") from error
+
+
+def _open_labels(path: Path) -> dict[str, Truth]:
+    """List strings by name; an empty one counts as neutral, as in the reference."""
+    rows = read_rows(path, ("name", "openset"))
+    return {
+        require_name(path, row["name"]): row["openset"] if string_to_list(row["openset"]) else "neutral" for row in rows
+    }
+
+
+def _truth(path: Path, info: SetInfo, name: str, value: Any) -> Truth:
+    field = "val" if info.kind == "sentiment" else "emo"
+    if not isinstance(value, Mapping) or field not in value:
+        raise ValueError(f"{path}: {name!r} has no field {field!r}, which {info.title} needs; it holds {value!r}.")
+    label = value[field]
+    if info.kind == "sentiment":
+        if _is_number(label, Real) and math.isfinite(label) and abs(label) <= info.bound:
+            return float(label)
+        expected = f"a number in [-{info.bound:g}, {info.bound:g}]"
+    elif info.integers:
+        if _is_number(label, Integral) and 0 <= int(label) < len(info.classes):
+            return info.classes[int(label)]
+        expected = f"0 to {len(info.classes) - 1} ({', '.join(info.classes)})"
+    else:
+        if isinstance(label, str) and str(label) in info.classes:
+            return str(label)
+        expected = f"one of {', '.join(info.classes)}"
+    raise ValueError(f"{path}: {field} of {name!r} is {label!r}; {info.title} has {expected}.")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _lost(path: Path, info: SetInfo) -> str:
+    wanted = f"array {info.array!r}" if info.array else "columns name, openset"
+    others = []
+    for other in sorted(path.parent.glob("*.npz")):
+        try:
+            others.append(f"{other.name} with {', '.join(array_names(other))}")
+        except ValueError:
+            others.append(f"{other.name}, unreadable")
+    there = f" There is {'; '.join(others)}." if others else ""
+    return f"No labels of {info.title}: {path} ({wanted}) does not exist.{there} To get the set: {info.source}."
+
+
+Kind = Literal["open", "emotion", "sentiment"]
+
+MER_WORDS = ("worried", "happy", "neutral", "angry", "surprise", "sad")
+IEMOCAP_WORDS = ("happy", "sad", "neutral", "anger")  # in the order of the integer labels
+MELD_WORDS = ("anger", "joy", "sadness", "neutral", "disgust", "fear", "surprise")
+
+PROCESSED = (
+    "the processed sets linked in AffectGPT's readme (Baidu 1kbfs5pG_hAri0QwvQl-Ecg, TeraBox 1AE7uAU3Ib8aRBSyF1TMpow)"
+)
+_EULA = "after an EULA; academic research only, samples may not be edited or passed on"
+_POLISHED = (("transcription-engchi-polish.csv",), "english")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetInfo:
+    """One set. `key` is the reference's name for it; files and folders are tried in the order given."""
+
+    key: str
+    title: str
+    kind: Kind
+    folders: tuple[str, ...]
+    label_file: str
+    array: str = ""  # in the label file; "" for a csv
+    count: int  # samples of the test part
+    classes: tuple[str, ...] = ()  # of the labels; in the order of integer labels where these are integers
+    integers: bool = False
+    session: str = ""  # the fifth letter of the test part's names, where the file holds more
+    bound: float = 0.0  # sentiment values lie in [-bound, bound]
+    subtitles: tuple[tuple[str, ...], str] = _POLISHED  # (files, column)
+    videos: tuple[str, ...] = ("video",)
+    endings: tuple[str, ...] = ("mp4", "avi")
+    uncropped: tuple[str, ...] = field(default=())  # video folders that show more than the speaker
+    source: str = ""
+    terms: str = ""
+
+    @property
+    def metric(self) -> str:
+        """The set's primary metric: HIT, F_s or WAF."""
+        return {"open": "F_s", "emotion": "HIT", "sentiment": "WAF"}[self.kind]
+
+    def __repr__(self) -> str:
+        return f"SetInfo({self.key!r}: {self.title}, {self.count} samples, {self.metric})"
+
+
+SETS: tuple[SetInfo, ...] = (
+    SetInfo(
+        key="ovmerdplus",
+        title="OV-MERD+",
+        kind="open",
+        folders=("ovmerdplus-process",),
+        label_file="ovlabel.csv",
+        count=532,
+        subtitles=(("subtitle_eng.csv",), "sentence"),
+        source="Baidu 1nBTw_ujSTQPAMyIs5Qv8Zw or TeraBox 1O130fc81FVsGGsrjLuHyDA (AffectGPT's readme)",
+        terms="none stated beside the link; the earlier OV-MERD is part of MER2025: CC BY-NC 4.0, academic use only",
+    ),
+    SetInfo(
+        key="mer2023",
+        title="MER2023 MER-MULTI",
+        kind="emotion",
+        folders=("mer2023-dataset-process",),
+        label_file="label-6way.npz",
+        array="test1_corpus",
+        count=411,
+        classes=MER_WORDS,
+        source=f"Hugging Face MERChallenge/MER2023, or {PROCESSED}",
+        terms=_EULA,
+    ),
+    SetInfo(
+        key="mer2024",
+        title="MER2024 MER-SEMI",
+        kind="emotion",
+        folders=("mer2024-dataset-process",),
+        label_file="label-6way.npz",
+        array="test1_corpus",
+        count=1169,
+        classes=MER_WORDS,
+        subtitles=(("transcription_merge.csv", "transcription-merge.csv"), "chinese"),
+        source=f"the organisers of MER2024 (Hugging Face MERChallenge/MER2024), or {PROCESSED}",
+        terms=_EULA,
+    ),
+    SetInfo(
+        key="iemocapfour",
+        title="IEMOCAP (four classes)",
+        kind="emotion",
+        folders=("iemocap-process", "iemocap-dataset"),
+        label_file="label_4way.npz",
+        array="whole_corpus",
+        count=1241,
+        classes=IEMOCAP_WORDS,
+        session="5",
+        integers=True,
+        videos=("subvideo-tgt", "subvideo"),
+        uncropped=("subvideo",),
+        endings=("avi", "mp4"),
+        source=f"USC SAIL, sail.usc.edu/iemocap, by release form; or {PROCESSED}",
+        terms="the release form's",
+    ),
+    SetInfo(
+        key="meld",
+        title="MELD",
+        kind="emotion",
+        folders=("meld-process", "meld-dataset"),
+        label_file="label.npz",
+        array="test_corpus",
+        count=2610,
+        classes=MELD_WORDS,
+        integers=True,
+        videos=("subvideo",),
+        source=f"Hugging Face declare-lab/MELD, or {PROCESSED}",
+        terms="GPL-3.0 as stated on its card",
+    ),
+    SetInfo(
+        key="cmumosi",
+        title="CMU-MOSI",
+        kind="sentiment",
+        folders=("cmumosi-process", "cmumosi-dataset"),
+        label_file="label.npz",
+        array="test_corpus",
+        count=686,
+        bound=3.0,
+        videos=("subvideo",),
+        source=f"the CMU MultimodalSDK, or {PROCESSED}",
+        terms="CMU's own; ask there",
+    ),
+    SetInfo(
+        key="cmumosei",
+        title="CMU-MOSEI",
+        kind="sentiment",
+        folders=("cmumosei-process", "cmumosei-dataset"),
+        label_file="label.npz",
+        array="test_corpus",
+        count=4659,
+        bound=3.0,
+        videos=("subvideo_new", "subvideo"),
+        source=f"the CMU MultimodalSDK, or {PROCESSED}",
+        terms="CMU's own; ask there",
+    ),
+    SetInfo(
+        key="sims",
+        title="CH-SIMS",
+        kind="sentiment",
+        folders=("sims-process", "sims-dataset"),
+        label_file="label.npz",
+        array="test_corpus",
+        count=457,
+        bound=1.0,
+        source=f"THUIAR, github.com/thuiar/MMSA, or {PROCESSED}",
+        terms="THUIAR's own; ask there",
+    ),
+    SetInfo(
+        key="simsv2",
+        title="CH-SIMS v2",
+        kind="sentiment",
+        folders=("simsv2-process", "simsv2-dataset"),
+        label_file="label.npz",
+        array="test_corpus",
+        count=1034,
+        bound=1.0,
+        videos=("video_new", "video"),
+        source=f"THUIAR, github.com/thuiar/MMSA, or {PROCESSED}",
+        terms="THUIAR's own; ask there",
+    ),
+)
+
+
+def find_set(name: str) -> SetInfo:
+    """A set by its key or title, in any case ("MER2023", "iemocapfour", "CMU-MOSI", "mosi").
+
+    Raises: ValueError listing the nine keys and near ones."""
+    known: dict[str, SetInfo] = {}
+    for info in SETS:
+        title = info.title.split(" (")[0]
+        for spelling in (info.key, title, title.split()[0] if title.startswith("MER") else title, info.key[3:]):
+            known.setdefault(_plain(spelling), info)
+    known["iemocap"] = _by_key("iemocapfour")
+    found = known.get(_plain(name))
+    if found is None:
+        near = get_close_matches(_plain(name), known)
+        told = f"; near: {', '.join(dict.fromkeys(known[n].key for n in near))}" if near else ""
+        raise ValueError(f"No set {name!r}; MER-UniBench has {', '.join(info.key for info in SETS)}{told}.")
+    return found
+
+
+def _by_key(key: str) -> SetInfo:
+    """A set by its exact key."""
+    return next(info for info in SETS if info.key == key)
+
+
+def _plain(name: str) -> str:
+    return "".join(char for char in name.lower() if char.isalnum() or char == "+").replace("+", "plus")

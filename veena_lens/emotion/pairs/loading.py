@@ -1,0 +1,256 @@
+"""Where pairs come from and go to: a folder with a manifest, records, folders of pictures, `datasets` objects.
+
+A manifest is JSON Lines, one example a line; several lines may share a picture, so that one picture asked under many
+contexts is stored once. Every loader checks everything before it gives back a set (`pair_checks`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from veena_lens.checkpoints.files import bundled_path
+from veena_lens.emotion.pairs.checks import FIELDS, PairProblems, Placed, build
+from veena_lens.emotion.pairs.pair_set import NEUTRAL, Example, Pair, PairSet
+
+__all__ = [
+    "Example",
+    "Pair",
+    "PairProblems",
+    "PairSet",
+    "load_pairs",
+    "pairs_from_dataset",
+    "pairs_from_folders",
+    "pairs_from_records",
+    "save_pairs",
+    "write_manifest",
+]
+
+MANIFEST = "manifest.jsonl"
+QUESTION = "how does the person in the picture feel?"
+
+
+def load_pairs(
+    folder: str | Path | None = None,
+    *,
+    manifest: str = MANIFEST,
+    unreadable: str = "error",
+    wheels: Any = None,
+) -> PairSet:
+    """The pairs of a folder, pictures named relative to it; None: the pictures that travel with the package.
+
+    unreadable: "error", or "skip" to go on without pictures that cannot be read, named in a warning. `wheels`: which
+    emotions are known (default: the project's own).
+    Raises: FileNotFoundError without the manifest; PairProblems, listing with lines and files: pictures missing or
+    unreadable, fields unknown or mistyped, duplicates, pairs without a neutral picture, with several, or without an
+    emotional one, twins that differ in person or size, emotions that no wheel covers.
+    """
+    folder = bundled_path("tiny-llava-emotion").parent / "pictures" if folder is None else Path(folder).expanduser()
+    path = folder / manifest
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No {manifest} in {folder}: write one, a JSON object a line with the fields {', '.join(FIELDS)}; or load "
+            "pictures sorted into folders with pairs_from_folders."
+        )
+    placed, broken = [], []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text)
+            if not isinstance(record, dict):
+                raise ValueError(f"{text[:40]!r} is no object")
+        except ValueError as error:
+            broken.append(f"line {number}: no JSON object ({error}).")
+            continue
+        file = record.get("file")
+        picture = folder / file if isinstance(file, str) and file else None
+        placed.append(Placed(f"line {number} ({file})", {**record, "picture": picture}))
+    if broken:
+        raise PairProblems(str(path), broken)
+    return build(placed, str(path), unreadable, wheels)
+
+
+def pairs_from_records(
+    records: Iterable[Mapping[str, Any]],
+    *,
+    question: str = QUESTION,
+    neutral: str = NEUTRAL,
+    unreadable: str = "error",
+    wheels: Any = None,
+    source: str = "records",
+) -> PairSet:
+    """Pairs from dictionaries with `picture` (a path or a PIL image), `emotion`, `pair` and any field of a manifest.
+
+    Records without a question are asked `question`; `neutral` is what the data call neutral.
+    Raises: as `load_pairs`, naming records by number.
+    """
+    placed = []
+    for number, given in enumerate(records):
+        record = {"question": question, **given}
+        if record["question"] is None:
+            record["question"] = question
+        if record.get("emotion") == neutral:
+            record["emotion"] = NEUTRAL
+        picture = record.get("picture")
+        name = record.get("file") or (picture if isinstance(picture, (str, Path)) else None)
+        placed.append(Placed(f"record {number}" + (f" ({name})" if name else ""), record))
+    return build(placed, source, unreadable, wheels, ("picture", *FIELDS))
+
+
+def pairs_from_folders(
+    folder: str | Path,
+    *,
+    neutral: str = NEUTRAL,
+    question: str = QUESTION,
+    identity: Callable[[str], str] | None = None,
+    split: str = "",
+    unreadable: str = "error",
+    wheels: Any = None,
+) -> PairSet:
+    """Pairs from pictures sorted by emotion: `folder/<emotion>/<name>.png`, the twin `folder/<neutral>/<name>.png`.
+
+    `name` (without its ending) joins twins, which may have other endings. `identity`: the person's name from a file's
+    name, such as `lambda name: name.split("-")[0]`; by default every name is another person.
+    Raises: FileNotFoundError for no such folder, or one without `neutral`; PairProblems as `load_pairs`.
+    """
+    folder = Path(folder).expanduser()
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if neutral not in names:
+        found = ", ".join(names) or "no folders"
+        raise FileNotFoundError(
+            f"{folder} must hold one folder an emotion and one named {neutral!r} with the twins; it has {found}."
+        )
+    endings = Image.registered_extensions()
+    records = []
+    for emotion in names:
+        for path in sorted((folder / emotion).iterdir()):
+            if path.suffix.lower() in endings and not path.name.startswith("."):
+                person = path.stem if identity is None else identity(path.stem)
+                records.append(
+                    {"picture": path, "file": f"{emotion}/{path.name}", "emotion": emotion}
+                    | {"pair": path.stem, "identity": person, "split": split}
+                )
+    return pairs_from_records(
+        records, question=question, neutral=neutral, unreadable=unreadable, wheels=wheels, source=str(folder)
+    )
+
+
+def pairs_from_dataset(
+    dataset: Iterable[Mapping[str, Any]],
+    columns: Mapping[str, str] | None = None,
+    *,
+    folder: str | Path | None = None,
+    question: str = QUESTION,
+    neutral: str = NEUTRAL,
+    unreadable: str = "error",
+    wheels: Any = None,
+) -> PairSet:
+    """Pairs from a Hugging Face dataset, or any iterable of dictionaries.
+
+    `columns`: our field -> the data's column, for those of another name, such as {"picture": "image", "emotion":
+    "label"}; columns named as our fields are taken too, others left. Numbers of class labels become their names.
+    Pictures may be PIL images, paths, or undecoded ({"bytes", "path"}). They stay in memory; with `folder` they are
+    written there, and only paths are held.
+    Raises: ValueError for a field that we do not have, or a column that the data lack; PairProblems as `load_pairs`.
+    """
+    fields = ("picture", *FIELDS)
+    columns = dict(columns or {})
+    unknown = [name for name in columns if name not in fields]
+    if unknown:
+        raise ValueError(f"pairs_from_dataset: no field {unknown[0]!r}; the fields are {', '.join(fields)}.")
+    features = getattr(dataset, "features", None) or {}
+    target = None if folder is None else Path(folder).expanduser()
+    if target is not None:
+        target.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, row in enumerate(dataset):
+        missing = [column for column in columns.values() if column not in row]
+        if missing:
+            raise ValueError(f"pairs_from_dataset: row {number} has no column {missing[0]!r}, only {', '.join(row)}.")
+        taken = {name: columns.get(name, name) for name in fields if columns.get(name, name) in row}
+        record = {name: _plain(row[column], features.get(column)) for name, column in taken.items()}
+        if target is not None and isinstance(record.get("picture"), Image.Image):
+            path = target / f"{number:07d}.png"
+            record["picture"].save(path)
+            record["picture"] = path
+        records.append(record)
+    return pairs_from_records(
+        records, question=question, neutral=neutral, unreadable=unreadable, wheels=wheels, source="a dataset"
+    )
+
+
+def _plain(value: Any, feature: Any) -> Any:
+    """A cell as a record holds it: names for class labels, pictures opened, identifiers as text."""
+    import io
+
+    if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
+        return value["path"] if value["bytes"] is None else Image.open(io.BytesIO(value["bytes"]))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return feature.int2str(value) if hasattr(feature, "int2str") else str(value)
+    return value
+
+
+def save_pairs(pairs: PairSet, folder: str | Path) -> Path:
+    """Write the pictures and `manifest.jsonl` into a folder that `load_pairs` reads; gives back the manifest's path.
+
+    A picture that several examples share is written once. The manifest comes last, in one step.
+    Raises: FileExistsError for a folder that holds another manifest.
+    """
+    folder = Path(folder).expanduser()
+    named = _named(pairs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, picture in named.files.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(picture, Image.Image):
+            picture.save(path)
+        elif not path.exists() or not path.samefile(picture):
+            shutil.copyfile(Path(picture).expanduser(), path)
+    return write_manifest(named.examples, folder / MANIFEST)
+
+
+class _named:
+    """Examples of a set with a file name for every picture, no name used twice."""
+
+    def __init__(self, pairs: PairSet) -> None:
+        self.files: dict[str, Any] = {}
+        self.names: dict[Any, str] = {}
+        self.examples: list[Example] = []
+        neutral = {(n.pair, n.question, n.context) for n in pairs.neutrals}
+        for example in pairs.examples:
+            self.add(example)
+        for pair in pairs:  # a twin that is no example of its own still needs its line
+            twin = pair.neutral
+            if not any(scene == twin.pair for scene, *_ in neutral):
+                neutral.add((twin.pair, twin.question, None))
+                self.add(twin.without_context())
+
+    def add(self, example: Example) -> None:
+        picture = example.picture
+        key = str(picture) if isinstance(picture, (str, Path)) else id(picture)
+        if key not in self.names:
+            wanted = example.file or (Path(picture).name if isinstance(picture, (str, Path)) else "")
+            path = Path(wanted or f"{example.pair or example.identity or 'picture'}-{example.emotion}.png")
+            path = Path(path.name) if path.is_absolute() or ".." in path.parts else path
+            file, turn = path.as_posix(), 1
+            while file in self.files:
+                turn += 1
+                file = path.with_stem(f"{path.stem}-{turn}").as_posix()
+            self.names[key], self.files[file] = file, picture
+        self.examples.append(replace(example, file=self.names[key]))
+
+
+def write_manifest(examples: Iterable[Example], path: str | Path) -> Path:
+    """One line an example, replacing the file in one step."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text("".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in examples), encoding="utf-8")
+    draft.replace(path)
+    return path

@@ -1,0 +1,1 @@
+"""Planted circuits: known ground truth for the search."""

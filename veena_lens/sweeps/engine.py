@@ -1,0 +1,307 @@
+"""Running the rows of a sweep through an engine and a metric, with progress and results kept as they come.
+
+The run that rows of a sweep leave: what it computed, kept so that they need not.
+
+The exact suffix engine: rows recompute only the layers and positions that their edit can reach.
+
+With a causal decoder an edit at layer l and positions >= p leaves every activation of layers < l and of
+positions < p as it was (a picture whose tokens read each other in both directions is one position here: an edit inside
+reaches it from its first token). Rows of many edits travel through the layers together, each joining the batch at its
+own layer (a staircase), as further queries on the base run's keys.
+
+The naive engine: one whole forward a row. The specification that the suffix engine is tested against.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from veena_lens.components.context import Context
+from veena_lens.components.kv_cache import SharedPrefix
+from veena_lens.hook_table import layer_of
+from veena_lens.images.layout import image_blocks
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.forward import run_blocks
+from veena_lens.positions import position_mask
+from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, Row
+from veena_lens.sweeps.store import Store
+from veena_lens.sweeps.tower import encode_again, names_to_keep, seen_pictures
+
+
+@torch.no_grad()
+def base_run(
+    model: Any, inputs: MultimodalInputs, sites: Sequence[str] = (), on_pictures: Sequence[str] = ()
+) -> BaseRun:
+    """Run once and keep what rows (`on_pictures`: those that edit tower or connector) and metrics (`sites`) need.
+
+    Images are encoded here, and again only where an edit changes them, from there on."""
+    n = model.cfg.n_layers
+    names = {f"blocks.{i}.{part}" for i in range(n) for part in ("hook_resid_pre", "attn.hook_rot_k", "attn.hook_v")}
+    names |= set(sites)
+    inner = [f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack) if inputs.pixel_values is not None]
+    again = names_to_keep(model, on_pictures) if on_pictures else {}
+    names |= {*inner, *again.values()}
+    logits, cache = model.run_with_cache(inputs, names_filter=sorted(names))
+
+    def layers(part: str) -> list[Tensor]:
+        return [cache[f"blocks.{i}.{part}"][0] for i in range(n)]
+
+    return BaseRun(
+        inputs,
+        layers("hook_resid_pre"),
+        layers("attn.hook_rot_k"),
+        layers("attn.hook_v"),
+        logits[0, -1],
+        {site: cache[site][0] for site in sites},
+        {i + 1: model.scatter_deepstack(cache[name], inputs) for i, name in enumerate(inner)},
+        seen_pictures(model, {key: cache[name] for key, name in again.items()}) if again else None,
+    )
+
+
+def chunks(rows: Sequence[AnyRow], max_rows: int) -> Iterator[list[int]]:
+    """Indices of rows that share a first position, at most `max_rows` together, earlier layers first."""
+    groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
+    for i, row in enumerate(rows):
+        groups[row.start, row.is_picture].append(i)
+    for _, members in sorted(groups.items()):
+        members.sort(key=lambda i: rows[i].layer)
+        for first in range(0, len(members), max_rows):
+            yield members[first : first + max_rows]
+
+
+@torch.no_grad()
+def run_staircase(
+    model: Any, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
+) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
+    """(logits of the last position, or None; the activations at `sites` [rows pos ...]) of each row.
+
+    All rows must share their first position, and edit the text's blocks or the pictures, not both."""
+    start, n_layers = rows[0].start, model.cfg.n_layers
+    last_layer = n_layers - 1 if with_logits else max(layer_of(site) or 0 for site in sites)
+    order = sorted(range(len(rows)), key=lambda i: rows[i].layer)
+    tail = base.length - start
+    device = base.resid[0].device
+    positions = base.inputs.position_ids[..., start:]
+    prefix = SharedPrefix(
+        [k[:start] for k in base.keys],
+        [v[:start] for v in base.values],
+        start,
+        model.cfg.window,
+        image_blocks(model.cfg, base.inputs),
+    )
+    entering = encode_again(model, base, rows) if rows[0].is_picture else None
+    deepstack = base.deepstack if entering is None else entering.deepstack
+    context = Context(
+        key_mask=None,
+        n_past=start,
+        n_new=tail,
+        rotary=model._rotary.tables(positions, model.cfg.dtype),
+        windows=model.cfg.window,
+        prefix=prefix,
+        deepstack={layer: added[:, start:] for layer, added in deepstack.items()},
+    )
+    seen = {site: base.seen[site][None].repeat(len(rows), *[1] * base.seen[site].ndim) for site in sites}
+    resid = base.resid[0].new_empty(0, tail, model.cfg.d_model, device=device)
+    joined = 0
+    for layer in range(rows[order[0]].layer, last_layer + 1):
+        new = [i for i in order[joined:] if rows[i].layer == layer]
+        hooks: list[Any] = []
+        if new and entering is not None:
+            resid = entering.resid[:, start:].to(resid.device)
+        elif new:
+            joins = base.resid[layer][start:].to(resid.device).expand(len(new), -1, -1)
+            resid = torch.cat([resid, joins])
+            hooks = _edits(rows, new, joined, start)
+        joined += len(new)
+        hooks += [(site, _capture(seen[site], order[:joined], start)) for site in sites if layer_of(site) == layer]
+        with model.hooks(hooks):
+            resid = run_blocks(model.blocks, resid, context, layer, layer + 1)
+    if not with_logits:
+        return None, seen
+    # Rows that join nowhere cannot exist here: every edit lies in a block or before the first.
+    logits = model._unembed(context.with_deepstack(n_layers, resid)[:, -1:])[:, 0]
+    return logits[torch.argsort(torch.tensor(order, device=logits.device))], seen
+
+
+def _edits(rows: Sequence[Any], new: list[int], joined: int, start: int) -> list[tuple[str, Callable[..., Any]]]:
+    """Hooks of one layer that edit the rows which just joined, site by site."""
+    by_site: dict[str, list[tuple[int, Row]]] = defaultdict(list)
+    for place, i in enumerate(new, start=joined):
+        by_site[rows[i].site].append((place, rows[i]))
+
+    def make(mine: list[tuple[int, Row]]) -> Callable[..., Any]:
+        def edit(tensor: Tensor, hook: Any) -> Tensor:
+            out = tensor.clone()
+            for place, row in mine:
+                out[place] = row.edit(tensor[place], start)
+            return out
+
+        return edit
+
+    return [(site, make(mine)) for site, mine in by_site.items()]
+
+
+def _capture(seen: Tensor, order: list[int], start: int) -> Callable[..., None]:
+    """A listener that keeps the metric's activation of the rows present, in the rows' own order."""
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        seen[torch.tensor(order), start:] = tensor.to(seen)
+
+    return keep
+
+
+@torch.no_grad()
+def run_naive(
+    model: Any, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
+) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
+    """As `run_staircase`, each row by a forward of its own."""
+    logits, seen = [], {site: [] for site in sites}
+    for row in rows:
+
+        def edit(tensor: Tensor, hook: Any, row: AnyRow = row) -> Tensor:
+            if isinstance(row, PictureRow):
+                return row.edit(tensor, 0, range(len(tensor)))
+            return row.edit(tensor[0], 0)[None]
+
+        with model.hooks([(row.site, edit)]):
+            out, cache = model.run_with_cache(base.inputs, names_filter=list(sites))
+        logits.append(out[0, -1])
+        for site in sites:
+            seen[site].append(cache[site][0])
+    return torch.stack(logits) if with_logits else None, {site: torch.stack(found) for site, found in seen.items()}
+
+
+ENGINES = ("suffix", "naive")
+
+
+def require_engine(model: Any, engine: str) -> None:
+    """Raises: ValueError for an unknown engine, or a suffix sweep inside `intervene` or with hooks on the model."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine={engine!r} must be 'suffix' or 'naive'.")
+    if engine == "suffix" and any(p._forward_hooks for p in model.hook_dict.values()):
+        raise ValueError(
+            "The suffix engine runs rows through parts of the model, where hooks of whole runs have no meaning: leave "
+            "the `with model.intervene(...)` block, call model.reset_hooks(), or use engine='naive'."
+        )
+
+
+def require_inputs(inputs: Any, name: str) -> None:
+    """Raises: TypeError for what is no prepared inputs, ValueError for a batch without rows."""
+    if not isinstance(inputs, MultimodalInputs):
+        raise TypeError(f"{name} must be prepared inputs (model.prepare, model.inputs_from_hf), not {inputs!r}.")
+    if not len(inputs):
+        raise ValueError(f"{name} holds no row; give at least one prompt.")
+
+
+def metrics_of(metric: Any) -> dict[str, Any]:
+    """Metrics by name; a single one has the name "". Raises: ValueError for what is no function, or none at all."""
+    metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
+    if not metrics or not all(callable(m) for m in metrics.values()):
+        raise ValueError(
+            "metric= must be a function of logits [rows d_vocab], for example "
+            f"veena_lens.sweeps.metrics.logit_diff(good, bad), or a dictionary of them, not {metric!r}."
+        )
+    return metrics
+
+
+def sites_of(model: Any, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """The hooks that metrics read besides logits. Raises: ValueError for a site outside the decoder's blocks."""
+    found = []
+    for metric in metrics.values():
+        site = getattr(metric, "site", None)
+        if site is not None:
+            found.append(_site(model, site))
+    return tuple(dict.fromkeys(found))
+
+
+def _site(model: Any, name: str) -> str:
+    full = model.names_of(name)[0]
+    if not full.startswith("blocks."):
+        raise ValueError(f"A metric reads logits or a hook of a decoder block, not {name!r}.")
+    return full
+
+
+def read_logits(metrics: Mapping[str, Any]) -> bool:
+    """True where some metric reads logits."""
+    return any(getattr(metric, "site", None) is None for metric in metrics.values())
+
+
+def apply_metrics(
+    model: Any, metrics: Mapping[str, Any], base: BaseRun, logits: Tensor | None, seen: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Each metric of each row, [rows]. Raises: ValueError when one gives another shape."""
+    values = {}
+    for name, metric in metrics.items():
+        if getattr(metric, "site", None) is None:
+            assert logits is not None
+            out, n = metric(logits), len(logits)
+        else:
+            activation = seen[_site(model, metric.site)]
+            places = position_mask(base.inputs, getattr(metric, "positions", "last"))[0].nonzero().flatten()
+            out, n = metric(activation[:, places.to(activation.device)]), len(activation)
+        if not isinstance(out, Tensor) or out.shape != (n,):
+            shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"The metric{_named(name)} must give one number a row, [{n}], not {shape}.")
+        values[name] = out if out.is_floating_point() else out.double()
+    return values
+
+
+def _named(name: str) -> str:
+    return f" {name!r}" if name else ""
+
+
+def base_metrics(model: Any, metrics: Mapping[str, Any], base: BaseRun, pair: int) -> dict[str, Tensor]:
+    """Each metric of an unpatched run, a scalar. Raises: ValueError for one that is not finite there."""
+    found = apply_metrics(model, metrics, base, base.logits[None], {site: x[None] for site, x in base.seen.items()})
+    for name, value in found.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(
+                f"The metric{_named(name)} is {value[0].item()} on an unpatched run of pair {pair}: nothing to compare."
+            )
+    return {name: value[0] for name, value in found.items()}
+
+
+def run_rows(
+    model: Any,
+    base: BaseRun,
+    rows: Sequence[AnyRow],
+    metrics: Mapping[str, Any],
+    *,
+    engine: str,
+    max_rows: int,
+    progress: Any = None,
+    store: Store | None = None,
+) -> dict[str, Tensor]:
+    """Each metric of every row, in order."""
+    sites, with_logits = sites_of(model, metrics), read_logits(metrics)
+    values: dict[str, Tensor] = {}
+    for number, members in enumerate(chunks(rows, max_rows if engine == "suffix" else 1)):
+        kept = store.read(number) if store is not None else None
+        if kept is None:
+            mine = [rows[i] for i in members]
+            runner = run_staircase if engine == "suffix" else run_naive
+            kept = apply_metrics(model, metrics, base, *runner(model, base, mine, sites, with_logits))
+            if store is not None:
+                store.write(number, kept)
+        for name, value in kept.items():
+            if name not in values:
+                values[name] = value.new_empty(len(rows))
+            values[name][torch.tensor(members, device=values[name].device)] = value.to(values[name])
+        if progress is not None:
+            progress.update(len(members))
+    return values
+
+
+def bar(total: int, show: bool, what: str) -> Any:
+    """A progress bar, or None."""
+    if not show:
+        return None
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=what, unit="row", leave=False)

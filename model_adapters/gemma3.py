@@ -1,4 +1,4 @@
-"""Gemma-3 (Gemma Team 2025, arXiv 2503.19786): a SigLIP tower, means of squares of patches, and pictures whose tokens
+"""Gemma-3 (Gemma Team 2025, arXiv 2503.19786): a SigLIP tower, means of squares of patches, and images whose tokens
 read each other in both directions."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HARMLESS = ("image_token_id", "boi_token_index", "eoi_token_index", "boi_token_i
 
 
 def gemma3_config(config: Any) -> HookedVLMConfig:
-    """The native configuration. Raises: ValueError for a number of tokens a picture that makes no square of squares."""
+    """The native configuration. Raises: ValueError for a number of tokens an image that makes no square of squares."""
     refuse_unread(config, READ, HARMLESS)
     text, tower = config.text_config, config.vision_config
     vision = tower_config(tower, -1, "full")
@@ -32,10 +32,10 @@ def gemma3_config(config: Any) -> HookedVLMConfig:
             f"mm_tokens_per_image={config.mm_tokens_per_image} must be a square whose side divides the {patches} "
             "patches a side of the tower."
         )
-    vision = replace(vision, has_last_norm=True, averages_squares=True, merge_size=patches // side)
+    vision = replace(vision, has_last_norm=True, averages_patches=True, merge_size=patches // side)
     return HookedVLMConfig(
         image_layout="fixed",
-        image_blocks=True,
+        bidirectional_images=True,
         image_token_id=config.image_token_index,
         vision=vision,
         connector=ConnectorConfig(

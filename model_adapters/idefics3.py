@@ -1,4 +1,4 @@
-"""Idefics3 (Laurençon et al. 2024, arXiv 2408.12637): pictures in tiles among text, squares of patches joined."""
+"""Idefics3 (Laurençon et al. 2024, arXiv 2408.12637): images in tiles among text, squares of patches joined."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tower_config(config: Any, merge: int) -> VisionConfig:
         n_layers=config.num_hidden_layers,
         feature_layers=(config.num_hidden_layers,),
         has_last_norm=True,
-        has_fraction_positions=True,
+        positions_by_fraction=True,
         merge_size=merge,
         **block_fields(config),
     )

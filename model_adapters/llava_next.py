@@ -12,7 +12,7 @@ from veena_lens.weight_map import Adapter, WeightMap
 
 
 def pinpoints(config: Any) -> tuple[tuple[int, int], ...]:
-    """(height, width) in pixels of the canvases that pictures are fitted into."""
+    """(height, width) in pixels of the canvases that images are fitted into."""
     return tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
 
 

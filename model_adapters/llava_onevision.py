@@ -31,7 +31,7 @@ def llava_onevision_config(config: Any) -> HookedVLMConfig:
         image_layout="anyres",
         image_pinpoints=pinpoints(config),
         max_tiles=max_tiles(config.vision_aspect_ratio),
-        tiles_when_alone=True,
+        tiles_single_images_only=True,
         video_token_id=config.video_token_id,
         **llava_fields(config),
     )

@@ -1,4 +1,4 @@
-"""Qwen2-VL (Wang et al. 2024, arXiv 2409.12191): pictures of any size, multimodal rotary positions, videos."""
+"""Qwen2-VL (Wang et al. 2024, arXiv 2409.12191): images of any size, multimodal rotary positions, videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Qwen-VL models share: a tower over pictures of any size, multimodal rotary positions, image tokens."""
+"""What the Qwen-VL models share: a tower over images of any size, multimodal rotary positions, image tokens."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def qwen_vl_config(
         image_layout="dynamic",
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
-        video_frames_apart=interleaved,
+        frames_as_images=interleaved,
         positions_per_second=positions_per_second,
         vision=vision,
         connector=ConnectorConfig(d_in=width, d_hidden=width, d_out=d_out),

@@ -69,7 +69,7 @@ class Case:
 
     @property
     def tokens_per_image(self) -> int:
-        """Image tokens of one picture, counted as Hugging Face counts features."""
+        """Image tokens of one image, counted as Hugging Face counts features."""
         vision = {**TOWER, **self.vision}
         patches = (vision["image_size"] // vision["patch_size"]) ** 2
         keeps_all = self.llava.get("vision_feature_select_strategy", "default") == "full"
@@ -138,7 +138,7 @@ CASES: tuple[Case, ...] = (
         vision=dict(hidden_act="gelu_pytorch_tanh"),
     ),
     _llava("large-epsilons", "clip", "llama", text=dict(rms_norm_eps=1e-2), vision=dict(layer_norm_eps=1e-2)),
-    # pictures and features
+    # images and features
     _llava("image-30-patch-14", "clip", "llama", vision=dict(image_size=30)),
     _llava("image-28-patch-7", "clip", "qwen2", vision=dict(patch_size=7)),
     _llava("image-45-patch-7-siglip", "siglip", "llama", vision=dict(image_size=45, patch_size=7)),
@@ -276,7 +276,7 @@ def native_model(case: Any, dtype: torch.dtype = torch.float64, casts: str = "hf
 
 
 def raw_inputs(case: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """What a processor would emit for the case's rows: ids, mask and, where there are pictures, pixels."""
+    """What a processor would emit for the case's rows: ids, mask and, where there are images, pixels."""
     if not isinstance(case, Case):
         return case.raw(dtype)
     generator = torch.Generator().manual_seed(2)

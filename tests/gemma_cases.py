@@ -1,4 +1,4 @@
-"""The odd tiny Gemma-3 models: layers that slide and layers that do not, pictures that read themselves both ways.
+"""The odd tiny Gemma-3 models: layers that slide and layers that do not, images that read themselves both ways.
 
 A `GemmaCase` stands where a `Case` does: `hf_config`, `build_hf`, `hf_model`, `native_model` and `raw_inputs` of
 `tests/cases.py` take both.
@@ -44,7 +44,7 @@ TOWER: Mapping[str, Any] = dict(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class GemmaCase:
-    """A tiny model and a batch. `tokens`: image tokens of a picture; None for a model of text alone.
+    """A tiny model and a batch. `tokens`: image tokens of an image; None for a model of text alone.
 
     rows: a string a row; a number is text tokens, "i" an image between its start and end tokens, "b" its bare tokens
     (two of them touch)."""
@@ -83,7 +83,7 @@ class GemmaCase:
         return transformers.Gemma3ForCausalLM if self.tokens is None else transformers.Gemma3ForConditionalGeneration
 
     def raw(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a processor would emit for the rows; a model of text gets no types, and no batch without a picture."""
+        """What a processor would emit for the rows; a model of text gets no types, and no batch without an image."""
         generator = torch.Generator().manual_seed(2)
         rows = []
         for row in self.rows:
@@ -134,7 +134,7 @@ GEMMA_CASES: tuple[GemmaCase, ...] = (
     # layers and windows
     GemmaCase(name="all-slide", text=dict(layer_types=[SLIDE] * 3)),
     GemmaCase(name="none-slides", text=dict(layer_types=[FULL] * 3)),
-    GemmaCase(name="narrow-window", text=dict(sliding_window=2)),  # narrower than a picture
+    GemmaCase(name="narrow-window", text=dict(sliding_window=2)),  # narrower than an image
     GemmaCase(name="wide-window", text=dict(sliding_window=200)),
     GemmaCase(name="pattern", text=dict(layer_types=None, num_hidden_layers=7, sliding_window=4)),
     # rotary positions
@@ -148,7 +148,7 @@ GEMMA_CASES: tuple[GemmaCase, ...] = (
     GemmaCase(name="attention-bias", text=dict(attention_bias=True)),
     GemmaCase(name="untied", text=dict(tie_word_embeddings=False), root=dict(tie_word_embeddings=False)),
     GemmaCase(name="silu", text=dict(hidden_activation="silu"), vision=dict(hidden_act="gelu")),
-    # pictures
+    # images
     GemmaCase(name="a-token-a-patch", tokens=16),
     GemmaCase(name="one-token", tokens=1),
     GemmaCase(name="many-tokens", tokens=9, vision=dict(image_size=19, patch_size=3, vision_use_head=True)),

@@ -1,4 +1,4 @@
-"""The odd tiny LLaVA-OneVision models: pictures in tiles, several of one tile each, frames of videos.
+"""The odd tiny LLaVA-OneVision models: images in tiles, several of one tile each, frames of videos.
 
 An `OnevisionCase` stands where a `Case` does: `hf_config`, `build_hf`, `hf_model`, `native_model` and `raw_inputs` of
 `tests/cases.py` take both.
@@ -107,7 +107,7 @@ class OnevisionCase:
             most = max(map(len, tiles))
             padded = [torch.cat([t, t.new_zeros(most - len(t), *t.shape[1:])]) for t in tiles]
             raw |= dict(pixel_values=torch.stack(padded).to(dtype), image_sizes=torch.tensor(sizes))
-            if self.says_numbers:  # rows without a picture are left out, as the processor does
+            if self.says_numbers:  # rows without an image are left out, as the processor does
                 raw["batch_num_images"] = torch.tensor([n for n in numbers if n])
         if videos:
             raw["pixel_values_videos"] = torch.stack(videos).to(dtype)

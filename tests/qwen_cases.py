@@ -1,4 +1,4 @@
-"""The odd tiny Qwen models: pictures of any size, videos, multimodal rotary positions.
+"""The odd tiny Qwen models: images of any size, videos, multimodal rotary positions.
 
 A `QwenCase` stands where a `Case` does: `hf_config`, `build_hf`, `hf_model`, `native_model` and `raw_inputs` of
 `tests/cases.py` take both.
@@ -80,8 +80,8 @@ class QwenCase:
     """A tiny model and a batch.
 
     rows: a string a row; a number is text tokens, "i4x6" an image of 4 x 6 patches, "v3x4x6" a video of three such
-    pictures. Images stand between vision start and end tokens as in the hub's prompts; Qwen3-VL's video frames each
-    stand between their own, two text tokens (a time stamp) before them. seconds: those that a picture of each video
+    images. Images stand between vision start and end tokens as in the hub's prompts; Qwen3-VL's video frames each
+    stand between their own, two text tokens (a time stamp) before them. seconds: those that an image of each video
     stands for (Qwen2.5-VL), by turns; none where it is empty."""
 
     name: str

@@ -1,6 +1,6 @@
 """Qwen-VL models a second time, written plainly in float64; blocks are those of `tests/reference.py`.
 
-Pictures (an image, or one picture of a video) stand in reading order, each padded to the longest with a large
+Images (an image, or one image of a video) stand in reading order, each padded to the longest with a large
 number that must reach nothing. Patches come in the processor's order: squares of patches, one a token.
 """
 
@@ -36,7 +36,7 @@ class QwenReference(Reference):
                 for letter, value in zip("qkv", self.state[f"{at}.qkv.{part}"].chunk(3), strict=True):
                     self.state[f"{at}.{letter}.{part}"] = value
 
-    # --- pictures, where they stand and what they look like --------------------------------------------
+    # --- images, where they stand and what they look like --------------------------------------------
     def pictures(
         self,
         input_ids: Tensor,
@@ -44,7 +44,7 @@ class QwenReference(Reference):
         sources: Mapping[int, tuple[Tensor, Tensor] | None],
         seconds: Tensor | None = None,
     ) -> tuple[list[tuple[Tensor, Grid]], Tensor]:
-        """(patches and grid of every picture in reading order, position ids [3 batch pos]), token by token."""
+        """(patches and grid of every image in reading order, position ids [3 batch pos]), token by token."""
         left, steps = {}, self.steps(sources, seconds)
         for token, source in sources.items():
             clips = []
@@ -79,7 +79,7 @@ class QwenReference(Reference):
         return found, positions
 
     def steps(self, sources: Any, seconds: Tensor | None) -> list[float]:
-        """Positions in time from one picture of a video to the next; none where pictures are counted."""
+        """Positions in time from one image of a video to the next; none where images are counted."""
         videos = sources.get(self.root.video_token_id)
         if not self.is_windowed or videos is None:
             return []
@@ -87,13 +87,13 @@ class QwenReference(Reference):
         return [float(self.vision.tokens_per_second * s) for s in seconds]
 
     def areas(self, grid: Grid) -> Tensor:
-        """True where two patches of a picture share a window."""
+        """True where two patches of an image share a window."""
         side = self.vision.window_size // self.vision.patch_size // self.merge * self.merge
         own = [(y // side, x // side) for y, x in self.places(grid)]
         return torch.tensor([[a == b for b in own] for a in own])
 
     def places(self, grid: Grid) -> list[tuple[int, int]]:
-        """(row, column) of the patches of a picture in their order."""
+        """(row, column) of the patches of an image in their order."""
         m = self.merge
         return [
             (y * m + a, x * m + b)
@@ -118,7 +118,7 @@ class QwenReference(Reference):
         return x.unflatten(1, (-1, self.merge**2)).flatten(2)
 
     def packed(self, x: Tensor, grids: list[Grid]) -> Tensor:
-        """Tokens of all pictures one after another, pads left out."""
+        """Tokens of all images one after another, pads left out."""
         return torch.cat([t[: h * w // self.merge**2] for t, (h, w) in zip(x, grids, strict=True)])
 
     def see(self, pictures: list[tuple[Tensor, Grid]]) -> tuple[Tensor, list[Tensor]]:

@@ -2,7 +2,7 @@
 
 It reads a Hugging Face state dict and configuration, shares no code with the library, and is what an edit at
 any hook point is compared with. `edits` maps a hook's name to a function of the value (given a copy). Qwen's
-pictures of any size are in `tests/qwen_reference.py`.
+images of any size are in `tests/qwen_reference.py`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Reference:
         out = norm(f"{b}.ln2_post", keys["ln2_post"], out) if has_post_norms else out
         return self.at(f"{b}.hook_resid_post", x + self.at(f"{b}.hook_mlp_out", out))
 
-    # --- the picture's way into the sequence ---------------------------------------------------------
+    # --- the image's way into the sequence ---------------------------------------------------------
     def features(self, pixels: Tensor) -> Tensor:
         tower, c = "model.vision_tower", self.vision
         patches = F.conv2d(

@@ -134,7 +134,7 @@ def test_at_works_without_the_batch_axis(model_of) -> None:
         assert torch.equal(single.at(positions, "resid_post", 1).reshape(expected.shape), expected)
 
 
-# --- pictures ----------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize("case", [NAME, "image-28-patch-7", "touching-images-first", "right-padding", "siglip-qwen2"])
 def test_image_grid_reads_the_image_row_by_row(case: str, ready) -> None:
     model, inputs, cache = ready(case)
@@ -172,7 +172,7 @@ def test_image_grid_of_a_picture_that_is_not_there_raises(row: int, image: int, 
 
 
 def test_image_grid_of_the_full_strategy_leaves_the_class_token_out(ready) -> None:
-    """With "full" the class token is the first of a picture's tokens; the grid is the patches after it."""
+    """With "full" the class token is the first of an image's tokens; the grid is the patches after it."""
     model, inputs, cache = ready("feature-minus-three-full")
     side, span = model.cfg.vision.grid[0], inputs.spans[0].images[0]
     assert span.stop - span.start == side * side + 1

@@ -133,7 +133,7 @@ def test_markdown_has_a_line_a_row() -> None:
         assert f"`{row.name}`" in line and f"`{row.axes}`" in line and row.live in line
 
 
-# --- pictures of any size ----------------------------------------------------------------------------
+# --- images of any size ----------------------------------------------------------------------------
 def test_deepstack_features_have_a_hook_each_and_one_in_the_layer_that_receives_them() -> None:
     case = QWEN_BY_NAME["qwen3_vl-plain"]
     names = list(hooks_of(native_model(case).cfg))

@@ -1,4 +1,4 @@
-"""MultimodalInputs: a token tensor's manners, rows that keep their pictures, answers, and what it prints."""
+"""MultimodalInputs: a token tensor's manners, rows that keep their images, answers, and what it prints."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_chosen_rows_keep_their_own_pictures(rows: list[str], data: st.DataObjec
     chosen = data.draw(st.lists(st.integers(0, len(rows) - 1), min_size=1, max_size=5))
     part = inputs[torch.tensor(chosen)]
     owned = {row: [] for row in range(len(rows))}
-    for picture, row in enumerate(inputs.picture_rows.tolist() if inputs.picture_rows is not None else []):
+    for picture, row in enumerate(inputs.crop_rows.tolist() if inputs.crop_rows is not None else []):
         owned[row].append(picture)
     pictures = [p for row in chosen for p in owned[row]]
     assert torch.equal(part.tokens, inputs.tokens[chosen]) and torch.equal(
@@ -72,7 +72,7 @@ def test_chosen_rows_keep_their_own_pictures(rows: list[str], data: st.DataObjec
     )
     if pictures:
         assert torch.equal(part.pixel_values, inputs.pixel_values[pictures])
-        assert part.picture_rows.tolist() == [new for new, row in enumerate(chosen) for _ in owned[row]]
+        assert part.crop_rows.tolist() == [new for new, row in enumerate(chosen) for _ in owned[row]]
     else:
         assert part.pixel_values is None
     assert [str(s) for s in part.spans] == [str(inputs.spans[row]) for row in chosen]
@@ -100,7 +100,7 @@ def test_one_row_is_a_batch_of_one_and_rows_only_are_indexed(inputs: MultimodalI
 
 def test_moving_takes_everything_along(inputs: MultimodalInputs) -> None:
     moved = inputs.to("meta")
-    for name in ("tokens", "attention_mask", "position_ids", "pixel_values", "picture_rows", "image_rows"):
+    for name in ("tokens", "attention_mask", "position_ids", "pixel_values", "crop_rows", "image_rows"):
         assert getattr(moved, name).device.type == "meta"
         assert getattr(inputs, name).device.type == "cpu"
     assert moved.spans == inputs.spans

@@ -13,13 +13,13 @@ from tests.cases import counted, native_model, raw_inputs
 from tests.gemma_cases import GEMMA_BY_NAME
 from veena_lens.activation_cache import MissingActivation
 from veena_lens.circuits import (
-    component_push,
+    attention_by_source,
     copying_strength,
+    direct_attribution,
+    direct_attribution_map,
     head_intention,
-    head_routing,
     neuron_trace,
     path_patching,
-    per_patch,
     promoted_tokens,
 )
 from veena_lens.emotion import ena
@@ -28,7 +28,7 @@ from veena_lens.sweeps.metrics import logit_diff
 
 
 def run(name: str = "plain") -> tuple[Any, Any, Any, Any]:
-    """(model, inputs, twins of other pictures, cache) in pure float64."""
+    """(model, inputs, twins of other images, cache) in pure float64."""
     model = native_model(GEMMA_BY_NAME[f"gemma3-{name}"], casts="none")
     raw = counted(raw_inputs(GEMMA_BY_NAME[f"gemma3-{name}"]))
     inputs = model.inputs_from_hf(**raw)
@@ -107,16 +107,16 @@ def test_pushes_of_heads_neurons_and_keys_sum_to_those_of_components(has_baselin
     direction = torch.randn(3, 48, dtype=torch.float64)
     kw: dict[str, Any] = dict(at="query", model=model, **(dict(baseline=twins) if has_baseline else {}))
     heads = head_intention(inputs, direction, kind="projection", **kw).values
-    by_part = component_push(inputs, direction, **kw)
+    by_part = direct_attribution(inputs, direction, **kw)
     attention = torch.stack([by_part.select(component=f"{i}_attn_out").values for i in range(3)], 1)
     mlps = torch.stack([by_part.select(component=f"{i}_mlp_out").values for i in range(3)], 1)
     close(heads.sum(-1), attention)
     neurons = neuron_trace(inputs, direction, kind="direct" if has_baseline else "raw", **kw).values
     close(neurons.sum(-1), mlps)
-    routed = head_routing(model, inputs, direction, at="query", baseline=kw.get("baseline")).values
+    routed = attention_by_source(model, inputs, direction, at="query", baseline=kw.get("baseline")).values
     close(routed.sum(-1), heads)
-    maps = [per_patch(model, inputs[[0]], direction, at="query", image=i).values for i in range(3)]
-    whole = head_routing(model, inputs[[0]], direction, at="query").select(source="image").values
+    maps = [direct_attribution_map(model, inputs[[0]], direction, at="query", image=i).values for i in range(3)]
+    whole = attention_by_source(model, inputs[[0]], direction, at="query").select(source="image").values
     close(torch.stack(maps).sum(0).flatten(-2).sum(-1), whole)
 
 

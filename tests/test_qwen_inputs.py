@@ -1,4 +1,4 @@
-"""MultimodalInputs with pictures of unequal size, frames of videos and three streams of positions."""
+"""MultimodalInputs with images of unequal size, frames of videos and three streams of positions."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def test_spans_grids_and_positions_name_what_the_rows_hold(rows: list[str], padd
             assert tokens.flatten().tolist() == list(range(spans.images[image].start, spans.images[image].stop))
             filled[tokens.flatten()] = True
             assert torch.equal(position_mask(inputs, "image", image)[row].nonzero().flatten(), tokens.flatten())
-            assert inputs.picture_grids is not None and inputs.picture_grids[picture].tolist() == [height, width]
-            assert inputs.picture_rows is not None and inputs.picture_rows[picture] == row
-            assert inputs.picture_images is not None and inputs.picture_images[picture] == image
+            assert inputs.crop_grids is not None and inputs.crop_grids[picture].tolist() == [height, width]
+            assert inputs.crop_rows is not None and inputs.crop_rows[picture] == row
+            assert inputs.crop_images is not None and inputs.crop_images[picture] == image
             picture += 1
         assert torch.equal(inputs.image_mask[row], filled)
         assert torch.equal(filled, (inputs.tokens[row] == IMAGE) | (inputs.tokens[row] == VIDEO))
@@ -86,7 +86,7 @@ def test_spans_grids_and_positions_name_what_the_rows_hold(rows: list[str], padd
         assert torch.equal(inputs.position_ids, positions_of(case_of(kind, tuple(rows), padding)))
         assert inputs.pixel_values is not None and len(inputs.pixel_values) == picture
     else:
-        assert inputs.pixel_values is None and inputs.picture_grids is None
+        assert inputs.pixel_values is None and inputs.crop_grids is None
 
 
 @given(rows=st.lists(DRAWN, min_size=1, max_size=3), data=st.data())
@@ -97,13 +97,13 @@ def test_chosen_rows_keep_their_own_pictures(rows: list[str], data: st.DataObjec
     assert torch.equal(part.tokens, inputs.tokens[chosen])
     assert torch.equal(part.position_ids, inputs.position_ids[..., chosen, :])
     assert part.grids == tuple(inputs.grids[row] for row in chosen)
-    owners = [] if inputs.picture_rows is None else inputs.picture_rows.tolist()
+    owners = [] if inputs.crop_rows is None else inputs.crop_rows.tolist()
     pictures = [i for row in chosen for i, owner in enumerate(owners) if owner == row]
     if not pictures:
-        assert part.pixel_values is None and part.picture_grids is None and part.picture_lengths() is None
+        assert part.pixel_values is None and part.crop_grids is None and part.picture_lengths() is None
         return
-    assert torch.equal(part.picture_grids, inputs.picture_grids[pictures])
-    lengths = part.picture_grids.prod(-1).tolist()
+    assert torch.equal(part.crop_grids, inputs.crop_grids[pictures])
+    lengths = part.crop_grids.prod(-1).tolist()
     assert part.picture_lengths() == lengths and part.picture_lengths(in_tokens=True) == [n // 4 for n in lengths]
     assert part.pixel_values.shape[1] == max(lengths), "padded no further than the longest that is left"
     for mine, theirs, n in zip(part.pixel_values, inputs.pixel_values[pictures], lengths, strict=True):
@@ -133,7 +133,7 @@ def test_trimmed_and_left_padded_rows_are_the_same_rows(padding: str, kind: str)
         for row in range(3):
             keep, ours = inputs.attention_mask[row], left.attention_mask[row]
             assert relative_error(moved[row, ours], whole[row, keep]) < 1e-12
-            alone = inputs[row].trimmed()
+            alone = inputs[row].without_padding()
             assert alone.shape == (1, int(keep.sum())) and bool(alone.attention_mask.all())
             assert relative_error(model(alone)[0], whole[row, keep]) < 1e-12
             for one in (alone, left[row]):
@@ -193,9 +193,9 @@ def test_moving_takes_everything_along() -> None:
         "attention_mask",
         "position_ids",
         "pixel_values",
-        "picture_rows",
-        "picture_images",
-        "picture_grids",
+        "crop_rows",
+        "crop_images",
+        "crop_grids",
     )
     assert all(getattr(moved, name).device.type == "meta" for name in names)
     assert all(getattr(inputs, name).device.type == "cpu" for name in names)

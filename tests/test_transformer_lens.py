@@ -1,4 +1,4 @@
-"""transformer_lens, unmodified, on a model with pictures: patching, caches, analysis, weights.
+"""transformer_lens, unmodified, on a model with images: patching, caches, analysis, weights.
 
 Whatever its functions return is compared with the same thing made by hand, with out-of-place hooks of our own.
 """
@@ -69,7 +69,7 @@ GOOD, BAD = 17, 40
 
 
 class Pair:
-    """A model, clean and corrupted inputs (other pictures), their caches, and a metric."""
+    """A model, clean and corrupted inputs (other images), their caches, and a metric."""
 
     def __init__(self, case: Case | QwenCase | GemmaCase | TileCase) -> None:
         from veena_lens import HookedVLM
@@ -232,7 +232,7 @@ def test_generic_patch_keeps_per_example_values(pair: Pair) -> None:
 
 
 def test_patching_the_first_residual_everywhere_restores_the_clean_run(pair: Pair) -> None:
-    """With deep-stack features what later layers add of the picture is patched besides."""
+    """With deep-stack features what later layers add of the image is patched besides."""
     names = ["hook_embed", *(["deepstack.0.hook_out"] if pair.has_deepstack else [])]
     edits = [(name, lambda value, hook: pair.clean_cache[hook.name].clone()) for name in names]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The odd tiny models whose pictures stand in tiles among text: Idefics3 and SmolVLM.
+"""The odd tiny models whose images stand in tiles among text: Idefics3 and SmolVLM.
 
 A `TileCase` stands where a `Case` does: `hf_config`, `build_hf`, `hf_model`, `native_model` and `raw_inputs` of
 `tests/cases.py` take both.
@@ -43,8 +43,8 @@ MODELS = dict(
 class TileCase:
     """A tiny model and a batch.
 
-    rows: a string a row; a number is text tokens, "i" a picture that is not cut, "i9x5" one of which only 9 x 5 pixels
-    (height, width) are real, "t2x3" one cut into 2 x 3 tiles, "b" the bare tokens of a picture without markers.
+    rows: a string a row; a number is text tokens, "i" an image that is not cut, "i9x5" one of which only 9 x 5 pixels
+    (height, width) are real, "t2x3" one cut into 2 x 3 tiles, "b" the bare tokens of an image without markers.
     n_name: tokens that the name of a tile takes. has_mask: a processor's mask of real pixels is given."""
 
     name: str
@@ -83,7 +83,7 @@ class TileCase:
         return side * side
 
     def picture_tokens(self, rows: int, columns: int) -> list[int]:
-        """The tokens of one picture as a processor writes them."""
+        """The tokens of one image as a processor writes them."""
 
         def tile(name: int) -> list[int]:
             return [FAKE, *[7] * (self.n_name - 1), name, *[IMAGE] * self.tile_tokens]

@@ -1,7 +1,7 @@
 """Idefics3 and SmolVLM a second time, written plainly in float64; blocks are those of `tests/reference.py`.
 
 Tiles are found by the markers of `tests/tile_cases.py`, one token each; of every image the tower sees the whole view
-first. `no_padding` pictures fill their square.
+first. `no_padding` images fill their square.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TileReference(Reference):
         super().__init__(config, {renamed(key): value for key, value in state.items()}, edits, tracked)
         self.side = self.vision.image_size // self.vision.patch_size
         self.merge = config.scale_factor
-        self.order: list[int] = []  # of the tower's pictures, the places among those in reading order
+        self.order: list[int] = []  # of the tower's images, the places among those in reading order
         self.real: Tensor | None = None
 
     def read_tiles(self, input_ids: Tensor, attention_mask: Tensor) -> list[int]:
@@ -62,7 +62,7 @@ class TileReference(Reference):
         return order
 
     def places(self, real: Tensor) -> Tensor:
-        """Row of the table of positions for each patch of a picture [height width]; row 0 for padding."""
+        """Row of the table of positions for each patch of an image [height width]; row 0 for padding."""
         side = self.side
         edges = torch.arange(1 / side, 1.0, 1 / side)
 

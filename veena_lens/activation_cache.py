@@ -1,7 +1,7 @@
-"""Activations of a run by hook name: transformer_lens's ActivationCache that knows where the pictures are.
+"""Activations of a run by hook name: transformer_lens's ActivationCache that knows where the images are.
 
 Adds positions ("last", "query", "image"), image grids, saving without pickle, and errors that say what the
-cache lacks. Vision activations have pictures on their first axis, so batch operations leave them alone.
+cache lacks. Vision activations have images on their first axis, so batch operations leave them alone.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ActivationCache(ResidualParts):
         return next((len(v) for n, v in self.cache_dict.items() if self._is_text(n)), 1)
 
     def remove_batch_dim(self, batch_size: int | None = None) -> ActivationCache:
-        """Drop the batch axis of a single row, in place; activations of pictures keep theirs."""
+        """Drop the batch axis of a single row, in place; activations of images keep theirs."""
         if not self.has_batch_dim:
             return self
         n = self._batch_size() if batch_size is None else batch_size
@@ -96,7 +96,7 @@ class ActivationCache(ResidualParts):
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
-        """The cache of some rows, with the pictures that they own."""
+        """The cache of some rows, with the images that they own."""
         if not self.has_batch_dim:
             raise ValueError("This cache has no batch axis to slice.")
         chosen = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
@@ -116,11 +116,11 @@ class ActivationCache(ResidualParts):
         return ActivationCache(new, self.model, has_batch_dim=chosen.mode != "int", inputs=inputs)
 
     def _owners(self, name: str, n: int) -> Tensor:
-        """The row that owns each entry of a picture activation's first axis."""
+        """The row that owns each entry of an image activation's first axis."""
         assert self.inputs is not None
         if row_of(name).axis_names[0] == "n_image_tokens":
             return self.inputs.image_mask.nonzero()[:, 0].cpu()
-        owners = self.inputs.picture_rows
+        owners = self.inputs.crop_rows
         return torch.zeros(n, dtype=torch.long) if owners is None else owners.cpu()
 
     # --- positions -----------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class ActivationCache(ResidualParts):
         full, value = self._full_name(key), self[key]
         axes = row_of(full).axis_names
         if axes[0] != "batch":
-            raise ValueError(f"cache.at picks text positions; {full} lies on pictures: use cache.image_grid.")
+            raise ValueError(f"cache.at picks text positions; {full} lies on images: use cache.image_grid.")
         if not self.has_batch_dim:
             value = value[None]
         axis = axes.index("pos") if "pos" in axes else axes.index("query_pos")
@@ -165,7 +165,7 @@ class ActivationCache(ResidualParts):
         """An activation at one image's tokens as a grid: [height width ...].
 
         Patterns and scores give [n_heads height width]: what `query` (a position, or "last") reads of the image.
-        A vision activation gives the grid of the picture itself in patches, the class token left out; of tiles, that
+        A vision activation gives the grid of the image itself in patches, the class token left out; of tiles, that
         of the whole view.
         """
         inputs = self._need_inputs("cache.image_grid")
@@ -174,7 +174,7 @@ class ActivationCache(ResidualParts):
         full, value = self._full_name(key), self[key]
         axes = row_of(full).axis_names
         height, width = inputs.grids[row][image]
-        if axes[0] == "picture":
+        if axes[0] == "crop":
             return self._picture_grid(value, row, image, full)
         if axes[0] == "n_image_tokens":
             # Features stand in the order of the image tokens that they fill.
@@ -191,19 +191,19 @@ class ActivationCache(ResidualParts):
 
     def _picture_grid(self, value: Tensor, row: int, image: int, name: str) -> Tensor:
         inputs = self._need_inputs("cache.image_grid")
-        if inputs.picture_rows is None or inputs.picture_images is None:
-            raise ValueError(f"{name}: these inputs hold no pictures.")
-        mine = (inputs.picture_rows == row) & (inputs.picture_images == image)
+        if inputs.crop_rows is None or inputs.crop_images is None:
+            raise ValueError(f"{name}: these inputs hold no images.")
+        mine = (inputs.crop_rows == row) & (inputs.crop_images == image)
         picture = int(mine.nonzero().flatten()[0])
         axes = row_of(name).axis_names
         one = value[picture]
         if "query_pos" in axes:
             raise ValueError(f"{name}: a pattern of the tower has two grids; index it directly.")
-        if inputs.picture_grids is not None:
+        if inputs.crop_grids is not None:
             height, width = inputs.grids[row][image]
             if name.startswith("connector."):
                 return one[: height * width].unflatten(0, (height, width))
-            in_patches = tuple(int(n) for n in inputs.picture_grids[picture].tolist())
+            in_patches = tuple(int(n) for n in inputs.crop_grids[picture].tolist())
             return one[raster_order((in_patches[0], in_patches[1]), in_patches[0] // height).to(one.device)]
         side = int(one.shape[0] ** 0.5)
         extra = one.shape[0] - side * side  # CLIP's class token stands first
@@ -211,7 +211,7 @@ class ActivationCache(ResidualParts):
 
     # --- files ---------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
-        """Write the activations and where the pictures lie to one safetensors file; returns its path."""
+        """Write the activations and where the images lie to one safetensors file; returns its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
@@ -248,7 +248,7 @@ class ActivationCache(ResidualParts):
 
 
 def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Tensor:
-    """An activation of some pictures, padded no further than the longest of them."""
+    """An activation of some images, padded no further than the longest of them."""
     lengths = None if inputs is None else inputs.picture_lengths(in_tokens=name.startswith("connector."))
     if lengths is None or not len(value):
         return value
@@ -280,7 +280,7 @@ def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
 def _input_tensors(inputs: MultimodalInputs) -> dict[str, Tensor]:
     out = {"inputs.tokens": inputs.tokens, "inputs.attention_mask": inputs.attention_mask}
     out["inputs.position_ids"] = inputs.position_ids
-    for name in ("picture_rows", "picture_images", "picture_grids"):
+    for name in ("crop_rows", "crop_images", "crop_grids"):
         if getattr(inputs, name) is not None:
             out[f"inputs.{name}"] = getattr(inputs, name)
     for row, boxes in enumerate(inputs.patch_boxes or ()):
@@ -313,9 +313,9 @@ def _restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tenso
         pad_token_id=about["pad_token_id"],
         grid_places=tuple(tuple(tuple(p) for p in row) for row in about["grid_places"]),
         token_tiles=tuple(tuple(tuple(t) for t in row) for row in about.get("token_tiles", ())),
-        picture_rows=tensors.get("inputs.picture_rows"),
-        picture_images=tensors.get("inputs.picture_images"),
-        picture_grids=tensors.get("inputs.picture_grids"),
+        crop_rows=tensors.get("inputs.crop_rows"),
+        crop_images=tensors.get("inputs.crop_images"),
+        crop_grids=tensors.get("inputs.crop_grids"),
         spans=spans,
         grids=tuple(tuple((g[0], g[1]) for g in row) for row in about["grids"]),
         patch_boxes=boxes,

@@ -278,7 +278,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def enhance(args: argparse.Namespace) -> int:
-    """One or more pictures with and without a circuit."""
+    """One or more images with and without a circuit."""
     from veena_lens.app.commands import enhance_command
 
     enhance_command(

@@ -74,8 +74,8 @@ class TransformerConfig(_Printed):
     `norm_eps` is the epsilon of its norms; `qkv_bias`, `attn_out_bias`, `mlp_bias` say which linear maps
     have a bias; `gated_mlp` is act(gate(x)) * up(x) against act(up(x)); `qk_norm` an RMS norm over the head
     width of queries and keys before rotary. Gemma's blocks: `post_norms` norm what attention and MLP give before
-    it is added to the residual, `norm_adds_one` says that RMS norms multiply by 1 + weight (in float32, cast at the
-    end), `query_scalar` that scores are scaled by its -1/2-th power instead of that of the head width.
+    it is added to the residual, `norm_weight_plus_one` says that RMS norms multiply by 1 + weight (in float32, cast at
+    the end), `query_scalar` that scores are scaled by its -1/2-th power instead of that of the head width.
     """
 
     n_layers: int
@@ -93,7 +93,7 @@ class TransformerConfig(_Printed):
     gated_mlp: bool = False
     qk_norm: bool = False
     post_norms: bool = False
-    norm_adds_one: bool = False
+    norm_weight_plus_one: bool = False
     query_scalar: float | int | None = None
     casts: Casts = "hf"
 
@@ -114,8 +114,8 @@ class TransformerConfig(_Printed):
             raise ValueError(f"{name}: act_fn={self.act_fn!r} is unknown; known: {', '.join(ACTIVATIONS)}.")
         if self.casts not in ("hf", "none"):
             raise ValueError(f"{name}: casts={self.casts!r} must be 'hf' or 'none'.")
-        if (self.post_norms or self.norm_adds_one) and self.normalization_type != "RMS":
-            raise ValueError(f"{name}: post_norms and norm_adds_one go with normalization_type='RMS'.")
+        if (self.post_norms or self.norm_weight_plus_one) and self.normalization_type != "RMS":
+            raise ValueError(f"{name}: post_norms and norm_weight_plus_one go with normalization_type='RMS'.")
         if self.query_scalar is not None and self.query_scalar <= 0:
             raise ValueError(f"{name}: query_scalar={self.query_scalar} must be positive.")
 
@@ -132,14 +132,14 @@ class VisionConfig(TransformerConfig):
 
     CLIP and SigLIP: `feature_layers` index the L + 1 hidden states (0 is the input of block 0), already
     non-negative; `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
-    `has_last_norm` says that features are normed after the last block. With `has_fraction_positions` (Idefics3) a
-    picture may be smaller than the square it lies in, and a patch's position follows from the share of the picture's
+    `has_last_norm` says that features are normed after the last block. With `positions_by_fraction` (Idefics3) a
+    image may be smaller than the square it lies in, and a patch's position follows from the share of the image's
     height and width at which it lies. Squares of `merge_size` patches a side are then joined into what one token reads,
-    or, with `averages_squares` (Gemma-3), averaged.
+    or, with `averages_patches` (Gemma-3), averaged.
 
-    Qwen ("qwen"): pictures of any size (`image_size` 0), in squares of `merge_size` patches a side that one token
-    reads; `temporal_patch_size` frames make one picture. `rope_theta` is the base of the rotary positions over
-    rows and columns, `position_grid` the side of a learned table that is resampled to each picture (0: none),
+    Qwen ("qwen"): images of any size (`image_size` 0), in squares of `merge_size` patches a side that one token
+    reads; `temporal_patch_size` frames make one image. `rope_theta` is the base of the rotary positions over
+    rows and columns, `position_grid` the side of a learned table that is resampled to each image (0: none),
     `deepstack_layers` the blocks whose outputs enter the decoder's first layers besides. Where `window_side` is set,
     a patch attends inside its window of so many squares a side, but in the blocks of `full_attention_layers`.
     """
@@ -153,15 +153,15 @@ class VisionConfig(TransformerConfig):
     drop_class_token: bool = False
     has_pooling_head: bool = False
     has_last_norm: bool = False
-    has_fraction_positions: bool = False
-    averages_squares: bool = False
+    positions_by_fraction: bool = False
+    averages_patches: bool = False
     temporal_patch_size: int = 1
     merge_size: int = 1
     patch_bias: bool = False
     rope_theta: float | None = None
     position_grid: int = 0
     deepstack_layers: tuple[int, ...] = ()
-    window_side: int = 0  # squares that one token reads; 0: every block attends to the whole picture
+    window_side: int = 0  # squares that one token reads; 0: every block attends to the whole image
     full_attention_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ class VisionConfig(TransformerConfig):
 
     @property
     def takes_any_size(self) -> bool:
-        """True where the number of patches follows the picture's size."""
+        """True where the number of patches follows the image's size."""
         return self.image_size == 0
 
     def is_windowed(self, layer: int) -> bool:
@@ -209,13 +209,13 @@ class VisionConfig(TransformerConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) in patches of one picture, where all have one size."""
+        """(height, width) in patches of one image, where all have one size."""
         side = self.image_size // self.patch_size
         return side, side
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """(height, width) in tokens of one picture, where all have one size."""
+        """(height, width) in tokens of one image, where all have one size."""
         return self.grid[0] // self.merge_size, self.grid[1] // self.merge_size
 
     @property
@@ -229,7 +229,7 @@ class VisionConfig(TransformerConfig):
 
     @property
     def n_features(self) -> int:
-        """Features a picture gives: positions (or merged squares), less the class token where token 0 is dropped."""
+        """Features an image gives: positions (or merged squares), less the class token where token 0 is dropped."""
         return self.n_positions // self.merge_size**2 - int(self.drop_class_token)
 
 
@@ -256,9 +256,10 @@ class HookedVLMConfig(TransformerConfig):
     `n_ctx` is the longest context in tokens. `casts="hf"` rounds where Hugging Face does (norms and rotary
     tables in float32); "none" stays in the model's dtype throughout. `sliding_rope` are the rotary positions of
     layers with a window, where they are others than `rope`; `scales_embeddings` multiplies token embeddings, image
-    features not, by the square root of `d_model`; with `image_blocks` the tokens of a picture (a run of image tokens)
-    read each other in both directions (`image_blocks` and `sliding_windows`: as far back as the window reaches).
-    Where `positions_per_second` is set, the time stream of rotary positions counts a video's seconds, not its pictures.
+    features not, by the square root of `d_model`; with `bidirectional_images` the tokens of an image (a run of image
+    tokens) read each other in both directions (`bidirectional_images` and `sliding_windows`: as far back as the window
+    reaches). Where `positions_per_second` is set, the time stream of rotary positions counts a video's seconds, not
+    its images.
     """
 
     d_vocab: int
@@ -268,15 +269,17 @@ class HookedVLMConfig(TransformerConfig):
     unembed_bias: bool = False
     scales_embeddings: bool = False
     sliding_rope: RopeConfig | None = None
-    image_blocks: bool = False
+    bidirectional_images: bool = False
     sliding_windows: tuple[int | None, ...] = ()
     image_layout: ImageLayout = "fixed"
     image_pinpoints: tuple[tuple[int, int], ...] = ()  # any resolution: canvases (height, width) in pixels
     max_tiles: int = 0  # any resolution: larger grids are resampled to about so many tiles (0: never)
-    tiles_when_alone: bool = False  # any resolution: images that share a prompt are one tile each, as are frames
+    tiles_single_images_only: bool = (
+        False  # any resolution: images that share a prompt are one tile each, as are frames
+    )
     image_token_id: int | None = None
     video_token_id: int | None = None
-    video_frames_apart: bool = False  # a video's frames lie apart in the text, each with its own positions
+    frames_as_images: bool = False  # a video's frames lie apart in the text, each with its own positions
     positions_per_second: int | None = None  # of a video
     pad_token_id: int | None = None
     vision: VisionConfig | None = None
@@ -324,7 +327,7 @@ class HookedVLMConfig(TransformerConfig):
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Tokens whose places pictures fill: images, and frames of videos where the model takes them."""
+        """Tokens whose places images fill: images, and frames of videos where the model takes them."""
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     def window(self, layer: int) -> int | None:

@@ -39,7 +39,7 @@ class Hook:
 
 
 def _block(kind: str) -> tuple[Hook, ...]:
-    """Hooks of one block; `kind` is the first axis: rows of text ("batch") or pictures ("picture")."""
+    """Hooks of one block; `kind` is the first axis: rows of text ("batch") or images ("crop")."""
     b = kind
     heard: Live = "when heard"
     result = "head outputs in the residual stream" + (", before ln1_post where there is one" if b == "batch" else "")
@@ -90,27 +90,25 @@ DECODER_HOOKS: tuple[Hook, ...] = (
     Hook("unembed.hook_out", "batch pos d_vocab", "logits"),
 )
 VISION_HOOKS: tuple[Hook, ...] = (
-    Hook("vision.hook_embed", "picture pos d_model", "patch embeddings, class token first where there is one"),
-    Hook("vision.hook_pos_embed", "picture pos d_model", "position embeddings", needs="pos_embed"),
-    Hook("vision.ln_pre.hook_scale", "picture pos 1", "denominator of the norm after them", "when heard", "ln_pre"),
-    Hook("vision.ln_pre.hook_normalized", "picture pos d_model", "its output", needs="ln_pre"),
+    Hook("vision.hook_embed", "crop pos d_model", "patch embeddings, class token first where there is one"),
+    Hook("vision.hook_pos_embed", "crop pos d_model", "position embeddings", needs="pos_embed"),
+    Hook("vision.ln_pre.hook_scale", "crop pos 1", "denominator of the norm after them", "when heard", "ln_pre"),
+    Hook("vision.ln_pre.hook_normalized", "crop pos d_model", "its output", needs="ln_pre"),
     *(
         Hook(f"vision.{h.name}", h.axes, h.what, h.live, h.needs)
-        for h in _block("picture")
+        for h in _block("crop")
         if h.needs not in ("deepstack", "post_norms")
     ),
-    Hook("vision.ln_post.hook_scale", "picture pos 1", "denominator of the last norm", "when heard", "ln_post"),
-    Hook(
-        "vision.ln_post.hook_normalized", "picture pos d_model", "its output (RMS: before the weight)", needs="ln_post"
-    ),
+    Hook("vision.ln_post.hook_scale", "crop pos 1", "denominator of the last norm", "when heard", "ln_post"),
+    Hook("vision.ln_post.hook_normalized", "crop pos d_model", "its output (RMS: before the weight)", needs="ln_post"),
 )
 CONNECTOR_HOOKS: tuple[Hook, ...] = (
-    Hook("connector.hook_in", "picture pos d_in", "features that the projector reads (Qwen, Idefics3: joined squares)"),
-    Hook("connector.norm.hook_scale", "picture pos 1", "its norm: denominator", "when heard", "normed_connector"),
-    Hook("connector.norm.hook_normalized", "picture pos d_in", "before the weight", needs="normed_connector"),
-    Hook("connector.hook_pre", "picture pos d_hidden", "before its activation function", needs="hidden_layer"),
-    Hook("connector.hook_post", "picture pos d_hidden", "after its activation function", needs="hidden_layer"),
-    Hook("connector.hook_out", "picture pos d_model", "projected features"),
+    Hook("connector.hook_in", "crop pos d_in", "features that the projector reads (Qwen, Idefics3: joined squares)"),
+    Hook("connector.norm.hook_scale", "crop pos 1", "its norm: denominator", "when heard", "normed_connector"),
+    Hook("connector.norm.hook_normalized", "crop pos d_in", "before the weight", needs="normed_connector"),
+    Hook("connector.hook_pre", "crop pos d_hidden", "before its activation function", needs="hidden_layer"),
+    Hook("connector.hook_post", "crop pos d_hidden", "after its activation function", needs="hidden_layer"),
+    Hook("connector.hook_out", "crop pos d_model", "projected features"),
     Hook("hook_image_features", "n_image_tokens d_model", "what is scattered into the sequence, row after row"),
 )
 CONNECTOR_NEEDS = {"mlp": "hidden_layer", "normed": "normed_connector"}  # which rows each kind has besides

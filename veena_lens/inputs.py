@@ -1,7 +1,7 @@
-"""What a model runs on: tokens, pictures, and where the pictures lie among the tokens.
+"""What a model runs on: tokens, images, and where the images lie among the tokens.
 
 `MultimodalInputs` stands in for a token tensor (shape, ndim, device, row indexing), so that functions written
-for `[batch, pos]` tokens run with pictures unchanged. Plain data: a processor makes it, a model reads it.
+for `[batch, pos]` tokens run with images unchanged. Plain data: a processor makes it, a model reads it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def text_positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def in_squares(x: Int[Tensor, "height width"], merge: int) -> Int[Tensor, " patch"]:
-    """Values of a grid in the order in which pictures of any size have their patches: squares of `merge` x `merge`
+def to_merge_order(x: Int[Tensor, "height width"], merge: int) -> Int[Tensor, " patch"]:
+    """Values of a grid in the order in which images of any size have their patches: squares of `merge` x `merge`
     patches row by row, and inside a square row by row."""
     return rearrange(x, "(h a) (w b) -> (h w a b)", a=merge, b=merge)
 
@@ -53,7 +53,7 @@ def raster_order(grid: tuple[int, int], merge: int) -> Int[Tensor, "height width
     """For every cell of a grid the place of its patch in that order."""
     n = grid[0] * grid[1]
     at = torch.empty(n, dtype=torch.long)
-    at[in_squares(torch.arange(n).view(*grid), merge)] = torch.arange(n)
+    at[to_merge_order(torch.arange(n).view(*grid), merge)] = torch.arange(n)
     return at.view(*grid)
 
 
@@ -94,20 +94,20 @@ def find_spans(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MultimodalInputs:
-    """A batch of prompts with pictures, ready for a model.
+    """A batch of prompts with images, ready for a model.
 
     tokens: [batch pos] ids with every image expanded to its tokens. attention_mask: [batch pos], False on pads.
     position_ids: [batch pos], or [3 batch pos] for multimodal rotary. pixel_values: what the tower reads,
-    [picture ...] (any size: [picture patch numbers], padded); picture_rows: the row that owns each picture;
-    picture_images: which of the row's images it belongs to; picture_grids: (height, width) in patches of each, where
-    pictures have any size; patch_mask: [picture patch], False at patches of the square that a smaller picture does not
-    have, None where all are whole; image_rows: the row of each image. A picture is an image, a tile of one (the whole
+    [crop ...] (any size: [crop patch numbers], padded); crop_rows: the row that owns each crop; crop_images: which of
+    the row's images it belongs to; crop_grids: (height, width) in patches of each, where images have any size;
+    patch_mask: [crop patch], False at patches of the square that a smaller image does not have, None where all are
+    whole; image_rows: the row of each image. A crop is what the tower reads at once: an image, a tile of one (the whole
     view first), or a frame or a pair of frames of a video, which counts as an image of its own.
     extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
     one an image; grid_places: which of an image's tokens are the cells of that grid, row by row (the others are a
     class token, a whole view, newlines). token_tiles: the tile of each of an image's tokens (0 the whole view, -1 a
     newline), where images have tiles. patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left,
-    top, right, bottom) in pixels of the original picture, or None where the original is not known.
+    top, right, bottom) in pixels of the original image, or None where the original is not known.
     end_token_ids: tokens that end an answer.
     """
 
@@ -117,11 +117,11 @@ class MultimodalInputs:
     image_token_id: int | None = None
     video_token_id: int | None = None
     pad_token_id: int = 0
-    pixel_values: Float[Tensor, "picture ..."] | None = None
-    picture_rows: Int[Tensor, " picture"] | None = None
-    picture_images: Int[Tensor, " _"] | None = None
-    picture_grids: Int[Tensor, "picture 2"] | None = None
-    patch_mask: Bool[Tensor, "picture patch"] | None = None
+    pixel_values: Float[Tensor, "crop ..."] | None = None
+    crop_rows: Int[Tensor, " crop"] | None = None
+    crop_images: Int[Tensor, " _"] | None = None
+    crop_grids: Int[Tensor, "crop 2"] | None = None
+    patch_mask: Bool[Tensor, "crop patch"] | None = None
     image_rows: Int[Tensor, " image"] | None = None
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     spans: tuple[Spans, ...] = ()
@@ -161,7 +161,7 @@ class MultimodalInputs:
         return len(self.tokens)
 
     def __getitem__(self, rows: Any) -> MultimodalInputs:
-        """The chosen rows with their pictures: an int (a batch of one), slice, list, or index or bool tensor."""
+        """The chosen rows with their images: an int (a batch of one), slice, list, or index or bool tensor."""
         if isinstance(rows, tuple):
             raise IndexError("MultimodalInputs is indexed by rows only; use .tokens to pick positions.")
         if isinstance(rows, int):
@@ -171,20 +171,20 @@ class MultimodalInputs:
         chosen = index.flatten().tolist()
         on = self.tokens.device
         index = torch.tensor(chosen, dtype=torch.long, device=on)
-        pictures, new_picture_rows = _belonging(self.picture_rows, chosen)
+        pictures, new_picture_rows = _belonging(self.crop_rows, chosen)
         images, new_image_rows = _belonging(self.image_rows, chosen)
-        pixels, picture_grids = _take(self.pixel_values, pictures), _take(self.picture_grids, pictures)
-        if pixels is not None and picture_grids is not None:  # padded to the longest picture that is left
-            pixels = pixels[:, : int(picture_grids.prod(-1).max())]
+        pixels, crop_grids = _take(self.pixel_values, pictures), _take(self.crop_grids, pictures)
+        if pixels is not None and crop_grids is not None:  # padded to the longest image that is left
+            pixels = pixels[:, : int(crop_grids.prod(-1).max())]
         return replace(
             self,
             tokens=self.tokens[index],
             attention_mask=self.attention_mask[index],
             position_ids=self.position_ids[..., index, :],
             pixel_values=pixels,
-            picture_rows=new_picture_rows,
-            picture_images=_take(self.picture_images, pictures),
-            picture_grids=picture_grids,
+            crop_rows=new_picture_rows,
+            crop_images=_take(self.crop_images, pictures),
+            crop_grids=crop_grids,
             patch_mask=_take(self.patch_mask, pictures),
             image_rows=new_image_rows,
             extras={k: v[images.to(v.device)] if images is not None else v for k, v in self.extras.items()},
@@ -210,9 +210,9 @@ class MultimodalInputs:
                     "attention_mask",
                     "position_ids",
                     "pixel_values",
-                    "picture_rows",
-                    "picture_images",
-                    "picture_grids",
+                    "crop_rows",
+                    "crop_images",
+                    "crop_grids",
                     "patch_mask",
                     "image_rows",
                 )
@@ -223,18 +223,18 @@ class MultimodalInputs:
     # --- what the rows hold --------------------------------------------------------------------------
     @property
     def picture_shapes(self) -> Tensor | None:
-        """What a tower must know of its pictures beside their pixels: grids of those of any size, or the patches that
+        """What a tower must know of its images beside their pixels: grids of those of any size, or the patches that
         smaller ones have; None where all are alike."""
-        return self.patch_mask if self.picture_grids is None else self.picture_grids
+        return self.patch_mask if self.crop_grids is None else self.crop_grids
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Tokens whose places pictures fill."""
+        """Tokens whose places images fill."""
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     @property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
-        """True at the tokens that pictures fill (an image token that a model says is text like any other)."""
+        """True at the tokens that images fill (an image token that a model says is text like any other)."""
         mask = torch.zeros_like(self.attention_mask)
         for row, spans in enumerate(self.spans):
             for span in spans.images:
@@ -252,12 +252,12 @@ class MultimodalInputs:
         return [len(s.images) for s in self.spans]
 
     def picture_lengths(self, in_tokens: bool = False) -> list[int] | None:
-        """Patches of each picture, or tokens that it fills; None where pictures are not padded."""
-        if self.picture_grids is None:
+        """Patches of each image, or tokens that it fills; None where images are not padded."""
+        if self.crop_grids is None:
             return None
         if in_tokens:
             return [height * width for row in self.grids for height, width in row]
-        return self.picture_grids.prod(-1).tolist()
+        return self.crop_grids.prod(-1).tolist()
 
     def with_answer(self, answer: str | Sequence[str] | Sequence[Sequence[int]] | Tensor) -> MultimodalInputs:
         """The same rows with an answer appended; `spans` gain `.answer`. One text serves every row.
@@ -332,10 +332,10 @@ class MultimodalInputs:
             spans=tuple(moved),
         )
 
-    def trimmed(self) -> MultimodalInputs:
+    def without_padding(self) -> MultimodalInputs:
         """A single row without its pads. Raises: ValueError for a batch of several rows."""
         if len(self) != 1:
-            raise ValueError(f"trimmed takes one row, not a batch of {len(self)}.")
+            raise ValueError(f"without_padding takes one row, not a batch of {len(self)}.")
         moved = self.left_padded()
         pads = self.shape[1] - int(self.lengths[0])
 
@@ -410,7 +410,7 @@ class MultimodalInputs:
 
 
 def _belonging(owner: Tensor | None, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
-    """Indices of the pictures that the chosen rows own, in the rows' order, and their new owners."""
+    """Indices of the images that the chosen rows own, in the rows' order, and their new owners."""
     if owner is None:
         return None, None
     places, owners = [], []

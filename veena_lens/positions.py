@@ -2,7 +2,7 @@
 
 Words name parts of a row whatever its padding: they are resolved against `MultimodalInputs`, row by row.
 "generated" means answer tokens: those of `with_answer`, and those that `generate` adds. A `Box` or a `Tile` names
-image tokens by where they lie in the picture.
+image tokens by where they lie in the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from veena_lens.inputs import MultimodalInputs
 
 @dataclass(frozen=True)
 class Box:
-    """Image tokens whose patch overlaps a box, in pixels of the original picture; `image` counts in its row.
+    """Image tokens whose patch overlaps a box, in pixels of the original image; `image` counts in its row.
 
     Raises: ValueError for a box without area."""
 
@@ -37,7 +37,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Tile:
-    """Image tokens of one tile: 0 is the whole view, 1 .. the tiles row by row; a picture of one piece is tile 0."""
+    """Image tokens of one tile: 0 is the whole view, 1 .. the tiles row by row; an image of one piece is tile 0."""
 
     tile: int
     image: int = 0
@@ -125,9 +125,9 @@ def _mark(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, word: str, 
 
 
 def _mark_region(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, row: int, region: Box | Tile) -> None:
-    """Set the tokens of one row's picture that lie in a region; a row without that picture stays as it is.
+    """Set the tokens of one row's image that lie in a region; a row without that image stays as it is.
 
-    Raises: ValueError where the place of the tokens in the original picture is not known."""
+    Raises: ValueError where the place of the tokens in the original image is not known."""
     if not 0 <= region.image < len(inputs.spans[row].images):
         return
     span = inputs.spans[row].images[region.image]
@@ -139,7 +139,7 @@ def _mark_region(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, row:
         boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[row][region.image]
         if boxes is None:
             raise ValueError(
-                f"{region!r}: where the tokens of row {row} lie in the original picture is not known; make the inputs "
+                f"{region!r}: where the tokens of row {row} lie in the original image is not known; make the inputs "
                 "with model.prepare, or choose positions by Tile, numbers or a mask."
             )
         left, top, right, bottom = boxes.to(mask.device).unbind(-1)  # newlines have none (NaN) and never overlap

@@ -187,14 +187,14 @@ class Scores:
             raise ValueError(f"No axis {axis!r}; the axes are {self.axes}.")
         return axis
 
-    # Pictures and files
+    # Images and files
 
     def plot(
         self, interactive: bool = False, picture: Any = None, tokens: Sequence[str] | None = None, **settings: Any
     ) -> Any:
         """A curve (one axis) or a heat map (two), axes of length 1 aside; `settings` go to `veena_lens.plots`.
 
-        An axis "bound" (low, mean, high), as `circuits.bootstrap` gives, is drawn as a band about the curve. picture:
+        An axis "bound" (low, mean, high), as `circuits.bootstrap` gives, is drawn as a band about the curve. image:
         where these are attention of heads, a map a head over it (`plots.head_view`). tokens: the texts of the
         positions, to label an axis "pos", "query" or "key". interactive: plotly's figure with the same data and
         colours, to hover over (`veena_lens.plots.interactive`)."""

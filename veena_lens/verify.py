@@ -1,6 +1,6 @@
 """The parity certificate: one checkpoint, here and in Hugging Face, compared on the same inputs.
 
-Logits with pictures, a left-padded batch, batch against single rows, decoding with and without a cache, and
+Logits with images, a left-padded batch, batch against single rows, decoding with and without a cache, and
 an edit of every hook point. The reference runs with sdpa, whose softmax stays in the dtype of the queries.
 """
 
@@ -93,7 +93,7 @@ def verify(
 ) -> Certificate:
     """Compare a loaded model with Hugging Face's own of the same checkpoint (name, folder or hub id).
 
-    dtype: None takes the model's. images: two pictures or more for the probes instead of drawn ones.
+    dtype: None takes the model's. images: two images or more for the probes instead of drawn ones.
     Raises: ValueError for a model of another dtype, or one that does not round as Hugging Face does."""
     import transformers
 
@@ -139,7 +139,7 @@ def load_reference(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) -> A
 
 
 def probe(model: Any, images: Sequence[Any] | None = None) -> MultimodalInputs:
-    """A left-padded batch: two rows of unequal length, with pictures where the model takes them."""
+    """A left-padded batch: two rows of unequal length, with images where the model takes them."""
     has_pictures = model.cfg.vision is not None
     if model.processor is None or (has_pictures and not hasattr(model.processor, "image_processor")):
         return _drawn_tokens(model)
@@ -149,7 +149,7 @@ def probe(model: Any, images: Sequence[Any] | None = None) -> MultimodalInputs:
     if has_pictures:
         given = list(images) if images is not None else _drawn_pictures()
         if len(given) < 2:
-            raise ValueError(f"verify needs two pictures or more, not {len(given)}.")
+            raise ValueError(f"verify needs two images or more, not {len(given)}.")
         pictures = [[given[0]], given[1:]]
         if not chat:
             texts = [_placeholders(model.processor, len(p)) + t for t, p in zip(texts, pictures, strict=True)]
@@ -157,12 +157,12 @@ def probe(model: Any, images: Sequence[Any] | None = None) -> MultimodalInputs:
 
 
 def _placeholders(processor: Any, n: int) -> str:
-    """Image tokens of a raw prompt, numbered: Hugging Face's Qwen models take pictures that touch for one."""
+    """Image tokens of a raw prompt, numbered: Hugging Face's Qwen models take images that touch for one."""
     return "".join(f"{i + 1}: {processor.image_token} " for i in range(n))
 
 
 def _drawn_pictures() -> list[Any]:
-    """Three pictures of unequal shape, noise on a gradient."""
+    """Three images of unequal shape, noise on a gradient."""
     from PIL import Image
 
     out = []
@@ -188,7 +188,7 @@ def _drawn_tokens(model: Any) -> MultimodalInputs:
     length = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(length - len(r), dtype=torch.long), r]) for r in rows])
     mask = torch.stack([torch.arange(length) >= length - len(r) for r in rows])
-    if cfg.image_blocks:
+    if cfg.bidirectional_images:
         given["token_type_ids"] = (ids == cfg.image_token_id).long()
     inputs = model.inputs_from_hf(input_ids=ids, attention_mask=mask, **given)
     return (
@@ -197,7 +197,7 @@ def _drawn_tokens(model: Any) -> MultimodalInputs:
 
 
 def _drawn_pixels(cfg: Any, counts: Sequence[int], generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
-    """Noise as a processor of this image layout gives pictures (`counts` of them a row), and the tokens that each
+    """Noise as a processor of this image layout gives images (`counts` of them a row), and the tokens that each
     fills."""
     vision, n = cfg.vision, sum(counts)
     if cfg.image_layout == "dynamic":
@@ -209,11 +209,11 @@ def _drawn_pixels(cfg: Any, counts: Sequence[int], generator: torch.Generator) -
     shape = (vision.n_channels, vision.image_size, vision.image_size)
     if cfg.image_layout == "anyres":
         sizes = torch.randint(1, 3 * vision.image_size, (n, 2), generator=generator)
-        kinds = [AMONG_SEVERAL if cfg.tiles_when_alone and c > 1 else TILED for c in counts for _ in range(c)]
+        kinds = [AMONG_SEVERAL if cfg.tiles_single_images_only and c > 1 else TILED for c in counts for _ in range(c)]
         layouts = [layout_of(cfg, size, kind) for size, kind in zip(sizes.tolist(), kinds, strict=True)]
         pixels = torch.randn(n, max(layout.n_tiles for layout in layouts), *shape, generator=generator)
         given = {"pixel_values": pixels, "image_sizes": sizes}
-        if cfg.tiles_when_alone:
+        if cfg.tiles_single_images_only:
             given["batch_num_images"] = torch.tensor(counts)
         return given, [layout.n_tokens for layout in layouts]
     pixels = torch.randn(n, *shape, generator=generator)
@@ -230,19 +230,19 @@ def alone(row: MultimodalInputs) -> MultimodalInputs:
 
 
 def as_hf(inputs: MultimodalInputs, dtype: torch.dtype, types: bool = False) -> dict[str, Tensor]:
-    """The tensors that Hugging Face's model takes for the same inputs; `types`: it reads which tokens are pictures'."""
+    """The tensors that Hugging Face's model takes for the same inputs; `types`: it reads which tokens are images'."""
     given = dict(input_ids=inputs.tokens, attention_mask=inputs.attention_mask.long(), position_ids=inputs.position_ids)
     if inputs.pixel_values is None:
         return given
     pixels = inputs.pixel_values.to(dtype)
-    if inputs.picture_grids is not None:
-        grids = inputs.picture_grids
+    if inputs.crop_grids is not None:
+        grids = inputs.crop_grids
         given["pixel_values"] = torch.cat([x[: h * w] for x, (h, w) in zip(pixels, grids.tolist(), strict=True)])
         given["image_grid_thw"] = torch.cat([torch.ones_like(grids[:, :1]), grids], 1)
         given["mm_token_type_ids"] = inputs.image_mask.long()
     elif "image_sizes" in inputs.extras:
-        assert inputs.picture_rows is not None and inputs.picture_images is not None
-        owners = torch.stack([inputs.picture_rows, inputs.picture_images], 1)
+        assert inputs.crop_rows is not None and inputs.crop_images is not None
+        owners = torch.stack([inputs.crop_rows, inputs.crop_images], 1)
         _, counts = owners.unique_consecutive(dim=0, return_counts=True)
         given["pixel_values"] = pad_sequence(list(pixels.split(counts.tolist())), batch_first=True)
         given["image_sizes"] = inputs.extras["image_sizes"]
@@ -272,7 +272,7 @@ def _logits(
     model: Any, theirs: Any, batch: MultimodalInputs, rows: Sequence[MultimodalInputs], dtype: torch.dtype
 ) -> Iterator[Check]:
     """Single rows and the padded batch against Hugging Face, and against each other."""
-    exact, loose, types = TOLERANCE[dtype], TOLERANCE_OTHER_SHAPES[dtype], model.cfg.image_blocks
+    exact, loose, types = TOLERANCE[dtype], TOLERANCE_OTHER_SHAPES[dtype], model.cfg.bidirectional_images
     what = "logits with pictures" if batch.pixel_values is not None else "logits"
     single = [model(row) for row in rows]
     errors = [
@@ -295,7 +295,7 @@ def _decoding(model: Any, theirs: Any, batch: MultimodalInputs, dtype: torch.dty
         return
     plain = dict(eos_token_id=[], repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0)
     cached = model.generate(batch, max_new_tokens=n_new, return_type="tokens", **plain)
-    given = as_hf(batch, dtype, model.cfg.image_blocks)
+    given = as_hf(batch, dtype, model.cfg.bidirectional_images)
     del given["position_ids"]  # its generate counts them itself, as ours does
     whole = theirs.generate(**given, max_new_tokens=n_new, pad_token_id=batch.pad_token_id)
     reference = whole[:, batch.shape[1] :].to(cached.device)

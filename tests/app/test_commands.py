@@ -1,4 +1,4 @@
-"""The commands: a picture with and without a circuit, an estimate that loads nothing, and the table of a file."""
+"""The commands: an image with and without a circuit, an estimate that loads nothing, and the table of a file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_circuit_that_names_no_model_needs_one(loaded, tmp_path: Path) -> None
 
 def test_missing_pictures_are_listed_at_once_before_anything_is_loaded(loaded, tmp_path: Path) -> None:
     circuit = saved(tmp_path / "c.safetensors", {"model": "m"})
-    with pytest.raises(FileNotFoundError, match=r"No picture at a\.png, b\.png"):
+    with pytest.raises(FileNotFoundError, match=r"No image at a\.png, b\.png"):
         enhance_command(circuit, ["a.png", str(bundled_pictures()[0].path), "b.png"])
     with pytest.raises(FileNotFoundError, match="No circuit at"):
         enhance_command(str(tmp_path / "none"), [str(bundled_pictures()[0].path)])

@@ -56,18 +56,18 @@ def test_text_of_another_type_is_refused(text: Any, processor: Any) -> None:
 
 
 def test_picture_files_that_cannot_be_used_are_named(processor: Any, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No picture at .*nothing.png"):
+    with pytest.raises(FileNotFoundError, match="No image at .*nothing.png"):
         prepare(processor, CFG, FEEL, tmp_path / "nothing.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match="text.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match="text.png cannot be read as an picture"):
         prepare(processor, CFG, FEEL, tmp_path / "text.png")
     A.save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
-    with pytest.raises(ValueError, match="half.png cannot be read as a picture"):
+    with pytest.raises(ValueError, match="half.png cannot be read as an picture"):
         prepare(processor, CFG, FEEL, tmp_path / "half.png")
-    with Image.open(tmp_path / "half.png") as lazy, pytest.raises(ValueError, match="The picture cannot be read"):
+    with Image.open(tmp_path / "half.png") as lazy, pytest.raises(ValueError, match="The image cannot be read"):
         prepare(processor, CFG, FEEL, lazy)
-    with pytest.raises(TypeError, match="A picture must be a PIL image or a path, not Tensor"):
+    with pytest.raises(TypeError, match="An image must be a PIL image or a path, not Tensor"):
         prepare(processor, CFG, FEEL, torch.zeros(3, 28, 28))
 
 
@@ -90,14 +90,14 @@ def test_checkpoint_without_processor_template_or_tower_says_what_to_do(processo
         prepare(tiny.llava_processor(CASE, template=None), CFG, FEEL, A)
     with pytest.raises(ValueError, match="no chat template; use chat=False"):
         prepare(tiny.tokenizer(), TEXT_CFG, FEEL)
-    with pytest.raises(ValueError, match="Row 0 has 1 pictures, and this checkpoint takes none"):
+    with pytest.raises(ValueError, match="Row 0 has 1 images, and this checkpoint takes none"):
         prepare(tiny.tokenizer(tiny.TEXT_TEMPLATE), TEXT_CFG, FEEL, A)
     with pytest.raises(ValueError, match="takes none: it has no vision tower or no image processor"):
         prepare(processor.tokenizer, CFG, FEEL, A)
 
 
 def raw(**changes: Any) -> dict[str, Any]:
-    """One row with one picture, as a processor would emit it, some values changed."""
+    """One row with one image, as a processor would emit it, some values changed."""
     ids = torch.tensor([[1, 5, *[IMAGE_TOKEN] * 16, 6, 7]])
     good = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.zeros(1, 3, 28, 28))
     return {k: v for k, v in (good | changes).items() if v is not None}

@@ -229,8 +229,8 @@ def test_inspect_and_models_describe_it(tmp_path: Path, capsys: pytest.CaptureFi
     _, folder = tiny_gemma.save(GEMMA_BY_NAME["gemma3-plain"], tmp_path, torch.bfloat16)
     assert cli.main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
-    parts = ["Gemma3ForConditionalGeneration", "image_blocks=True", "blocks.{0..2}.ln1_post.hook_scale"]
-    for part in (*parts, "connector.norm.hook_normalized", "vision.ln_post.hook_normalized", "averages_squares=True"):
+    parts = ["Gemma3ForConditionalGeneration", "bidirectional_images=True", "blocks.{0..2}.ln1_post.hook_scale"]
+    for part in (*parts, "connector.norm.hook_normalized", "vision.ln_post.hook_normalized", "averages_patches=True"):
         assert part in shown, part
     assert "connector.hook_pre" not in shown and "unembedding (tied)" in shown
     assert cli.main(["models"]) == 0

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision inputs: tokens, tiles and frames equal the processor's own, boxes tile the picture."""
+"""LLaVA-OneVision inputs: tokens, tiles and frames equal the processor's own, boxes tile the image."""
 
 from __future__ import annotations
 

@@ -214,7 +214,7 @@ def test_every_image_token_has_a_box(name: str) -> None:
     assert inputs.patch_boxes is not None
     assert len(inputs.patch_boxes[0][0]) == inputs.count_image_tokens(0, inputs.spans[0].images[0])
     assert cfg.vision is not None
-    if cfg.vision.kind == "clip":  # the class token looks at the whole picture
+    if cfg.vision.kind == "clip":  # the class token looks at the whole image
         assert inputs.patch_boxes[0][0][0].tolist() == [0, 0, 40, 30]
         assert len(inputs.grid_tokens(0).flatten()) == 4
     else:

@@ -1,4 +1,4 @@
-"""Bad input to models with pictures of any size: right, or refused before any computing with what to do."""
+"""Bad input to models with images of any size: right, or refused before any computing with what to do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def processor(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tiny_qwen.processor(QWEN_BY_NAME[f"{kind}-plain"], tmp_path_factory.mktemp("processor"))
 
 
-# --- prompts and pictures ---------------------------------------------------------------------------------
+# --- prompts and images ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("given", "told"),
     [
@@ -78,7 +78,7 @@ def test_checkpoint_without_template_says_what_to_do(kind: str, tmp_path: Path) 
 
 
 def test_tokenizer_alone_takes_no_pictures(kind: str, processor: Any) -> None:
-    with pytest.raises(ValueError, match="Row 0 has 1 pictures, and this checkpoint takes none"):
+    with pytest.raises(ValueError, match="Row 0 has 1 images, and this checkpoint takes none"):
         prepare(processor.tokenizer, CFG[kind], FEEL, A, chat=False)
 
 
@@ -95,7 +95,7 @@ def test_processor_of_another_tower_is_refused(settings: dict[str, int], told: s
     other = tiny_qwen.processor(QWEN_BY_NAME[f"{kind}-plain"], tmp_path, **settings)
     with pytest.raises(ValueError, match=told):
         prepare(other, CFG[kind], FEEL, A)
-    with pytest.raises(ValueError, match=told):  # before anybody sends a picture
+    with pytest.raises(ValueError, match=told):  # before anybody sends an image
         prepare(other, CFG[kind], FEEL)
 
 
@@ -115,7 +115,7 @@ def test_processor_of_the_other_family_is_refused_though_the_image_token_be_the_
     llava = tiny.llava_processor(LLAVA)
     with pytest.raises(ValueError, match="has patch_size=None, the model's tower 4"):
         prepare(llava, replace(CFG[kind], image_token_id=IMAGE_TOKEN), FEEL, A)
-    with pytest.raises(ValueError, match=r"pixel_values must be floats \[pictures 3 28 28\], not .* \[80, 96\]"):
+    with pytest.raises(ValueError, match=r"pixel_values must be floats \[images 3 28 28\], not .* \[80, 96\]"):
         prepare(processor, replace(LLAVA_CFG, image_token_id=IMAGE), FEEL, A)
 
 
@@ -195,7 +195,7 @@ def video(frames: int, height: int, width: int, which: str) -> list[int]:
 
 @pytest.mark.parametrize("which", KINDS)
 def test_video_that_does_not_fill_its_tokens_is_refused(which: str) -> None:
-    """Three pictures of 2 x 4 patches are asked for in each case but the first."""
+    """Three images of 2 x 4 patches are asked for in each case but the first."""
     good = dict(pixel_values_videos=torch.zeros(24, 96), video_grid_thw=torch.tensor([[3, 2, 4]]))
     text = ids([5], video(3, 2, 4, which), [6])
     row = {k: v for k, v in text.items() if v is not None}
@@ -246,7 +246,7 @@ def test_times_of_a_video_count_its_seconds(seconds: Any, times: list[int]) -> N
 
 
 def test_frames_of_a_video_in_one_run_are_read_one_by_one_where_each_has_its_own() -> None:
-    """Tokens of frames that touch stand for as many pictures, each with positions of its own."""
+    """Tokens of frames that touch stand for as many images, each with positions of its own."""
     tokens = torch.tensor([[5, START, *[VIDEO] * 6, END, 6]])
     given = dict(pixel_values_videos=torch.zeros(24, 96), video_grid_thw=torch.tensor([[3, 2, 4]]))
     inputs = inputs_from_hf(CFG["qwen3_vl"], None, input_ids=tokens, **given)
@@ -262,7 +262,7 @@ def test_image_tokens_without_picture_are_refused_wherever_they_come_from(which:
     for token in (IMAGE, VIDEO):
         tokens = torch.tensor([[5, token, 6]])
         for call in (model, model.run_with_cache, lambda t: model.generate(t, return_type="tokens")):
-            with pytest.raises(ValueError, match=r"holds 1 image tokens \(id 120, 121\) but no picture was given"):
+            with pytest.raises(ValueError, match=r"holds 1 image tokens \(id 120, 121\) but no image was given"):
                 call(tokens)
 
 
@@ -305,6 +305,6 @@ def test_inputs_prepared_for_another_family_are_refused(which: str) -> None:
             model(inputs)
     other = native_model(QWEN_BY_NAME[f"{which}-patch-2-grey"])
     with pytest.raises(
-        ValueError, match=r"prepared for another model: .* \[1, 24, 96\], .* takes \[pictures patches 8\]"
+        ValueError, match=r"prepared for another model: .* \[1, 24, 96\], .* takes \[images patches 8\]"
     ):
         other(theirs[0])

@@ -1,4 +1,4 @@
-"""Qwen-VL inputs: tokens, patches and grids equal the processor's own, boxes tile the picture, grids lie in order."""
+"""Qwen-VL inputs: tokens, patches and grids equal the processor's own, boxes tile the image, grids lie in order."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_processor_files_of_every_release_load(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_videos_of_the_processor_are_read_as_hugging_face_reads_them(kind: str, tmp_path: Path) -> None:
-    """Its frames between pictures, with the seconds (Qwen2.5-VL) or the texts (Qwen3-VL) that tell their times."""
+    """Its frames between images, with the seconds (Qwen2.5-VL) or the texts (Qwen3-VL) that tell their times."""
     pytest.importorskip("torchvision")
     case = QWEN_BY_NAME[f"{kind}-plain"]
     folder = tiny_qwen.write_processor(case, tmp_path)
@@ -137,7 +137,7 @@ def test_tokens_patches_and_logits_equal_the_processor_and_hugging_face(
     again = model.inputs_from_hf(**expected)
     if inputs.pixel_values is not None:
         grids = expected["image_grid_thw"]
-        assert torch.equal(inputs.picture_grids, grids[:, 1:])
+        assert torch.equal(inputs.crop_grids, grids[:, 1:])
         patches = expected["pixel_values"].split(grids.prod(-1).tolist())
         for mine, own in zip(inputs.pixel_values, patches, strict=True):
             assert torch.equal(mine[: len(own)], own) and not mine[len(own) :].any()
@@ -158,7 +158,7 @@ def test_rows_of_a_batch_are_the_processors_rows(loaded: Any) -> None:
         alone = processor(text=[prompt(processor, text, len(mine))], images=mine or None, return_tensors="pt")
         assert torch.equal(batch.tokens[row, batch.attention_mask[row]], alone["input_ids"][0])
         if mine:
-            assert torch.equal(batch[row].picture_grids, alone["image_grid_thw"][:, 1:])
+            assert torch.equal(batch[row].crop_grids, alone["image_grid_thw"][:, 1:])
         else:
             assert batch[row].pixel_values is None
 
@@ -208,13 +208,13 @@ def test_conversation_equals_the_processor_and_takes_pictures_inside_or_beside(l
     for messages, images in ((turns, [A, B, C]), (inside, [B, C])):
         inputs = model.prepare(messages=messages, images=images)
         assert torch.equal(inputs.tokens, expected["input_ids"])
-        assert torch.equal(inputs.picture_grids, expected["image_grid_thw"][:, 1:])
+        assert torch.equal(inputs.crop_grids, expected["image_grid_thw"][:, 1:])
     two = model.prepare(messages=[inside, message("what", 0)], images=[[B, C], None])
     assert two.n_images == [3, 0]
 
 
 def test_raw_prompt_holds_its_image_tokens_itself(loaded: Any) -> None:
-    """Also two that touch: each picture keeps its own positions."""
+    """Also two that touch: each image keeps its own positions."""
     _, model, processor = loaded
     raw = "<|image_pad|> what is this ? <|image_pad|><|image_pad|> is the second"
     inputs = model.prepare(raw, [A, B, C], chat=False)
@@ -252,7 +252,7 @@ def test_pictures_of_few_pixels_keep_their_colours(size: tuple[int, int], loaded
 
 
 def test_boxes_name_the_pixels_that_a_token_shows(loaded: Any) -> None:
-    """One bright cell of a picture lights the patches of one token."""
+    """One bright cell of an image lights the patches of one token."""
     _, model, _ = loaded
     for cell in (0, 7, 11):
         dark = Image.new("RGB", (32, 24), "black")
@@ -311,7 +311,7 @@ def test_processors_of_other_merge_and_frame_sizes_fit_their_models(kind: str, n
     inputs = model.prepare([FEEL, "what"], [[A], [B, C]])
     merge = case.config().vision_config.spatial_merge_size
     assert [(h * merge, w * merge) for row in inputs.grids for h, w in row] == [
-        tuple(g) for g in inputs.picture_grids.tolist()
+        tuple(g) for g in inputs.crop_grids.tolist()
     ]
     expected = theirs(model.processor, [FEEL, "what"], [[A], [B, C]])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The certificate and the description of checkpoints whose pictures have any size."""
+"""The certificate and the description of checkpoints whose images have any size."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_certificate_passes_on_a_true_checkpoint(
 def test_certificate_passes_where_the_processor_has_no_template(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The prompts are then raw text, their pictures apart: Hugging Face takes touching ones for one."""
+    """The prompts are then raw text, their images apart: Hugging Face takes touching ones for one."""
     monkeypatch.setattr("veena_lens.verify.dead_hooks", lambda *_: ())
     _, folder = tiny_qwen.save(QWEN_BY_NAME[f"{kind}-plain"], tmp_path, torch.float64)
     (folder / "chat_template.json").unlink()

@@ -112,7 +112,7 @@ def test_inspect_and_models_describe_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert cli.main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     parts = ["SmolVLMForConditionalGeneration", "image_layout='tiles'", "vision.ln_post.hook_normalized"]
-    for part in (*parts, "vision.blocks.{0..1}.attn.hook_pattern", "connector.hook_in", "has_fraction_positions=True"):
+    for part in (*parts, "vision.blocks.{0..1}.attn.hook_pattern", "connector.hook_in", "positions_by_fraction=True"):
         assert part in shown, part
     assert "connector.hook_pre" not in shown
     assert cli.main(["models"]) == 0

@@ -106,7 +106,7 @@ def test_regions_and_tiles_choose_their_own_tokens(loaded: Any) -> None:
     whole, second = (position_mask(inputs, Tile(i)) for i in (0, 2))
     assert int(whole.sum()) == int(second.sum()) == 4 and not bool((whole & second).any())
     assert int(whole[0].nonzero()[0]) > int(second[0].nonzero()[-1]), "the whole view stands last"
-    # The right upper ninth of the picture: one tile, and the corner of the whole view.
+    # The right upper ninth of the image: one tile, and the corner of the whole view.
     box = position_mask(inputs, Box(27, 0, 40, 9.9))
     assert torch.equal(box & ~whole, position_mask(inputs, Tile(3))) and int((box & whole).sum()) == 1
     with torch.no_grad():
@@ -194,5 +194,5 @@ def test_processor_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> No
     blind = tiny_tiles.tokenizer_of()
     blind.pre_tokenizer = pre_tokenizers.Whitespace()  # drops line breaks
     processor.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=blind, pad_token="<|endoftext|>")
-    with pytest.raises(ValueError, match="its tokens stand for 10 pictures, 1 were given.*line breaks"):
+    with pytest.raises(ValueError, match="its tokens stand for 10 images, 1 were given.*line breaks"):
         model.prepare("<image> what", A, chat=False)

@@ -1,4 +1,4 @@
-"""Tiny Gemma-3 checkpoints on disk, with Gemma's own processor: its placeholder is not the token that pictures fill."""
+"""Tiny Gemma-3 checkpoints on disk, with Gemma's own processor: its placeholder is not the token that images fill."""
 
 from __future__ import annotations
 

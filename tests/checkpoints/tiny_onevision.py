@@ -21,7 +21,7 @@ PROCESSOR: Any = ImageOnlyLlavaOnevisionProcessor
 if is_torchvision_available():
     PROCESSOR = transformers.LlavaOnevisionProcessor
 SPECIAL = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<video>": VIDEO_TOKEN, "<image>": IMAGE_TOKEN}
-# As in the hub's files: pictures before videos before text, a line break before the text.
+# As in the hub's files: images before videos before text, a line break before the text.
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"

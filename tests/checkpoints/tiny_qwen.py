@@ -43,7 +43,7 @@ SPECIAL = {
 SYSTEM = (
     "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nthis is a person .<|im_end|>\n{% endif %}"
 )
-# As in the hub's files, without the counting of pictures.
+# As in the hub's files, without the counting of images.
 TEMPLATE = (
     "{% for message in messages %}SYSTEM<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"

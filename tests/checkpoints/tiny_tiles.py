@@ -48,7 +48,7 @@ def tokenizer_of(has_names: bool = True) -> Tokenizer:
 def write_processor(
     case: TileCase, folder: Path, template: str | None = TEMPLATE, has_names: bool = True, **settings: Any
 ) -> Path:
-    """The processor's files; `template` None writes none. `settings` change those of pictures."""
+    """The processor's files; `template` None writes none. `settings` change those of images."""
     folder.mkdir(parents=True, exist_ok=True)
     side = case.config().vision_config.image_size
     kind = CLASSES[case.kind]

@@ -28,7 +28,7 @@ def case_of(name: str) -> Any:
 
 
 def pair_of(model_of: Any, name: str) -> tuple[Any, Any, Any]:
-    """(model, clean, corrupted): the same rows with other pictures and one other token a row."""
+    """(model, clean, corrupted): the same rows with other images and one other token a row."""
     if name == NEXT:
         from veena_lens import HookedVLM
 

@@ -117,7 +117,7 @@ def test_a_padded_batch_of_pairs_equals_pairs_alone(name: str, model_of) -> None
         kw: dict[str, Any] = dict(sites="heads", positions="query", metric=difference, steps=steps)
         together = attribution_patching(model, clean, corrupted, **kw)
         alone = [
-            attribution_patching(model, clean[i].trimmed(), corrupted[i].trimmed(), **kw).values
+            attribution_patching(model, clean[i].without_padding(), corrupted[i].without_padding(), **kw).values
             for i in range(len(clean))
         ]
         torch.testing.assert_close(together.values, torch.cat(alone), **EXACT)

@@ -1,4 +1,4 @@
-"""Circuit tools where a picture's tokens read each other and stand for squares of patches (Gemma-3)."""
+"""Circuit tools where an image's tokens read each other and stand for squares of patches (Gemma-3)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from veena_lens.circuits import attention_knockout, image_attribution
 from veena_lens.interventions import (
     Ablate,
     BoostAttention,
-    KnockOut,
+    KnockOutAttention,
     Patch,
-    QuietHeads,
     ScaleNeurons,
     Steer,
-    Turn,
+    SteerKeepingNorm,
+    SuppressHeads,
 )
 
 
@@ -40,7 +40,7 @@ def test_map_at_the_tower_sums_each_square_of_patches(model_of) -> None:
     gradient = seen["here"].grad
     assert gradient is not None
     product = ((cache["vision.hook_embed"] - seen["here"].detach()) * gradient).sum(-1)
-    first = [int((clean.picture_rows == row).nonzero()[0]) for row in range(2)]
+    first = [int((clean.crop_rows == row).nonzero()[0]) for row in range(2)]
     squares = product[first].view(2, 2, 2, 2, 2).sum((2, 4))  # row of cells, row in it, column of cells, column in it
     torch.testing.assert_close(found.values, squares, rtol=1e-9, atol=1e-12)
     assert max(abs(x) for x in found.meta["elsewhere"]) < 1e-10
@@ -49,7 +49,7 @@ def test_map_at_the_tower_sums_each_square_of_patches(model_of) -> None:
 def test_cuts_within_a_picture_equal_hand_masked_forwards(model_of) -> None:
     """Of its last token from its first: a cut that a causal decoder would not have."""
     model, inputs, _ = pair_of(model_of, GEMMA3)
-    row = inputs[0].trimmed()
+    row = inputs[0].without_padding()
     span = row.spans[0].images[-1]
     cut = ([span.stop - 1], [span.start, span.start + 1])
     found = attention_knockout(model, row, [cut, ("image", "query")], difference, relative=False)
@@ -80,9 +80,9 @@ def kinds(model: Any, inputs: Any, cache: Any) -> dict[str, Any]:
         "neurons": ScaleNeurons(2, [3, 4], 3.0, positions="image+query+generated"),
         "boost": BoostAttention(1, keys="image", queries="image+query+generated", factor=4.0),
         "boost of scores": BoostAttention(0, keys="image", queries="image", factor=2.0, mode="abs"),
-        "cut": KnockOut(1, keys="image", queries="image"),
-        "quiet": QuietHeads(1, 0.5, queries="image+generated"),
-        "turn": Turn(1, vector, 0.3, positions="image+generated"),
+        "cut": KnockOutAttention(1, keys="image", queries="image"),
+        "quiet": SuppressHeads(1, 0.5, queries="image+generated"),
+        "turn": SteerKeepingNorm(1, vector, 0.3, positions="image+generated"),
     }
 
 
@@ -105,5 +105,5 @@ def test_every_kind_acts_alike_with_and_without_a_cache_and_row_by_row(model_of)
             continue
         for row in range(3):
             with torch.no_grad(), model.intervene([item]):
-                alone = model(inputs[row].trimmed())[0]
+                alone = model(inputs[row].without_padding())[0]
             torch.testing.assert_close(alone, whole[row][inputs.attention_mask[row]], rtol=1e-9, atol=1e-11)

@@ -10,7 +10,7 @@ import torch
 from tests.circuits.tiny import NAMES, directions, ready, twin, unit
 from tests.gemma_cases import after_norm
 from veena_lens.activation_cache import MissingActivation
-from veena_lens.circuits.heads import component_push, copying_strength, head_intention
+from veena_lens.circuits.heads import copying_strength, direct_attribution, head_intention
 from veena_lens.positions import position_mask
 
 
@@ -25,11 +25,11 @@ def test_pushes_of_all_components_add_up_to_that_of_the_stream(name: str, model_
     model, inputs = ready(model_of, name)
     first, second, S = cached(model, inputs), cached(model, twin(inputs)), directions(model)
     for layer in range(model.cfg.n_layers):
-        pushes = component_push(first, S, baseline=second, at_layer=layer)
+        pushes = direct_attribution(first, S, baseline=second, at_layer=layer)
         moved = first.at("last", "resid_post", layer) - second.at("last", "resid_post", layer)
         assert torch.allclose(pushes.values.sum(-1), moved @ unit(S[layer]), rtol=0, atol=1e-10)
         assert pushes.axes == ("pair", "component") and pushes.labels["component"][-1] == f"{layer}_mlp_out"
-    alone = component_push(first, S[1])
+    alone = direct_attribution(first, S[1])
     assert torch.allclose(alone.values.sum(-1), first.at("last", "resid_post", -1) @ unit(S[1]), rtol=0, atol=1e-10), (
         "one vector for all"
     )
@@ -40,7 +40,7 @@ def test_deepstack_features_are_components_at_image_positions(name: str, model_o
     model, inputs = ready(model_of, name)
     first, second, S = cached(model, inputs), cached(model, twin(inputs)), directions(model)
     last = model.cfg.n_layers - 1
-    pushes = component_push(first, S, at="image", baseline=second, at_layer=last, reduce="none")
+    pushes = direct_attribution(first, S, at="image", baseline=second, at_layer=last, reduce="none")
     assert [c for c in pushes.labels["component"] if "deepstack" in str(c)] == [
         f"{i}_deepstack" for i in range(1, min(model.cfg.n_deepstack, last) + 1)
     ]
@@ -76,7 +76,7 @@ def test_heads_and_bias_add_up_to_attention(name: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     cache, S = cached(model, inputs), directions(model)
     heads = head_intention(cache, S, kind="projection", at_layer=1)
-    attention = component_push(cache, S, at_layer=1)
+    attention = direct_attribution(cache, S, at_layer=1)
     for layer in (0, 1):
         bias = model.blocks[layer].attn.b_O.detach() @ unit(S[1])
         total = heads.values[:, layer].sum(-1) + bias
@@ -92,8 +92,8 @@ def test_inputs_give_what_their_cache_gives(name: str, model_of) -> None:
     assert from_inputs.axes == ("pair", "layer", "head", "pos")
     assert torch.allclose(from_inputs.values, from_cache.values, rtol=0, atol=1e-12)
     assert from_inputs.exists.equal(from_cache.exists) and from_inputs.meta == from_cache.meta
-    pushes = component_push(inputs, S, model=model)
-    assert torch.allclose(pushes.values, component_push(cached(model, inputs), S).values, rtol=0, atol=1e-12)
+    pushes = direct_attribution(inputs, S, model=model)
+    assert torch.allclose(pushes.values, direct_attribution(cached(model, inputs), S).values, rtol=0, atol=1e-12)
 
 
 def test_positions_are_kept_averaged_or_maximised(model_of) -> None:
@@ -171,7 +171,7 @@ def test_missing_activations_are_named_with_their_layers(model_of) -> None:
         head_intention(cache, S)
     assert head_intention(cache, S, layers=[0]).labels["layer"] == [0]
     with pytest.raises(MissingActivation, match="hook_embed; hook_attn_out of layers 0, 1; hook_mlp_out"):
-        component_push(cache, S)
+        direct_attribution(cache, S)
 
 
 def test_what_belongs_to_nothing_is_refused(model_of, tmp_path) -> None:
@@ -205,7 +205,7 @@ def test_embedded_model_gives_scores_of_its_pairs() -> None:
     layers = range(model.cfg.n_layers)
     S = torch.stack([(happy.at("last", "resid_post", i) - neutral.at("last", "resid_post", i)).mean(0) for i in layers])
     last = model.cfg.n_layers - 1
-    pushes = component_push(happy, S, baseline=neutral, at_layer=last)
+    pushes = direct_attribution(happy, S, baseline=neutral, at_layer=last)
     assert torch.allclose(pushes.values.sum(-1).mean(), S[last].norm(), rtol=1e-10, atol=1e-10)
     heads = head_intention(happy, S, baseline=neutral)
     assert heads.shape == (2, model.cfg.n_layers, model.cfg.n_heads) and heads.values.abs().max() <= 1

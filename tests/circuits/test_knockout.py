@@ -20,7 +20,7 @@ def by_hand(
     model: Any, row: Any, keys: Any, queries: Any, layers: Any, heads: Any = None, metric: Any = difference
 ) -> float:
     """The metric's change when scores are set to minus infinity in whole forwards of one row."""
-    row = row.trimmed()
+    row = row.without_padding()
     heads = range(model.cfg.n_heads) if heads is None else heads
 
     def mask(scores: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -35,7 +35,7 @@ def by_hand(
 
 
 def spans(row: Any) -> dict[str, list[int]]:
-    row = row.trimmed()
+    row = row.without_padding()
     n = row.shape[1]
     query = list(range(n))[row.spans[0].query]
     return {"image": row.image_mask[0].nonzero().flatten().tolist(), "query": query, "last": [n - 1]}
@@ -67,7 +67,7 @@ def test_windows_heads_and_share_of_the_metric(name: str, model_of) -> None:
     found = attention_knockout(model, clean, cuts, metric, window=2, heads=[0, -1])
     assert found.meta["layers"][-1] == [n - 1] and found.meta["layers"][0] == [0, 1]
     for i in range(len(clean)):
-        row = clean[i].trimmed()
+        row = clean[i].without_padding()
         with torch.no_grad():
             base = float(metric(model(row)[:, -1])[0])
         assert found.meta["baseline"][i] == pytest.approx(base, rel=1e-12)
@@ -86,7 +86,7 @@ def test_rows_of_a_batch_are_rows_alone(model_of) -> None:
     cuts = [(0, "last"), ("prompt", "prompt")]
     together = attention_knockout(model, clean, cuts, difference, max_rows=5)
     for i in range(len(clean)):
-        alone = attention_knockout(model, clean[i].trimmed(), cuts, difference)
+        alone = attention_knockout(model, clean[i].without_padding(), cuts, difference)
         torch.testing.assert_close(together.values[i], alone.values[0], **EXACT)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.circuits.tiny import NAMES, ready
 from veena_lens.activation_cache import MissingActivation
-from veena_lens.circuits.lens import lens_grid, logit_lens
+from veena_lens.circuits.lens import logit_lens, logit_lens_grid
 from veena_lens.positions import position_mask
 
 
@@ -77,21 +77,21 @@ def test_map_has_each_patch_in_its_place(name: str, model_of) -> None:
     for row, images in enumerate(inputs.grids):
         for image, grid in enumerate(images):
             for source in (inputs, cache):
-                maps = lens_grid(model, source, 17, row=row, image=image, values="logit")
+                maps = logit_lens_grid(model, source, 17, row=row, image=image, values="logit")
                 assert maps.axes == ("layer", "height", "width") and maps.shape == (model.cfg.n_layers, *grid)
                 for layer in range(model.cfg.n_layers):
                     with torch.no_grad():
                         resid = cache.image_grid("resid_post", layer, row=row, image=image)
                         expected = model.unembed(model.ln_final(resid))[..., 17]
                     assert torch.allclose(maps.values[layer], expected, rtol=0, atol=1e-10)
-    many = lens_grid(model, inputs, [17, 4], layers=[1])
+    many = logit_lens_grid(model, inputs, [17, 4], layers=[1])
     assert many.axes == ("token", "layer", "height", "width") and many.labels["token"] == [17, 4]
-    assert torch.allclose(many.values[0], lens_grid(model, inputs, 17, layers=[1]).values, rtol=0, atol=1e-12)
+    assert torch.allclose(many.values[0], logit_lens_grid(model, inputs, 17, layers=[1]).values, rtol=0, atol=1e-12)
 
 
 def test_whole_view_of_a_tiled_picture_has_its_own_map(model_of) -> None:
     model, inputs = ready(model_of, "llava-next")
-    maps = lens_grid(model, inputs, 5, row=2, grid="whole", layers=[0], values="logit")
+    maps = logit_lens_grid(model, inputs, 5, row=2, grid="whole", layers=[0], values="logit")
     span, side = inputs.spans[2].images[0], maps.shape[-1]
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
@@ -112,7 +112,7 @@ def test_embedded_model_reads_words_off_its_stream() -> None:
     answer = model.generate(inputs, max_new_tokens=1, do_sample=False, return_type="tokens")
     first = lens.meta["tokens"][0][-1][0][0]
     assert first == int(answer[0, 0]) and lens.meta["texts"][str(first)] == model.tokenizer.decode([first])
-    maps = lens_grid(model, inputs, " happy")
+    maps = logit_lens_grid(model, inputs, " happy")
     assert maps.shape[1:] == inputs.grids[0][0] and maps.values.exp().max() <= 1
 
 
@@ -125,7 +125,7 @@ def test_embedded_model_reads_words_off_its_stream() -> None:
         (lambda m, i: logit_lens(m, i, k=0), "k=0"),
         (lambda m, i: logit_lens(m, i, layers=[4]), "layer 4 does not exist"),
         (lambda m, i: logit_lens(m, i, "answer"), "selects no position"),
-        (lambda m, i: lens_grid(m, i, 3, row=0, image=1), r"no image 1 in row 0; images a row: \[1, 2\]"),
+        (lambda m, i: logit_lens_grid(m, i, 3, row=0, image=1), r"no image 1 in row 0; images a row: \[1, 2\]"),
     ],
 )
 def test_bad_input_says_what_is_wrong(call: Any, telling: str, model_of) -> None:

@@ -10,7 +10,14 @@ import torch
 
 from tests.circuits.tiny import NAMES, directions, ready, twin, unit
 from veena_lens.activation_cache import MissingActivation
-from veena_lens.circuits.neurons import drivers, neuron_kinds, neuron_trace, promoted_tokens, row_logits, top_neurons
+from veena_lens.circuits.neurons import (
+    classify_neurons,
+    max_activating_tokens,
+    neuron_trace,
+    promoted_tokens,
+    row_logits,
+    top_neurons,
+)
 from veena_lens.scores import Scores
 
 
@@ -105,7 +112,7 @@ def test_promoted_tokens_are_those_of_the_scaled_row(name: str, model_of) -> Non
 def test_drivers_are_the_largest_activations_of_all_batches(name: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     batches = [inputs[:1], inputs[1:], twin(inputs)]
-    found = drivers(model, batches, layer=-1, neurons=[2, 11], k=6)
+    found = max_activating_tokens(model, batches, layer=-1, neurons=[2, 11], k=6)
     assert found.meta["rows"] == 2 * len(inputs)
     for i, neuron in enumerate((2, 11)):
         every = []
@@ -124,7 +131,7 @@ def test_drivers_are_the_largest_activations_of_all_batches(name: str, model_of)
 @pytest.mark.parametrize("name", ["clip-llama", "llava-next", "qwen2_vl-image-and-video"])
 def test_drivers_say_where_in_the_picture_they_stand(name: str, model_of) -> None:
     model, inputs = ready(model_of, name)
-    found = drivers(model, inputs, layer=0, neurons=[0], k=10_000)
+    found = max_activating_tokens(model, inputs, layer=0, neurons=[0], k=10_000)
     places = {(place["row"], place["pos"]): place for place in found.meta["where"][0]}
     assert len(places) == int(inputs.attention_mask.sum())
     for row, images in enumerate(inputs.grids):
@@ -141,9 +148,9 @@ def test_drivers_say_where_in_the_picture_they_stand(name: str, model_of) -> Non
 
 def test_drivers_keep_few_positions_and_either_sign(model_of) -> None:
     model, inputs = ready(model_of, "right-padding")
-    last = drivers(model, inputs, layer=1, neurons=[3], k=50, at="last")
+    last = max_activating_tokens(model, inputs, layer=1, neurons=[3], k=50, at="last")
     assert last.shape == (1, 3) and {p["pos"] for p in last.meta["where"][0]} == {s.last for s in inputs.spans}
-    size = drivers(model, inputs, layer=1, neurons=[3], k=50, by="abs").values[0].abs()
+    size = max_activating_tokens(model, inputs, layer=1, neurons=[3], k=50, by="abs").values[0].abs()
     assert (size.diff() <= 0).all()
 
 
@@ -163,15 +170,15 @@ def test_kinds_follow_the_rule(model_of) -> None:
     S = word[None].expand(2, -1).detach().clone()
     table = pd.DataFrame(dict(layer=[1, 1, 1, 0, 0], neuron=[4, 6, 6, 4, 9], value=[1.0, 1.0, -1.0, 1.0, 1.0]))
     assert set(promoted_tokens(model, 1, 4, k=4).meta["tokens"][0]) == set(lexicon)
-    last = neuron_kinds(model, table, lexicon, S, key_layer=0, at="last")
+    last = classify_neurons(model, table, lexicon, S, key_layer=0, at="last")
     # Neuron 6 with a push along the direction must be active the other way round, where it speaks of the lexicon too.
     assert last["lexicon_tokens"].tolist()[:2] == [4, 4] and last["lexicon_tokens"][2] < 3
     assert last["kind"].tolist() == ["explicit state", "explicit state", "unlabelled", "explicit state", "unlabelled"]
-    image = neuron_kinds(model, table, lexicon, S, key_layer=0, at="image")
+    image = classify_neurons(model, table, lexicon, S, key_layer=0, at="image")
     assert image["kind"].tolist()[3:] == ["unlabelled", "unlabelled"] and "not tested" in image["why"][4]
-    told = neuron_kinds(model, table, lexicon, S, key_layer=0, at="query", confirmed={(0, 9)})
+    told = classify_neurons(model, table, lexicon, S, key_layer=0, at="query", confirmed={(0, 9)})
     assert told["kind"].tolist()[3:] == ["unlabelled", "contextual trigger"] and "early" in told["why"][3]
-    refused = neuron_kinds(model, table, lexicon, S, key_layer=0, at="query", confirmed=set())
+    refused = classify_neurons(model, table, lexicon, S, key_layer=0, at="query", confirmed=set())
     assert refused["kind"][4] == "unlabelled" and "not confirmed" in refused["why"][4]
 
 
@@ -200,13 +207,13 @@ def test_row_logits_center_the_rows_of_layer_norms(model_of) -> None:
         ),
         (lambda m, i, S: neuron_trace(i, S, kind="raw"), "pass model="),
         (lambda m, i, S: promoted_tokens(m, 0, 96), "neuron 96 does not exist; there are 96"),
-        (lambda m, i, S: drivers(m, i, 5, [0]), "layer 5 does not exist"),
-        (lambda m, i, S: drivers(m, i, 0, []), "list of neurons is empty"),
-        (lambda m, i, S: drivers(m, [], 0, [1]), "there is no batch"),
-        (lambda m, i, S: drivers(m, i, 0, [1], by="size"), "'value' or 'abs'"),
-        (lambda m, i, S: neuron_kinds(m, pd.DataFrame({"layer": [0]}), [1], S, 0), "lacks the column 'neuron'"),
-        (lambda m, i, S: neuron_kinds(m, pd.DataFrame(), ["joy"], S, 0), "needs a model with a tokenizer"),
-        (lambda m, i, S: neuron_kinds(m, pd.DataFrame(), [], S, 0), "lexicon is empty"),
+        (lambda m, i, S: max_activating_tokens(m, i, 5, [0]), "layer 5 does not exist"),
+        (lambda m, i, S: max_activating_tokens(m, i, 0, []), "list of neurons is empty"),
+        (lambda m, i, S: max_activating_tokens(m, [], 0, [1]), "there is no batch"),
+        (lambda m, i, S: max_activating_tokens(m, i, 0, [1], by="size"), "'value' or 'abs'"),
+        (lambda m, i, S: classify_neurons(m, pd.DataFrame({"layer": [0]}), [1], S, 0), "lacks the column 'neuron'"),
+        (lambda m, i, S: classify_neurons(m, pd.DataFrame(), ["joy"], S, 0), "needs a model with a tokenizer"),
+        (lambda m, i, S: classify_neurons(m, pd.DataFrame(), [], S, 0), "lexicon is empty"),
     ],
 )
 def test_bad_input_says_what_is_wrong(call: Any, telling: str, model_of) -> None:

@@ -1,4 +1,4 @@
-"""Occlusion maps against pictures covered by hand, planted readers of one patch, and attribution maps."""
+"""Occlusion maps against images covered by hand, planted readers of one patch, and attribution maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.circuits.runs import LLAVA, NEXT, QWEN3, difference, pair_of
 from tests.parity.test_llava_next import PINS, build
 from veena_lens import HookedVLM
 from veena_lens.circuits.attribution import image_attribution
-from veena_lens.circuits.occlusion import agreement, occlude_features, occlude_pixels
+from veena_lens.circuits.occlusion import occlude_features, occlude_pixels, rank_agreement
 from veena_lens.interventions import Ablate
 from veena_lens.scores import Scores
 from veena_lens.sweeps.metrics import logit_diff, project
@@ -124,7 +124,7 @@ def test_replacing_features_equals_an_ablation(name: str, model_of) -> None:
     image = 1 if inputs.n_images[0] > 1 and inputs.n_images[1] > 1 else 0
     kw: dict[str, Any] = dict(metric=difference, image=image, window=(1, 2), **QUIET)
     found = occlude_features(model, inputs, **kw)
-    alone = inputs[0].trimmed()
+    alone = inputs[0].without_padding()
     cells = alone.grid_tokens(0, image)
     chosen = torch.zeros(alone.shape, dtype=torch.bool)
     chosen[0, cells[0, :2]] = True
@@ -179,7 +179,7 @@ def test_the_whole_view_of_a_tiled_picture_can_be_covered_too(others) -> None:
 
 def test_a_reader_of_one_patch_is_found(model_of) -> None:
     model, clean, _ = pair_of(model_of, LLAVA)
-    one = clean[2].trimmed()
+    one = clean[2].without_padding()
     metric = project("blocks.0.hook_resid_pre", torch.randn(48, dtype=torch.float64), int(one.grid_tokens(0)[0, 1]))
     found = occlude_features(model, one, metric, **QUIET).values[0]
     assert float(found[0, 1].abs()) > 1e-6
@@ -207,7 +207,7 @@ def test_the_embedded_model_reads_a_smile_from_the_mouth() -> None:
     # Attribution at the tower's input agrees; what enters the decoder has been carried elsewhere by the tower.
     sides = [steps.ask(model, steps.NAME, list(side)) for side in zip(*pairs, strict=True)]
     tower = image_attribution(model, *sides, metric, "noising", site="vision.hook_embed")
-    agreed = agreement(tower, found).values
+    agreed = rank_agreement(tower, found).values
     assert float(agreed[:, 0].min()) > 0.3 and float(agreed[:, 1].max()) < 0.01
     assert agreed[:, 2].tolist() == [64, 64]
 
@@ -216,24 +216,28 @@ def test_agreement_is_the_rank_correlation_with_a_calibrated_p() -> None:
     generator = torch.Generator().manual_seed(3)
     a = torch.randn(6, 7, generator=generator)
     base = Scores(a, ("height", "width"))
-    same = agreement(base, Scores(a.exp(), ("height", "width")), draws=200)
+    same = rank_agreement(base, Scores(a.exp(), ("height", "width")), draws=200)
     assert same.values[0] == pytest.approx(1) and same.values[1] == pytest.approx(1 / 201) and same.values[2] == 42
-    shifted = agreement(base, Scores(-a, ("height", "width")), null="shift")
+    shifted = rank_agreement(base, Scores(-a, ("height", "width")), null="shift")
     assert shifted.values[0] == pytest.approx(-1) and shifted.values[1] == pytest.approx(1 / 42)
-    ties = agreement(Scores(torch.tensor([1.0, 1, 2, 3]), ("cell",)), Scores(torch.tensor([4.0, 5, 6, 6]), ("cell",)))
+    ties = rank_agreement(
+        Scores(torch.tensor([1.0, 1, 2, 3]), ("cell",)), Scores(torch.tensor([4.0, 5, 6, 6]), ("cell",))
+    )
     # ranks 1.5 1.5 3 4 and 1 2 3.5 3.5
     assert ties.values[0] == pytest.approx(4 / 4.5)
     null = [
-        float(agreement(base, Scores(torch.randn(6, 7, generator=generator), base.axes), draws=99, seed=i).values[1])
+        float(
+            rank_agreement(base, Scores(torch.randn(6, 7, generator=generator), base.axes), draws=99, seed=i).values[1]
+        )
         for i in range(60)
     ]
     assert 0.35 < sum(null) / len(null) < 0.65 and min(null) >= 0.01
     hidden = torch.ones(6, 7, dtype=torch.bool)
     hidden[0] = False
-    assert agreement(base, Scores(a, base.axes, mask=hidden)).values[2] == 35
+    assert rank_agreement(base, Scores(a, base.axes, mask=hidden)).values[2] == 35
     smooth = torch.arange(64.0).view(1, 8, 8) / 8
     both = Scores(torch.cat([smooth, smooth]), ("pair", "height", "width"), {"pair": ["a", "b"]})
-    assert agreement(both, both, null="shift").labels["pair"] == ["a", "b"]
+    assert rank_agreement(both, both, null="shift").labels["pair"] == ["a", "b"]
 
 
 def test_maps_that_cannot_be_compared_are_refused() -> None:
@@ -244,11 +248,11 @@ def test_maps_that_cannot_be_compared_are_refused() -> None:
         (Scores(torch.randn(3, 4), a.axes, mask=torch.zeros(3, 4, dtype=torch.bool)), "needs 3"),
     ):
         with pytest.raises(ValueError, match=telling):
-            agreement(a, other)
+            rank_agreement(a, other)
     with pytest.raises(ValueError, match="null="):
-        agreement(a, a, null="turn")
+        rank_agreement(a, a, null="turn")
     with pytest.raises(ValueError, match="without missing"):
-        agreement(a, Scores(torch.randn(3, 4), a.axes, mask=torch.rand(3, 4) > 0.2), null="shift")
+        rank_agreement(a, Scores(torch.randn(3, 4), a.axes, mask=torch.rand(3, 4) > 0.2), null="shift")
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def textbook(
 @pytest.mark.parametrize("name", [LLAVA, QWEN3, TEXT, "text-llama-bias", "text-qwen2-window"])
 def test_paths_equal_freezing_every_other_component(name: str, model_of) -> None:
     model, clean, corrupted = pair_of(model_of, name)
-    a, b = clean[0].trimmed(), corrupted[0].trimmed()
+    a, b = clean[0].without_padding(), corrupted[0].without_padding()
     last, groups = model.cfg.n_layers - 1, model.cfg.n_heads // model.cfg.n_key_value_heads
     head = model.cfg.n_heads - 1
     receivers: list[Any] = [f"L{last}H{head}.{x}" for x in "qkv"] + [f"L{last}H{head}"]
@@ -72,7 +72,7 @@ def test_paths_equal_freezing_every_other_component(name: str, model_of) -> None
 def test_path_to_an_mlp_equals_its_own_formula(name: str, model_of) -> None:
     """MLP 1 reads ln2(resid_mid + change); what comes out is put into the corrupted run."""
     model, clean, corrupted = pair_of(model_of, name)
-    a, b = clean[0].trimmed(), corrupted[0].trimmed()
+    a, b = clean[0].without_padding(), corrupted[0].without_padding()
     block = model.blocks[1]
     with torch.no_grad():
         (_, ca), (plain, cb) = (model.run_with_cache(x) for x in (a, b))
@@ -110,8 +110,8 @@ def test_paths_to_the_end_are_direct_attribution(name: str, direction: str, mode
     for i in range(len(base)):
         with torch.no_grad():
             filters = [*names, "hook_embed", "ln_final.hook_scale"]
-            _, here = model.run_with_cache(base[i].trimmed(), names_filter=filters)
-            _, there = model.run_with_cache(source[i].trimmed(), names_filter=filters)
+            _, here = model.run_with_cache(base[i].without_padding(), names_filter=filters)
+            _, there = model.run_with_cache(source[i].without_padding(), names_filter=filters)
         scale = here["ln_final.hook_scale"][0, -1]
         for k, label in enumerate(frozen.labels["sender"]):
             if label.endswith("deepstack"):
@@ -147,7 +147,7 @@ def test_senders_joined_add_up_and_paths_that_do_not_exist_are_masked(model_of) 
 
 def test_deepstack_features_are_frozen_and_can_send(model_of) -> None:
     model, clean, corrupted = pair_of(model_of, QWEN3)
-    a, b = clean[0].trimmed(), corrupted[0].trimmed()
+    a, b = clean[0].without_padding(), corrupted[0].without_padding()
     found = path_patching(model, a, b, ["embed", "1_deepstack", ("embed", "1_deepstack")], ["L1H0.q"], difference)
     with torch.no_grad():
         _, ca = model.run_with_cache(a)
@@ -186,7 +186,7 @@ def test_pairs_are_kept_apart_and_a_run_with_itself_gives_nothing(model_of) -> N
     kw: dict[str, Any] = dict(senders=["L0H1", "embed"], receivers=["L1H0", "final"], metric=difference)
     together = path_patching(model, clean, corrupted, **kw)
     for i in range(3):
-        alone = path_patching(model, clean[i].trimmed(), corrupted[i].trimmed(), **kw)
+        alone = path_patching(model, clean[i].without_padding(), corrupted[i].without_padding(), **kw)
         torch.testing.assert_close(together.values[i], alone.values[0], **EXACT)
     assert float(path_patching(model, clean, clean, **kw).values.abs().max()) < 1e-14
     share = path_patching(model, clean, corrupted, relative=True, **kw)

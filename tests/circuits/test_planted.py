@@ -1,6 +1,6 @@
 """A circuit written into a random model is found again, component by component, and shuffled labels find nothing.
 
-Pictures of three classes carry a pattern each on top of noise; their neutral twins do not. Chosen heads and neurons
+Images of three classes carry a pattern each on top of noise; their neutral twins do not. Chosen heads and neurons
 are given output weights that turn what the pattern does to them into a push along one direction.
 """
 
@@ -18,15 +18,15 @@ from torch import Tensor
 from tests.cases import BY_NAME, IMAGE_TOKEN, hf_model
 from tests.circuits.tiny import unit
 from veena_lens.circuits import (
+    attention_by_source,
     benjamini_hochberg,
     bootstrap,
+    direct_attribution_map,
     head_intention,
-    head_routing,
-    image_share,
+    image_attention_share,
+    most_selective_class,
     neuron_trace,
-    per_patch,
-    preferred_class,
-    sign_flip,
+    sign_flip_test,
     specificity_index,
     specificity_test,
     top_neurons,
@@ -100,7 +100,7 @@ def difference(model: Any, sides: list[Any], name: str) -> Tensor:
 
 
 def swapped(scores: Scores, seed: int) -> Scores:
-    """Emotional and neutral pictures exchanged in half of the pairs, at random: differences change their sign."""
+    """Emotional and neutral images exchanged in half of the pairs, at random: differences change their sign."""
     signs = 1.0 - 2 * torch.randint(2, (len(CLASSES),), generator=torch.Generator().manual_seed(seed)).double()
     values = scores.values * signs.view(-1, *[1] * (scores.values.ndim - 1))
     return Scores(values, scores.axes, scores.labels)
@@ -113,7 +113,7 @@ def head_pushes() -> Scores:
 
 
 @cache
-def neuron_pushes() -> Scores:
+def neuron_projections() -> Scores:
     w = world()
     return neuron_trace(w.emotional, w.direction, baseline=w.neutral, model=w.model)
 
@@ -128,39 +128,42 @@ def test_heads_with_the_largest_push_are_those_planted() -> None:
 
 def test_planted_heads_are_sure_and_swapped_pairs_find_none() -> None:
     low = bootstrap(head_pushes(), draws=500).select(bound="low").values
-    p = benjamini_hochberg(sign_flip(head_pushes(), draws=2000), q=0.05)
+    p = benjamini_hochberg(sign_flip_test(head_pushes(), draws=2000), q=0.05)
     for layer, head in HEADS:
         assert low[layer, head] > 1.0 and p.values[layer, head] < 0.05
-    found = [benjamini_hochberg(sign_flip(swapped(head_pushes(), seed))).meta["discoveries"] for seed in range(10)]
+    found = [benjamini_hochberg(sign_flip_test(swapped(head_pushes(), seed))).meta["discoveries"] for seed in range(10)]
     assert sum(n > 0 for n in found) <= 1, found
 
 
 def test_push_of_planted_heads_comes_from_the_picture() -> None:
     w = world()
-    routes = head_routing(w.model, w.emotional, w.direction, baseline=w.neutral).mean("pair")
-    shares = image_share(routes).values
+    routes = attention_by_source(w.model, w.emotional, w.direction, baseline=w.neutral).mean("pair")
+    shares = image_attention_share(routes).values
     assert all(shares[layer, head] > 0.9 for layer, head in HEADS)
-    maps = per_patch(w.model, w.emotional, w.direction, baseline=w.neutral).mean("pair")
+    maps = direct_attribution_map(w.model, w.emotional, w.direction, baseline=w.neutral).mean("pair")
     assert torch.allclose(maps.values.sum((-1, -2)), routes.select(source="image").values, rtol=0, atol=1e-9)
 
 
 def test_neurons_with_the_largest_push_are_those_planted() -> None:
-    table = top_neurons(neuron_pushes(), k=4)
+    table = top_neurons(neuron_projections(), k=4)
     assert {(row.layer, row.neuron) for row in table.itertuples()} == set(world().neurons)
     assert table["value"].tolist() == pytest.approx([GAIN] * 4) and table["consistency"].min() > 0.9
 
 
 def test_swapped_pairs_have_no_neurons() -> None:
-    found = [benjamini_hochberg(sign_flip(swapped(neuron_pushes(), seed))).meta["discoveries"] for seed in range(10)]
+    found = [
+        benjamini_hochberg(sign_flip_test(swapped(neuron_projections(), seed))).meta["discoveries"]
+        for seed in range(10)
+    ]
     assert sum(n > 0 for n in found) <= 1, found
-    assert len(top_neurons(swapped(neuron_pushes(), 0), k=4, consistency=0.95)) < 4
+    assert len(top_neurons(swapped(neuron_projections(), 0), k=4, consistency=0.95)) < 4
 
 
 def test_specific_heads_are_told_from_the_general_one() -> None:
     pushes = head_pushes()
     tau = specificity_index(pushes, CLASSES, cross_fitted=True).values
     p = benjamini_hochberg(specificity_test(pushes, CLASSES, draws=500)).values
-    best = preferred_class(pushes, CLASSES)
+    best = most_selective_class(pushes, CLASSES)
     for (layer, head), classes in HEADS.items():
         if len(classes) == 1:
             assert tau[layer, head] > 0.6 and p[layer, head] < 0.05

@@ -145,7 +145,7 @@ def test_padded_rows_are_read_at_their_own_places_and_caches_serve_as_well(name:
     wheres = ["last", "query", slice(0, 2)]
     part = probes._features(model, clean, clean, ["blocks.1.hook_resid_post"], wheres, 2)
     for row in range(len(clean)):
-        alone = clean[row].trimmed()
+        alone = clean[row].without_padding()
         with torch.no_grad():
             resid = model.run_with_cache(alone)[1]["blocks.1.hook_resid_post"][0]
         expected = [resid[-1], resid[alone.spans[0].query].mean(0), resid[:2].mean(0)]

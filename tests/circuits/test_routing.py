@@ -1,4 +1,4 @@
-"""The parts of a head's push add up to it, and the map over a picture to the image's part, in every layout."""
+"""The parts of a head's push add up to it, and the map over an image to the image's part, in every layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from tests.circuits.tiny import NAMES, PICTURED, directions, ready, twin, unit
 from veena_lens.circuits.heads import head_intention
-from veena_lens.circuits.routing import head_routing, image_share, per_patch
+from veena_lens.circuits.routing import attention_by_source, direct_attribution_map, image_attention_share
 from veena_lens.positions import position_mask
 from veena_lens.scores import Scores
 
@@ -22,13 +22,13 @@ def test_sources_add_up_to_the_projection(name: str, at: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     S, other = directions(model), twin(inputs)
     for baseline in (None, other):
-        routes = head_routing(model, inputs, S, at=at, baseline=baseline, reduce="none")
+        routes = attention_by_source(model, inputs, S, at=at, baseline=baseline, reduce="none")
         whole = head_intention(inputs, S, at=at, kind="projection", baseline=baseline, model=model, reduce="none")
         assert routes.axes == ("batch" if baseline is None else "pair", "layer", "head", "source", "pos")
         total = routes.values.sum(3)
         there = whole.exists
         assert torch.allclose(total[there], whole.values[there], rtol=0, atol=1e-10)
-    mean = head_routing(model, inputs, S, at=at, baseline=other)
+    mean = attention_by_source(model, inputs, S, at=at, baseline=other)
     expected = head_intention(inputs, S, at=at, kind="projection", baseline=other, model=model)
     assert torch.allclose(mean.values.sum(-1)[mean.exists[..., 0]], expected.values[expected.exists], atol=1e-10)
 
@@ -37,7 +37,7 @@ def test_sources_add_up_to_the_projection(name: str, at: str, model_of) -> None:
 def test_each_source_is_the_sum_over_its_keys(name: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     S = directions(model)
-    routes = head_routing(model, inputs, S)
+    routes = attention_by_source(model, inputs, S)
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
     group = model.cfg.n_heads // model.cfg.n_key_value_heads
@@ -57,12 +57,13 @@ def test_each_source_is_the_sum_over_its_keys(name: str, model_of) -> None:
 def test_maps_over_all_pictures_add_up_to_the_images_part(name: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     S, other = directions(model), twin(inputs)
-    routes = head_routing(model, inputs, S, baseline=other).select(source="image").values
+    routes = attention_by_source(model, inputs, S, baseline=other).select(source="image").values
     images = range(max(inputs.n_images))
-    maps = [per_patch(model, inputs, S, image=i, baseline=other) for i in images]
+    maps = [direct_attribution_map(model, inputs, S, image=i, baseline=other) for i in images]
     if inputs.token_tiles:  # the whole view stands beside the grid through the tiles, newlines in neither
         maps += [
-            per_patch(model, inputs, S, image=i, baseline=other, grid="whole") for i in range(max(inputs.n_images))
+            direct_attribution_map(model, inputs, S, image=i, baseline=other, grid="whole")
+            for i in range(max(inputs.n_images))
         ]
         newline = torch.zeros_like(routes)
         for sign, run in ((1, inputs), (-1, other)):
@@ -74,7 +75,7 @@ def test_maps_over_all_pictures_add_up_to_the_images_part(name: str, model_of) -
 
 
 def newline_part(model: Any, inputs: Any, S: torch.Tensor) -> torch.Tensor:
-    """The push from newline tokens of tiled pictures, from the whole pattern."""
+    """The push from newline tokens of tiled images, from the whole pattern."""
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
     out = torch.zeros(len(inputs), model.cfg.n_layers, model.cfg.n_heads, dtype=torch.float64)
@@ -95,7 +96,7 @@ def test_map_has_each_patch_in_its_place(model_of) -> None:
     model, inputs = ready(model_of, "qwen2_vl-image-and-video")
     S, row, image = directions(model), 0, 0
     cells = inputs.grid_tokens(row, image)
-    before = per_patch(model, inputs, S, layers=[1])
+    before = direct_attribution_map(model, inputs, S, layers=[1])
 
     def silence(v: torch.Tensor, hook: Any) -> torch.Tensor:
         out = v.clone()
@@ -103,7 +104,7 @@ def test_map_has_each_patch_in_its_place(model_of) -> None:
         return out
 
     with model.hooks([("blocks.1.attn.hook_v", silence)]):
-        after = per_patch(model, inputs, S, layers=[1])
+        after = direct_attribution_map(model, inputs, S, layers=[1])
     changed = (after.values - before.values).abs()[row, 0].amax(0) > 0
     height, width = inputs.grids[row][image]
     assert changed.nonzero().tolist() == [[1, 0]] and before.meta["sizes"][row] == [height, width]
@@ -116,13 +117,13 @@ def test_rows_streamed_in_pieces_give_the_same(model_of, monkeypatch) -> None:
 
     model, inputs = ready(model_of, "three-images-and-none")
     S = directions(model)
-    plain = [head_routing(model, inputs, S, at="all", reduce=how) for how in ("mean", "none")]
-    maps = per_patch(model, inputs, S, at="text")
+    plain = [attention_by_source(model, inputs, S, at="all", reduce=how) for how in ("mean", "none")]
+    maps = direct_attribution_map(model, inputs, S, at="text")
     monkeypatch.setattr(reading, "ROOM", 1500)
     for how, before in zip(("mean", "none"), plain):
-        after = head_routing(model, inputs, S, at="all", reduce=how)
+        after = attention_by_source(model, inputs, S, at="all", reduce=how)
         assert torch.allclose(after.values, before.values, rtol=0, atol=1e-12)
-    assert torch.allclose(per_patch(model, inputs, S, at="text").values, maps.values, rtol=0, atol=1e-12)
+    assert torch.allclose(direct_attribution_map(model, inputs, S, at="text").values, maps.values, rtol=0, atol=1e-12)
 
 
 def test_no_square_attention_is_made(model_of) -> None:
@@ -139,33 +140,36 @@ def test_no_square_attention_is_made(model_of) -> None:
             return out
 
     with Spy():
-        head_routing(model, inputs, directions(model))
+        attention_by_source(model, inputs, directions(model))
     assert squares == []
 
 
 def test_layers_heads_and_edits_are_honoured(model_of) -> None:
-    from veena_lens.interventions import KnockOut
+    from veena_lens.interventions import KnockOutAttention
 
     model, inputs = ready(model_of, "qwen3_vl-plain")
     S = directions(model)
-    whole, part = head_routing(model, inputs, S), head_routing(model, inputs, S, layers=[-1, 0], heads=[2, -4])
+    whole, part = (
+        attention_by_source(model, inputs, S),
+        attention_by_source(model, inputs, S, layers=[-1, 0], heads=[2, -4]),
+    )
     last = model.cfg.n_layers - 1
     assert part.labels["layer"] == [last, 0] and part.labels["head"] == [2, 0]
     assert torch.allclose(part.values, whole.values[:, [last, 0]][:, :, [2, 0]], rtol=0, atol=1e-12)
-    with model.intervene([KnockOut(layer=last, heads=[1], keys="image", queries="last")]):
-        blind = head_routing(model, inputs, S).select(layer=last, source="image").values
+    with model.intervene([KnockOutAttention(layer=last, heads=[1], keys="image", queries="last")]):
+        blind = attention_by_source(model, inputs, S).select(layer=last, source="image").values
     assert not blind[:2, 1].any() and blind[:2, 0].abs().min() > 0
 
 
 def test_share_is_signed_and_bounded(model_of) -> None:
     model, inputs = ready(model_of, "clip-llama")
-    routes = head_routing(model, inputs, directions(model))
-    share = image_share(routes)
+    routes = attention_by_source(model, inputs, directions(model))
+    share = image_attention_share(routes)
     assert share.axes == ("batch", "layer", "head") and share.values.abs().max() <= 1
     w = routes.values[0, 1, 3]
     assert torch.allclose(share.values[0, 1, 3], w[0] / (w[0].abs() + (w[1] + w[2]).abs() + w[3].abs()))
     nothing = Scores(torch.zeros(4), ("source",), {"source": routes.labels["source"]})
-    assert image_share(nothing).values == 0
+    assert image_attention_share(nothing).values == 0
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_share_is_signed_and_bounded(model_of) -> None:
 def test_bad_input_says_what_is_wrong(options: dict[str, Any], telling: str, model_of) -> None:
     model, inputs = ready(model_of, "clip-llama")
     with pytest.raises(ValueError, match=telling):
-        per_patch(model, inputs, **{"direction": directions(model), **options})
+        direct_attribution_map(model, inputs, **{"direction": directions(model), **options})
 
 
 def test_pairs_that_do_not_match_are_refused(model_of) -> None:
@@ -191,8 +195,10 @@ def test_pairs_that_do_not_match_are_refused(model_of) -> None:
     S = directions(model)
     swapped = inputs[[1, 0, 2]]
     with pytest.raises(ValueError, match="the grids are .*, those of the baseline"):
-        per_patch(model, inputs, S, baseline=swapped)
+        direct_attribution_map(model, inputs, S, baseline=swapped)
     with pytest.raises(ValueError, match="pairs need the same rows"):
-        head_routing(model, inputs, S, at="query", baseline=swapped)
-    with pytest.raises(ValueError, match="give the Scores of head_routing"):
-        image_share(replace(head_routing(model, inputs, S), axes=("batch", "layer", "head", "part"), labels={}))
+        attention_by_source(model, inputs, S, at="query", baseline=swapped)
+    with pytest.raises(ValueError, match="give the Scores of attention_by_source"):
+        image_attention_share(
+            replace(attention_by_source(model, inputs, S), axes=("batch", "layer", "head", "part"), labels={})
+        )

@@ -10,29 +10,29 @@ import torch
 
 from tests.circuits.tiny import directions, ready
 from veena_lens.circuits import (
-    component_push,
-    find_sinks,
+    attention_by_source,
+    attention_sinks,
+    direct_attribution,
+    direct_attribution_map,
     head_intention,
-    head_routing,
+    image_attention,
     logit_lens,
     neuron_trace,
-    per_patch,
-    picture_attention,
 )
 from veena_lens.scores import Scores
 
 Tool = Callable[[Any, Any, torch.Tensor], Scores]
 TOOLS: dict[str, Tool] = {
     "head_intention": lambda m, i, S: head_intention(i, S, at="query", model=m),
-    "component_push": lambda m, i, S: component_push(i, S, at="query", model=m),
+    "direct_attribution": lambda m, i, S: direct_attribution(i, S, at="query", model=m),
     "neuron_trace": lambda m, i, S: neuron_trace(i, S, at="query", kind="raw", model=m),
     "neuron_max": lambda m, i, S: neuron_trace(i, S, at="query", kind="raw", model=m, reduce="max"),
-    "head_routing": lambda m, i, S: head_routing(m, i, S, at="query"),
+    "attention_by_source": lambda m, i, S: attention_by_source(m, i, S, at="query"),
     "logit_lens": lambda m, i, S: logit_lens(m, i, "last", tokens=[4, 9]),
 }
 PICTURES: dict[str, Tool] = {
-    "per_patch": lambda m, i, S: per_patch(m, i, S, at="query"),
-    "picture_attention": lambda m, i, S: picture_attention(m, i, "query"),
+    "direct_attribution_map": lambda m, i, S: direct_attribution_map(m, i, S, at="query"),
+    "image_attention": lambda m, i, S: image_attention(m, i, "query"),
 }
 
 
@@ -45,15 +45,15 @@ def test_padded_row_equals_row_alone(name: str, model_of) -> None:
         for row in range(len(inputs)):
             if label in PICTURES and not inputs.grids[row]:
                 continue
-            alone = tool(model, inputs[row].trimmed(), S)
+            alone = tool(model, inputs[row].without_padding(), S)
             got = batch.values[row : row + 1]
             if label in PICTURES:
                 height, width = inputs.grids[row][0]
                 got = got[..., :height, :width]
             assert torch.allclose(got, alone.values, rtol=0, atol=1e-9), label
-    sinks = find_sinks(model, inputs, multiple=1.2, share=0.5, norm_multiple=None)
+    sinks = attention_sinks(model, inputs, multiple=1.2, share=0.5, norm_multiple=None)
     for row in range(len(inputs)):
-        alone = find_sinks(model, inputs[row].trimmed(), multiple=1.2, share=0.5, norm_multiple=None)
+        alone = attention_sinks(model, inputs[row].without_padding(), multiple=1.2, share=0.5, norm_multiple=None)
         assert sinks.values[row][:, inputs.attention_mask[row]].equal(alone.values[0])
 
 
@@ -63,7 +63,7 @@ def test_each_row_may_have_directions_of_its_own(name: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     own = torch.stack([directions(model, seed) for seed in range(len(inputs))])
     tools = {label: tool for label, tool in TOOLS.items() if label != "logit_lens"}
-    for label, tool in {**tools, "per_patch": PICTURES["per_patch"]}.items():
+    for label, tool in {**tools, "direct_attribution_map": PICTURES["direct_attribution_map"]}.items():
         batch = tool(model, inputs, own)
         for row in range(len(inputs)):
             alone = tool(model, inputs, own[row])
@@ -75,7 +75,7 @@ def test_each_row_may_have_directions_of_its_own(name: str, model_of) -> None:
 
 def test_bare_tokens_and_caches_of_one_row_are_taken(model_of) -> None:
     model, inputs = ready(model_of, "text-qwen3")
-    S, one = directions(model), inputs[1].trimmed()
+    S, one = directions(model), inputs[1].without_padding()
     for tool in TOOLS.values():
         assert torch.equal(tool(model, one.tokens, S).values, tool(model, one, S).values)
     _, cache = model.run_with_cache(one, remove_batch_dim=True)
@@ -97,7 +97,7 @@ def test_half_precision_is_summed_in_single() -> None:
         inputs = model.prepare(text=[p.prompt for p in pictures], images=[[p.open()] for p in pictures])
         S = directions(model).to(dtype)
         found[dtype] = {label: tool(model, inputs, S).values for label, tool in {**TOOLS, **PICTURES}.items()}
-        assert not find_sinks(model, inputs).values.any()
+        assert not attention_sinks(model, inputs).values.any()
     for label, exact in found[torch.float32].items():
         half = found[torch.bfloat16][label]
         assert half.dtype == torch.float32 and half.isfinite().all(), label

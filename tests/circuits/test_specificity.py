@@ -11,7 +11,7 @@ from torch import Tensor
 from veena_lens.circuits.specificity import (
     causal_specificity,
     class_means,
-    preferred_class,
+    most_selective_class,
     specificity_index,
     specificity_labels,
     specificity_test,
@@ -95,7 +95,7 @@ def test_planted_preferences_are_found_and_shuffled_labels_give_none() -> None:
     pushes = scores(values)
     adjusted = benjamini_hochberg(specificity_test(pushes, classes, draws=400), q=0.05)
     assert (adjusted.values <= 0.05).nonzero().flatten().tolist() == [0, 1, 2]
-    best = preferred_class(pushes, classes)
+    best = most_selective_class(pushes, classes)
     assert [best.meta["classes"][int(best.values[h])] for h in planted] == list(planted.values())
     assert specificity_index(pushes, classes, cross_fitted=True).values[:3].min() > 0.8
     shuffled = [classes[i] for i in torch.randperm(40).tolist()]

@@ -14,7 +14,7 @@ from tests.gemma_cases import GEMMA_BY_NAME
 from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.qwen_cases import QWEN_BY_NAME
 
-# Grouped queries, biases, windows, both paddings, several pictures, tiles, any size, deep-stack features, text alone.
+# Grouped queries, biases, windows, both paddings, several images, tiles, any size, deep-stack features, text alone.
 NAMES = (
     "clip-llama",
     "attention-bias",
@@ -34,7 +34,7 @@ PICTURED = tuple(name for name in NAMES if not name.startswith("text"))
 
 @cache
 def llava_next() -> tuple[Any, Any]:
-    """LLaVA-1.6 with three rows: two pictures of odd sizes, none, one."""
+    """LLaVA-1.6 with three rows: two images of odd sizes, none, one."""
     from tests.parity.test_llava_next import batch, build
     from veena_lens import HookedVLM
 
@@ -58,7 +58,7 @@ def ready(model_of: Callable[..., Any], name: str) -> tuple[Any, Any]:
 
 
 def twin(inputs: Any) -> Any:
-    """The same rows about other pictures; without pictures, with other words."""
+    """The same rows about other images; without images, with other words."""
     generator = torch.Generator().manual_seed(7)
     if inputs.pixel_values is None:
         return replace(inputs, tokens=torch.where(inputs.attention_mask, 3 + (inputs.tokens * 7) % 90, inputs.tokens))

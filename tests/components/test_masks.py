@@ -52,7 +52,7 @@ def test_windows_cut_a_picture_from_the_top_left() -> None:
 
 @pytest.mark.parametrize("name", ["hook_resid_post", "attn.hook_pattern"])
 def test_mask_over_all_patches_is_made_for_listeners_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large picture's windows cost what its windows hold."""
+    """A large image's windows cost what its windows hold."""
     made = []
     monkeypatch.setattr(AreaMask, "allowed", property(lambda self: made.append(1) or self.numbers[:, None, None] >= 0))
     case = QWEN_BY_NAME["qwen2_5_vl-plain"]

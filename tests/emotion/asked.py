@@ -1,4 +1,4 @@
-"""The bundled models, loaded once, and three pictures with questions of unequal length."""
+"""The bundled models, loaded once, and three images with questions of unequal length."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from tests.circuits.tiny import ready as tiny
 from tests.emotion.asked import bundled, examples
 from veena_lens.emotion.enhance.veena import ena, vee, veena
 from veena_lens.emotion.judge.side_effects import Asked
-from veena_lens.emotion.methods import PLAIN, Method, answers, batches, next_logits, prepared
+from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers, next_logits, prepared
 from veena_lens.interventions import Steer
 
 NAME = "tiny-llava-emotion"
@@ -44,8 +44,8 @@ def test_a_strength_of_nothing_leaves_every_bit_and_no_hook(what: str, model_of)
 def test_answers_under_a_strength_of_nothing_are_the_plain_ones() -> None:
     model = bundled(NAME)
     quiet = Method(name="nothing", interventions=veena([(4, 0), (5, 1)], [(3, 2), (6, 5)], 1.0, 1.0))
-    said = answers(model, examples(), max_new_tokens=5)
-    assert answers(model, examples(), quiet, max_new_tokens=5) == said
+    said = generate_answers(model, examples(), max_new_tokens=5)
+    assert generate_answers(model, examples(), quiet, max_new_tokens=5) == said
     assert torch.equal(next_logits(model, examples(), quiet), next_logits(model, examples()))
     assert len(set(said)) > 1 and not hooks_left(model)
 
@@ -100,14 +100,14 @@ def test_rules_of_decoding_are_made_anew_for_each_batch_and_decide_the_tokens() 
 
         return [rule]
 
-    said = answers(model, examples(), Method(name="sad", decoding=only_sad), batch_size=2, max_new_tokens=2)
+    said = generate_answers(model, examples(), Method(name="sad", decoding=only_sad), batch_size=2, max_new_tokens=2)
     assert made == [2, 1] and all(text.split() == ["sad", "sad"] for text in said)
 
 
 def test_batches_keep_the_order_and_a_lead_in_stands_last() -> None:
     assert list(batches([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]
     model = bundled(NAME)
-    together, alone = (answers(model, examples(), batch_size=n, max_new_tokens=3) for n in (3, 1))
+    together, alone = (generate_answers(model, examples(), batch_size=n, max_new_tokens=3) for n in (3, 1))
     assert together == alone
     inputs = prepared(model, examples(), lead_in="The person feels")
     assert all(model.tokenizer.decode(row).endswith("assistant: the person feels") for row in inputs.tokens)
@@ -116,7 +116,7 @@ def test_batches_keep_the_order_and_a_lead_in_stands_last() -> None:
 @pytest.mark.parametrize("sizes", [(0, 32), (16, 0)])
 def test_sizes_below_one_are_refused_before_anything_runs(sizes: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="must be at least 1"):
-        answers(None, examples(), batch_size=sizes[0], max_new_tokens=sizes[1])
+        generate_answers(None, examples(), batch_size=sizes[0], max_new_tokens=sizes[1])
 
 
 def test_a_method_shows_its_settings() -> None:

@@ -16,7 +16,7 @@ from veena_lens.emotion import work as module
 from veena_lens.emotion.enhance.veena import vee
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pairs.pair_set import Example
-from veena_lens.emotion.work import Work, content, example_key, method_key, model_key, slot_key
+from veena_lens.emotion.work import ResumableStore, content, example_key, method_key, model_key, slot_key
 from veena_lens.interventions import BoostAttention, Steer
 
 EMBEDDED = "tiny-llava-emotion"
@@ -29,28 +29,28 @@ def counted(values: list[Any]) -> Any:
 def test_a_result_is_computed_once_an_experiment_and_name(tmp_path: Path) -> None:
     calls: list[Any] = []
     for experiment, name in (({"a": 1}, "one"), ({"a": 1}, "one"), ({"a": 1}, "two"), ({"a": 2}, "one")):
-        found = Work(tmp_path, experiment).do(name, counted(calls))
+        found = ResumableStore(tmp_path, experiment).do(name, counted(calls))
         assert found["x"].tolist() == [1.5] and found["n"] >= 1
-    assert len(calls) == 3 and "2 units done" in repr(Work(tmp_path, {"a": 1}))
+    assert len(calls) == 3 and "2 units done" in repr(ResumableStore(tmp_path, {"a": 1}))
 
 
 def test_without_a_folder_nothing_is_kept_and_nothing_is_named() -> None:
     def never() -> Any:
         raise AssertionError("asked for a name that nobody needs")
 
-    work, calls = Work(None, never), []
+    work, calls = ResumableStore(None, never), []
     assert [work.do(never, counted(calls))["n"] for _ in range(2)] == [1, 2]
     assert repr(work) == "Work(not kept)"
 
 
 def test_a_file_cut_short_is_done_again_and_a_full_disk_says_so(tmp_path: Path, monkeypatch: Any) -> None:
     calls: list[Any] = []
-    work = Work(tmp_path, {})
+    work = ResumableStore(tmp_path, {})
     work.do("one", counted(calls))
     (path,) = tmp_path.glob("*/*.safetensors")
     path.write_bytes(path.read_bytes()[:20])
     work.do("one", counted(calls))
-    assert len(calls) == 2 and Work(tmp_path, {}).do("one", counted(calls))["n"] == 2
+    assert len(calls) == 2 and ResumableStore(tmp_path, {}).do("one", counted(calls))["n"] == 2
 
     def full(*given: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left")

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from tests.emotion.asked import NAMES, bundled
-from veena_lens.emotion.locate.answer_slot import LEAD_IN, AnswerSlot, answer_slot
+from veena_lens.emotion.locate.answer_slot import LEAD_IN, AnswerPosition, answer_position
 from veena_lens.emotion.locate.directions import Directions, extract_directions
 from veena_lens.emotion.locate.heads import KeyHeads
 from veena_lens.emotion.pairs.loading import Pair, load_pairs
@@ -36,8 +36,8 @@ def directions(name: str = LLAVA) -> Directions:
 
 
 @cache
-def slot(name: str = LLAVA) -> AnswerSlot:
-    return answer_slot(bundled(name), EMOTIONS)
+def slot(name: str = LLAVA) -> AnswerPosition:
+    return answer_position(bundled(name), EMOTIONS)
 
 
 @cache

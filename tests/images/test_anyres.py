@@ -1,4 +1,4 @@
-"""Layouts of tiles: which token reads what, and where its box lies, whatever the picture and the grid's size."""
+"""Layouts of tiles: which token reads what, and where its box lies, whatever the image and the grid's size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from veena_lens.images.anyres import AnyresLayout, anyres_layout, fitted_size, pack
 from veena_lens.images.fixed import SingleLayout, frame, image_among_several, pack_single
 
-# A picture, and a model of 1 to 4 x 4 tiles of 1 to 6 patches a side whose grid is resampled or not.
+# An image, and a model of 1 to 4 x 4 tiles of 1 to 6 patches a side whose grid is resampled or not.
 side = st.integers(1, 120)
 settings_of_a_layout = st.tuples(
     st.tuples(side, side), st.integers(1, 4), st.integers(1, 6), st.integers(2, 9), st.sampled_from([0, 1, 2, 3, 9])
@@ -19,7 +19,7 @@ settings_of_a_layout = st.tuples(
 
 
 def made(drawn: tuple[tuple[int, int], int, int, int, int]) -> AnyresLayout:
-    """The layout of drawn settings; the test is left where nothing would be left of a thin picture."""
+    """The layout of drawn settings; the test is left where nothing would be left of a thin image."""
     picture, most, base, patch, max_tiles = drawn
     pins = [(base * patch * a, base * patch * b) for a in range(1, most + 1) for b in range(1, most + 1)]
     try:
@@ -60,7 +60,7 @@ def test_a_tile_starts_at_the_first_token_that_it_changes(drawn: Any) -> None:
 @settings(max_examples=60)
 @given(drawn=settings_of_a_layout)
 def test_a_token_of_the_grid_lies_where_the_features_that_it_reads_lie(drawn: Any) -> None:
-    """Features that say where their patch is in the picture are resampled to the centre of the token's box."""
+    """Features that say where their patch is in the image are resampled to the centre of the token's box."""
     layout = made(drawn)
     assume(layout.rows * layout.cols)
     height, width = layout.picture
@@ -76,7 +76,7 @@ def test_a_token_of_the_grid_lies_where_the_features_that_it_reads_lie(drawn: An
     said = pack(torch.cat([whole, tiles]), layout, torch.zeros(2, dtype=torch.float64))[places]
     boxes = layout.boxes()[places].double()
     centres = torch.stack([boxes[:, 0] + boxes[:, 2], boxes[:, 1] + boxes[:, 3]], -1) / 2
-    # Boxes are cut at the picture's edge, and cells at the border of the grid read no further than it.
+    # Boxes are cut at the image's edge, and cells at the border of the grid read no further than it.
     step = torch.tensor([layout.kept[1] / layout.cols, layout.kept[0] / layout.rows]) * layout.patch_size / scale
     assert bool(((said - centres).abs() <= step / 2 + 1e-3).all())
     inner = torch.zeros(layout.rows, layout.cols, dtype=torch.bool)

@@ -24,7 +24,7 @@ CUT = st.tuples(st.integers(1, 4), st.integers(1, 4)).filter(lambda x: x != (1, 
     n_name=st.integers(1, 9),
 )
 def test_tiles_of_any_pictures_are_told_apart(pictures: list[tuple[int, int]], texts: list[int], n_name: int) -> None:
-    """Pictures that touch and pictures among text, names of one token and of several."""
+    """Pictures that touch and images among text, names of one token and of several."""
     case = TileCase(name="", n_name=n_name)
     tokens: list[int] = []
     for cut, before in zip(pictures, texts, strict=False):

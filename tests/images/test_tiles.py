@@ -1,4 +1,4 @@
-"""Layouts of pictures in tiles, and positions of patches by their share of a picture."""
+"""Layouts of images in tiles, and positions of patches by their share of an image."""
 
 from __future__ import annotations
 

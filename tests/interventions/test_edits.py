@@ -32,7 +32,7 @@ def inputs(model: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def source(model: Any) -> Any:
-    """Inputs of the same shape with other pictures and other text, and their cache."""
+    """Inputs of the same shape with other images and other text, and their cache."""
     raw = raw_inputs(BY_NAME[NAME])
     raw["pixel_values"] = raw["pixel_values"].flip(0)
     text = raw["attention_mask"].bool() & (raw["input_ids"] != IMAGE_TOKEN)

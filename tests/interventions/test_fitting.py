@@ -1,4 +1,4 @@
-"""What does not fit a model, its rows, its positions or its pictures is refused before the first block runs."""
+"""What does not fit a model, its rows, its positions or its images is refused before the first block runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ import torch
 from tests.cases import BY_NAME, build_hf, counted, native_model, raw_inputs
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens import HookedVLM
-from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOut, Patch, ScaleNeurons, Steer, Tile
+from veena_lens.interventions import (
+    Ablate,
+    BoostAttention,
+    Circuit,
+    KnockOutAttention,
+    Patch,
+    ScaleNeurons,
+    Steer,
+    Tile,
+)
 from veena_lens.interventions.base import plain
 
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, Any]:
-    """A model with two rows of one and two pictures, a cache of them, and one of another architecture."""
+    """A model with two rows of one and two images, a cache of them, and one of another architecture."""
     model = native_model(BY_NAME["clip-llama"], casts="none")
     inputs = model.inputs_from_hf(**counted(raw_inputs(BY_NAME["clip-llama"])))
     qwen = native_model(QWEN_BY_NAME["qwen2_vl-plain"], casts="none")
@@ -51,7 +60,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "head": (lambda r: Ablate(Z, heads=[6]), "head 6"),
     "key-value-head": (lambda r: Ablate("blocks.0.attn.hook_k", heads=[2]), "head 2"),
     "boosted-head": (lambda r: BoostAttention(0, heads=[-7]), "head -7"),
-    "cut-head": (lambda r: KnockOut(0, heads=[9]), "head 9"),
+    "cut-head": (lambda r: KnockOutAttention(0, heads=[9]), "head 9"),
     "neuron": (lambda r: ScaleNeurons(1, [96]), "neuron 96"),
     "position": (lambda r: Ablate(OUT, positions=99), "position 99"),
     "positions": (lambda r: Ablate(OUT, positions=[0, -30]), "position -30"),
@@ -116,7 +125,7 @@ def test_lists_for_other_rows_are_refused_even_when_empty(runs: dict[str, Any]) 
 @pytest.mark.parametrize("positions", ["query", "last", "all", "last+generated"])
 def test_a_bare_source_acts_alike_with_and_without_kept_keys(site: str, positions: str, runs: dict[str, Any]) -> None:
     """Without a cache of keys and values the prompt runs again and again, each time longer than the source."""
-    model, row = runs["model"], runs["inputs"][:1].trimmed()
+    model, row = runs["model"], runs["inputs"][:1].without_padding()
     with torch.no_grad():
         value = model.run_with_cache(row, names_filter=site)[1][site]
     source = value.flip(1) if "pattern" in site else 3 * value  # heads in another order keep the rows' sums

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from tests.cases import BY_NAME, counted, raw_inputs, relative_error
-from veena_lens.interventions import Ablate, BoostAttention, Circuit, Patch, QuietHeads, ScaleNeurons, Steer, Turn
+from veena_lens.interventions import (
+    Ablate,
+    BoostAttention,
+    Circuit,
+    Patch,
+    ScaleNeurons,
+    Steer,
+    SteerKeepingNorm,
+    SuppressHeads,
+)
 from veena_lens.positions import position_mask
 
 NAME = "three-images-and-none"
@@ -43,8 +52,8 @@ KINDS = {
     "boost scale": lambda cache: BoostAttention(1, [0, 3], factor=4.0, mode="scale"),
     "boost mul": lambda cache: BoostAttention(0, factor=4.0, mode="mul"),
     "boost abs": lambda cache: BoostAttention(0, factor=4.0, mode="abs"),
-    "turn": lambda cache: Turn(1, torch.arange(48, dtype=torch.float64) - 20, 0.8),
-    "quiet heads": lambda cache: QuietHeads(1, keep=0.5, factor=0.1),
+    "turn": lambda cache: SteerKeepingNorm(1, torch.arange(48, dtype=torch.float64) - 20, 0.8),
+    "quiet heads": lambda cache: SuppressHeads(1, keep=0.5, factor=0.1),
 }
 
 
@@ -212,7 +221,7 @@ def test_boosting_a_picture_that_is_not_there_is_refused(model_of) -> None:
 def test_alike_edits_of_several_rows_act_as_one_and_equal_each_row_alone(ready) -> None:
     model, inputs, plain, _ = ready
     strong = [BoostAttention(1, [0, 2], factor=3.0, mode="scale") for _ in range(3)]
-    weak, quiet = BoostAttention(1, [0, 2], factor=0.5, mode="scale"), QuietHeads(1, keep=0.5)
+    weak, quiet = BoostAttention(1, [0, 2], factor=0.5, mode="scale"), SuppressHeads(1, keep=0.5)
     lists: list[list[Any]] = [[strong[0], quiet], [strong[1], quiet], [quiet, strong[2]], [weak]]
     lists += [[]] * (len(inputs) - len(lists))
     lists = lists[: len(inputs)]

@@ -19,7 +19,7 @@ CASES = {kind: QwenCase(name="edits", kind=kind, rows=ROWS) for kind in KINDS}
 
 
 class Ready:
-    """A model with strong attention in pure float64, inputs, and the cache of other pictures and text."""
+    """A model with strong attention in pure float64, inputs, and the cache of other images and text."""
 
     def __init__(self, case: QwenCase) -> None:
         raw = raw_inputs(case)
@@ -155,13 +155,13 @@ def test_patch_of_image_tokens_equals_one_made_by_hand(ready: Ready) -> None:
 @pytest.mark.parametrize("site", ["vision.blocks.1.mlp.hook_post", "connector.hook_pre", "hook_image_features"])
 @pytest.mark.parametrize("has_batch_dim", [True, False])
 def test_mean_over_pictures_counts_no_pads(site: str, has_batch_dim: bool, ready: Ready) -> None:
-    """Shorter pictures are padded; one row's cache without its batch axis gives that row's mean."""
+    """Shorter images are padded; one row's cache without its batch axis gives that row's mean."""
     inputs = ready.inputs if has_batch_dim else ready.inputs[0]
     with torch.no_grad():
         _, cache = ready.model.run_with_cache(inputs, names_filter=site, remove_batch_dim=not has_batch_dim)
     value = cache[site]
     if value.ndim == 3:
-        patches = inputs.picture_grids.prod(-1) // (1 if site.startswith("vision.") else 4)
+        patches = inputs.crop_grids.prod(-1) // (1 if site.startswith("vision.") else 4)
         assert len(set(patches.tolist())) > 1 and len(value) == len(patches)
         value = torch.cat([one[:n] for one, n in zip(value, patches.tolist(), strict=True)])
     ours = ready.logits([Ablate(site, value="mean", reference=cache)])

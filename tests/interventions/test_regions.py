@@ -11,7 +11,7 @@ from PIL import Image
 from tests.parity.test_llava_next import batch, build
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pictures
-from veena_lens.interventions import Ablate, Box, Circuit, KnockOut, Steer, Tile
+from veena_lens.interventions import Ablate, Box, Circuit, KnockOutAttention, Steer, Tile
 from veena_lens.positions import position_mask
 
 
@@ -79,7 +79,7 @@ def test_zeroing_a_region_of_the_image_features_equals_zeroing_those_tokens(mode
 
 
 def test_knockout_cuts_keys_off_and_keeps_the_row_a_distribution(model, inputs) -> None:
-    with torch.no_grad(), model.intervene([KnockOut(2, keys="image", queries="last", heads=[0, 3])]):
+    with torch.no_grad(), model.intervene([KnockOutAttention(2, keys="image", queries="last", heads=[0, 3])]):
         fused = model(inputs)
         logits, cache = model.run_with_cache(inputs, names_filter="blocks.2.attn.hook_pattern")
     torch.testing.assert_close(fused, logits, rtol=0, atol=1e-12)
@@ -100,12 +100,12 @@ def test_knockout_cuts_keys_off_and_keeps_the_row_a_distribution(model, inputs) 
 
 
 def test_knockout_of_everything_a_query_may_read_stays_finite(model, inputs) -> None:
-    with torch.no_grad(), model.intervene([KnockOut(2, keys="all", queries="all")]):
+    with torch.no_grad(), model.intervene([KnockOutAttention(2, keys="all", queries="all")]):
         assert bool(torch.isfinite(model(inputs)[inputs.attention_mask]).all())
 
 
 def test_knockout_acts_alike_with_and_without_a_cache_while_generating(model, inputs) -> None:
-    with model.intervene([KnockOut(layer, queries="query+generated") for layer in range(model.cfg.n_layers)]):
+    with model.intervene([KnockOutAttention(layer, queries="query+generated") for layer in range(model.cfg.n_layers)]):
         cached = model.generate(inputs, max_new_tokens=8, return_type="tokens")
         plain = model.generate(inputs, max_new_tokens=8, return_type="tokens", use_past_kv_cache=False)
     assert torch.equal(cached, plain)
@@ -114,7 +114,7 @@ def test_knockout_acts_alike_with_and_without_a_cache_while_generating(model, in
 
 def test_regions_travel_in_a_circuit(tmp_path, model) -> None:
     steer = Steer(1, torch.ones(model.cfg.d_model), positions=Box(1.5, 2, 30, 40))
-    knock = KnockOut(2, keys=Tile(3, image=1))
+    knock = KnockOutAttention(2, keys=Tile(3, image=1))
     again = Circuit.load(Circuit([steer, knock], "regions").save(tmp_path / "c.safetensors"))
     assert again[0].positions == Box(1.5, 2, 30, 40) and again[1] == knock
     assert "Box(left=1.5" in repr(again)

@@ -1,4 +1,5 @@
-"""Turn and QuietHeads: equal to their formulas by hand, at every step of generation and in every engine."""
+"""SteerKeepingNorm and SuppressHeads: equal to their formulas by hand, at every step of generation and in every
+engine."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tests.cases import BY_NAME, counted, raw_inputs, relative_error
 from tests.circuits.tiny import ready as tiny
-from veena_lens.interventions import QuietHeads, Turn
+from veena_lens.interventions import SteerKeepingNorm, SuppressHeads
 from veena_lens.positions import position_mask
 from veena_lens.sweeps import generating
 
@@ -32,8 +33,8 @@ def test_a_turn_by_hand_in_the_plane() -> None:
     v = torch.tensor([3.0, 0.0], dtype=torch.float64)
     root = math.sqrt(2)
     expected = torch.tensor([[[root, root], [2.0, 0.0], [0.0, 2.0]]], dtype=torch.float64)
-    torch.testing.assert_close(Turn(0, v, 1.0).edit(x, at), expected)
-    plain = Turn(0, v, 0.5, adaptive=False).edit(x, at)
+    torch.testing.assert_close(SteerKeepingNorm(0, v, 1.0).edit(x, at), expected)
+    plain = SteerKeepingNorm(0, v, 0.5, adaptive=False).edit(x, at)
     torch.testing.assert_close(plain[0, 1], x[0, 1], msg="half a push back does not turn it round")
 
 
@@ -42,7 +43,7 @@ def test_a_turn_keeps_every_norm_and_equals_its_formula(adaptive: bool, ready) -
     model, inputs = ready
     with torch.no_grad():
         _, plain = model.run_with_cache(inputs)
-        with model.intervene([Turn(1, VECTOR, 0.7, "query", adaptive)]):
+        with model.intervene([SteerKeepingNorm(1, VECTOR, 0.7, "query", adaptive)]):
             _, turned = model.run_with_cache(inputs)
     x, y, at = plain["mlp_out", 1], turned["mlp_out", 1], position_mask(inputs, "query")
     unit = VECTOR / VECTOR.norm()
@@ -72,7 +73,7 @@ def test_the_heads_that_look_least_at_the_picture_are_quiet_query_by_query(ready
     with torch.no_grad():
         expected = model.run_with_hooks(inputs, fwd_hooks=[("blocks.1.attn.hook_pattern", by_hand)])
         plain = model(inputs)
-        with model.intervene([QuietHeads(1, 0.5, 0.25, queries="query")]):
+        with model.intervene([SuppressHeads(1, 0.5, 0.25, queries="query")]):
             ours = model(inputs)
     assert relative_error(ours, expected, inputs.attention_mask) < 1e-12
     bare = next(i for i, spans in enumerate(inputs.spans) if not spans.images)
@@ -83,7 +84,7 @@ def test_a_scaled_row_of_the_pattern_is_a_scaled_output_of_the_head(ready) -> No
     model, inputs = ready
     with torch.no_grad():
         _, plain = model.run_with_cache(inputs)
-        with model.intervene([QuietHeads(1, 0.0, 0.25, queries="last")]):
+        with model.intervene([SuppressHeads(1, 0.0, 0.25, queries="last")]):
             _, quiet = model.run_with_cache(inputs)
     for row, spans in enumerate(inputs.spans):
         scale = 0.25 if spans.images else 1.0
@@ -91,7 +92,9 @@ def test_a_scaled_row_of_the_pattern_is_a_scaled_output_of_the_head(ready) -> No
 
 
 @pytest.mark.parametrize(
-    "item", [Turn(0, VECTOR, 0.0), QuietHeads(0, keep=1.0), QuietHeads(1, keep=0.3, factor=1.0)], ids=repr
+    "item",
+    [SteerKeepingNorm(0, VECTOR, 0.0), SuppressHeads(0, keep=1.0), SuppressHeads(1, keep=0.3, factor=1.0)],
+    ids=repr,
 )
 def test_a_setting_that_is_off_changes_nothing(item: Any, ready) -> None:
     model, inputs = ready
@@ -104,9 +107,9 @@ def test_a_setting_that_is_off_changes_nothing(item: Any, ready) -> None:
 @pytest.mark.parametrize("name", ["clip-llama", "window-mistral", "llava-next", "qwen2_vl-image-and-video"])
 def test_generation_sweeps_of_both_engines_agree(name: str, model_of) -> None:
     model, inputs = tiny(model_of, name)
-    entries = [[Turn(0, VECTOR[: model.cfg.d_model], 3.0)], [QuietHeads(1, 0.3)], []]
+    entries = [[SteerKeepingNorm(0, VECTOR[: model.cfg.d_model], 3.0)], [SuppressHeads(1, 0.3)], []]
     if model.cfg.d_model > 48:
-        entries[0] = [Turn(0, torch.linspace(-1, 2, model.cfg.d_model, dtype=torch.float64), 3.0)]
+        entries[0] = [SteerKeepingNorm(0, torch.linspace(-1, 2, model.cfg.d_model, dtype=torch.float64), 3.0)]
     row = next(i for i, spans in enumerate(inputs.spans) if spans.images)
     settings = dict(max_new_tokens=6, progress=False, eos_token_id=[])
     fast, slow = (
@@ -119,16 +122,16 @@ def test_generation_sweeps_of_both_engines_agree(name: str, model_of) -> None:
 @pytest.mark.parametrize(
     ("make", "telling"),
     [
-        (lambda: Turn(2, VECTOR), "layer 2.*0 to 1"),
-        (lambda: Turn(0, torch.ones(7)), "7 entries.*48"),
-        (lambda: Turn(0, torch.zeros(48)), "not zero"),
-        (lambda: Turn(0, VECTOR * math.nan), "finite"),
-        (lambda: Turn(0, VECTOR, math.inf), "strength=inf"),
-        (lambda: Turn(0, VECTOR, positions="lats"), "lats"),
-        (lambda: QuietHeads(2), "layer 2.*0 to 1"),
-        (lambda: QuietHeads(0, keep=1.2), "keep=1.2"),
-        (lambda: QuietHeads(0, factor=math.nan), "factor=nan"),
-        (lambda: QuietHeads(0, keys="pictures"), "pictures"),
+        (lambda: SteerKeepingNorm(2, VECTOR), "layer 2.*0 to 1"),
+        (lambda: SteerKeepingNorm(0, torch.ones(7)), "7 entries.*48"),
+        (lambda: SteerKeepingNorm(0, torch.zeros(48)), "not zero"),
+        (lambda: SteerKeepingNorm(0, VECTOR * math.nan), "finite"),
+        (lambda: SteerKeepingNorm(0, VECTOR, math.inf), "strength=inf"),
+        (lambda: SteerKeepingNorm(0, VECTOR, positions="lats"), "lats"),
+        (lambda: SuppressHeads(2), "layer 2.*0 to 1"),
+        (lambda: SuppressHeads(0, keep=1.2), "keep=1.2"),
+        (lambda: SuppressHeads(0, factor=math.nan), "factor=nan"),
+        (lambda: SuppressHeads(0, keys="pictures"), "pictures"),
     ],
 )
 def test_what_cannot_act_is_refused_before_anything_runs(make: Any, telling: str, ready) -> None:
@@ -139,5 +142,5 @@ def test_what_cannot_act_is_refused_before_anything_runs(make: Any, telling: str
 
 def test_quiet_heads_without_any_picture_are_refused(model_of) -> None:
     model, inputs = tiny(model_of, "text-qwen3")
-    with model.intervene([QuietHeads(0)]), pytest.raises(ValueError, match="has a picture"):
+    with model.intervene([SuppressHeads(0)]), pytest.raises(ValueError, match="has an picture"):
         model(inputs)

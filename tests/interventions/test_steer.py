@@ -203,7 +203,7 @@ def test_generation_is_steered_the_same_with_and_without_cache(name: str, positi
         cached = model.generate(inputs, **options)
         uncached = model.generate(inputs, use_past_kv_cache=False, **options)
     assert torch.equal(cached, uncached)
-    if (name, positions) != ("window-qwen2", "image"):  # whose windows hardly reach the picture
+    if (name, positions) != ("window-qwen2", "image"):  # whose windows hardly reach the image
         assert not torch.equal(cached, plain), "the steering changed no token, so the test shows nothing"
     assert torch.equal(cached, by_recomputing(model, inputs, positions, alpha, rows))
     assert torch.equal(model.generate(inputs, **options), plain)

@@ -43,7 +43,7 @@ def disagreeing(
 
 
 def tokens_of(inputs: Any) -> Callable[[str, tuple[str, ...], int], Tensor | None]:
-    """`real` of models whose pictures are whole: pads of the text alone do not exist."""
+    """`real` of models whose images are whole: pads of the text alone do not exist."""
     return lambda name, axes, n: inputs.attention_mask if axes[0] == "batch" else None
 
 

@@ -1,4 +1,4 @@
-"""`model.attention` and `watch_attention`: chosen rows equal those of the pattern, at the memory of a plain run."""
+"""`model.attention` and `record_attention`: chosen rows equal those of the pattern, at the memory of a plain run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_rows_of_a_generated_token_equal_those_of_its_teacher_forced_run(ready) 
 def test_attention_while_generating_equals_the_teacher_forced_rows(ready) -> None:
     """Each generated token looks back once it is itself fed in: the last one never is."""
     model, inputs = ready("clip-llama")
-    with model.watch_attention(queries="generated", keys="image") as seen:
+    with model.record_attention(queries="generated", keys="image") as seen:
         answer = model.generate(inputs, max_new_tokens=6, do_sample=False, eos_token_id=[], return_type="tokens")
     forced = inputs.with_answer(answer[:, :-1].tolist())
     expected = model.attention(forced, queries="answer", keys="image")
@@ -108,7 +108,7 @@ def test_uncached_generation_collects_the_same_rows(ready) -> None:
     model, inputs = ready("clip-llama")
     results = []
     for cached in (True, False):
-        with model.watch_attention(queries="last+generated", keys="image") as seen:
+        with model.record_attention(queries="last+generated", keys="image") as seen:
             model.generate(inputs, max_new_tokens=4, eos_token_id=[], return_type="tokens", use_past_kv_cache=cached)
         results.append(seen.scores().values)
     assert relative_error(results[1], results[0]) < 1e-9
@@ -172,7 +172,7 @@ def test_logits_of_a_run_that_is_watched_stay_bit_equal(ready) -> None:
     model, inputs = ready("clip-llama")
     with torch.no_grad():
         plain = model(inputs)
-        with model.watch_attention(queries="last"):
+        with model.record_attention(queries="last"):
             assert torch.equal(model(inputs), plain)
 
 

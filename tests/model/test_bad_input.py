@@ -187,7 +187,7 @@ def test_inputs_edited_by_hand_are_checked_again(model: Any, raw: dict[str, Any]
     fewer = replace(
         inputs,
         pixel_values=inputs.pixel_values[:2],
-        picture_rows=inputs.picture_rows[:2],
+        crop_rows=inputs.crop_rows[:2],
         image_rows=inputs.image_rows[:2],
     )
     with pytest.raises(ValueError, match="8 features"):

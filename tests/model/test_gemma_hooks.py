@@ -1,4 +1,4 @@
-"""Every hook point of Gemma-3 is live and exact: norms on both sides, a picture's tokens that read each other.
+"""Every hook point of Gemma-3 is live and exact: norms on both sides, an image's tokens that read each other.
 
 The logits are those of the plain model of `tests/gemma_reference.py` with the same edit.
 """
@@ -17,7 +17,7 @@ from tests.gemma_cases import GEMMA_BY_NAME, GemmaCase
 from tests.gemma_reference import reference_gradients, reference_logits, reference_values
 from tests.model.checks import assert_edits_act, disagreeing, tokens_of
 from veena_lens.hook_table import canonical, hooks_of
-from veena_lens.interventions import BoostAttention, KnockOut, Steer
+from veena_lens.interventions import BoostAttention, KnockOutAttention, Steer
 
 HOOKS = GemmaCase(
     name="hooks", rows=("2 i 1", "1 i 1 b 3", "4"), text=dict(num_hidden_layers=2, layer_types=None, sliding_window=5)
@@ -122,7 +122,7 @@ def test_attention_rows_of_a_picture_equal_those_of_the_pattern(model_of) -> Non
     inputs = inputs[[0, 2, 3]]
     boosts = [
         BoostAttention(1, keys="image", queries="image", factor=4.0),
-        KnockOut(0, keys="image", queries="query"),
+        KnockOutAttention(0, keys="image", queries="query"),
         Steer(0, torch.ones(48).double(), positions="image"),
     ]
     for interventions in ([], boosts):

@@ -38,7 +38,7 @@ def scaled(x: Tensor) -> Tensor:
 
 def in_theirs(name: str) -> Callable[..., Any]:
     def edit(module: Any, args: Any, out: Any) -> Any:
-        if name == "vision.hook_embed":  # a convolution's [picture d_model row column]
+        if name == "vision.hook_embed":  # a convolution's [image d_model row column]
             return scaled(out.flatten(2).transpose(1, 2)).transpose(1, 2).view(out.shape)
         return (scaled(out[0]), *out[1:]) if isinstance(out, tuple) else scaled(out)
 
@@ -75,7 +75,7 @@ def test_rows_of_a_batch_are_the_rows_alone_under_interventions(name: str) -> No
         plain = model(inputs)
         for row, mine in enumerate(edits):
             with model.intervene(mine):
-                alone = model(inputs[row].trimmed())
+                alone = model(inputs[row].without_padding())
             keep = inputs.attention_mask[row]
             assert relative_error(whole[row][keep], alone[0]) < 1e-10
             assert not mine or relative_error(plain[row][keep], alone[0]) > 1e-4
@@ -104,11 +104,11 @@ def test_grids_of_features_are_what_the_text_reads_at_their_cells(tmp_path: Path
 
 
 def test_transformer_lens_patches_tiles_and_frames_unmodified() -> None:
-    """Every position's residual of the clean run, pictures included, against a patch made by hand."""
+    """Every position's residual of the clean run, images included, against a patch made by hand."""
     for name, row in ((RESAMPLED, 2), (MIXED, 1)):
         model, raw = native_model(ONEVISION_BY_NAME[name], casts="none"), raw_inputs(ONEVISION_BY_NAME[name])
         other = {k: -x if k.startswith("pixel_values") else x for k, x in counted(raw).items()}
-        clean, corrupted = (model.inputs_from_hf(**r)[row].trimmed() for r in (counted(raw), other))
+        clean, corrupted = (model.inputs_from_hf(**r)[row].without_padding() for r in (counted(raw), other))
         with torch.no_grad():
             logits, cache = model.run_with_cache(clean)
             plain = model(corrupted)

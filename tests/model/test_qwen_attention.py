@@ -1,4 +1,4 @@
-"""`model.attention` and `watch_attention` on the Qwen-VL models: rows equal those of the patterns."""
+"""`model.attention` and `record_attention` on the Qwen-VL models: rows equal those of the patterns."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_attention_while_generating_equals_the_teacher_forced_rows(ready) -> Non
     model, inputs = ready
     found = []
     for cached in (True, False):
-        with model.watch_attention(queries="generated", keys="image") as seen:
+        with model.record_attention(queries="generated", keys="image") as seen:
             answer = model.generate(
                 inputs, max_new_tokens=4, eos_token_id=[], return_type="tokens", use_past_kv_cache=cached
             )

@@ -1,4 +1,4 @@
-"""run_with_cache and ActivationCache on Qwen2-VL and Qwen3-VL: pictures of unequal size, frames of videos."""
+"""run_with_cache and ActivationCache on Qwen2-VL and Qwen3-VL: images of unequal size, frames of videos."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_stop_at_layer_gives_the_residual_before_that_layer(run) -> None:
 
 
 def test_start_at_layer_continues_from_a_residual(run) -> None:
-    """The pictures are seen again exactly where layers to come still add deep-stack features."""
+    """The images are seen again exactly where layers to come still add deep-stack features."""
     model, inputs, whole = run
     n = model.cfg.n_layers
     for start in range(n + 1):
@@ -269,7 +269,7 @@ def test_slice_of_rows_takes_their_pictures_along(rows: Any, run) -> None:
             if "query_pos" in axes:
                 ours, theirs = (x.transpose(-3, -2) for x in (ours, theirs))
             ours, theirs = (x[keep].clamp(min=-1e9) for x in (ours, theirs))
-        elif axes[0] == "picture":
+        elif axes[0] == "crop":
             assert ours.shape == theirs.shape, f"{name}: padded to the longest picture that is left"
             ours, theirs = (x.clamp(min=-1e9) for x in (ours, theirs))
         assert relative_error(ours, theirs) < 1e-10, name
@@ -283,7 +283,7 @@ def test_saved_cache_loads_as_it_was(run, tmp_path) -> None:
     _, inputs, cache = run
     loaded = ActivationCache.load(cache.save(tmp_path / "cache.safetensors"))
     assert set(loaded) == set(cache) and all(torch.equal(loaded[name], cache[name]) for name in cache)
-    for name in ("tokens", "attention_mask", "position_ids", "picture_rows", "picture_images", "picture_grids"):
+    for name in ("tokens", "attention_mask", "position_ids", "crop_rows", "crop_images", "crop_grids"):
         assert torch.equal(getattr(loaded.inputs, name), getattr(inputs, name)), name
     assert loaded.inputs.position_ids.shape[0] == 3
     assert loaded.inputs.video_token_id == VIDEO and loaded.inputs.image_token_id == IMAGE

@@ -1,8 +1,8 @@
-"""Every hook point of the Qwen-VL models is live and exact, with pictures of unequal size and a video.
+"""Every hook point of the Qwen-VL models is live and exact, with images of unequal size and a video.
 
 Every hook on q, k, v, scores, pattern and z of a Qwen decoder can be edited with effect, replacing the value or
 writing into it, and the logits are those of the plain model of `tests/qwen_reference.py` with the same edit.
-Activations of the tower are [picture patch ...], padded to the longest picture: only real patches are compared.
+Activations of the tower are [image patch ...], padded to the longest image: only real patches are compared.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def plain_of(case: QwenCase) -> tuple[Any, Any, dict[str, Tensor]]:
 
 
 def real(inputs: Any, name: str, axes: tuple[str, ...], n: int) -> Tensor | None:
-    """True at the first two axes' places that exist: tokens of a row, patches or joined squares of a picture."""
+    """True at the first two axes' places that exist: tokens of a row, patches or joined squares of an image."""
     if axes[0] == "n_image_tokens":
         return None
     if axes[0] == "batch":
         return inputs.attention_mask
     cells = [h * w for row in inputs.grids for h, w in row]
     if not name.startswith("connector."):
-        cells = inputs.picture_grids.prod(-1).tolist()
+        cells = inputs.crop_grids.prod(-1).tolist()
     return torch.tensor([[i < count for i in range(n)] for count in cells])
 
 
@@ -99,7 +99,7 @@ def test_every_hook_point_fires_once_with_its_documented_shape(case: QwenCase, m
         model.run_with_hooks(
             inputs, fwd_hooks=[(everything, lambda v, hook: calls.append((hook.name, tuple(v.shape))))]
         )
-    pictures, tokens = len(inputs.picture_grids), int(inputs.image_mask.sum())
+    pictures, tokens = len(inputs.crop_grids), int(inputs.image_mask.sum())
     assert (pictures, tokens) == (5, 4 + 2 + 2 + 1 + 3)
     expected = {}
     for name, row in hooks_of(cfg).items():
@@ -198,7 +198,7 @@ def test_edited_scale_of_one_row_leaves_the_copies_of_another(
 
 
 def test_edits_of_pads_change_nothing(case: QwenCase, model_of) -> None:
-    """Pads of the batch and of shorter pictures: whatever stands there reaches no real token."""
+    """Pads of the batch and of shorter images: whatever stands there reaches no real token."""
     model = model_of(case, casts="none")
     inputs = model.inputs_from_hf(**raw_inputs(case))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every hook point of Idefics3 and SmolVLM is live and exact, with pictures in tiles and smaller than their square.
+"""Every hook point of Idefics3 and SmolVLM is live and exact, with images in tiles and smaller than their square.
 
 The logits are those of the plain model of `tests/tile_reference.py` with the same edit.
 """
@@ -93,7 +93,7 @@ def test_grid_of_an_image_goes_through_its_tiles(name: str, model_of) -> None:
             assert inputs.grids[row][image] == grid.shape[:2] == (height, width)
             features = cache.image_grid("hook_image_features", row=row, image=image)
             assert torch.equal(features, cache.image_grid("hook_embed", row=row, image=image))
-            mine = (inputs.picture_rows == row) & (inputs.picture_images == image)
+            mine = (inputs.crop_rows == row) & (inputs.crop_images == image)
             pictures = cache["connector.hook_out"][mine]
             assert len(pictures) == (1 if tiles == [1, 1] else 1 + tiles[0] * tiles[1])
             for y in range(height):

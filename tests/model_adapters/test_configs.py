@@ -127,7 +127,7 @@ def test_onevision_of_the_hub_has_its_numbers() -> None:
     assert (cfg.tie_word_embeddings, cfg.image_token_id, cfg.video_token_id) == (True, 151646, 151647)
     assert (cfg.vision.n_layers, cfg.vision.n_unused_layers, cfg.vision.feature_layers) == (26, 0, (26,))
     assert (cfg.vision.grid, cfg.vision.n_features, cfg.vision.has_pooling_head) == ((27, 27), 729, False)
-    assert (len(cfg.image_pinpoints), cfg.max_tiles, cfg.tiles_when_alone) == (36, 9, True)
+    assert (len(cfg.image_pinpoints), cfg.max_tiles, cfg.tiles_single_images_only) == (36, 9, True)
     # Tokens as published: the whole view, and a grid of at most about nine tiles with a newline a row.
     assert [layout_of(cfg, size).n_tokens for size in ((100, 100), (600, 800))] == [1485, 4725]
 
@@ -138,7 +138,7 @@ def test_tiled_models_of_the_hub_have_their_numbers() -> None:
     assert (large.rope.rope_type, large.rope.theta, large.n_key_value_heads) == ("llama3", 5e5, 8)
     assert (large.image_layout, large.image_token_id, large.pad_token_id) == ("tiles", 128257, 128002)
     assert (large.vision.grid, large.vision.token_grid, large.vision.n_features) == ((26, 26), (13, 13), 169)
-    assert (large.vision.has_last_norm, large.vision.has_fraction_positions) == (True, True)
+    assert (large.vision.has_last_norm, large.vision.positions_by_fraction) == (True, True)
     assert (large.connector.kind, large.connector.d_in, large.connector.d_out) == ("linear", 4608, 4096)
     assert (large.connector.bias, large.connector.d_hidden, small.tie_word_embeddings) == (False, 0, False)
     assert (small.vision.n_layers, small.vision.d_mlp, small.vision.n_features) == (12, 3072, 64)

@@ -98,7 +98,9 @@ def test_hub_models_have_their_numbers() -> None:
     assert (four.vision.grid, four.vision.token_grid, four.vision.n_features) == ((64, 64), (16, 16), 256)
     assert (four.vision.merge_size, four.vision.has_last_norm, four.vision.n_unused_layers) == (4, True, 0)
     assert (four.connector.kind, four.connector.d_in, four.connector.d_out) == ("normed", 1152, 2560)
-    assert four.image_blocks and not one.image_blocks and four.scales_embeddings and one.scales_embeddings
+    assert (
+        four.bidirectional_images and not one.bidirectional_images and four.scales_embeddings and one.scales_embeddings
+    )
     assert four.tie_word_embeddings and one.tie_word_embeddings and one.rope.rope_type == "default"
     assert (one.window(0), one.window(5), one.n_ctx, one.d_vocab) == (512, None, 32768, 262144)
 

@@ -1,4 +1,4 @@
-"""Native against Hugging Face on every case: logits, each layer's hidden state, picture features."""
+"""Native against Hugging Face on every case: logits, each layer's hidden state, image features."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_logits_hidden_states_and_features_equal_hugging_face(case: GemmaCase, m
 
 @st.composite
 def cases(draw: st.DrawFn) -> GemmaCase:
-    """A model that a checkpoint could hold, and a batch of texts and pictures."""
+    """A model that a checkpoint could hold, and a batch of texts and images."""
     kv = draw(st.integers(1, 3))
     heads = kv * draw(st.integers(1, 3))
     n_layers = draw(st.integers(1, 4))
@@ -126,7 +126,7 @@ def test_row_of_a_batch_is_the_row_alone(name: str, model_of) -> None:
     with torch.no_grad():
         whole = model(inputs)
         for row in range(len(inputs)):
-            alone = inputs[row].trimmed()
+            alone = inputs[row].without_padding()
             assert relative_error(model(alone)[0], whole[row][inputs.attention_mask[row]]) < 1e-12
 
 
@@ -175,7 +175,7 @@ def test_every_weight_goes_back_bit_for_bit(name: str, model_of) -> None:
     ids=["missing", "shape", "values"],
 )
 def test_types_of_tokens_that_say_otherwise_are_refused(change: dict[str, Any], told: str, model_of) -> None:
-    """Hugging Face reads them to let a picture's tokens read each other; ours reads the tokens."""
+    """Hugging Face reads them to let an image's tokens read each other; ours reads the tokens."""
     case = GEMMA_BY_NAME["gemma3-plain"]
     raw = raw_inputs(case)
     if isinstance(change["token_type_ids"], str):
@@ -185,7 +185,7 @@ def test_types_of_tokens_that_say_otherwise_are_refused(change: dict[str, Any], 
 
 
 def test_a_residual_needs_the_inputs_it_came_from() -> None:
-    """Which tokens are a picture's decides what reads what."""
+    """Which tokens are an image's decides what reads what."""
     case = GEMMA_BY_NAME["gemma3-plain"]
     model = native_model(case)
     inputs = model.inputs_from_hf(**raw_inputs(case))

@@ -99,7 +99,7 @@ class Say(LogitsProcessor):
 
 @pytest.mark.parametrize("token", [IMAGE_TOKEN, PAD, 1], ids=["image-token", "pad-token", "begin-token"])
 def test_generated_special_token_is_a_token_like_any_other(token: int, pair_of) -> None:
-    """A model may say the image's placeholder: no picture is looked for, with or without cache."""
+    """A model may say the image's placeholder: no image is looked for, with or without cache."""
     hf, model = pair_of(BY_NAME["clip-llama"])
     raw = raw_inputs(BY_NAME["clip-llama"])
     inputs, length = model.inputs_from_hf(**raw), raw["input_ids"].shape[1]

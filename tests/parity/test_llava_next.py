@@ -1,4 +1,4 @@
-"""LLaVA-1.6 against Hugging Face in float64: odd picture sizes, several pictures, padding, generation, the way back."""
+"""LLaVA-1.6 against Hugging Face in float64: odd image sizes, several images, padding, generation, the way back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(decoder: str, seed: int = 0, **options: Any) -> tuple[Any, HookedVLM]:
 
 
 def batch(model: HookedVLM, sizes: list[list[tuple[int, int]]], seed: int = 0) -> dict[str, Tensor]:
-    """A left-padded batch whose rows hold pictures of the given (height, width)."""
+    """A left-padded batch whose rows hold images of the given (height, width)."""
     rng = random.Random(seed)
     rows, layouts = [], []
     for pictures in sizes:
@@ -65,7 +65,7 @@ def batch(model: HookedVLM, sizes: list[list[tuple[int, int]]], seed: int = 0) -
 
 
 def some_sizes(seed: int) -> list[list[tuple[int, int]]]:
-    """Three rows of none to two pictures, every second size at random."""
+    """Three rows of none to two images, every second size at random."""
     rng = random.Random(seed)
     pick = lambda: rng.choice(SIZES) if rng.random() < 0.5 else (rng.randint(1, 180), rng.randint(1, 180))  # noqa: E731
     rows = [[pick() for _ in range(rng.randint(0, 2))] for _ in range(2)]
@@ -136,7 +136,7 @@ def test_boxes_of_the_grid_tile_the_picture(size: tuple[int, int]) -> None:
     assert boxes.shape == (layout.n_tokens, 4) and int(boxes[:, 0].isnan().sum()) == layout.rows
     grid = boxes[layout.grid_places()].view(layout.rows, layout.cols, 4)
     assert bool((grid >= 0).all()) and bool((grid[..., 2] <= width).all()) and bool((grid[..., 3] <= height).all())
-    # Neighbours touch, and a whole view spans the picture.
+    # Neighbours touch, and a whole view spans the image.
     assert torch.allclose(grid[:, :-1, 2], grid[:, 1:, 0]) and torch.allclose(grid[:-1, :, 3], grid[1:, :, 1])
     whole = boxes[: layout.base**2]
     assert whole[:, :2].min() == 0 and torch.allclose(whole[:, 2:].max(0).values, torch.tensor([width, height]).float())

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision against Hugging Face in float64: tiles, resampled grids, several pictures, frames, generation."""
+"""LLaVA-OneVision against Hugging Face in float64: tiles, resampled grids, several images, frames, generation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPOKEN = ["plain", "resampled", "image-and-video", "tied", "many-pictures", "win
 
 
 def features_of(hf: Any, raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What Hugging Face makes of the pictures, and of the videos."""
+    """What Hugging Face makes of the images, and of the videos."""
     out = {}
     if "pixel_values" in raw:
         kw = {"batch_num_images": raw["batch_num_images"]} if "batch_num_images" in raw else {}

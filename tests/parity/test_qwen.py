@@ -36,8 +36,8 @@ class Both:
 
     raw: dict[str, Tensor]
     theirs: Any
-    tower: list[list[Tensor]]  # layer -> each picture's patches, in reading order
-    features: list[Tensor]  # each picture's tokens
+    tower: list[list[Tensor]]  # layer -> each image's patches, in reading order
+    features: list[Tensor]  # each image's tokens
     deepstack: list[list[Tensor]]
     logits: Tensor
     cache: ActivationCache
@@ -85,7 +85,7 @@ def run(case: QwenCase) -> Both:
 
 
 def natural_order(case: QwenCase, raw: dict[str, Tensor], parts: list[Tensor]) -> list[Tensor]:
-    """Hugging Face's tower holds its squares window by window: back to the order of the picture."""
+    """Hugging Face's tower holds its squares window by window: back to the order of the image."""
     vision = case.config().vision_config
     sizes = dict(spatial_merge_size=vision.spatial_merge_size, window_size=vision.window_size)
     out = []

@@ -1,4 +1,4 @@
-"""Generation of Qwen models against Hugging Face: pictures of unequal sizes, videos and text-only rows in one batch."""
+"""Generation of Qwen models against Hugging Face: images of unequal sizes, videos and text-only rows in one batch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_tokens_without_cache_equal_those_with_cache(case: QwenCase, pair_of) ->
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("token", [IMAGE, VIDEO, PAD], ids=["image-token", "video-token", "pad-token"])
 def test_generated_special_token_is_a_token_like_any_other(kind: str, token: int, pair_of) -> None:
-    """A model may say a placeholder: no picture is looked for, with or without cache, and its text goes on."""
+    """A model may say a placeholder: no image is looked for, with or without cache, and its text goes on."""
     from transformers import LogitsProcessorList
 
     from tests.parity.test_generate import Say
@@ -110,4 +110,4 @@ def test_row_generates_the_same_alone(kind: str, name: str, pair_of) -> None:
     options = dict(max_new_tokens=15, return_type="tokens")
     together = model.generate(inputs, **options)
     for row in range(len(inputs)):
-        assert model.generate(inputs[row].trimmed(), **options).tolist() == together[row : row + 1].tolist()
+        assert model.generate(inputs[row].without_padding(), **options).tolist() == together[row : row + 1].tolist()

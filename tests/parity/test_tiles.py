@@ -38,7 +38,7 @@ def test_logits_hidden_states_and_features_equal_hugging_face(case: TileCase, mo
 
 @st.composite
 def cases(draw: st.DrawFn) -> TileCase:
-    """A model that a checkpoint could hold, and a batch of texts and pictures."""
+    """A model that a checkpoint could hold, and a batch of texts and images."""
     kv = draw(st.integers(1, 3))
     heads = kv * draw(st.integers(1, 3))
     text: dict[str, Any] = dict(
@@ -107,14 +107,14 @@ def test_forty_greedy_tokens_of_a_left_padded_batch_equal_hugging_face(name: str
 
 @pytest.mark.parametrize("name", ["idefics3-unequal-pictures", "smolvlm-plain"])
 def test_row_of_a_batch_is_the_row_alone(name: str, model_of) -> None:
-    """Its smaller pictures, and rows whose pictures are whole beside those of others that are not."""
+    """Its smaller images, and rows whose images are whole beside those of others that are not."""
     model = model_of(TILE_BY_NAME[name])
     inputs = model.inputs_from_hf(**counted(raw_inputs(TILE_BY_NAME[name])))
     with torch.no_grad():
         whole = model(inputs)
         for row in range(len(inputs)):
             keep = inputs.attention_mask[row]
-            for alone in (inputs[row], inputs[row].trimmed()):
+            for alone in (inputs[row], inputs[row].without_padding()):
                 ours = model(alone)[0][alone.attention_mask[0]]
                 assert relative_error(ours, whole[row][keep]) < 1e-7
 

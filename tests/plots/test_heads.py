@@ -13,7 +13,7 @@ from PIL import Image
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from tests.parity.test_llava_next import batch, build
 from veena_lens import HookedVLM, plots
-from veena_lens.circuits import bootstrap, find_sinks, picture_attention, view_difference, without_sinks
+from veena_lens.circuits import attention_difference, attention_sinks, bootstrap, image_attention, mask_sinks
 from veena_lens.images.packing import layout_of
 from veena_lens.plots import interactive
 from veena_lens.plots.heads import head_maps
@@ -24,7 +24,7 @@ PICTURE = Image.new("RGB", (28, 28), "orange")
 
 @pytest.fixture(scope="module")
 def seen() -> tuple[Any, Any, Any]:
-    """A model, its inputs (the second row with two pictures), and attention of the last two tokens to all keys."""
+    """A model, its inputs (the second row with two images), and attention of the last two tokens to all keys."""
     model = native_model(BY_NAME["clip-llama"])
     inputs = model.inputs_from_hf(**counted(raw_inputs(BY_NAME["clip-llama"])))
     return model, inputs, model.attention(inputs, queries=[-2, -1], keys="all")
@@ -104,15 +104,15 @@ def test_the_interactive_view_holds_the_same_numbers_and_colours(seen) -> None:
 def test_maps_of_the_picture_know_the_picture_and_the_rest(seen) -> None:
     model, inputs, attention = seen
     last = inputs.spans[0].last
-    view = picture_attention(model, inputs[:1], layers=[1])
+    view = image_attention(model, inputs[:1], layers=[1])
     data, whole = head_maps(view, inputs[:1]), head_maps(attention, inputs, layer=1, query=last)
     np.testing.assert_allclose(data.maps, whole.maps, atol=1e-9)
     np.testing.assert_allclose(data.shares["picture"], whole.shares["picture"], atol=1e-9)
     np.testing.assert_allclose(np.add(data.shares["picture"], data.shares["elsewhere"]), 1.0, atol=1e-9)
     assert str(int(inputs[:1].tokens[0, -1])) in data.title
     assert head_maps(view, token="happy").title == "layer 1, attention of happy"
-    plots.encode(plots.head_view(PICTURE, without_sinks(model, inputs[:1], layers=[1])))
-    signed = view_difference(view, picture_attention(model, inputs[1:], layers=[1]))
+    plots.encode(plots.head_view(PICTURE, mask_sinks(model, inputs[:1], layers=[1])))
+    signed = attention_difference(view, image_attention(model, inputs[1:], layers=[1]))
     assert list(head_maps(signed).shares) == ["picture"]
 
 
@@ -150,7 +150,7 @@ def test_an_image_token_is_named_by_its_patch(seen) -> None:
 def test_padded_rows_are_the_rows_alone(seen) -> None:
     model, inputs, attention = seen
     short = min(range(2), key=lambda i: int(inputs.lengths[i]))
-    alone = inputs[short].trimmed()
+    alone = inputs[short].without_padding()
     mine = head_maps(attention, inputs, layer=0, query=inputs.spans[short].last, row=short)
     theirs = head_maps(model.attention(alone, keys="all"), alone, layer=0)
     np.testing.assert_allclose(mine.maps, theirs.maps, atol=1e-9)
@@ -182,7 +182,7 @@ def test_only_image_keys_give_the_picture_and_elsewhere(seen) -> None:
         (dict(tokens=["a"]), "1 tokens name no position"),
         (dict(scale="own"), "'shared' or 'each'"),
         (dict(attention=Scores(torch.zeros(2, 3), ("layer", "head"))), "give the Scores of model.attention"),
-        (dict(sinks=Scores(torch.zeros(2, 3), ("layer", "head"))), "circuits.find_sinks"),
+        (dict(sinks=Scores(torch.zeros(2, 3), ("layer", "head"))), "circuits.attention_sinks"),
         (dict(sinks=Scores(torch.zeros(2, 2, 3).bool(), ("batch", "layer", "pos"))), "not of these inputs"),
         (dict(patch_boxes=torch.zeros(3, 4)), "patch_boxes"),
     ],
@@ -203,7 +203,7 @@ def test_what_cannot_be_shown_is_refused(change: dict[str, Any], telling: str, s
 
 def test_sinks_that_were_found_can_be_shown(seen) -> None:
     model, inputs, attention = seen
-    sinks = find_sinks(model, inputs, multiple=1.05, share=0.05, norm_multiple=None)
+    sinks = attention_sinks(model, inputs, multiple=1.05, share=0.05, norm_multiple=None)
     assert bool(sinks.values.any())
     shown = plots.head_view(PICTURE, attention, inputs, layer=1, query=inputs.spans[0].last, sinks=sinks)
     assert plots.encode(shown).startswith(b"\x89PNG")

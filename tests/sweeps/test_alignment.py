@@ -1,4 +1,4 @@
-"""Which positions of two runs correspond: unequal pictures, masks of a batch, tiles."""
+"""Which positions of two runs correspond: unequal images, masks of a batch, tiles."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KW: dict[str, Any] = dict(metric=log_prob(3), progress=False)
 
 @pytest.fixture(scope="module")
 def unequal() -> tuple[Any, Any, Any]:
-    """Any-resolution rows whose pictures have other grids and numbers of tiles; the text after them is the same."""
+    """Any-resolution rows whose images have other grids and numbers of tiles; the text after them is the same."""
     model = HookedVLM.from_hf(build("llama")[0], casts="none")
     rows = []
     for sizes in ([(40, 75)], [(90, 30)]):
@@ -86,7 +86,7 @@ def test_unequal_pictures_are_refused_with_both_grids_and_the_way_out(sites: Any
         patch_sweep(model, clean, corrupted, sites, positions, **KW)
     for run in (clean, corrupted):
         height, width = run.grids[0][0]
-        assert f"{height} x {width} tokens ({len(run.picture_rows)} tiles)" in str(error.value)
+        assert f"{height} x {width} tokens ({len(run.crop_rows)} tiles)" in str(error.value)
     assert "'last' or 'query'" in str(error.value)
 
 

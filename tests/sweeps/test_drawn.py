@@ -33,7 +33,7 @@ CASES = [
 
 
 def runs(case: Any) -> tuple[Any, Any, Any]:
-    """A model in pure float64, and two batches that differ in pictures and one token."""
+    """A model in pure float64, and two batches that differ in images and one token."""
     model, raw = native_model(case, casts="none"), raw_inputs(case)
     raw = raw if "mm_token_type_ids" in raw else counted(raw)
     other = {key: -value if key.startswith("pixel_values") else value for key, value in raw.items()}
@@ -47,7 +47,7 @@ def runs(case: Any) -> tuple[Any, Any, Any]:
 def test_patch_sweeps_equal_whole_forwards(data: st.DataObject) -> None:
     model, clean, corrupted = runs(data.draw(st.sampled_from(CASES), label="case"))
     row = data.draw(st.integers(0, len(clean) - 1), label="row")
-    clean, corrupted = clean[row].trimmed(), corrupted[row].trimmed()
+    clean, corrupted = clean[row].without_padding(), corrupted[row].without_padding()
     known = [n for n, hook in hooks_of(model.cfg).items() if n.startswith("blocks.") and hook.axis_names[0] == "batch"]
     sites = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=4, unique=True), label="sites")
     length = clean.shape[1]

@@ -38,7 +38,7 @@ SITES = [
 
 @pytest.fixture
 def pair(model_of):
-    """A model in pure float64, and two batches that differ in their pictures (or tokens) only."""
+    """A model in pure float64, and two batches that differ in their images (or tokens) only."""
 
     def get(name: str) -> tuple[Any, Any, Any]:
         model = model_of(BY_NAME[name], casts="none")

@@ -12,7 +12,7 @@ from tests.qwen_cases import QWEN_BY_NAME
 from tests.tile_cases import TILE_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pictures
-from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOut, Patch, ScaleNeurons, Steer
+from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOutAttention, Patch, ScaleNeurons, Steer
 from veena_lens.sweeps import generation_sweep
 
 CASES = [
@@ -37,7 +37,7 @@ def entries_for(model: Any, inputs: Any) -> list[Any]:
         Steer(0, vector, alpha=3.0),
         [Steer(1, vector, alpha=2.0, positions="generated")],
         Steer(0, vector, alpha=1.0, positions="all"),
-        [BoostAttention(0, keys="image", factor=6.0), KnockOut(1, heads=[1], queries="last+generated")],
+        [BoostAttention(0, keys="image", factor=6.0), KnockOutAttention(1, heads=[1], queries="last+generated")],
         BoostAttention(1, keys="prompt", factor=3.0, mode="scale"),
         Ablate("blocks.0.mlp.hook_post", neurons=[1, 2, 3], positions="query+generated"),
         [ScaleNeurons(1, [5, 6], factor=9.0), whole],
@@ -53,7 +53,7 @@ def test_tokens_equal_those_of_each_entry_alone(case: Any) -> None:
     model = HookedVLM.from_hf(build_hf(case, gain=3.0), casts="none")
     raw = raw_inputs(case)
     inputs = model.inputs_from_hf(**(counted(raw) if "mm_token_type_ids" not in raw else raw))
-    row = inputs[1].trimmed()
+    row = inputs[1].without_padding()
     entries = entries_for(model, row)
     settings: dict[str, Any] = dict(max_new_tokens=10, eos_token_id=[], progress=False)
     fast = generation_sweep(model, row, entries, **settings)
@@ -78,7 +78,7 @@ def test_several_prompts_and_a_score_of_the_texts(embedded: HookedVLM) -> None:
     faces = [p.open() for p in bundled_pictures("test")[:2]]
     questions = ["how does the person in the picture feel?", "what colour is the hair of the person?"]
     inputs = embedded.prepare(text=questions, images=[[face] for face in faces])
-    cut = [KnockOut(layer, queries="query+generated") for layer in range(embedded.cfg.n_layers)]
+    cut = [KnockOutAttention(layer, queries="query+generated") for layer in range(embedded.cfg.n_layers)]
     result = generation_sweep(
         embedded, inputs, [[], cut], lambda texts: [len(t.split()) for t in texts], max_new_tokens=16, progress=False
     )

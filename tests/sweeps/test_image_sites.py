@@ -1,4 +1,4 @@
-"""Sweeps of sites on pictures, of several metrics at once, and within a budget of memory."""
+"""Sweeps of sites on images, of several metrics at once, and within a budget of memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def agree(model: Any, clean: Any, corrupted: Any, **kw: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_site_on_pictures_equals_whole_forwards(kind: str, model_of) -> None:
     model, clean, corrupted = runs(kind, model_of)
-    sites = [n for n, row in hooks_of(model.cfg).items() if row.axis_names[0] == "picture" and "_input" not in n]
+    sites = [n for n, row in hooks_of(model.cfg).items() if row.axis_names[0] == "crop" and "_input" not in n]
     sites = [n for n in sites if "blocks." not in n or "blocks.1." in n]
     in_tower = [n for n in sites if n.startswith("vision.")]
     agree(model, clean[1], corrupted[1], sites=in_tower, positions="all")
@@ -88,7 +88,7 @@ def test_each_position_of_the_tower_is_patched_alone(model_of) -> None:
     model, clean, corrupted = fixed(model_of)
     fast = agree(model, clean[0], corrupted[0], sites=["vision.blocks.0.hook_mlp_out"], positions="each")
     assert fast.axes == ("site", "pos") and fast.values.shape[1] == model.cfg.vision.n_positions
-    with pytest.raises(ValueError, match="one by one"):  # the second row has two pictures
+    with pytest.raises(ValueError, match="one by one"):  # the second row has two images
         agree(model, clean, corrupted, sites=["vision.blocks.0.hook_mlp_out"], positions="each")
 
 

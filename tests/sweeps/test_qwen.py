@@ -19,7 +19,7 @@ CASES = {kind: QwenCase(name="sweeps", kind=kind, rows=ROWS) for kind in ("qwen2
 
 @pytest.fixture(params=list(CASES))
 def pair(request: pytest.FixtureRequest, model_of) -> tuple[Any, Any, Any]:
-    """A model in pure float64, and two batches that differ in pictures and text."""
+    """A model in pure float64, and two batches that differ in images and text."""
     case = CASES[request.param]
     model, raw = model_of(case, casts="none"), raw_inputs(case)
     other = {name: torch.randn_like(value) if "pixel" in name else value for name, value in raw.items()}
@@ -63,7 +63,7 @@ def test_head_sweep_of_a_batch_equals_whole_forwards(positions: Any, direction: 
     model, clean, corrupted = pair
     if isinstance(positions, int):  # an image token
         clean, corrupted = clean[0], corrupted[0]
-        assert bool(clean.trimmed().image_mask[0, positions])
+        assert bool(clean.without_padding().image_mask[0, positions])
     agree(model, clean, corrupted, positions=positions, direction=direction)
 
 
@@ -93,7 +93,7 @@ def test_metric_on_an_activation_agrees(pair) -> None:
 
 
 def test_residuals_after_the_last_addition_restore_the_other_run(pair) -> None:
-    """Earlier residuals of all positions do not: what deep-stack features add later is the corrupted picture's."""
+    """Earlier residuals of all positions do not: what deep-stack features add later is the corrupted image's."""
     model, clean, corrupted = pair
     result = patch_sweep(
         model, clean, corrupted, sites="resid", positions="all", metric=logit_diff(5, 6), progress=False

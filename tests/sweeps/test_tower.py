@@ -1,4 +1,4 @@
-"""Edits of the tower run pictures again from their own block on, with the numbers of whole forwards."""
+"""Edits of the tower run images again from their own block on, with the numbers of whole forwards."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def runs(name: str) -> tuple[Any, Any, Any]:
         other["pixel_values"] = other["pixel_values"] * (raw["pixel_values"] != 0)
     clean, corrupted = model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
     row = max(range(len(clean)), key=lambda i: clean.n_images[i])
-    return model, clean[row].trimmed(), corrupted[row].trimmed()
+    return model, clean[row].without_padding(), corrupted[row].without_padding()
 
 
 def sites_of(model: Any) -> list[str]:
-    return [n for n, hook in hooks_of(model.cfg).items() if hook.axis_names[0] in ("picture", "n_image_tokens")]
+    return [n for n, hook in hooks_of(model.cfg).items() if hook.axis_names[0] in ("crop", "n_image_tokens")]
 
 
 @pytest.mark.parametrize("name", [*FIXED, "tiles", *QWEN, *ONEVISION, *TILES])
@@ -82,7 +82,7 @@ def test_any_sites_and_places_of_pictures_equal_whole_forwards(data: st.DataObje
 
 
 def blocks_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(layer, pictures) of every block of the tower that runs from here on."""
+    """(layer, images) of every block of the tower that runs from here on."""
     seen: list[tuple[int, int]] = []
     real = type(model.vision).step
 
@@ -97,7 +97,7 @@ def blocks_run(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, i
 @pytest.mark.parametrize("name", ["three-images-and-none", "tiles", "qwen3_vl-image-and-video", *ONEVISION, TILES[1]])
 def test_only_edited_pictures_pass_only_later_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, clean, corrupted = runs(name)
-    n_pictures, last = len(clean.picture_rows), model.cfg.vision.n_layers - 1
+    n_pictures, last = len(clean.crop_rows), model.cfg.vision.n_layers - 1
     assert n_pictures > 1
     seen = blocks_run(model, monkeypatch)
     site = f"vision.blocks.{last}.hook_mlp_out"
@@ -115,7 +115,7 @@ def test_only_edited_pictures_pass_only_later_blocks(name: str, monkeypatch: pyt
 
 def test_the_connector_and_the_features_run_no_block_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, clean, corrupted = runs("three-images-and-none")
-    n_pictures, n = len(clean.picture_rows), model.cfg.vision.n_layers
+    n_pictures, n = len(clean.crop_rows), model.cfg.vision.n_layers
     seen = blocks_run(model, monkeypatch)
     patch_sweep(model, clean, corrupted, ["connector.hook_pre", "connector.hook_out"], "each", **KW)
     patch_sweep(model, clean, corrupted, ["hook_image_features"], "each", **KW)
@@ -136,7 +136,7 @@ def test_a_tile_reaches_the_text_at_its_own_first_token() -> None:
     assert first == sorted(first) and first[1] > first[0]
     alone = patch_sweep(model, clean, corrupted, [site], [0], plan_only=True)
     assert alone.token_layers == (clean.shape[1] - first[0]) * model.cfg.n_layers, "together from the earliest"
-    assert both.token_layers < n_patches * len(clean.picture_rows) * (clean.shape[1] - first[0]) * model.cfg.n_layers
+    assert both.token_layers < n_patches * len(clean.crop_rows) * (clean.shape[1] - first[0]) * model.cfg.n_layers
 
 
 def test_a_whole_view_that_stands_last_reaches_the_text_after_its_tiles() -> None:
@@ -147,9 +147,9 @@ def test_a_whole_view_that_stands_last_reaches_the_text_after_its_tiles() -> Non
     first = [int(places[tiles == tile][0]) for tile in range(int(tiles.max()) + 1)]
     assert first[0] == max(first) and first[1] == min(first)
     each = patch_sweep(model, clean, corrupted, [site], "each", plan_only=True)
-    other = int(clean.image_mask[0].nonzero()[-4])  # the second picture, its whole view alone
+    other = int(clean.image_mask[0].nonzero()[-4])  # the second image, its whole view alone
     starts = [*first, other]
-    assert len(starts) == len(clean.picture_rows) and each.n_rows == 16 * len(starts)
+    assert len(starts) == len(clean.crop_rows) and each.n_rows == 16 * len(starts)
     assert each.token_layers == 16 * sum(clean.shape[1] - start for start in starts) * n_layers
 
 

@@ -1,6 +1,6 @@
 """What `veena-lens mer-unibench` does, below its parsing: check a root, score answers, answer a set.
 
-The commands `run` and `enhance`: the whole method on a model and pictures, and one picture with and without.
+The commands `run` and `enhance`: the whole method on a model and images, and one image with and without.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _command(
 def settings_for(
     pairs: Any, preset_name: str, seed: int | None = None, question: str | None = None, embedded: bool = False
 ) -> Settings:
-    """The preset with what the pictures allow: their attributes are asked for where questions are known."""
+    """The preset with what the images allow: their attributes are asked for where questions are known."""
     settings = preset(preset_name)
     if seed is not None:
         settings = replace(settings, seed=seed)
@@ -114,7 +114,7 @@ def dry_estimate(path: str, pairs: Any, settings: Settings, dtype: str) -> str:
     n = sum(p.numel() for p in model.parameters())
     size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
     parts = part_identities(pairs, settings)
-    prompt = 640  # tokens: a picture of 576 and a question
+    prompt = 640  # tokens: an image of 576 and a question
     kv = 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head * size
     staircase = settings.max_rows * (4 * cfg.d_model + 2 * cfg.d_mlp) * size
     conditions = 2 + len(settings.strengths)
@@ -151,17 +151,17 @@ def enhance_command(
     device: str | None = None,
     dtype: str | None = None,
 ) -> list[dict[str, str]]:
-    """Describe pictures with and without a saved circuit; prints both, and returns them.
+    """Describe images with and without a saved circuit; prints both, and returns them.
 
     The model is that named in the circuit unless given. Raises: ValueError where neither says which, and
-    FileNotFoundError for pictures that are not there, all at once."""
+    FileNotFoundError for images that are not there, all at once."""
     from veena_lens import HookedVLM
-    from veena_lens.emotion.methods import answers
+    from veena_lens.emotion.methods import generate_answers
     from veena_lens.emotion.pairs.pair_set import Example
 
     missing = [image for image in images if not Path(image).is_file()]
     if missing:
-        raise FileNotFoundError(f"No picture at {', '.join(missing)}; nothing was loaded.")
+        raise FileNotFoundError(f"No image at {', '.join(missing)}; nothing was loaded.")
     made = Circuit.load(circuit)
     name = model or made.meta.get("model")
     if not name:
@@ -173,8 +173,8 @@ def enhance_command(
     asked = question or "how does the person in the picture feel?"
     examples = [Example(picture=image, emotion="", question=asked) for image in images]
     method = Method(name=made.name or "circuit", interventions=made)
-    plain = answers(lens, examples, batch_size=8, max_new_tokens=max_new_tokens)
-    changed = answers(lens, examples, method, batch_size=8, max_new_tokens=max_new_tokens)
+    plain = generate_answers(lens, examples, batch_size=8, max_new_tokens=max_new_tokens)
+    changed = generate_answers(lens, examples, method, batch_size=8, max_new_tokens=max_new_tokens)
     found = []
     for image, before, after in zip(images, plain, changed, strict=True):
         found.append({"image": image, "without": before.strip(), "with": after.strip()})

@@ -1,6 +1,6 @@
 """The demo on several models, and one page that shows them side by side.
 
-Each model's own page lies in a folder of its name; what the same pictures, questions and settings gave is told in
+Each model's own page lies in a folder of its name; what the same images, questions and settings gave is told in
 one table, so that a difference between the models shows at a glance.
 """
 

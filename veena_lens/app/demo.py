@@ -36,7 +36,7 @@ SEED = 0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inside:
-    """One picture, its neutral twin, and what the model does between them."""
+    """One image, its neutral twin, and what the model does between them."""
 
     emotional: Picture
     neutral: Picture
@@ -49,9 +49,9 @@ class Inside:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Steered:
-    """The directions' effect: rates on development pictures by setting, then the chosen setting on test pictures.
+    """The directions' effect: rates on development images by setting, then the chosen setting on test images.
 
-    `said` holds one picture's answers under every direction: direction, sentence, long description."""
+    `said` holds one image's answers under every direction: direction, sentence, long description."""
 
     n_pairs: int
     development: Scores  # axes (setting, layer)
@@ -123,7 +123,7 @@ def few_threads(model: HookedVLM) -> Iterator[None]:
 def run_demo(out: str | Path, model: str = "tiny-llava-emotion", progress: bool = True) -> DemoResult:
     """Describe, look inside, patch and steer; writes `index.html`, the figures and `numbers.json` under `out`.
 
-    Raises FileNotFoundError where the checkpoint or its pictures are missing.
+    Raises FileNotFoundError where the checkpoint or its images are missing.
     """
     from veena_lens.model.model import HookedVLM
 
@@ -172,7 +172,7 @@ def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str
 
 
 def choose(test: Sequence[Picture], strange: Sequence[Picture]) -> list[Picture]:
-    """A test picture of each emotion, of another person each, then a happy and a sad one of every other style."""
+    """A test image of each emotion, of another person each, then a happy and a sad one of every other style."""
     by_emotion = {emotion: [p for p in test if p.emotion == emotion] for emotion in EMOTIONS}
     faces = [drawn[place % len(drawn)] for place, drawn in enumerate(by_emotion.values()) if drawn]
     first = {(p.style, p.emotion): p for p in reversed(strange) if p.emotion in ("happy", "sad")}
@@ -182,7 +182,7 @@ def choose(test: Sequence[Picture], strange: Sequence[Picture]) -> list[Picture]
 def choose_pair(
     pairs: Sequence[tuple[Picture, Picture]], shown: Sequence[Picture], right: Collection[str]
 ) -> tuple[Picture, Picture]:
-    """A pair that is named right on both sides: that of a picture already shown if possible, surprise first."""
+    """A pair that is named right on both sides: that of an image already shown if possible, surprise first."""
     files = [picture.file for picture in shown]
 
     def place(pair: tuple[Picture, Picture]) -> tuple[bool, bool, bool]:
@@ -193,7 +193,7 @@ def choose_pair(
 
 
 def look_inside(model: HookedVLM, emotional: Picture, neutral: Picture) -> Inside:
-    """Attention, lens and patching on one picture and its neutral twin."""
+    """Attention, lens and patching on one image and its neutral twin."""
     shown, twin = (steps.ask(model, steps.NAME, [picture]) for picture in (emotional, neutral))
     lens, likeliest = steps.logit_lens(model, shown)
     return Inside(

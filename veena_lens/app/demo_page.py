@@ -39,7 +39,7 @@ MAX_TOKENS = 60
 
 @dataclass(frozen=True)
 class CaptionSteering:
-    """The setting chosen on development pictures, and shares of whole captions that name the wanted emotion."""
+    """The setting chosen on development images, and shares of whole captions that name the wanted emotion."""
 
     layer: int
     alpha: float
@@ -80,7 +80,7 @@ def share_as_wanted(
     alpha: float,
     random: torch.Generator | None = None,
 ) -> float:
-    """Share of captions of neutral pictures that name the wanted emotion first and stay whole: as many sentences as
+    """Share of captions of neutral images that name the wanted emotion first and stay whole: as many sentences as
     the unsteered caption, and within three words as long. `random`: directions of the same norm instead."""
     plain = {p.file: d.text for p, d in zip(pictures, steps.describe(model, pictures), strict=True)}
     rows = [(emotion, picture) for emotion in vectors for picture in pictures]
@@ -113,7 +113,7 @@ def steer_captions(
     pictures: Sequence[Picture],
     seed: int,
 ) -> CaptionSteering:
-    """Layer and strength chosen on development pictures, then judged on others against random directions."""
+    """Layer and strength chosen on development images, then judged on others against random directions."""
     layers = range(max(0, model.cfg.n_layers - 3), model.cfg.n_layers)
     tried = {(la, a): share_as_wanted(model, development, vectors, la, a) for la, a in product(layers, ALPHAS)}
     (layer, alpha), best = max(tried.items(), key=lambda item: item[1])

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: sections of text, tables, pictures and figures, in one file.
+"""A self-contained HTML page: sections of text, tables, images and figures, in one file.
 
 Everything is embedded, and the page's own policy forbids it to load anything, so that a report still opens
 from a mail in ten years. It follows the reader's light or dark setting and narrows to small windows; every
@@ -28,7 +28,7 @@ LARGEST_PICTURE = 640  # pixels; a page of photographs stays small enough to mai
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture as a table cell or in a row of pictures; `alt` says in words what it shows."""
+    """An image as a table cell or in a row of images; `alt` says in words what it shows."""
 
     image: Image.Image
     alt: str
@@ -100,7 +100,7 @@ class Report:
         return self
 
     def pictures(self, pictures: Sequence[Thumbnail], *, caption: str = "", width: int = 160) -> Report:
-        """A row of pictures, each over its own caption, that wraps where the window is narrow."""
+        """A row of images, each over its own caption, that wraps where the window is narrow."""
         shown = "".join(
             f'<figure class="picture">{_img(_png(p.image), "png", p.alt, width)}{_caption(p.caption)}</figure>'
             for p in pictures

@@ -1,7 +1,7 @@
 """The demo's steps, one function each: describe, attend, lens, patch, steer.
 
 Each takes a model and prepared inputs, makes a few public calls of the library and gives back `Scores` or plain
-data; `demo.py` chooses pictures and settings, `demo_page.py` shows what came out.
+data; `demo.py` chooses images and settings, `demo_page.py` shows what came out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NAME = "name the emotions of the person in the picture."  # its answer begins wi
 
 @dataclass(frozen=True)
 class Description:
-    """What the model says of one picture, and whether the first emotion it names is the drawn one."""
+    """What the model says of one image, and whether the first emotion it names is the drawn one."""
 
     picture: Picture
     text: str
@@ -47,18 +47,18 @@ class Description:
 
 
 def ask(model: HookedVLM, question: str, pictures: Sequence[Picture]) -> MultimodalInputs:
-    """The same question about each picture, a row each."""
+    """The same question about each image, a row each."""
     return model.prepare(text=[question] * len(pictures), images=[[picture.open()] for picture in pictures])
 
 
 def describe(model: HookedVLM, pictures: Sequence[Picture]) -> list[Description]:
-    """A caption of each picture, greedily."""
+    """A caption of each image, greedily."""
     texts = model.generate(ask(model, DESCRIBE, pictures), max_new_tokens=60, do_sample=False)
     return [Description(picture, text.strip()) for picture, text in zip(pictures, texts, strict=True)]
 
 
 def name_emotions(model: HookedVLM, pictures: Sequence[Picture]) -> list[str | None]:
-    """The emotion that the model names first for each picture."""
+    """The emotion that the model names first for each image."""
     texts: list[str] = []
     for part in chunks(len(pictures)):
         texts += model.generate(ask(model, NAME, pictures[part]), max_new_tokens=4, do_sample=False)
@@ -68,7 +68,7 @@ def name_emotions(model: HookedVLM, pictures: Sequence[Picture]) -> list[str | N
 def attention_to_picture(model: HookedVLM, inputs: MultimodalInputs) -> Scores:
     """Attention from the last prompt token to the image tokens of one row, mean over heads.
 
-    Axes (layer, y, x) over the picture's token grid; probability.
+    Axes (layer, y, x) over the image's token grid; probability.
     """
     (grid,) = inputs.grids[0]
     attention = model.attention(inputs, queries="last", keys="image").mean("head")
@@ -110,11 +110,11 @@ def last_residuals(model: HookedVLM, inputs: MultimodalInputs) -> Float[Tensor, 
 
 @torch.no_grad()
 def head_patching(model: HookedVLM, emotional: MultimodalInputs, neutral: MultimodalInputs, emotion: str) -> Scores:
-    """How much of the emotion comes back when one head's output is taken from the emotional picture's run.
+    """How much of the emotion comes back when one head's output is taken from the emotional image's run.
 
     The neutral twin runs with `attn.hook_z` of one head replaced at all positions; the measure is the logit of
     the emotion's word minus that of "neutral", 0 being the neutral run and 1 the emotional one. Axes (layer, head).
-    `transformer_lens.patching` does it, unchanged, on inputs with pictures.
+    `transformer_lens.patching` does it, unchanged, on inputs with images.
     """
     from transformer_lens import patching
 
@@ -127,7 +127,7 @@ def head_patching(model: HookedVLM, emotional: MultimodalInputs, neutral: Multim
     emotional_logits, cache = model.run_with_cache(emotional, names_filter=names)
     high, low = measure(emotional_logits), measure(model(neutral))
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        # Its annotations ask for a tensor of tokens; inputs with pictures stand in for one.
+        # Its annotations ask for a tensor of tokens; inputs with images stand in for one.
         patch: Any = patching.get_act_patch_attn_head_out_all_pos
         raw = patch(model, neutral, cache, measure)
     meta = {"emotional": high.item(), "neutral": low.item()}
@@ -169,7 +169,7 @@ def chunks(count: int, size: int = 32) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Flips:
-    """How often the answer about a neutral picture named the wanted emotion, and how often any emotion."""
+    """How often the answer about a neutral image named the wanted emotion, and how often any emotion."""
 
     wanted: Mapping[str, float]
     any: float
@@ -187,7 +187,7 @@ def flip_rates(
     alpha: float,
     random: torch.Generator | None = None,
 ) -> Flips:
-    """Steer each neutral picture towards each emotion at one layer and read the emotion that the sentence names.
+    """Steer each neutral image towards each emotion at one layer and read the emotion that the sentence names.
 
     With `random`, a fresh direction of the same norm takes each vector's place: the control.
     """

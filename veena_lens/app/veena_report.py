@@ -9,7 +9,7 @@ from typing import Any
 
 from veena_lens import plots
 from veena_lens.app.html import Report, Thumbnail, Tone
-from veena_lens.circuits import per_patch
+from veena_lens.circuits import direct_attribution_map
 from veena_lens.emotion.locate.tracing import show_run
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.emotion.pipeline import VeenaRun
@@ -233,7 +233,7 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
         clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
         direction = run.directions.unit(pair.emotion)
         shown = heads.heads[:SHOWN_HEADS]
-        found = per_patch(model, clean, direction, ROWS["last"], baseline=corrupted)
+        found = direct_attribution_map(model, clean, direction, ROWS["last"], baseline=corrupted)
         maps = [found.select(layer=a, head=h).values.reshape(found.shape[-2:]) for a, h in shown]
         boxes = None if clean.patch_boxes is None else clean.patch_boxes[0][0]
         figure = plots.overlays(
@@ -278,7 +278,7 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _example_pair(run: VeenaRun) -> Any:
-    """An emotional test picture with a neutral one of the same identity."""
+    """An emotional test image with a neutral one of the same identity."""
     from types import SimpleNamespace
 
     examples = next(iter(run.test.examples.values()))

@@ -1,7 +1,7 @@
 """Where a direction must be read to steer: `python -m veena_lens.benchmarks.directions`.
 
-The directions of three emotions are extracted from the development pictures of an embedded model in three ways, and
-added to the neutral test pictures (other people): how many of the answers then name the emotion?
+The directions of three emotions are extracted from the development images of an embedded model in three ways, and
+added to the neutral test images (other people): how many of the answers then name the emotion?
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from veena_lens.emotion import Directions, answers, extract_directions, load_pairs, noise_directions, sample_hit
+from veena_lens.emotion import (
+    Directions,
+    extract_directions,
+    generate_answers,
+    load_pairs,
+    noise_directions,
+    sample_hit,
+)
 
 LIST = "name the emotions of the person in the picture."
 WAYS: dict[str, dict[str, str]] = {
@@ -25,7 +32,7 @@ def named(model: Any, directions: Directions, examples: list[Any], layer: int, a
     hits = 0
     for emotion in directions.emotions:
         with model.intervene([directions.steer(layer, alpha, emotion, scale="raw")]):
-            texts = answers(model, examples, max_new_tokens=12)
+            texts = generate_answers(model, examples, max_new_tokens=12)
         hits += sum(sample_hit(text, emotion) > 0.5 for text in texts)
     return hits, len(directions.emotions) * len(examples)
 

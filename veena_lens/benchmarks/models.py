@@ -1,8 +1,8 @@
-"""A random LLaVA of middling size, in Hugging Face and here on the same weights, and a prompt with a picture.
+"""A random LLaVA of middling size, in Hugging Face and here on the same weights, and a prompt with an image.
 
-transformer_lens's TransformerBridge on the same weights, with the picture in every call.
+transformer_lens's TransformerBridge on the same weights, with the image in every call.
 
-Its patching functions pass bare tokens on, and the bridge then runs without the picture and says nothing. So it is
+Its patching functions pass bare tokens on, and the bridge then runs without the image and says nothing. So it is
 wrapped: every forward, cached or hooked, gets the pixels that belong to the tokens.
 """
 
@@ -40,7 +40,7 @@ def bridge_of(hf: Any) -> Any:
 
 
 class WithPicture:
-    """What `transformer_lens.patching` asks of a model, the picture added to every call."""
+    """What `transformer_lens.patching` asks of a model, the image added to every call."""
 
     def __init__(self, bridge: Any, pixels: Tensor) -> None:
         self.bridge, self.pixels, self.cfg = bridge, pixels, bridge.cfg
@@ -92,7 +92,7 @@ def random_llava(n_layers: int = 16, d_model: int = 512, n_heads: int = 8) -> tu
 
 
 def prompt(n_tokens: int = 600, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Tensors of one prompt: text, 576 image tokens, text; pictures differ by seed."""
+    """Tensors of one prompt: text, 576 image tokens, text; images differ by seed."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 990, (1, n_tokens), generator=torch.Generator().manual_seed(1))
     ids[0, 5:581] = IMAGE_TOKEN

@@ -1,4 +1,4 @@
-"""Patch sweeps: the suffix engine, whole forwards, and transformer_lens's bridge, on the same weights and pictures.
+"""Patch sweeps: the suffix engine, whole forwards, and transformer_lens's bridge, on the same weights and images.
 
 Everything is told as multiples of one ordinary forward pass. The naive engine and the bridge are timed on a sample of
 their patches and scaled up: every one of them is one forward. The scores of the sample are compared.

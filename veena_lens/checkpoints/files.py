@@ -3,7 +3,7 @@
 Shapes are read from the files' headers, so that everything can be checked before any tensor is read. Of a hub
 id, configuration and processor come first; weights are fetched when they are asked for.
 
-Where the data that travel with the package lie: small checkpoints, sample pictures and their manifest.
+Where the data that travel with the package lie: small checkpoints, sample images and their manifest.
 
 Plain files and dataclasses; neither torch nor transformers is imported here.
 """
@@ -213,7 +213,7 @@ _BUNDLED = Path(__file__).parent / "bundled"
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A sample picture: what is drawn, which question goes with it, and the neutral twin's `pair`."""
+    """A sample image: what is drawn, which question goes with it, and the neutral twin's `pair`."""
 
     file: str
     emotion: str
@@ -237,7 +237,7 @@ class Picture:
         return f"{self.context} {self.question}" if self.context else self.question
 
     def open(self) -> Image.Image:
-        """The picture in RGB."""
+        """The image in RGB."""
         with Image.open(self.path) as image:
             return image.convert("RGB")
 
@@ -265,18 +265,18 @@ def _manifest() -> tuple[Picture, ...]:
 
 
 def bundled_pictures(split: str | None = None) -> list[Picture]:
-    """Sample pictures of a split ("development", "test", "held-out style", "emoji"), or all.
+    """Sample images of a split ("development", "test", "held-out style", "emoji"), or all.
 
     Raises ValueError, naming the splits, when there is none of this name.
     """
     splits = sorted({picture.split for picture in _manifest()})
     if split is not None and split not in splits:
-        raise ValueError(f"No sample pictures of split {split!r}; there are: {', '.join(splits)}.")
+        raise ValueError(f"No sample images of split {split!r}; there are: {', '.join(splits)}.")
     return [picture for picture in _manifest() if split in (None, picture.split)]
 
 
 def bundled_pairs(split: str = "development") -> list[tuple[Picture, Picture]]:
-    """Emotional pictures with their neutral twins, asked without a context.
+    """Emotional images with their neutral twins, asked without a context.
 
     Twins show the same person on the same ground; only mouth, eyes and brows differ.
     """

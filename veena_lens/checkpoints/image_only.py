@@ -1,7 +1,7 @@
-"""Processors for pictures and text alone, for where torchvision is missing.
+"""Processors for images and text alone, for where torchvision is missing.
 
 Their video part needs torchvision, and Hugging Face's classes cannot be built without it. Leaving the part out of the
-constructor's signature is enough, since `ProcessorMixin` reads there which parts a processor has: pictures, text and
+constructor's signature is enough, since `ProcessorMixin` reads there which parts a processor has: images, text and
 the expansion of image tokens stay Hugging Face's own code. Folders are read and written under the names of the full
 classes, so they load anywhere.
 
@@ -177,9 +177,9 @@ class ImageOnlyLlavaOnevisionProcessor(_SavedAsFull, LlavaOnevisionProcessor):
 
     @property
     def video_processor(self) -> Any:
-        """Videos of frames (PIL pictures or arrays) -> their pixels [video frame channel height width].
+        """Videos of frames (PIL images or arrays) -> their pixels [video frame channel height width].
 
-        A frame is made as the whole view of a picture is: Pillow's resampling, where the full class has
+        A frame is made as the whole view of an image is: Pillow's resampling, where the full class has
         torchvision's."""
         width, height = pair_of(self.image_processor.size)
 

@@ -146,7 +146,7 @@ def _image_only(folder: Path) -> Any:
     return known.get(by_model.get(kind or "", ""))
 
 
-# Where processors keep how many tokens a picture, or a tile of one, fills.
+# Where processors keep how many tokens an image, or a tile of one, fills.
 COUNTED = ("image_seq_len", "num_image_tokens", "num_additional_image_tokens")
 
 

@@ -1,4 +1,4 @@
-"""Text and pictures to inputs, through the checkpoint's own processor; nothing model-specific is known above.
+"""Text and images to inputs, through the checkpoint's own processor; nothing model-specific is known above.
 
 Rows are processed one by one and padded here, on the left, so that a row of a batch is the row alone and the
 user's tokenizer keeps its settings. What does not match is refused before any computing.
@@ -44,7 +44,7 @@ def prepare(
     if takes_pictures:
         require_own_processor(processor, cfg)
     prompts = prompts_of(processor, image_token, text, images, chat, messages)
-    rows = [_process(processor, tokenizer, prompt, cfg.tiles_when_alone) for prompt in prompts]
+    rows = [_process(processor, tokenizer, prompt, cfg.tiles_single_images_only) for prompt in prompts]
     pad = pad_token_of(tokenizer, cfg)
     tokens, mask = _left_pad([r["input_ids"][0] for r in rows], pad)
     longest = int(mask.sum(-1).max())
@@ -73,7 +73,7 @@ def _with_answer(inputs: MultimodalInputs, answer: Any, cfg: HookedVLMConfig) ->
     return out
 
 
-def _process(processor: Any, tokenizer: Any, prompt: Prompt, tiles_when_alone: bool) -> Any:
+def _process(processor: Any, tokenizer: Any, prompt: Prompt, tiles_single_images_only: bool) -> Any:
     """The processor's tensors for one row, without padding."""
     # A template that writes the BOS token itself must not get a second one from the tokenizer.
     bos = tokenizer.bos_token
@@ -81,21 +81,21 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt, tiles_when_alone: b
     if processor is tokenizer:
         return tokenizer([prompt.text], return_tensors="pt", add_special_tokens=special)
     pictures: Any = list(prompt.images) or None
-    if pictures and tiles_when_alone:  # a flat list would be prompts of one picture each
+    if pictures and tiles_single_images_only:  # a flat list would be prompts of one image each
         pictures = [pictures]
     try:
         return processor(text=[prompt.text], images=pictures, return_tensors="pt", add_special_tokens=special)
     except ValueError as error:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in prompt.images) or "none"
-        raise ValueError(f"The processor refuses a prompt with pictures of {sizes} pixels: {error}") from error
+        raise ValueError(f"The processor refuses a prompt with images of {sizes} pixels: {error}") from error
 
 
 def _require_pictures(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> None:
-    """Raises: ValueError where the tokens of tiles do not tell which of them belong to one picture."""
+    """Raises: ValueError where the tokens of tiles do not tell which of them belong to one image."""
     for row, (prompt, found) in enumerate(zip(prompts, inputs.n_images, strict=True)):
         if inputs.token_tiles and found != len(prompt.images):
             raise ValueError(
-                f"Row {row}: its tokens stand for {found} pictures, {len(prompt.images)} were given. The tokenizer "
+                f"Row {row}: its tokens stand for {found} images, {len(prompt.images)} were given. The tokenizer "
                 "loses what the processor writes between tiles (the fake image token, names, line breaks); use the "
                 "checkpoint's own."
             )
@@ -104,7 +104,7 @@ def _require_pictures(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> No
 def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
     """Raises: ValueError for a processor of another checkpoint: its patches or its image token are not the model's."""
     assert cfg.vision is not None
-    # Where a prompt's placeholder is not the token that pictures fill, the processor tells both.
+    # Where a prompt's placeholder is not the token that images fill, the processor tells both.
     own = [processor.tokenizer.convert_tokens_to_ids(processor.image_token)]
     own = list(getattr(processor, "image_token_ids", own))
     if cfg.image_token_id not in own:
@@ -114,7 +114,7 @@ def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
         )
     if getattr(processor.image_processor, "do_pan_and_scan", None):
         raise ValueError(
-            "The processor cuts crops out of long pictures (do_pan_and_scan), whose boxes prepare does not know: set "
+            "The processor cuts crops out of long images (do_pan_and_scan), whose boxes prepare does not know: set "
             "processor.image_processor.do_pan_and_scan = False, or give the processor's own tensors to inputs_from_hf, "
             "where every crop counts as an image."
         )
@@ -143,7 +143,7 @@ def _require_own_tiles(processor: Any, vision: VisionConfig) -> None:
 
 
 def _pad_tiles(pixels: Sequence[Tensor]) -> Tensor | None:
-    """Pixels of all rows; pictures of fewer tiles get empty ones, as the processor gives within a row."""
+    """Pixels of all rows; images of fewer tiles get empty ones, as the processor gives within a row."""
     if not pixels:
         return None
     if pixels[0].ndim >= 4 and len({p.shape[1:] for p in pixels}) > 1:
@@ -192,7 +192,7 @@ def _boxes(
                 continue
             side = vision.patch_size * vision.merge_size
             boxes = patch_boxes(image.size, processor.image_processor, side, vision.token_grid)
-            if vision.has_class_token:  # it looks at the whole picture
+            if vision.has_class_token:  # it looks at the whole image
                 boxes = torch.cat([torch.tensor([[0.0, 0.0, *map(float, image.size)]]), boxes])
             mine.append(boxes[len(boxes) - vision.n_features :])
         out.append(tuple(mine))
@@ -213,13 +213,13 @@ def layout_keys(cfg: HookedVLMConfig) -> tuple[str, ...]:
     if cfg.image_layout != "anyres":
         return ()
     videos = () if cfg.video_token_id is None else ("pixel_values_videos",)
-    return "image_sizes", *(("batch_num_images",) if cfg.tiles_when_alone else ()), *videos
+    return "image_sizes", *(("batch_num_images",) if cfg.tiles_single_images_only else ()), *videos
 
 
 def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) -> MultimodalInputs:
     """A processor's tensors as inputs: padding side and positions are kept, else 0 .. S - 1 as Hugging Face sets.
 
-    Raises: ValueError for unknown keys, padding without a mask, or pictures that do not match the tokens."""
+    Raises: ValueError for unknown keys, padding without a mask, or images that do not match the tokens."""
     known = (*KNOWN_KEYS, *layout_keys(cfg))
     unknown = sorted(set(outputs) - set(known) - set(IGNORED_KEYS))
     if unknown:
@@ -271,14 +271,14 @@ def _fitting(cfg: HookedVLMConfig, position_ids: Any, tokens: Tensor) -> Tensor:
 def require_types(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, outputs: Mapping[str, Any]) -> None:
     """What a processor says of its tokens (1 image, 2 video, else 0) must be what the tokens say: we read these,
     Hugging Face the types. Raises: ValueError where they differ, or lack and Hugging Face would go without."""
-    name = "token_type_ids" if cfg.image_blocks else "mm_token_type_ids"
+    name = "token_type_ids" if cfg.bidirectional_images else "mm_token_type_ids"
     types = outputs.get(name)
-    if types is None and cfg.image_blocks and outputs.get("pixel_values") is not None:
+    if types is None and cfg.bidirectional_images and outputs.get("pixel_values") is not None:
         raise ValueError(
             "token_type_ids are missing (1 at image tokens, else 0; the processor gives them): without them Hugging "
-            "Face lets a picture's tokens read earlier ones alone, and the model was trained with both directions."
+            "Face lets an image's tokens read earlier ones alone, and the model was trained with both directions."
         )
-    if types is None or not (cfg.image_layout == "dynamic" or cfg.image_blocks):
+    if types is None or not (cfg.image_layout == "dynamic" or cfg.bidirectional_images):
         return
     types = torch.as_tensor(types).to(tokens.device)
     if types.shape != tokens.shape:
@@ -327,9 +327,9 @@ def assemble(
     pixel_values: Any,
     extras: Mapping[str, Any] | None = None,
 ) -> MultimodalInputs:
-    """Inputs with spans and grids, pictures checked against the image tokens.
+    """Inputs with spans and grids, images checked against the image tokens.
 
-    positions: None counts real tokens; where pictures have places of their own in three streams, those.
+    positions: None counts real tokens; where images have places of their own in three streams, those.
     Raises: ValueError when their numbers or sizes do not fit."""
     n = len(tokens)
     counted = text_positions(mask) if positions is None else positions
@@ -355,9 +355,9 @@ def assemble(
         video_token_id=cfg.video_token_id,
         pad_token_id=pad,
         pixel_values=images.pixels,
-        picture_rows=images.picture_rows,
-        picture_images=images.picture_images,
-        picture_grids=images.picture_grids,
+        crop_rows=images.crop_rows,
+        crop_images=images.crop_images,
+        crop_grids=images.crop_grids,
         patch_mask=images.patch_mask,
         image_rows=images.image_rows,
         extras=images.extras,

@@ -1,4 +1,4 @@
-"""Prompts as the processor wants them: chat template or raw text, pictures matched to their placeholders."""
+"""Prompts as the processor wants them: chat template or raw text, images matched to their placeholders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veena_lens.images.files import open_picture
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text of one row, image tokens in it not yet expanded, and its pictures in order."""
+    """The text of one row, image tokens in it not yet expanded, and its images in order."""
 
     text: str
     images: tuple[Image.Image, ...]
@@ -22,7 +22,7 @@ class Prompt:
 def prompts_of(
     processor: Any, image_token: str | None, text: Any, images: Any, chat: bool, messages: Any
 ) -> list[Prompt]:
-    """One Prompt a row, pictures opened. `image_token` None: a model that takes no pictures.
+    """One Prompt a row, images opened. `image_token` None: a model that takes no images.
 
     Raises: ValueError for both text and messages, image tokens typed by hand, or unequal numbers."""
     if (text is None) == (messages is None):
@@ -38,20 +38,20 @@ def prompts_of(
     for i, (found, pictures) in enumerate(rows):
         if pictures and image_token is None:
             raise ValueError(
-                f"Row {i} has {len(pictures)} pictures, and this checkpoint takes none: it has no vision tower or no "
+                f"Row {i} has {len(pictures)} images, and this checkpoint takes none: it has no vision tower or no "
                 "image processor."
             )
         video_token = getattr(processor, "video_token", None)
         if image_token and video_token and video_token in found:
             raise ValueError(
-                f"Row {i} holds the video token {video_token!r}: give a video's frames as pictures, or a processor's "
+                f"Row {i} holds the video token {video_token!r}: give a video's frames as images, or a processor's "
                 "video tensors to inputs_from_hf."
             )
         n = found.count(image_token) if image_token else 0
         if n != len(pictures):
             raise ValueError(
-                f"Row {i} has {n} image placeholders ({image_token!r}) and {len(pictures)} pictures: "
-                + ("give a picture for each." if n > len(pictures) else "put one placeholder for each picture.")
+                f"Row {i} has {n} image placeholders ({image_token!r}) and {len(pictures)} images: "
+                + ("give an image for each." if n > len(pictures) else "put one placeholder for each image.")
             )
     return [Prompt(found, tuple(open_picture(p) for p in pictures)) for found, pictures in rows]
 
@@ -61,7 +61,7 @@ def _row(processor: Any, image_token: str | None, text: str, pictures: list[Any]
         return text, pictures
     if image_token and image_token in text:
         raise ValueError(
-            f"The text holds the image token {image_token!r}; the chat template places it for each picture in "
+            f"The text holds the image token {image_token!r}; the chat template places it for each image in "
             "images=. Leave it out, or write the whole prompt yourself with chat=False."
         )
     content: Any = text
@@ -80,7 +80,7 @@ def _templated(processor: Any, messages: Sequence[Any]) -> str:
 
 
 def _from_messages(processor: Any, messages: Any, images: Any) -> list[tuple[str, list[Any]]]:
-    """Rows of one conversation or several. Raises: ValueError for messages or pictures that do not fit."""
+    """Rows of one conversation or several. Raises: ValueError for messages or images that do not fit."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("prepare: messages must be a conversation (a list of messages) or a list of conversations.")
     several = isinstance(messages[0], (list, tuple))
@@ -94,8 +94,8 @@ def _from_messages(processor: Any, messages: Any, images: Any) -> list[tuple[str
 
 
 def _split_messages(conversation: Sequence[Any], given: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The conversation with bare image placeholders, and its pictures: those that stand in it, and for bare
-    placeholders the next of `given`. Raises: ValueError for a part of another kind, or pictures left over."""
+    """The conversation with bare image placeholders, and its images: those that stand in it, and for bare
+    placeholders the next of `given`. Raises: ValueError for a part of another kind, or images left over."""
     plain, pictures, rest = [], [], list(given)
     for message in conversation:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
@@ -125,8 +125,8 @@ def _is_picture(x: Any) -> bool:
 
 
 def _pictures_of(images: Any, n: int, is_list: bool) -> list[list[Any]]:
-    """Pictures row by row, None meaning none. A single prompt takes a picture or a flat list; a list of prompts
-    one list each, or one picture each. Raises: ValueError when their numbers differ."""
+    """Pictures row by row, None meaning none. A single prompt takes an image or a flat list; a list of prompts
+    one list each, or one image each. Raises: ValueError when their numbers differ."""
     if images is None:
         return [[] for _ in range(n)]
     if not is_list:
@@ -135,11 +135,11 @@ def _pictures_of(images: Any, n: int, is_list: bool) -> list[list[Any]]:
         if len(images) == 1 and isinstance(images[0], (list, tuple)):
             images = images[0]
         if any(isinstance(i, (list, tuple)) for i in images):
-            raise ValueError("One prompt takes a flat list of pictures; give a list of prompts for a list of lists.")
+            raise ValueError("One prompt takes a flat list of images; give a list of prompts for a list of lists.")
         return [[i for i in images if i is not None]]
     if _is_picture(images):
         images = [images]
     if len(images) != n:
-        raise ValueError(f"{len(images)} entries of images for {n} prompts; give one picture or list a prompt.")
+        raise ValueError(f"{len(images)} entries of images for {n} prompts; give one image or list a prompt.")
     rows = [[i] if _is_picture(i) else list(i) for i in images]
     return [[i for i in row if i is not None] for row in rows]

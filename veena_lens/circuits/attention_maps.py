@@ -1,6 +1,6 @@
-"""Attention from chosen tokens to a picture, as it is, without sink tokens, or against a second picture.
+"""Attention from chosen tokens to an image, as it is, without sink tokens, or against a second image.
 
-Sinks take attention from nearly every query whatever the picture shows, and would hide the rest of a map. They are
+Sinks take attention from nearly every query whatever the image shows, and would hide the rest of a map. They are
 found by a rule that is stated with the result, never by a fixed place. Rows are read as they pass, layer by layer.
 """
 
@@ -34,7 +34,7 @@ from veena_lens.scores import Scores
 FEWEST_KEYS = 4  # a median of fewer keys says nothing
 
 
-def picture_attention(
+def image_attention(
     model: Any,
     inputs: Any,
     queries: Any = "last",
@@ -48,16 +48,16 @@ def picture_attention(
     """Attention weights from `queries` to the tokens of image number `image`, as maps over its token grid.
 
     Axes (batch, layer, head, height, width), mean over the queries; with reduce="none" they come last as "pos". Grids
-    of unequal rows are padded at the lower right (masked), a row without the image is masked whole. Tiled pictures
+    of unequal rows are padded at the lower right (masked), a row without the image is masked whole. Tiled images
     have the grid through their tiles, or with grid="whole" that of the whole view. Unit: weight (a row over all keys
     sums to 1). Only these rows are computed and interventions in force are honoured.
     Raises: ValueError for unknown layers or heads, queries that select nothing, or no such image; IndexError where an
     image's tokens make no whole grid.
     """
-    return _view(model, inputs, queries, image, grid, layers, heads, reduce, None, False, "picture_attention")
+    return _view(model, inputs, queries, image, grid, layers, heads, reduce, None, False, "image_attention")
 
 
-def without_sinks(
+def mask_sinks(
     model: Any,
     inputs: Any,
     queries: Any = "last",
@@ -70,20 +70,20 @@ def without_sinks(
     heads: Sequence[int] | None = None,
     reduce: str = "mean",
 ) -> Scores:
-    """`picture_attention` with the sink tokens of each layer taken out: their cells are masked.
+    """`image_attention` with the sink tokens of each layer taken out: their cells are masked.
 
-    renormalise=True divides every query's row by what it gives to all other keys (of picture and text), so that it sums
-    to 1 again; False leaves the other weights as they are. `sinks`: what `find_sinks` returned for these inputs (with
-    rules of your own); None finds them with its defaults. meta["sinks"] names their positions, layer by layer and row
-    by row, meta["rule"] the rule.
-    Raises: as `picture_attention`; ValueError for sinks of other inputs, or that lack a layer.
-    Source: Kang et al. 2025, arXiv 2503.03321 (visual attention sinks); the rule is ours, see `find_sinks`.
+    renormalise=True divides every query's row by what it gives to all other keys (of image and text), so that it sums
+    to 1 again; False leaves the other weights as they are. `sinks`: what `attention_sinks` returned for these inputs
+    (with rules of your own); None finds them with its defaults. meta["sinks"] names their positions, layer by layer
+    and row by row, meta["rule"] the rule.
+    Raises: as `image_attention`; ValueError for sinks of other inputs, or that lack a layer.
+    Source: Kang et al. 2025, arXiv 2503.03321 (visual attention sinks); the rule is ours, see `attention_sinks`.
     """
-    found = find_sinks(model, inputs, layers=layers) if sinks is None else sinks
-    return _view(model, inputs, queries, image, grid, layers, heads, reduce, found, renormalise, "without_sinks")
+    found = attention_sinks(model, inputs, layers=layers) if sinks is None else sinks
+    return _view(model, inputs, queries, image, grid, layers, heads, reduce, found, renormalise, "mask_sinks")
 
 
-def find_sinks(
+def attention_sinks(
     model: Any,
     inputs: Any,
     queries: Any = "all",
@@ -104,7 +104,7 @@ def find_sinks(
     Raises: ValueError for an unknown layer, queries that select nothing, or numbers out of range.
     Source: Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762 (massive norms); the rule is ours.
     """
-    who = "find_sinks"
+    who = "attention_sinks"
     if multiple <= 1 or not 0 < share <= 1 or (norm_multiple is not None and norm_multiple <= 1):
         raise ValueError(
             f"{who}: multiple={multiple} and norm_multiple={norm_multiple} must be above 1, share={share} in (0, 1]."
@@ -158,21 +158,21 @@ def find_sinks(
     )
 
 
-def view_difference(first: Scores, second: Scores) -> Scores:
-    """The first view less the second, of pictures with the same token grid: same axes; a cell masked in one is masked.
+def attention_difference(first: Scores, second: Scores) -> Scores:
+    """The first view less the second, of images with the same token grid: same axes; a cell masked in one is masked.
 
     Raises: ValueError where axes, labels or grids differ (nothing is resampled)."""
     if first.axes != second.axes or "height" not in first.axes:
-        raise ValueError(f"view_difference: axes {first.axes} and {second.axes}; give two maps of the same axes.")
+        raise ValueError(f"attention_difference: axes {first.axes} and {second.axes}; give two maps of the same axes.")
     sizes = [view.meta.get("sizes") for view in (first, second)]
     if sizes[0] != sizes[1] or first.shape != second.shape:
         raise ValueError(
-            f"view_difference: the token grids are {sizes[0]} and {sizes[1]}; only pictures with the same grid compare "
-            "cell by cell."
+            f"attention_difference: the token grids are {sizes[0]} and {sizes[1]}; only images with the same grid "
+            "compare cell by cell."
         )
     for axis in ("layer", "head"):
         if axis in first.axes and list(first.labels[axis]) != list(second.labels[axis]):
-            raise ValueError(f"view_difference: {axis}s {first.labels[axis]} and {second.labels[axis]} differ.")
+            raise ValueError(f"attention_difference: {axis}s {first.labels[axis]} and {second.labels[axis]} differ.")
     mask = None
     if first.mask is not None or second.mask is not None:
         mask = first.exists & second.exists.to(first.values.device)
@@ -243,7 +243,9 @@ def _view(
 
 def _sinks_of(sinks: Scores, inputs: Any, layers: Sequence[int], who: str) -> Bool[Tensor, "batch layer pos"]:
     if sinks.axes != ("batch", "layer", "pos") or sinks.values.dtype != torch.bool:
-        raise ValueError(f"{who}: sinks must be the Scores of find_sinks, not {sinks.axes} of {sinks.values.dtype}.")
+        raise ValueError(
+            f"{who}: sinks must be the Scores of attention_sinks, not {sinks.axes} of {sinks.values.dtype}."
+        )
     if (sinks.shape[0], sinks.shape[2]) != tuple(inputs.shape):
         raise ValueError(f"{who}: sinks of [batch pos] = {[sinks.shape[0], sinks.shape[2]]} for {inputs!r}.")
     lacking = [layer for layer in layers if layer not in sinks.labels["layer"]]

@@ -75,7 +75,7 @@ def _sites_of(who: str, cfg: Any, sites: Any, layers: Sequence[int] | None, unit
             axes = row_of(name).axis_names
             if not name.startswith(("blocks.", "hook_embed")) or axes[0] != "batch":
                 raise ValueError(
-                    f"{who}: {name!r} is no hook of the decoder's blocks; `image_attribution` goes to pictures."
+                    f"{who}: {name!r} is no hook of the decoder's blocks; `image_attribution` goes to images."
                 )
         found = _Sites(names, given, None)
     if not found.names or (found.unit is not None and not found.units):
@@ -191,19 +191,19 @@ def image_attribution(
     max_rows: int = 16,
     progress: bool = False,
 ) -> Scores:
-    """The effect of patching each patch of a picture, to first order, as a map over one image's token grid.
+    """The effect of patching each patch of an image, to first order, as a map over one image's token grid.
 
     E[cell] = sum over its entries of (f' - f) . dm/df. `site` says what f is: the image features where they are made
     ("hook_image_features") or merged ("hook_embed"), two names of the same numbers, one entry a cell; or the tower's
     patch embeddings ("vision.hook_embed"), which depend on the cell's own pixels alone, whereas features hold what the
-    tower's attention carried there from the whole picture. `deepstack` adds, for features, the product for what inner
+    tower's attention carried there from the whole image. `deepstack` adds, for features, the product for what inner
     tower layers add to early decoder layers (Qwen3-VL), so that the map counts all that the cell brings. steps=n
     averages the gradient over the midpoints of the line from f to f'.
-    Pairs need the same grid of the `image`-th picture. Axes (pair, height, width), grids of unequal size padded and
+    Pairs need the same grid of the `image`-th image. Axes (pair, height, width), grids of unequal size padded and
     masked; unit and sign as in `attribution_patching`. meta["elsewhere"] is, a pair, what the image's entries outside
-    the grid add (the whole view and newlines of a tiled picture): map and elsewhere sum to the estimate for the whole
-    picture.
-    Raises: ValueError for a model or rows without that picture, grids that differ, or as `attribution_patching`.
+    the grid add (the whole view and newlines of a tiled image): map and elsewhere sum to the estimate for the whole
+    image.
+    Raises: ValueError for a model or rows without that image, grids that differ, or as `attribution_patching`.
     Source: as `attribution_patching`.
     """
     who = "image_attribution"
@@ -219,8 +219,8 @@ def image_attribution(
     for i in range(len(base)):
         if here[i].grid != there[i].grid or len(here[i].places) != len(there[i].places):
             raise ValueError(
-                f"{who}: the pictures of pair {i} have grids {here[i].grid} and {there[i].grid}; "
-                "patches correspond only on one grid. Give both pictures one size."
+                f"{who}: the images of pair {i} have grids {here[i].grid} and {there[i].grid}; "
+                "patches correspond only on one grid. Give both images one size."
             )
     inner = range(cfg.n_deepstack if deepstack and site != TOWER_SITE else 0)
     sites = [site, *(f"deepstack.{i}.hook_out" for i in inner)]

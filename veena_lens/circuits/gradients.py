@@ -3,7 +3,7 @@
 A graph begins where a site is heard: parameters take no gradient, nothing is edited, and `torch.autograd.grad` leaves
 nothing behind on the model.
 
-Which entries of an activation on pictures belong to which cell of a picture's token grid.
+Which entries of an activation on images belong to which cell of an image's token grid.
 
 Where features enter the sequence an entry is an image token; at the tower's input it is a patch, and several patches
 may make one cell (joined squares), lie in a tile, or in none of the grid (class token, whole view, letterbox).
@@ -31,7 +31,7 @@ PICTURE_SITES = ("hook_image_features", "hook_embed", TOWER_SITE)
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """Entries of one picture: `places` along the position axis, the `cells` of the grid they make (-1: none), and at
+    """Entries of one image: `places` along the position axis, the `cells` of the grid they make (-1: none), and at
     the tower the `pictures` (tiles) they lie in, counted within this image."""
 
     grid: tuple[int, int]
@@ -93,8 +93,8 @@ def batch_places(inputs: MultimodalInputs, patches: Sequence[Patches], image: in
     """The entries of a batch's rows, one `Patches` a row, for listening and editing."""
     index, exists = padded([p.places for p in patches])
     if all(p.pictures is not None for p in patches):
-        assert inputs.picture_rows is not None and inputs.picture_images is not None
-        owned = [(inputs.picture_rows == row) & (inputs.picture_images == image) for row in range(len(patches))]
+        assert inputs.crop_rows is not None and inputs.crop_images is not None
+        owned = [(inputs.crop_rows == row) & (inputs.crop_images == image) for row in range(len(patches))]
         mine = [own.nonzero().flatten().cpu()[p.pictures] for own, p in zip(owned, patches, strict=True)]
         return Places(index, exists, pictures=padded(mine)[0])
     order = inputs.image_mask.flatten().long().cumsum(0).view(inputs.shape) - 1
@@ -105,7 +105,7 @@ def batch_places(inputs: MultimodalInputs, patches: Sequence[Patches], image: in
 @dataclass(frozen=True, eq=False)
 class Places:
     """Chosen positions of a batch, padded. `tokens` are the same as indices of `n_image_tokens` activations; `pictures`
-    says, for activations on pictures, which picture each position lies in."""
+    says, for activations on images, which image each position lies in."""
 
     index: Int[Tensor, "batch n"]
     exists: Bool[Tensor, "batch n"]
@@ -130,7 +130,7 @@ class Places:
         if axes[0] == "n_image_tokens":
             assert self.tokens is not None
             return (self.tokens.to(value.device),)
-        if axes[0] == "picture":
+        if axes[0] == "crop":
             assert self.pictures is not None
             return self.pictures.to(value.device), self.index.to(value.device)
         return torch.arange(len(self.index), device=value.device)[:, None], self.index.to(value.device)

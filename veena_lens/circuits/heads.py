@@ -92,7 +92,7 @@ def head_intention(
     )
 
 
-def component_push(
+def direct_attribution(
     cache: Any,
     direction: Float[Tensor, ...],
     at: Any = "last",
@@ -113,7 +113,7 @@ def component_push(
     Raises: as `head_intention`, for `hook_embed`, `hook_attn_out`, `hook_mlp_out` (`hook_deepstack`, `hook_resid_pre`).
     Source: Elhage et al. 2021, "A mathematical framework for transformer circuits"; Zhang et al. 2026.
     """
-    who = "component_push"
+    who = "direct_attribution"
     _require_kind(kind, who)
     require_reduce(reduce, who)
     model = model_of(cache, model, who)

@@ -1,7 +1,7 @@
 """Attention knockout over layers: which flow of information between parts of the prompt the answer needs, and where.
 
 A cut forbids some queries to read some keys in a window of layers; the change of the metric, layer by layer, is the
-curve of information flow. Each run goes on from what enters the first layer of its window, so pictures are encoded
+curve of information flow. Each run goes on from what enters the first layer of its window, so images are encoded
 once and the layers before are not computed again; cuts and rows of one window travel together.
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veena_lens.images.layout import image_blocks
+from veena_lens.images.layout import image_runs
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions import Box, KnockOut, Tile
+from veena_lens.interventions import Box, KnockOutAttention, Tile
 from veena_lens.interventions.base import require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
@@ -41,18 +41,18 @@ def attention_knockout(
     """The change of the metric when attention from one part of the prompt to another is cut in a window of layers.
 
     Entry: (m_cut - m) / |m|, or m_cut - m with relative=False; m is the metric of the row as it is, m_cut that under
-    `KnockOut` of the cut's keys for its queries in the layers l - (window - 1) // 2 .. l + window // 2 that exist (the
-    other weights of a query are renormalised). cuts: pairs (keys, queries), information flows from the former to the
-    latter; each a selection of positions: words ("image", "query", "last", ...), numbers of the row without its pads,
-    slices, a `Box` of pixels or a `Tile`. Where both name a position, it counts as a query alone, so that ("query",
-    "last") leaves the last token its look at itself; a selection cut from itself, ("query", "query"), loses every key
-    within it, each position itself included. layers: the middles l of the windows (default: each layer); window=1 cuts
-    one layer at a time. heads: default all. metric: as in `patch_sweep`, or a list, one a row.
+    `KnockOutAttention` of the cut's keys for its queries in the layers l - (window - 1) // 2 .. l + window // 2 that
+    exist (the other weights of a query are renormalised). cuts: pairs (keys, queries), information flows from the
+    former to the latter; each a selection of positions: words ("image", "query", "last", ...), numbers of the row
+    without its pads, slices, a `Box` of pixels or a `Tile`. Where both name a position, it counts as a query alone, so
+    that ("query", "last") leaves the last token its look at itself; a selection cut from itself, ("query", "query"),
+    loses every key within it, each position itself included. layers: the middles l of the windows (default: each
+    layer); window=1 cuts one layer at a time. heads: default all. metric: as in `patch_sweep`, or a list, one a row.
     Axes (pair, cut, layer), pair being the row of `inputs`; unit: a share of |m| (NaN where m is 0), or the metric's.
     meta: "baseline" (m, a row), "window", "layers" (those of each window).
     Raises: ValueError for a cut that selects nothing, or no key that one of its queries can read, in some row; unknown
     layers, heads or words; a metric that is not one finite number a row, or that is read before a window.
-    Source: Geva et al. 2023, arXiv 2304.14767, section 4; for pictures Zhang et al. 2024, arXiv 2411.18620.
+    Source: Geva et al. 2023, arXiv 2304.14767, section 4; for images Zhang et al. 2024, arXiv 2411.18620.
     """
     who, cfg = "attention_knockout", model.cfg
     require_rows(who, max_rows)
@@ -81,7 +81,9 @@ def attention_knockout(
                 at, cut = (list(x) for x in zip(*(todo[k] for k in some)))
                 pairs = [rows[i] for i in at]
                 chosen = [masks[pair][c] for pair, c in zip(pairs, cut, strict=True)]
-                knocks = [[KnockOut(layer, heads, keys, queries) for layer in within] for keys, queries in chosen]
+                knocks = [
+                    [KnockOutAttention(layer, heads, keys, queries) for layer in within] for keys, queries in chosen
+                ]
                 with torch.no_grad(), model.intervene(per_row=knocks):
                     found = measure(without[at], pairs, entering=entering[within[0]].rows(at))
                 change[pairs, cut, column] = (found - plain[at]).double().cpu()
@@ -142,7 +144,7 @@ def _masks(who: str, cfg: Any, inputs: MultimodalInputs, row: int, cut: tuple[An
     keys, queries = found
     if _short(cut[0]) != _short(cut[1]):
         keys = keys & ~queries
-    if not _are_read(keys, queries, image_blocks(cfg, inputs[row])):
+    if not _are_read(keys, queries, image_runs(cfg, inputs[row])):
         raise ValueError(
             f"{who}: cut {_name(who, cut)} cuts nothing in row {row}: it has no key that one of its queries can read "
             "(positions read earlier ones, and those in both parts count as queries). Cuts are (keys, queries)."
@@ -151,7 +153,7 @@ def _masks(who: str, cfg: Any, inputs: MultimodalInputs, row: int, cut: tuple[An
 
 
 def _are_read(keys: Tensor, queries: Tensor, blocks: Tensor | None) -> bool:
-    """True where some query stands after some key, or both lie in one picture whose tokens read each other."""
+    """True where some query stands after some key, or both lie in one image whose tokens read each other."""
     first, last = keys.nonzero().flatten(), queries.nonzero().flatten()
     if not len(first):
         return False

@@ -81,7 +81,7 @@ def logit_lens(
     )
 
 
-def lens_grid(
+def logit_lens_grid(
     model: Any,
     source: Any,
     tokens: int | str | Sequence[int | str],
@@ -92,9 +92,9 @@ def lens_grid(
     values: str = "log_prob",
     grid: str = "grid",
 ) -> Scores:
-    """The logit lens of one or several tokens as maps over one picture: axes (layer, height, width).
+    """The logit lens of one or several tokens as maps over one image: axes (layer, height, width).
 
-    Several tokens give a first axis "token". The grid goes through the tiles of tiled pictures; grid="whole" is that
+    Several tokens give a first axis "token". The grid goes through the tiles of tiled images; grid="whole" is that
     of the whole view. `values`, `source` and units as in `logit_lens`.
     Raises: as `logit_lens`; ValueError where the row has no such image; IndexError where it has no whole grid.
     Source: Neo et al. 2024, arXiv 2410.07149.
@@ -102,10 +102,10 @@ def lens_grid(
     many = [tokens] if isinstance(tokens, (int, str)) else list(tokens)
     inputs = source.inputs if isinstance(source, ActivationCache) else model._as_inputs(source)
     if inputs is None:
-        raise ValueError("lens_grid: the cache was sliced or made without its inputs, so its pictures are unknown.")
+        raise ValueError("logit_lens_grid: the cache was sliced or made without its inputs, so its images are unknown.")
     if not 0 <= row < len(inputs) or not 0 <= image < inputs.n_images[row]:
-        raise ValueError(f"lens_grid: no image {image} in row {row}; images a row: {inputs.n_images}.")
-    cells = picture_cells(inputs[row], image, grid, "lens_grid").index[0]
+        raise ValueError(f"logit_lens_grid: no image {image} in row {row}; images a row: {inputs.n_images}.")
+    cells = picture_cells(inputs[row], image, grid, "logit_lens_grid").index[0]
     if not isinstance(source, ActivationCache):
         source, row, inputs = inputs[row], 0, inputs[row]
     at = torch.zeros(inputs.shape, dtype=torch.bool, device=inputs.device)

@@ -1,7 +1,7 @@
 """Neurons as key-value memories: neuron n adds a_n times row n of W_out, so <W_out[n], u> says where it pushes.
 
-`neuron_trace` measures the push, `promoted_tokens` reads what a row says in words, `drivers` finds the tokens that
-excite a neuron most, `neuron_kinds` puts the three together by a stated rule.
+`neuron_trace` measures the push, `promoted_tokens` reads what a row says in words, `max_activating_tokens` finds the
+tokens that excite a neuron most, `classify_neurons` puts the three together by a stated rule.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def row_logits(model: Any, layer: int, neurons: Sequence[int]) -> Float[Tensor, 
     return scaled.to(model.W_U.device) @ model.W_U.detach().to(rows.dtype)
 
 
-def drivers(
+def max_activating_tokens(
     model: Any,
     inputs: Any,
     layer: int,
@@ -209,10 +209,10 @@ def drivers(
 
     Axes (neuron, rank), the activation a_n at each; by="abs" ranks by its size. meta["where"][i][rank] says which
     token it was: row (counted over all batches), pos (in its padded row), token id, text (where known), and for a
-    token of a picture its image, the cell (row, column) of that image's grid, and the box in pixels where known.
+    token of an image its image, the cell (row, column) of that image's grid, and the box in pixels where known.
     Only the chosen neurons at the chosen positions are kept.
     Raises: ValueError for a layer or neuron that does not exist, an empty selection, or no batch.
-    Source: Erhan et al. 2009, "Visualizing higher-layer features"; our own for pictures in prompts.
+    Source: Erhan et al. 2009, "Visualizing higher-layer features"; our own for images in prompts.
     """
     layer = require_layer(layer, model.cfg.n_layers, "drivers")
     require_units(neurons, model.cfg.d_mlp, "drivers", "neuron")
@@ -279,7 +279,7 @@ def _place(reading: Reading, flat: int, rows_before: int) -> dict[str, Any]:
     return out if tokenizer is None else {**out, "text": tokenizer.decode([token])}
 
 
-def neuron_kinds(
+def classify_neurons(
     model: Any,
     neurons: pd.DataFrame,
     lexicon: Collection[str] | Collection[int],
@@ -306,11 +306,11 @@ def neuron_kinds(
     """
     wanted = _lexicon(model, lexicon)
     _require_table(neurons)
-    key_layer = require_layer(key_layer, model.cfg.n_layers, "neuron_kinds")
+    key_layer = require_layer(key_layer, model.cfg.n_layers, "classify_neurons")
     words = set(at.split("+"))
     kinds, counts, reasons = [], [], []
     for layer, neuron, value in zip(neurons["layer"], neurons["neuron"], neurons["value"], strict=True):
-        unit = unit_directions(direction, model.cfg, [int(layer)], None, "neuron_kinds")[0, 0]
+        unit = unit_directions(direction, model.cfg, [int(layer)], None, "classify_neurons")[0, 0]
         row = neuron_rows(model.blocks[int(layer)]).detach()[int(neuron)]
         is_active = float(value) * float(row.to(unit) @ unit) >= 0
         logits = row_logits(model, int(layer), [int(neuron)])[0] * (1 if is_active else -1)
@@ -344,17 +344,17 @@ def _kind(
 
 def _lexicon(model: Any, lexicon: Collection[Any]) -> set[Any]:
     if not lexicon:
-        raise ValueError("neuron_kinds: the lexicon is empty.")
+        raise ValueError("classify_neurons: the lexicon is empty.")
     has_words = any(isinstance(word, str) for word in lexicon)
     if has_words and model.tokenizer is None:
-        raise ValueError("neuron_kinds: a lexicon of words needs a model with a tokenizer; give token ids.")
+        raise ValueError("classify_neurons: a lexicon of words needs a model with a tokenizer; give token ids.")
     return {word.strip().lower() if isinstance(word, str) else int(word) for word in lexicon}
 
 
 def _require_table(neurons: Any) -> None:
     lacking = [column for column in ("layer", "neuron", "value") if column not in neurons]
     if lacking:
-        raise ValueError(f"neuron_kinds: the table lacks the column {lacking[0]!r}; give that of top_neurons.")
+        raise ValueError(f"classify_neurons: the table lacks the column {lacking[0]!r}; give that of top_neurons.")
 
 
 def _count(model: Any, tokens: Int[Tensor, " k"], wanted: set[Any]) -> int:

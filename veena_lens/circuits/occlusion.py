@@ -1,4 +1,4 @@
-"""Occlusion: what the metric loses when a window of the picture is covered, cell by cell of its token grid.
+"""Occlusion: what the metric loses when a window of the image is covered, cell by cell of its token grid.
 
 No gradient and no patch from another run: an independent check of attribution maps. Pixels are covered before the
 processor and the tower see them, which works alike for every layout; features are replaced where they enter the
@@ -52,18 +52,18 @@ def occlude_pixels(
     progress: bool = True,
     **prepare: Any,
 ) -> Scores:
-    """What the metric loses when a window of the picture's pixels is covered: m - m_covered, for each grid cell.
+    """What the metric loses when a window of the image's pixels is covered: m - m_covered, for each grid cell.
 
-    text, images: as for `model.prepare` (to which `prepare` goes: chat, answer); the `image`-th picture of each prompt
-    is covered and prepared anew, window by window. fill: "grey", "mean" (the picture's mean colour), "blur" (the
-    picture itself, Gaussian, radius an eighth of its longer side), or another picture, put in at the same place (for
+    text, images: as for `model.prepare` (to which `prepare` goes: chat, answer); the `image`-th image of each prompt
+    is covered and prepared anew, window by window. fill: "grey", "mean" (the image's mean colour), "blur" (the
+    image itself, Gaussian, radius an eighth of its longer side), or another image, put in at the same place (for
     several prompts a list of one each). window: side, or (height, width), in cells of the token grid; stride in cells;
     the last row and column are always reached. A cell's value is the mean over the windows that cover it. metric: as in
     `patch_sweep`, or a list, one a prompt.
     Axes (pair, height, width), pair being the prompt; cells that no window covers, and grids of unequal size, are
     masked. Unit: the metric's; with `relative` a share of |m|. meta: "baseline" (m, a prompt), "fill", "window".
-    Raises: ValueError for a checkpoint without a processor, a prompt without that picture, an unknown fill, a window or
-    stride below 1, or a metric that is not one finite number a row; FileNotFoundError for a path without a picture.
+    Raises: ValueError for a checkpoint without a processor, a prompt without that image, an unknown fill, a window or
+    stride below 1, or a metric that is not one finite number a row; FileNotFoundError for a path without an image.
     Source: Zeiler & Fergus 2014, arXiv 1311.2901, section 4.2.
     """
     who = "occlude_pixels"
@@ -121,11 +121,11 @@ def occlude_features(
 ) -> Scores:
     """What the metric loses when a window of image features is replaced where they enter the decoder.
 
-    fill: "mean" (over the cells of that picture), "zero", or a vector [d_model]. `deepstack` replaces what inner tower
-    layers add at the same tokens too, by their own mean (or zero). `views` replaces, for tiled pictures, the tokens of
-    the whole view that overlap the window as well. The picture is encoded once; windows run together. window, stride,
+    fill: "mean" (over the cells of that image), "zero", or a vector [d_model]. `deepstack` replaces what inner tower
+    layers add at the same tokens too, by their own mean (or zero). `views` replaces, for tiled images, the tokens of
+    the whole view that overlap the window as well. The image is encoded once; windows run together. window, stride,
     metric, relative, axes, unit and meta as in `occlude_pixels`, pair being the row of `inputs`.
-    Raises: ValueError for a row without that picture, an unknown fill, `views` where boxes of the tokens are not known
+    Raises: ValueError for a row without that image, an unknown fill, `views` where boxes of the tokens are not known
     (inputs not made by `model.prepare`), a window or stride below 1, or a metric that does not fit.
     Source: as `occlude_pixels`; means in place of pixels: Fong & Vedaldi 2017, arXiv 1704.03296.
     """
@@ -142,7 +142,7 @@ def occlude_features(
     show = bar(sum(len(_tops(grid.shape, size, stride)) for grid in grids), progress, "occlusions")
     maps, base = [], []
     for row in range(len(inputs)):
-        alone = inputs[row].trimmed()
+        alone = inputs[row].without_padding()
         with torch.no_grad(), entering_layers(model, alone, [0]) as entering:
             base.append(measure(alone, [row], plain=True))
         cells = alone.grid_tokens(0, image)
@@ -163,7 +163,7 @@ def occlude_features(
     return _result(maps, torch.cat(base), relative, about | {"image": image, "deepstack": deepstack, "views": views})
 
 
-def agreement(map_a: Scores, map_b: Scores, *, draws: int = 1000, null: str = "shuffle", seed: int = 0) -> Scores:
+def rank_agreement(map_a: Scores, map_b: Scores, *, draws: int = 1000, null: str = "shuffle", seed: int = 0) -> Scores:
     """Spearman's rank correlation of two maps over the cells that both have, with a two-sided permutation p.
 
     null="shuffle" permutes cells at random, `draws` times; "shift" moves one map over the other by every step of the
@@ -276,28 +276,28 @@ def _unit(x: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws n"]:
     return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
-# --- pictures and prompts ---------------------------------------------------------------------------------
+# --- images and prompts ---------------------------------------------------------------------------------
 
 
 def _prompts(who: str, text: str | Sequence[str], images: Any) -> tuple[list[str], list[list[Image.Image]]]:
-    """Prompts, and each one's pictures opened."""
+    """Prompts, and each one's images opened."""
     single = isinstance(text, str)
     texts = [text] if isinstance(text, str) else list(text)
     given = [images] if single else list(images if images is not None else [])
     if len(given) != len(texts) or images is None:
-        raise ValueError(f"{who}: {len(texts)} prompts and pictures for {len(given)}; give each prompt its pictures.")
+        raise ValueError(f"{who}: {len(texts)} prompts and images for {len(given)}; give each prompt its images.")
     listed = [list(x) if isinstance(x, (list, tuple)) else [x] for x in given]
     return texts, [[open_picture(x) for x in mine] for mine in listed]
 
 
 def _covers(who: str, fill: Any, pictures: Sequence[Sequence[Image.Image]], image: int) -> list[Image.Image]:
-    """For each prompt a picture of the same size that shows what a covered place holds."""
+    """For each prompt an image of the same size that shows what a covered place holds."""
     for pair, mine in enumerate(pictures):
         if not 0 <= image < len(mine):
-            raise ValueError(f"{who}: prompt {pair} has {len(mine)} pictures; there is no image {image}.")
+            raise ValueError(f"{who}: prompt {pair} has {len(mine)} images; there is no image {image}.")
     fills = list(fill) if isinstance(fill, (list, tuple)) else [fill] * len(pictures)
     if len(fills) != len(pictures):
-        raise ValueError(f"{who}: {len(fills)} pictures to put in for {len(pictures)} prompts.")
+        raise ValueError(f"{who}: {len(fills)} images to put in for {len(pictures)} prompts.")
     out = []
     for one, mine in zip(fills, pictures, strict=True):
         picture = mine[image]
@@ -312,12 +312,12 @@ def _covers(who: str, fill: Any, pictures: Sequence[Sequence[Image.Image]], imag
         elif one == "blur":
             out.append(picture.filter(ImageFilter.GaussianBlur(max(picture.size) / 8)))
         else:
-            raise ValueError(f"{who}: fill={one!r} must be one of {', '.join(FILLS)}, or a picture (PIL, or its path).")
+            raise ValueError(f"{who}: fill={one!r} must be one of {', '.join(FILLS)}, or an image (PIL, or its path).")
     return out
 
 
 def _grid(who: str, inputs: MultimodalInputs, row: int, image: int) -> Int[Tensor, "height width"]:
-    """Positions of one picture's cells. Raises: ValueError where there is no such picture, or no whole grid."""
+    """Positions of one image's cells. Raises: ValueError where there is no such image, or no whole grid."""
     try:
         return inputs.grid_tokens(row, image)
     except IndexError as error:
@@ -327,10 +327,10 @@ def _grid(who: str, inputs: MultimodalInputs, row: int, image: int) -> Int[Tenso
 def _cell_boxes(
     who: str, inputs: MultimodalInputs, image: int, grid: Int[Tensor, "height width"]
 ) -> Float[Tensor, "height width 4"]:
-    """The pixels of each cell in the original picture."""
+    """The pixels of each cell in the original image."""
     boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
     if boxes is None:
-        raise ValueError(f"{who}: where the tokens lie in the picture is not known for this checkpoint's processor.")
+        raise ValueError(f"{who}: where the tokens lie in the image is not known for this checkpoint's processor.")
     span = inputs.spans[0].images[image]
     places = torch.arange(span.start, span.stop, device=inputs.device)[inputs.image_mask[0, span]].tolist()
     order = {place: k for k, place in enumerate(places)}

@@ -120,7 +120,7 @@ def path_patching(
     show = bar(int(exists.sum()) * len(base), progress, "paths")
     change, of_base, of_source = [], [], []
     for i in range(len(base)):
-        pair = _Pair(measure, base[i].trimmed(), source[i].trimmed(), i, sending, receiving, norm)
+        pair = _Pair(measure, base[i].without_padding(), source[i].without_padding(), i, sending, receiving, norm)
         first = [int(side.attention_mask[i].long().argmax()) for side in (base, source)]
         pair.at(places[0][i] - first[0], places[1][i] - first[1])
         of_base.append(pair.plain)
@@ -304,7 +304,7 @@ class _Pair:
             (self.there, self.source, self.where_there),
             (self.here, self.base, self.where),
         ):
-            if s.site not in seen:  # no picture in this row, so nothing is added
+            if s.site not in seen:  # no image in this row, so nothing is added
                 return torch.zeros(len(self.where), self.model.cfg.d_model, dtype=self.model.cfg.dtype)
             value = divided(seen.__getitem__, s.site, self.by)
             value = self.model.scatter_deepstack(value, inputs) if s.site.startswith("deepstack.") else value

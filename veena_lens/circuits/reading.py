@@ -357,11 +357,11 @@ def stream_rows(
 ) -> None:
     """One run whose attention rows go to `consume`, layer by layer; `hooks` listen besides. Layers stay fused."""
     rows = StreamedRows(model.cfg, queries, layers, heads, consume)
-    with torch.no_grad(), model.hooks(list(hooks)), model.watching(rows):
+    with torch.no_grad(), model.hooks(list(hooks)), model.recording(rows):
         model(inputs, return_type=None, stop_at_layer=max(layers) + 1)
 
 
-# --- pictures ---------------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,7 +376,7 @@ class Cells:
 def picture_cells(inputs: MultimodalInputs, image: int, view: str, who: str) -> Cells:
     """Where image number `image` of each row has its token grid.
 
-    "grid" is the picture's whole grid (through tiles); "whole" the small whole view beside the tiles,
+    "grid" is the image's whole grid (through tiles); "whole" the small whole view beside the tiles,
     the grid itself where there are no tiles.
     Raises: ValueError where no row has such an image; IndexError where its tokens make no whole grid."""
     if view not in ("grid", "whole"):

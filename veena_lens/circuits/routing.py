@@ -1,7 +1,7 @@
 """From where a head's push comes: the sum over keys of its result, split by what the keys are.
 
 r_h[p] = sum_k A[h,p,k] v_k W_O[h], so <r_h[p], u> is a sum of numbers c[h,p,k] = A[h,p,k] <v_k W_O[h], u>, one a key.
-Image keys, query text, other text and the position itself share it out exactly; over a picture's tokens it is a map.
+Image keys, query text, other text and the position itself share it out exactly; over an image's tokens it is a map.
 Each layer's values and attention rows are read as they pass: only the asked query rows exist, and no result. Where a
 norm follows attention (Gemma) its factor joins W_O, and its denominator, from a run before, divides.
 """
@@ -42,7 +42,7 @@ SOURCES = ("image", "query", "text", "self")
 UNIT = "length along the direction"
 
 
-def head_routing(
+def attention_by_source(
     model: Any,
     inputs: Any,
     direction: Float[Tensor, ...],
@@ -67,11 +67,11 @@ def head_routing(
     Source: Elhage et al. 2021, "A mathematical framework for transformer circuits", for the sum; the split is ours.
     """
     inputs = model._as_inputs(inputs)
-    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "head_routing", len(inputs))
+    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "attention_by_source", len(inputs))
     reading, values = _routed(plan, inputs)
     if baseline is not None:
         other, twin = _routed(plan, model._as_inputs(baseline))
-        _require_pairs(reading, other, "head_routing")
+        _require_pairs(reading, other, "attention_by_source")
         values = values - twin
     labels = {"layer": plan.layers, "head": plan.heads, "source": SOURCES}
     return as_scores(
@@ -87,22 +87,24 @@ def head_routing(
     )
 
 
-def image_share(routes: Scores) -> Scores:
+def image_attention_share(routes: Scores) -> Scores:
     """The image's share of a head's push: W_image / (|W_image| + |W_text| + |W_self|), text of every kind together.
 
-    `routes` are those of `head_routing`; the axes are theirs without "source". In [-1, 1]; 0 where nothing is pushed.
-    Raises: ValueError for Scores without these sources.
+    `routes` are those of `attention_by_source`; the axes are theirs without "source". In [-1, 1]; 0 where nothing is
+    pushed. Raises: ValueError for Scores without these sources.
     Source: our own.
     """
     if "source" not in routes.axes or list(routes.labels["source"]) != list(SOURCES):
-        raise ValueError(f"image_share: give the Scores of head_routing; these have the axes {routes.axes}.")
+        raise ValueError(
+            f"image_attention_share: give the Scores of attention_by_source; these have the axes {routes.axes}."
+        )
     image, query, text, own = (routes.select(source=source) for source in SOURCES)
     size = image.values.abs() + (query.values + text.values).abs() + own.values.abs()
     share = torch.where(size == 0, torch.zeros_like(size), image.values / size)
     return replace(image, values=share, name="image share", unit="share")
 
 
-def per_patch(
+def direct_attribution_map(
     model: Any,
     inputs: Any,
     direction: Float[Tensor, ...],
@@ -116,28 +118,30 @@ def per_patch(
     heads: Sequence[int] | None = None,
     reduce: str = "mean",
 ) -> Scores:
-    """A head's push as a map over a picture: A[h,p,k] <v_k W_O[h], u> for the tokens k of image number `image`.
+    """A head's push as a map over an image: A[h,p,k] <v_k W_O[h], u> for the tokens k of image number `image`.
 
-    Axes (batch, layer, head, height, width) over the picture's token grid, padded at the lower right where rows have
-    other grids (masked); a row without that image is masked whole. Tiled pictures (LLaVA-NeXT) have the grid through
+    Axes (batch, layer, head, height, width) over the image's token grid, padded at the lower right where rows have
+    other grids (masked); a row without that image is masked whole. Tiled images (LLaVA-NeXT) have the grid through
     their tiles, or with grid="whole" that of the whole view; tokens of neither (newlines) are in no map. Where the
-    grid is all that the image has, the map of every image summed is `head_routing`'s "image" part, p itself aside
-    where p is an image token (it counts in its own cell here). The rest as in `head_routing`.
-    Raises: as `head_routing`; ValueError where no row has such an image, or a twin's grid differs; IndexError where
-    the tokens make no whole grid.
+    grid is all that the image has, the map of every image summed is `attention_by_source`'s "image" part, p itself
+    aside where p is an image token (it counts in its own cell here). The rest as in `attention_by_source`.
+    Raises: as `attention_by_source`; ValueError where no row has such an image, or a twin's grid differs; IndexError
+    where the tokens make no whole grid.
     Source: our own, from the sum of Elhage et al. 2021.
     """
     inputs = model._as_inputs(inputs)
-    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "per_patch", len(inputs))
-    cells = picture_cells(inputs, image, grid, "per_patch")
+    plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "direct_attribution_map", len(inputs))
+    cells = picture_cells(inputs, image, grid, "direct_attribution_map")
     reading, values = _routed(plan, inputs, cells)
     if baseline is not None:
         twins = model._as_inputs(baseline)
-        twin_cells = picture_cells(twins, image, grid, "per_patch")
+        twin_cells = picture_cells(twins, image, grid, "direct_attribution_map")
         if twin_cells.sizes != cells.sizes:
-            raise ValueError(f"per_patch: the grids are {cells.sizes}, those of the baseline {twin_cells.sizes}.")
+            raise ValueError(
+                f"direct_attribution_map: the grids are {cells.sizes}, those of the baseline {twin_cells.sizes}."
+            )
         other, twin = _routed(plan, twins, twin_cells)
-        _require_pairs(reading, other, "per_patch")
+        _require_pairs(reading, other, "direct_attribution_map")
         values = values - twin
     height, width = cells.mask.shape[1:]
     wide = "batch layer head (height width) ... -> batch layer head height width ..."
@@ -209,7 +213,7 @@ def _require_pairs(first: Reading, second: Reading, who: str) -> None:
 def _routed(
     plan: _Plan, inputs: MultimodalInputs, cells: Cells | None = None
 ) -> tuple[Reading, Float[Tensor, "batch layer head part ..."]]:
-    """The four sources of the query rows, or the cells of a picture."""
+    """The four sources of the query rows, or the cells of an image."""
     index, mask = places_of(inputs, plan.at, plan.who)
     sources = _sources(inputs)
     # A norm that follows attention divides what all keys give by one number a position, known when they have been read.

@@ -34,12 +34,12 @@ def class_means(scores: Scores, classes: Sequence[Hashable], axis: str = "pair")
     return table.back(means, f"mean of {scores.name}".strip(), scores.unit, {"category": names})
 
 
-def preferred_class(scores: Scores, classes: Sequence[Hashable], axis: str = "pair") -> Scores:
+def most_selective_class(scores: Scores, classes: Sequence[Hashable], axis: str = "pair") -> Scores:
     """The class of the largest mean, as its number in meta["classes"]; axes: those of `scores` without `axis`.
 
     -1 where no class has a positive mean: max(0, mean) then prefers none.
     Raises: as `class_means`."""
-    table, names, index = _classed(scores, classes, axis, "preferred_class")
+    table, names, index = _classed(scores, classes, axis, "most_selective_class")
     means = _moments(table, index, len(names))[0].nan_to_num(-math.inf)
     best = torch.where(means.amax(0) > 0, means.argmax(0), -1)
     return table.back(best, f"preferred class of {scores.name}".strip(), "", classes=names)

@@ -123,7 +123,7 @@ def bootstrap(
     return table.back(out, scores.name, scores.unit, {"bound": ["low", "mean", "high"]}, bootstrap=about)
 
 
-def sign_flip(
+def sign_flip_test(
     scores: Scores,
     axis: str = "pair",
     draws: int = 1000,
@@ -139,9 +139,9 @@ def sign_flip(
     Raises: ValueError for an unknown axis, or fewer than two entries or groups.
     Source: Fisher 1935, The Design of Experiments, section 21; p with the 1: Phipson and Smyth 2010.
     """
-    _require_draws(draws, "sign_flip")
-    table = table_of(scores, axis, "sign_flip")
-    index = group_index(groups, table.n, "sign_flip").to(table.values.device)
+    _require_draws(draws, "sign_flip_test")
+    table = table_of(scores, axis, "sign_flip_test")
+    index = group_index(groups, table.n, "sign_flip_test").to(table.values.device)
     n = int(index.max()) + 1
     sums = table.values.new_zeros(n, table.values.shape[1]).index_add_(0, index, table.values)
     is_exact = n < 60 and 2 ** (n - 1) <= draws
@@ -187,7 +187,7 @@ def benjamini_hochberg(p: Scores, q: float | int = 0.05) -> Scores:
     return replace(p, values=adjusted.view(p.shape), name=f"adjusted {p.name}".strip(), mask=mask, meta=about)
 
 
-def discoveries(p: Scores, q: float | int = 0.05) -> Scores:
+def significant(p: Scores, q: float | int = 0.05) -> Scores:
     """True where an entry of `p` is significant at false discovery rate `q` (`benjamini_hochberg`), same axes.
 
     Raises: as `benjamini_hochberg`."""

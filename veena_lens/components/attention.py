@@ -57,8 +57,8 @@ class Attention(nn.Module):
         self.v = nn.Linear(cfg.d_model, self.n_kv * cfg.d_head, bias=cfg.qkv_bias)
         self.o = nn.Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=cfg.attn_out_bias)
         if cfg.qk_norm:
-            self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts, cfg.norm_adds_one)
-            self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts, cfg.norm_adds_one)
+            self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts, cfg.norm_weight_plus_one)
+            self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps, cfg.casts, cfg.norm_weight_plus_one)
         self.has_qk_norm, self.has_rotary = cfg.qk_norm, has_rotary
         self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
         if has_rotary:

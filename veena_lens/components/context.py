@@ -27,7 +27,7 @@ class Context:
     set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
     `prefix`, when set, holds keys and values of positions that all rows share (see `components/kv_cache.py`).
     `deepstack` maps a layer to what is added at its input, zero away from the image tokens. `rotary` gives a
-    layer's tables. `blocks` numbers, for every key, the picture whose tokens read each other in both directions (-1:
+    layer's tables. `blocks` numbers, for every key, the image whose tokens read each other in both directions (-1:
     none); new positions past its end are text. `areas` numbers the area of each position: in the layers of
     `within_areas` a query reads its own area alone.
     """

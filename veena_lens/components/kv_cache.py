@@ -72,7 +72,7 @@ class KVCache:
 class SharedPrefix:
     """`keys`, `values`: a [pos n_key_value_heads d_head] tensor a layer, of positions 0 .. start - 1, after rotary.
 
-    `blocks`: which picture's tokens read each other in both directions, as in `Context`; none may begin before
+    `blocks`: which image's tokens read each other in both directions, as in `Context`; none may begin before
     `start` and go on after it."""
 
     def __init__(

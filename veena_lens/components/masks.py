@@ -1,6 +1,6 @@
-"""Attention inside areas: each position reads its own area alone, in both directions (windows of a picture).
+"""Attention inside areas: each position reads its own area alone, in both directions (windows of an image).
 
-Positions keep their order, so that a pattern reads as the picture lies; only the fused kernel meets the areas one
+Positions keep their order, so that a pattern reads as the image lies; only the fused kernel meets the areas one
 by one, gathered to rows, at the cost of its own positions and not of all. The mask over all positions is made
 where a listener asks for scores or pattern.
 """

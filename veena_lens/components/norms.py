@@ -193,5 +193,5 @@ def _override(normalized: Tensor, seen: Normed) -> Tensor:
 def make_norm(cfg: TransformerConfig) -> Norm:
     """The norm that a configuration asks for, over d_model."""
     if cfg.normalization_type == "RMS":
-        return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.casts, cfg.norm_adds_one)
+        return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.casts, cfg.norm_weight_plus_one)
     return LayerNorm(cfg.d_model, cfg.norm_eps, cfg.casts)

@@ -60,7 +60,7 @@ PLAIN = Method(name="plain", about="the model as it is")
 
 
 def prepared(model: Any, examples: Sequence[Any], method: Method = PLAIN, lead_in: str | None = None) -> Any:
-    """The examples as one batch: each one's picture and prompt, reworded by the method, with an answer begun."""
+    """The examples as one batch: each one's image and prompt, reworded by the method, with an answer begun."""
     texts = [example.prompt if method.prompt is None else method.prompt(example.prompt) for example in examples]
     pictures = [[example.picture] for example in examples]
     if lead_in is None:
@@ -68,7 +68,7 @@ def prepared(model: Any, examples: Sequence[Any], method: Method = PLAIN, lead_i
     return model.prepare(text=texts, images=pictures, answer=[lead_in] * len(texts))
 
 
-def answers(
+def generate_answers(
     model: Any,
     examples: Sequence[Any],
     method: Method = PLAIN,

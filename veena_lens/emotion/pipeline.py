@@ -18,7 +18,7 @@ from veena_lens.emotion.enhance.veena import Adaptive, fit_adaptive
 from veena_lens.emotion.judge import choosing, held_out
 from veena_lens.emotion.judge.evaluation import NEUTRAL, Evaluation, evaluate
 from veena_lens.emotion.judge.tuning import Tuned
-from veena_lens.emotion.locate.answer_slot import LEAD_IN, AnswerSlot, answer_slot
+from veena_lens.emotion.locate.answer_slot import LEAD_IN, AnswerPosition, answer_position
 from veena_lens.emotion.locate.directions import Directions, extract_directions
 from veena_lens.emotion.locate.heads import KeyHeads, execution_heads, key_heads
 from veena_lens.emotion.locate.layers import KeyLayers, key_layers
@@ -56,8 +56,8 @@ class VeenaRun:
     execution: Any
     stages: Stages
     neurons: KeyNeurons
-    slot: AnswerSlot
-    ways: choosing.Ways
+    slot: AnswerPosition
+    ways: choosing.HeadRankings
     tuned: Mapping[str, Tuned]
     adaptive: Adaptive
     circuit: Circuit
@@ -88,7 +88,7 @@ def run_veena(
     wheels: Any = None,
     progress: bool = True,
 ) -> VeenaRun:
-    """Locate, enhance and judge on one model and one set of pairs (default: the embedded pictures).
+    """Locate, enhance and judge on one model and one set of pairs (default: the embedded images).
 
     Writes under `out`: work/ (everything as it comes), circuit.safetensors, directions.safetensors. The same call
     resumes. Raises: ValueError where `out` holds another run, identities are too few to be parted, or as the stages.
@@ -117,7 +117,7 @@ def run_veena(
         seed=settings.seed, progress=progress,
     )  # fmt: skip
     directions.save(out / "directions.safetensors")
-    slot = answer_slot(model, [*directions.emotions, NEUTRAL], wheels, settings.lead_in or LEAD_IN)
+    slot = answer_position(model, [*directions.emotions, NEUTRAL], wheels, settings.lead_in or LEAD_IN)
     mechanism = [p for p in parts["mechanism"] if p.emotion in directions.emotions]
 
     clock.start("key layers")
@@ -155,13 +155,15 @@ def run_veena(
     located = choosing.conditions_of(parts["mechanism"], settings, settings.mechanism_pairs, held_out=False)
     validation = choosing.conditions_of(parts["validation"], settings, settings.validation_pictures, held_out=False)
     call: dict[str, Any] = {"wheels": wheels, "out": work, "progress": progress}
-    ways = choosing.compare_ways(model, located, validation, slot, heads, settings, **call)
+    ways = choosing.compare_head_rankings(model, located, validation, slot, heads, settings, **call)
 
     clock.start("tuning")
     adaptive = fit_adaptive(
         model, validation["alone"], directions, layers.best, lead_in=settings.lead_in, batch_size=bs
     )
-    tuned = choosing.tune_all(model, validation, ways, neurons, adaptive, directions, layers.best, settings, **call)
+    tuned = choosing.tune_baselines(
+        model, validation, ways, neurons, adaptive, directions, layers.best, settings, **call
+    )
     circuit = choosing.final_circuit(tuned, model.cfg.model_name, settings)
     circuit.save(out / "circuit.safetensors")
     doses = choosing.dose_response(model, validation, ways, neurons, settings, **call)
@@ -189,7 +191,7 @@ def run_veena(
 
 def part_identities(pairs: Any, settings: Settings) -> dict[str, Any]:
     """The parts of a run by name: directions, mechanism and validation (2 : 1 : 1 of the development identities), test,
-    and elsewhere (other styles, and pictures without twins).
+    and elsewhere (other styles, and images without twins).
 
     Where the set names no split "test", a quarter of the identities is set aside for it.
     Raises: ValueError for fewer than four identities."""
@@ -222,12 +224,12 @@ def part_identities(pairs: Any, settings: Settings) -> dict[str, Any]:
 
 def estimate(model: Any, parts: Mapping[str, Any], settings: Settings) -> str:
     """How many answers and forward passes a run will take, and how long: eight answers are timed for it."""
-    from veena_lens.emotion.methods import answers
+    from veena_lens.emotion.methods import generate_answers
 
     some = [p.emotional for p in list(parts["validation"])[:8]]
-    answers(model, some[:2], max_new_tokens=2)
+    generate_answers(model, some[:2], max_new_tokens=2)
     began = time.perf_counter()
-    answers(model, some, batch_size=8, max_new_tokens=settings.max_new_tokens)
+    generate_answers(model, some, batch_size=8, max_new_tokens=settings.max_new_tokens)
     each = (time.perf_counter() - began) / max(1, len(some))
     n_conditions = 2 + len(settings.strengths)
 

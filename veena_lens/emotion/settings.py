@@ -11,15 +11,15 @@ WAYS = ("patching", "conflict gradient", "alone gradient", "intention")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Sizes and grids of one run. Numbers of pairs and pictures are upper bounds; None takes all there are.
+    """Sizes and grids of one run. Numbers of pairs and images are upper bounds; None takes all there are.
 
     tau, alphas, k_heads, k_neurons: as method and paper name them. trials: settings tried for every family on the
     validation split, ours and rivals alike. random_draws: matched random components, judged under
     random_conditions (None: alone and every conflict). ways, modes: how heads are ranked and act. lead_in: put before
     the answer wherever states are read, so that the last token is where the emotion is said next; None reads at the
     last prompt token, as the paper does. events: context sentences by emotion in place of the built-in ones. questions:
-    a question for each attribute of the pictures, to see whether other answers stay right; describe, templates: a
-    question for a description, and how it words each attribute; asked_pictures: of at most so many pictures.
+    a question for each attribute of the images, to see whether other answers stay right; describe, templates: a
+    question for a description, and how it words each attribute; asked_pictures: of at most so many images.
     attribute_harm: how large a share of those other answers a strength may cost on validation (None: not asked there).
     latency_repeats: pairs of runs that time a method.
     """

@@ -1,6 +1,6 @@
 """Units of work in a folder: each result is written under a temporary name, then renamed; to resume is to do the rest.
 
-A unit is named by what it is about (pictures by their content, prompts, what a method does); the folder belongs to one
+A unit is named by what it is about (images by their content, prompts, what a method does); the folder belongs to one
 experiment, described as JSON, so that results of another model, data or setting are never taken for these.
 """
 
@@ -26,7 +26,7 @@ Result = dict[str, Any]
 T = TypeVar("T")
 
 
-class Work:
+class ResumableStore:
     """Results of one experiment by name, in `folder/<hash of experiment>`.
 
     With folder=None they are kept nowhere, and an experiment given as a function is not asked for."""
@@ -130,7 +130,7 @@ def directions_key(directions: Any) -> list[Any]:
 
 
 def example_key(example: Any) -> str:
-    """What tells a question about a picture from any other: the picture's content, wherever it lies, and the prompt."""
+    """What tells a question about an image from any other: the image's content, wherever it lies, and the prompt."""
     return f"{picture_hash(example.picture)[:24]} {example.prompt}"
 
 

@@ -68,7 +68,7 @@ def _refuse(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, given: Mapping[i
             parts.append(f"Rows hold {counts} {kind} tokens; the {len(filled)} pictures given as {kind}s fill {filled}")
     raise ValueError(
         f"{'. '.join(parts)}. Use the checkpoint's own processor, one picture for each placeholder"
-        + (", and pass on its batch_num_images." if cfg.tiles_when_alone else ".")
+        + (", and pass on its batch_num_images." if cfg.tiles_single_images_only else ".")
     )
 
 
@@ -93,7 +93,7 @@ def _images(cfg: HookedVLMConfig, pixel_values: Any, extras: Mapping[str, Any]) 
             raise ValueError(
                 f"A picture of {size[1]} x {size[0]} pixels needs {layout.n_tiles} tiles; pixel_values hold "
                 f"{len(image)}. Processor and checkpoint do not match (image_grid_pinpoints)"
-                + (", or batch_num_images was left out." if cfg.tiles_when_alone else ".")
+                + (", or batch_num_images was left out." if cfg.tiles_single_images_only else ".")
             )
         images.append(Tiles(image[: layout.n_tiles], layout, kind))
     return images

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from veena_lens.components.rotary import RotaryTables
 from veena_lens.config import VisionConfig
-from veena_lens.inputs import in_squares
+from veena_lens.inputs import to_merge_order
 
 Grid: TypeAlias = tuple[int, int]  # (height, width) in patches
 
@@ -42,12 +42,12 @@ class Group:
 def patch_places(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
     """(row, column) of every patch, in the order of the patches."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    return torch.stack([in_squares(rows, merge), in_squares(columns, merge)], -1)
+    return torch.stack([to_merge_order(rows, merge), to_merge_order(columns, merge)], -1)
 
 
 def window_numbers(
-    places: Int[Tensor, "picture patch 2"], widths: Int[Tensor, " picture"], side: int
-) -> Int[Tensor, "picture patch"]:
+    places: Int[Tensor, "crop patch 2"], widths: Int[Tensor, " crop"], side: int
+) -> Int[Tensor, "crop patch"]:
     """The window of every patch, counted row by row from the top left; windows have `side` patches a side, those at the
     right and the bottom fewer. `widths` are the pictures' own, in patches."""
     rows, columns = (places // side).unbind(-1)
@@ -55,7 +55,7 @@ def window_numbers(
 
 
 def axial_tables(
-    places: Int[Tensor, "picture patch 2"], theta: float, d_head: int, dtype: torch.dtype = torch.float32
+    places: Int[Tensor, "crop patch 2"], theta: float, d_head: int, dtype: torch.dtype = torch.float32
 ) -> RotaryTables:
     """(cos, sin) of rotary positions over rows and columns: half of the planes turn with each."""
     exponents = torch.arange(0, d_head // 2, 2, dtype=torch.float32) / (d_head // 2)
@@ -81,7 +81,7 @@ def resampled(table: Float[Tensor, "side_squared d_model"], grid: Grid, merge: i
     (rows, row_weights), (columns, column_weights) = axis(grid[0]), axis(grid[1])
     index = (rows[:, None, :, None] * side + columns[None, :, None, :]).flatten(2)
     weights = (row_weights[:, None, :, None] * column_weights[None, :, None, :]).flatten(2)
-    order = in_squares(torch.arange(grid[0] * grid[1]).view(*grid), merge).to(table.device)
+    order = to_merge_order(torch.arange(grid[0] * grid[1]).view(*grid), merge).to(table.device)
     index, weights = (x.flatten(0, 1)[order] for x in (index, weights))
     return (table[index] * weights[..., None]).sum(1)
 

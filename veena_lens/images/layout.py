@@ -29,10 +29,10 @@ from veena_lens.images.tiles import TileLayout, in_tower_order, tile_grids, tile
 from veena_lens.inputs import MultimodalInputs, is_any_of
 
 
-def image_blocks(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Int[Tensor, "batch pos"] | None:
+def image_runs(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Int[Tensor, "batch pos"] | None:
     """The number of each position's block in its row, -1 for text; None where the model has no blocks, or no row a
     picture."""
-    return runs_of_images(inputs) if cfg.image_blocks and any(inputs.n_images) else None
+    return runs_of_images(inputs) if cfg.bidirectional_images and any(inputs.n_images) else None
 
 
 def runs_of_images(inputs: MultimodalInputs) -> Int[Tensor, "batch pos"]:
@@ -48,7 +48,7 @@ def runs_of_images(inputs: MultimodalInputs) -> Int[Tensor, "batch pos"]:
 def reached_from(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Int[Tensor, " pos"]:
     """For every position of a single row the first one that an edit there reaches: itself, or its block's first."""
     places = torch.arange(inputs.shape[1])
-    blocks = image_blocks(cfg, inputs)
+    blocks = image_runs(cfg, inputs)
     if blocks is None:
         return places
     mine = blocks[0].cpu()
@@ -60,18 +60,18 @@ def reached_from(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Int[Tensor, 
 class ImageSet:
     """The images of a batch. `lengths`, `grids` and `places` have one entry a row and, in it, one an image.
 
-    Pictures of any size bring `picture_grids` and the `positions` of all tokens in three streams."""
+    Pictures of any size bring `crop_grids` and the `positions` of all tokens in three streams."""
 
     pixels: Tensor | None
-    picture_rows: Tensor | None
+    crop_rows: Tensor | None
     image_rows: Tensor | None
     lengths: list[list[int]]
     grids: tuple[tuple[tuple[int, int], ...], ...]
     places: tuple[tuple[tuple[int, ...], ...], ...]
     extras: dict[str, Tensor] = field(default_factory=dict)
     tiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    picture_images: Tensor | None = None
-    picture_grids: Tensor | None = None
+    crop_images: Tensor | None = None
+    crop_grids: Tensor | None = None
     patch_mask: Tensor | None = None
     positions: Tensor | None = None
 
@@ -115,7 +115,7 @@ def _fixed(
         [[n_tokens] * n for n in numbers],
         tuple(((height, width),) * n for n in numbers),
         tuple((places,) * n for n in numbers),
-        picture_images=torch.tensor([i for n in numbers for i in range(n)]),
+        crop_images=torch.tensor([i for n in numbers for i in range(n)]),
     )
 
 
@@ -155,7 +155,7 @@ def _of_any_size(
             cfg.video_token_id,
             extras.get("pixel_values_videos"),
             extras.get("video_grid_thw"),
-            cfg.video_frames_apart,
+            cfg.frames_as_images,
             _steps(cfg, extras),
         ),
     ]
@@ -169,8 +169,8 @@ def _of_any_size(
         [[frame.grid[0] * frame.grid[1] // merge**2 for frame in row] for row in found.frames],
         tuple(tuple((frame.grid[0] // merge, frame.grid[1] // merge) for frame in row) for row in found.frames),
         (),
-        picture_images=torch.tensor([i for row in found.frames for i in range(len(row))]),
-        picture_grids=torch.tensor([frame.grid for frame in frames]),
+        crop_images=torch.tensor([i for row in found.frames for i in range(len(row))]),
+        crop_grids=torch.tensor([frame.grid for frame in frames]),
         positions=multimodal_positions(mask, found.groups),
     )
 

@@ -22,7 +22,7 @@ Packer = Callable[[HookedVLMConfig, Tensor, MultimodalInputs, Tensor | None], Te
 
 def pack_features(
     cfg: HookedVLMConfig,
-    features: Float[Tensor, "picture pos d_model"],
+    features: Float[Tensor, "crop pos d_model"],
     inputs: MultimodalInputs,
     newline: Float[Tensor, " d_model"] | None,
 ) -> Float[Tensor, "n_image_tokens d_model"]:

@@ -86,7 +86,7 @@ class TileLayout:
         return out
 
 
-def reading_order(tile_grids: Int[Tensor, "image 2"]) -> Int[Tensor, " picture"]:
+def reading_order(tile_grids: Int[Tensor, "image 2"]) -> Int[Tensor, " crop"]:
     """The tower's pictures (of every image the whole view, then its tiles) in the order in which the text reads them:
     the whole view after the tiles. Its inverse is `tower_order`."""
     order, first = [], 0
@@ -97,7 +97,7 @@ def reading_order(tile_grids: Int[Tensor, "image 2"]) -> Int[Tensor, " picture"]
     return torch.tensor(order, dtype=torch.long)
 
 
-def tower_order(tile_grids: Int[Tensor, "image 2"]) -> Int[Tensor, " picture"]:
+def tower_order(tile_grids: Int[Tensor, "image 2"]) -> Int[Tensor, " crop"]:
     """Pictures as a processor gives them, in the text's order, in the order in which the tower takes them."""
     return torch.argsort(reading_order(tile_grids))
 
@@ -227,9 +227,9 @@ def in_tower_order(pixels: Tensor, real: Tensor | None, grids: Tensor) -> tuple[
 def tiles_as_hf(inputs: MultimodalInputs, pixels: Tensor) -> dict[str, Tensor]:
     """A processor's tensors again: `pixels` (those of the inputs, of any dtype) row by row, zeros where a row has fewer
     tiles than another, and the mask of real pixels where pictures are smaller than their square."""
-    assert inputs.picture_rows is not None
+    assert inputs.crop_rows is not None
     order = reading_order(inputs.extras["tile_grids"]).to(pixels.device)
-    counts = torch.bincount(inputs.picture_rows, minlength=len(inputs)).tolist()
+    counts = torch.bincount(inputs.crop_rows, minlength=len(inputs)).tolist()
     given = {"pixel_values": pad_sequence(list(pixels[order].split(counts)), batch_first=True)}
     if inputs.patch_mask is None:
         return given

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from veena_lens.interventions.attention import BoostAttention, KnockOut, QuietHeads
+from veena_lens.interventions.attention import BoostAttention, KnockOutAttention, SuppressHeads
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.circuit import Circuit
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Ablate, Patch
-from veena_lens.interventions.steer import Steer, Turn
+from veena_lens.interventions.steer import Steer, SteerKeepingNorm
 from veena_lens.positions import Box, Tile
 
 __all__ = [
@@ -16,11 +16,11 @@ __all__ = [
     "Box",
     "Circuit",
     "Intervention",
-    "KnockOut",
+    "KnockOutAttention",
     "Patch",
-    "QuietHeads",
+    "SuppressHeads",
     "ScaleNeurons",
     "Steer",
     "Tile",
-    "Turn",
+    "SteerKeepingNorm",
 ]

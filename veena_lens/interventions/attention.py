@@ -55,7 +55,7 @@ class BoostAttention:
 
     renorm == logit: A' = factor A on the keys, the row renormalised (s' = s + log factor).
     scale: A' = factor A, not renormalised. mul: s' = factor s (VAF, AdaptVis). abs: s' = s + (factor - 1)|s|
-    (PAI). A factor of 1 changes nothing in any mode. Keys in a row that has none (no picture) do nothing there.
+    (PAI). A factor of 1 changes nothing in any mode. Keys in a row that has none (no image) do nothing there.
     Raises: ValueError for an unknown mode, or a factor that is not positive in renorm and logit.
     """
 
@@ -123,11 +123,11 @@ class BoostAttention:
 
 
 @dataclass(frozen=True)
-class KnockOut:
+class KnockOutAttention:
     """Attention of `heads` (default: all) in `layer` from `queries` to `keys` becomes 0.
 
     A query that loses every key keeps its attention as it was spread among them: there is nothing to put in its
-    place. Keys in a row that has none (no picture) do nothing there.
+    place. Keys in a row that has none (no image) do nothing there.
     """
 
     layer: int
@@ -150,8 +150,8 @@ class KnockOut:
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """hook_attn_scores of the layer, reached as a bias."""
-        layer = require_layer(self.layer, cfg.n_layers, "KnockOut")
-        require_units(self.heads, cfg.n_heads, "KnockOut", "head")
+        layer = require_layer(self.layer, cfg.n_layers, "KnockOutAttention")
+        require_units(self.heads, cfg.n_heads, "KnockOutAttention", "head")
         return f"blocks.{layer}.attn.hook_attn_scores"
 
     def edit(
@@ -176,10 +176,10 @@ class KnockOut:
 
 
 @dataclass(frozen=True)
-class QuietHeads:
+class SuppressHeads:
     """The output of the heads of `layer` with the least attention mass on `keys`, times `factor`, at `queries`.
 
-    At each query int(keep * n_heads) heads stay as they are. Rows without keys (no picture) stay as they are, and so
+    At each query int(keep * n_heads) heads stay as they are. Rows without keys (no image) stay as they are, and so
     does everything where keep or factor is 1.
     Raises: ValueError for a keep outside [0, 1], or a factor that is not finite.
     Source: Sarkar et al. 2025, arXiv 2505.16411 (SPIN).
@@ -195,9 +195,9 @@ class QuietHeads:
         parse(self.queries)
         parse(self.keys)
         if not 0 <= self.keep <= 1:
-            raise ValueError(f"QuietHeads: keep={self.keep} must be a share of the heads, 0 to 1.")
+            raise ValueError(f"SuppressHeads: keep={self.keep} must be a share of the heads, 0 to 1.")
         if not math.isfinite(self.factor):
-            raise ValueError(f"QuietHeads: factor={self.factor} must be finite.")
+            raise ValueError(f"SuppressHeads: factor={self.factor} must be finite.")
 
     @property
     def positions(self) -> Any:
@@ -209,7 +209,7 @@ class QuietHeads:
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """hook_pattern of the layer."""
-        return f"blocks.{require_layer(self.layer, cfg.n_layers, 'QuietHeads')}.attn.hook_pattern"
+        return f"blocks.{require_layer(self.layer, cfg.n_layers, 'SuppressHeads')}.attn.hook_pattern"
 
     def edit(
         self,

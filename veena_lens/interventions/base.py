@@ -171,7 +171,7 @@ def show(item: Any) -> str:
     return f"{type(item).__name__}({show_units(**{f.name: getattr(item, f.name) for f in fields(item)})})"
 
 
-PLACES = ("batch", "picture", "pos", "query_pos", "key_pos", "n_image_tokens")
+PLACES = ("batch", "crop", "pos", "query_pos", "key_pos", "n_image_tokens")
 SAMPLED = 16  # numbers of each weight that tell one model from another
 
 
@@ -215,23 +215,23 @@ def require_fill(cfg: HookedVLMConfig, name: str, shape: Sequence[int], who: str
 
 
 def picture_positions(cfg: HookedVLMConfig, inputs: MultimodalInputs, name: str) -> int:
-    """How many positions a picture has at a hook point of the tower or the connector, padding counted in."""
+    """How many positions an image has at a hook point of the tower or the connector, padding counted in."""
     assert cfg.vision is not None
     in_tower = name.startswith("vision.")
-    if inputs.picture_grids is None or inputs.pixel_values is None:
+    if inputs.crop_grids is None or inputs.pixel_values is None:
         return cfg.vision.n_positions if in_tower else cfg.vision.n_features
     length = inputs.pixel_values.shape[1]
     return length if in_tower else length // cfg.vision.merge_size**2
 
 
 def places_of_run(cfg: HookedVLMConfig, inputs: MultimodalInputs, name: str, length: int) -> dict[str, int]:
-    """Sizes of the other axes: rows, pictures, positions."""
+    """Sizes of the other axes: rows, images, positions."""
     sizes = {"batch": len(inputs), "pos": length, "query_pos": length, "key_pos": length}
     axes = row_of(canonical(name)).axis_names
-    if axes[0] == "picture":
-        n = 0 if inputs.picture_rows is None else len(inputs.picture_rows)
+    if axes[0] == "crop":
+        n = 0 if inputs.crop_rows is None else len(inputs.crop_rows)
         inside = picture_positions(cfg, inputs, name)
-        sizes = {"picture": n, "pos": inside, "query_pos": inside, "key_pos": inside}
+        sizes = {"crop": n, "pos": inside, "query_pos": inside, "key_pos": inside}
     elif axes[0] == "n_image_tokens":
         sizes = {"n_image_tokens": int(inputs.image_mask.sum())}
     return {axis: size for axis, size in sizes.items() if axis in axes}

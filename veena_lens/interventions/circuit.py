@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veena_lens.interventions.attention import BoostAttention, KnockOut, QuietHeads
+from veena_lens.interventions.attention import BoostAttention, KnockOutAttention, SuppressHeads
 from veena_lens.interventions.base import plain
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Ablate, Patch
-from veena_lens.interventions.steer import Steer, Turn
+from veena_lens.interventions.steer import Steer, SteerKeepingNorm
 from veena_lens.positions import Box, Tile
 from veena_lens.scores import opened
 
-_KINDS = (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOut, Turn, QuietHeads)
+_KINDS = (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOutAttention, SteerKeepingNorm, SuppressHeads)
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 REGIONS: dict[str, Any] = {"Box": Box, "Tile": Tile}
 FORMAT = "veena_lens.Circuit/1"

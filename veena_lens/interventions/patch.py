@@ -62,7 +62,7 @@ class Patch:
 
     @property
     def n_rows(self) -> int | None:
-        """Rows of the source; None at hooks that count pictures or image tokens."""
+        """Rows of the source; None at hooks that count images or image tokens."""
         return len(self._values) if row_of(canonical(self.name)).axis_names[0] == "batch" else None
 
     @property
@@ -77,7 +77,7 @@ class Patch:
         return site
 
     def require_fit(self, cfg: HookedVLMConfig, inputs: MultimodalInputs, length: int, at: Bool[Tensor, ...]) -> None:
-        """Raises: ValueError, before a run, for a source that does not fit its rows, pictures or positions."""
+        """Raises: ValueError, before a run, for a source that does not fit its rows, images or positions."""
         axes, shape = row_of(canonical(self.name)).axis_names, list(self._values.shape)
         sizes = places_of_run(cfg, inputs, self.name, length)
         chosen = self._chosen
@@ -212,7 +212,7 @@ class Ablate:
             return value.mean(0)
         if cache.inputs is None:
             raise ValueError("Ablate: the reference cache has no inputs, so its positions are not known.")
-        if axes[0] == "picture":
+        if axes[0] == "crop":
             lengths = cache.inputs.picture_lengths(in_tokens=self.name.startswith("connector."))
             real = value if lengths is None else [one[:n] for one, n in zip(value, lengths, strict=True)]
             return torch.cat(list(real)).mean(0)

@@ -59,7 +59,7 @@ class Steer:
 
 
 @dataclass(frozen=True, eq=False)  # holds a tensor: identity, not ==
-class Turn:
+class SteerKeepingNorm:
     """hook_mlp_out of `layer` becomes ||x|| normalise(x^ + y) at `positions`, y = strength w v^, ^ meaning unit length.
 
     w is 1 + max(0, cos(x, -v)) where `adaptive` (an output that points away is turned more), else 1. A strength of 0
@@ -77,17 +77,21 @@ class Turn:
     def __post_init__(self) -> None:
         parse(self.positions)
         if self.vector.ndim != 1:
-            raise ValueError(f"Turn: the vector must be [d_model], not {list(self.vector.shape)}; pick one layer's.")
+            raise ValueError(
+                f"SteerKeepingNorm: the vector must be [d_model], not {list(self.vector.shape)}; pick one layer's."
+            )
         if not torch.isfinite(self.vector).all() or not bool(self.vector.any()):
-            raise ValueError("Turn: the vector must be finite and not zero, or it has no direction.")
+            raise ValueError("SteerKeepingNorm: the vector must be finite and not zero, or it has no direction.")
         if not math.isfinite(self.strength):
-            raise ValueError(f"Turn: strength={self.strength} must be finite.")
+            raise ValueError(f"SteerKeepingNorm: strength={self.strength} must be finite.")
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """blocks.{layer}.hook_mlp_out."""
         if len(self.vector) != cfg.d_model:
-            raise ValueError(f"Turn: the vector has {len(self.vector)} entries; the model's d_model is {cfg.d_model}.")
-        return f"blocks.{require_layer(self.layer, cfg.n_layers, 'Turn')}.hook_mlp_out"
+            raise ValueError(
+                f"SteerKeepingNorm: the vector has {len(self.vector)} entries; the model's d_model is {cfg.d_model}."
+            )
+        return f"blocks.{require_layer(self.layer, cfg.n_layers, 'SteerKeepingNorm')}.hook_mlp_out"
 
     def edit(
         self, activation: Float[Tensor, "batch pos d_model"], at: Bool[Tensor, "batch pos"]
@@ -109,6 +113,6 @@ class Turn:
     def __repr__(self) -> str:
         rule = "" if self.adaptive else ", adaptive=False"
         return (
-            f"Turn(layer={self.layer}, vector=[{len(self.vector)}], strength={self.strength:g}, "
+            f"SteerKeepingNorm(layer={self.layer}, vector=[{len(self.vector)}], strength={self.strength:g}, "
             f"positions={shown(self.positions)}{rule})"
         )

@@ -4,7 +4,7 @@ The question asked most is where one token looks. A pattern of every row costs [
 each layer hands over its rotated queries and keys, only the asked rows are multiplied and kept, and the layer
 itself stays fused. Chunks of cached decoding append their rows.
 
-`model.attention` and `model.watch_attention`: where chosen tokens look, in a forward pass or while generating.
+`model.attention` and `model.record_attention`: where chosen tokens look, in a forward pass or while generating.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens.components.masks import Mask, masked_softmax
-from veena_lens.model.forward import Run
+from veena_lens.model.forward import PassSpan
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.scores import Scores
 
@@ -40,7 +40,7 @@ class AttentionRows:
         self._key_mask: Tensor | None = None
         self._now: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: PassSpan) -> None:
         """A chunk starts: find its query rows and, at the first one, the keys."""
         if self._key_places is None or run.is_prefill:
             self._parts = {layer: [] for layer in self.layers}
@@ -165,20 +165,20 @@ class Attending:
         a mask, a Box of pixels or a Tile. Only these rows are computed; every layer stays fused, so memory is that
         of a plain forward.
         `.meta` holds the positions of the rows; interventions in force are honoured.
-        Raises: ValueError for an empty selection, or for image keys without a picture.
+        Raises: ValueError for an empty selection, or for image keys without an image.
         """
         prepared = self._as_inputs(inputs)  # type: ignore[attr-defined]
-        run = Run(prepared, 0, prepared.shape[1])
+        run = PassSpan(prepared, 0, prepared.shape[1])
         for what, chosen in (("queries", queries), ("keys", keys)):
             if not bool(run.mask(chosen).any()):
                 raise ValueError(f"attention: {what}={chosen!r} selects no position in {prepared!r}.")
-        with torch.no_grad(), self.watch_attention(queries, keys, layers, heads) as seen:
+        with torch.no_grad(), self.record_attention(queries, keys, layers, heads) as seen:
             last = max(seen.layers) + 1
             self(prepared, stop_at_layer=last if last < self.cfg.n_layers else None, return_type=None)  # type: ignore[operator]
         return seen.scores()
 
     @contextmanager
-    def watch_attention(
+    def record_attention(
         self,
         queries: Any = "generated",
         keys: Any = "image",
@@ -194,11 +194,11 @@ class Attending:
         if not chosen_layers or not chosen_heads:
             raise ValueError("attention: give at least one layer and one head (None means all).")
         rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.score_scale)
-        with self.watching(rows):
+        with self.recording(rows):
             yield rows
 
     @contextmanager
-    def watching(self, rows: AttentionRows) -> Iterator[AttentionRows]:
+    def recording(self, rows: AttentionRows) -> Iterator[AttentionRows]:
         """Let `rows` read the attention of whatever runs inside the block."""
         before, self._rows = self._rows, rows
         try:

@@ -19,10 +19,10 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.hook_table import layer_of, row_of
-from veena_lens.interventions.attention import BoostAttention, QuietHeads
+from veena_lens.interventions.attention import BoostAttention, SuppressHeads
 from veena_lens.interventions.base import Intervention, content, is_same_model, picture_positions
 from veena_lens.interventions.patch import Patch
-from veena_lens.model.forward import Run
+from veena_lens.model.forward import PassSpan
 from veena_lens.positions import parse, position_mask, reaches_generated
 
 
@@ -34,7 +34,7 @@ class Applied:
     name: str
     of: tuple[int, ...] | None = None
 
-    def rows(self, run: Run) -> Bool[Tensor, " batch"]:
+    def rows(self, run: PassSpan) -> Bool[Tensor, " batch"]:
         """The rows it is for."""
         n = len(run.inputs)
         chosen = torch.full((n,), self.of is None, dtype=torch.bool, device=run.inputs.device)
@@ -42,12 +42,12 @@ class Applied:
             chosen[list(self.of)] = True
         return chosen
 
-    def mask(self, run: Run, n_positions: int = 1) -> Bool[Tensor, "rows pos"]:
-        """Positions of this chunk that it edits; at a hook of the tower, of the `n_positions` of each picture."""
+    def mask(self, run: PassSpan, n_positions: int = 1) -> Bool[Tensor, "rows pos"]:
+        """Positions of this chunk that it edits; at a hook of the tower, of the `n_positions` of each image."""
         rows, axes = self.rows(run), row_of(self.name).axis_names
         if axes[0] == "batch":
             return run.mask(self.intervention.positions) & rows[:, None]
-        if axes[0] == "picture":
+        if axes[0] == "crop":
             return run.picture_mask(self.intervention.positions, rows, n_positions)
         chosen = position_mask(run.inputs, self.intervention.positions) & rows[:, None]
         return chosen[run.inputs.image_mask][:, None]
@@ -80,7 +80,7 @@ def _together(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, tuple[int, 
         for row, mine in enumerate(lists):
             if place < len(mine):
                 item = mine[place]
-                told = content(item) if isinstance(item, (BoostAttention, QuietHeads)) else None
+                told = content(item) if isinstance(item, (BoostAttention, SuppressHeads)) else None
                 groups.setdefault(row if told is None else repr(told), (item, []))[1].append(row)
         for intervention, rows in groups.values():
             yield intervention, tuple(rows)
@@ -91,7 +91,7 @@ class Intervening:
 
     _applied: list[Applied]
     _row_counts: tuple[int, ...] = ()
-    _run: Run | None
+    _run: PassSpan | None
     _rows: Any
 
     def intervene(self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None) -> Any:
@@ -137,7 +137,7 @@ class Intervening:
             self._applied, self._row_counts = before, counts
 
     @contextmanager
-    def untouched(self) -> Iterator[Any]:
+    def without_interventions(self) -> Iterator[Any]:
         """Interventions in force, and who watches attention, rest inside the block; hooks added by hand do not."""
         before, self._applied = self._applied, []
         counts, self._row_counts = self._row_counts, ()
@@ -157,7 +157,7 @@ class Intervening:
             if not bool(at.any()):
                 return None
             if isinstance(applied.intervention, Patch) and self._run.start > 0:
-                earlier = Run(self._run.inputs, 0, self._run.start).mask(applied.intervention.positions)
+                earlier = PassSpan(self._run.inputs, 0, self._run.start).mask(applied.intervention.positions)
                 return applied.intervention.edit(tensor, at, earlier.sum(-1).to(tensor.device))
             keys = getattr(applied.intervention, "keys", None)
             if keys is None:
@@ -178,13 +178,13 @@ class Intervening:
                 total = bias if total is None else total + bias
         return total
 
-    def _picture_positions(self, applied: Applied, run: Run) -> int:
-        """How many positions a picture has where an intervention edits pictures."""
-        if row_of(applied.name).axis_names[0] != "picture" or run.inputs.pixel_values is None:
+    def _picture_positions(self, applied: Applied, run: PassSpan) -> int:
+        """How many positions an image has where an intervention edits images."""
+        if row_of(applied.name).axis_names[0] != "crop" or run.inputs.pixel_values is None:
             return 1
         return picture_positions(self.cfg, run.inputs, applied.name)  # type: ignore[attr-defined]
 
-    def _check_reach(self, run: Run) -> None:
+    def _check_reach(self, run: PassSpan) -> None:
         """Raises: ValueError, before any computing, for an intervention that cannot act on these inputs."""
         n = len(run.inputs)
         for lists in self._row_counts:
@@ -201,7 +201,7 @@ class Intervening:
             needs_image = keys is not None and "image" in _words(keys)
             if needs_image and applied.of is None and not bool(run.key_mask(applied.intervention.keys).any()):
                 raise ValueError(
-                    f"{applied.intervention!r} has no keys to act on: no row of {run.inputs!r} has a picture."
+                    f"{applied.intervention!r} has no keys to act on: no row of {run.inputs!r} has an image."
                 )
             at = applied.mask(run, self._picture_positions(applied, run))
             if isinstance(applied.intervention, Patch):

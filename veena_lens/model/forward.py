@@ -27,7 +27,7 @@ PICTURE_WORDS = ("all", "image")
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class PassSpan:
     """`inputs` is the whole prompt; the pass computes positions start .. stop - 1 of prompt and continuation."""
 
     inputs: MultimodalInputs
@@ -49,15 +49,13 @@ class Run:
 
     def key_mask(self, positions: Any) -> Bool[Tensor, "batch key_pos"]:
         """True at the chosen positions among all keys so far, the prompt's and the continuation's."""
-        return Run(self.inputs, 0, self.stop).mask(positions)
+        return PassSpan(self.inputs, 0, self.stop).mask(positions)
 
-    def picture_mask(
-        self, positions: Any, rows: Bool[Tensor, " batch"], n_positions: int
-    ) -> Bool[Tensor, "picture pos"]:
-        """True at the chosen positions of the pictures that the chosen rows own; positions count in the tower.
+    def picture_mask(self, positions: Any, rows: Bool[Tensor, " batch"], n_positions: int) -> Bool[Tensor, "crop pos"]:
+        """True at the chosen positions of the images that the chosen rows own; positions count in the tower.
 
         Raises: ValueError for words that name text positions."""
-        owners = self.inputs.picture_rows
+        owners = self.inputs.crop_rows
         chosen = parse(positions)
         if owners is None:
             return torch.zeros(0, n_positions, dtype=torch.bool, device=rows.device)
@@ -65,7 +63,7 @@ class Run:
         numbers = [chosen] if isinstance(chosen, int) else chosen if isinstance(chosen, list) else []
         for number in numbers:
             if not -n_positions <= number < n_positions:
-                raise IndexError(f"position {number} is outside pictures of {n_positions} positions.")
+                raise IndexError(f"position {number} is outside images of {n_positions} positions.")
         if isinstance(chosen, tuple):
             if any(word not in PICTURE_WORDS for word in chosen):
                 raise ValueError(
@@ -75,7 +73,7 @@ class Run:
         elif isinstance(chosen, (Box, Tile)):
             raise ValueError(
                 f"positions={positions!r} name tokens of the text; at a hook of the tower use 'all', ints or a slice, "
-                "and edit hook_image_features for a region of the picture."
+                "and edit hook_image_features for a region of the image."
             )
         elif isinstance(chosen, Tensor):
             at |= chosen.to(at.device)
@@ -113,8 +111,8 @@ def scatter_features(
     wanted = int(image_mask.sum())
     if wanted != len(features):
         raise ValueError(
-            f"The prompt holds {wanted} image tokens but the pictures give {len(features)} features. "
-            "Prepare the inputs with the checkpoint's own processor, one picture for each placeholder."
+            f"The prompt holds {wanted} image tokens but the images give {len(features)} features. "
+            "Prepare the inputs with the checkpoint's own processor, one image for each placeholder."
         )
     return embeds.masked_scatter(image_mask[..., None].to(embeds.device), features.to(embeds))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.inputs import MultimodalInputs, text_positions
-from veena_lens.model.forward import Run
+from veena_lens.model.forward import PassSpan
 
 
 class Generation:
@@ -164,13 +164,13 @@ class Generation:
         """Logits after the last token, through the cache when there is one."""
         n_prompt, n_new = prompt.shape[1], new.shape[1]
         if n_new == 0:
-            return self._forward_chunk(prompt, Run(prompt, 0, n_prompt), cache)[:, -1]  # type: ignore[attr-defined]
+            return self._forward_chunk(prompt, PassSpan(prompt, 0, n_prompt), cache)[:, -1]  # type: ignore[attr-defined]
         if cache is None:
             whole = prompt.with_new_tokens(new)
-            return self._forward_chunk(whole, Run(whole, 0, whole.shape[1]), None)[:, -1]  # type: ignore[attr-defined]
+            return self._forward_chunk(whole, PassSpan(whole, 0, whole.shape[1]), None)[:, -1]  # type: ignore[attr-defined]
         at = n_prompt + n_new - 1
         positions = prompt.position_ids[..., -1:] + n_new
-        return self._forward_chunk(prompt, Run(prompt, at, at + 1), cache, new[:, -1:], positions)[:, -1]  # type: ignore[attr-defined]
+        return self._forward_chunk(prompt, PassSpan(prompt, at, at + 1), cache, new[:, -1:], positions)[:, -1]  # type: ignore[attr-defined]
 
     def _as_prompt(self, inputs: Any) -> MultimodalInputs:
         """Prepared inputs whose rows end at the last position (generation appends there)."""

@@ -1,4 +1,4 @@
-"""Hooks and caches: run_with_hooks, run_with_cache and their kin, with names checked and pictures respected.
+"""Hooks and caches: run_with_hooks, run_with_cache and their kin, with names checked and images respected.
 
 Overrides of transformer_lens's HookedRootModule where a text-only reading of names and axes would go wrong:
 positions are sliced by the hook table's axes, vision activations are never sliced by text positions, unknown
@@ -128,7 +128,7 @@ class Hooking(HookedRootModule):
 
         names_filter: None (all but the large split inputs), a name, a list of names, or a predicate.
         pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
-        of scores and patterns), never heads, never pictures. incl_bwd runs backward on the output (a scalar:
+        of scores and patterns), never heads, never images. incl_bwd runs backward on the output (a scalar:
         return_type="loss") and stores gradients under "..._grad". device moves what is stored.
         Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
         """

@@ -25,17 +25,17 @@ from veena_lens.components.kv_cache import KVCache
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
-from veena_lens.images.layout import image_blocks
+from veena_lens.images.layout import image_runs
 from veena_lens.images.packing import pack_features
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.attention_rows import Attending, AttentionRows
 from veena_lens.model.edits import Intervening
-from veena_lens.model.forward import Run, next_token_targets, resolve_layer, run_blocks, scatter_features
+from veena_lens.model.forward import PassSpan, next_token_targets, resolve_layer, run_blocks, scatter_features
 from veena_lens.model.generation import Generation, end_tokens
 from veena_lens.model.hooks import Hooking
 from veena_lens.model.text import TextInterface, bare_inputs, require_prompt_fits
 from veena_lens.model.weights import StackedWeights
-from veena_lens.vision.connector import Seen, make_connector
+from veena_lens.vision.connector import TowerOutput, make_connector
 from veena_lens.vision.qwen import DeepstackMerger
 from veena_lens.vision.towers import make_tower
 
@@ -163,10 +163,10 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
     def prepare(
         self, text: Any = None, images: Any = None, *, chat: bool = True, answer: Any = None, messages: Any = None
     ) -> MultimodalInputs:
-        """Text and pictures as inputs, through the checkpoint's own processor.
+        """Text and images as inputs, through the checkpoint's own processor.
 
-        text: a prompt or a list of prompts; images: for one prompt a picture (PIL, path) or several, for a list
-        one list a prompt (or one picture each). chat=True wraps the prompt in the chat template; chat=False
+        text: a prompt or a list of prompts; images: for one prompt an image (PIL, path) or several, for a list
+        one list a prompt (or one image each). chat=True wraps the prompt in the chat template; chat=False
         takes it raw, holding the model's image token itself. answer: a lead-in or teacher-forced answer, with
         its span. messages: a conversation in Hugging Face's format instead of text.
         Raises: ValueError for images that do not match their placeholders, no template, or a prompt too long.
@@ -179,7 +179,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
     def inputs_from_hf(self, **outputs: Any) -> MultimodalInputs:
         """Whatever a Hugging Face processor emits as inputs; padding side and position ids are kept.
 
-        Raises: ValueError for unknown keys, missing pictures, or padding without a mask."""
+        Raises: ValueError for unknown keys, missing images, or padding without a mask."""
         inputs = checkpoints.inputs_from_hf(self.cfg, self.tokenizer, **outputs)
         return self._placed(inputs)
 
@@ -234,9 +234,9 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
 
         return_type: "logits", "loss" (mean next-token loss over text targets), "both", or None.
         stop_at_layer=l returns the residual stream that enters block l; start_at_layer=l takes such a residual
-        as `input` (with the inputs it came from as `tokens`, where positions, padding, a loss or pictures whose tokens
+        as `input` (with the inputs it came from as `tokens`, where positions, padding, a loss or images whose tokens
         read each other in both directions matter).
-        Raises: ValueError for padding without a mask, image tokens without pictures, or a context too long.
+        Raises: ValueError for padding without a mask, image tokens without images, or a context too long.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None.")
@@ -262,7 +262,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         return_type: str | None,
         loss_per_token: bool,
     ) -> Any:
-        with self._running(Run(inputs, 0, inputs.shape[1])) as run:
+        with self._running(PassSpan(inputs, 0, inputs.shape[1])) as run:
             if resid is None:
                 resid, deepstack = self._embed(inputs)
             else:
@@ -282,7 +282,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
     def _forward_chunk(
         self,
         inputs: MultimodalInputs,
-        run: Run,
+        run: PassSpan,
         cache: KVCache | None,
         tokens: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -308,18 +308,18 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         deepstack = self._deepstack(seen, inputs)
         return self.hook_embed(scatter_features(embeds, inputs.image_mask, features)), deepstack
 
-    def _see(self, inputs: MultimodalInputs) -> Seen | None:
-        """What the tower makes of the pictures; None without pictures."""
+    def _see(self, inputs: MultimodalInputs) -> TowerOutput | None:
+        """What the tower makes of the images; None without images."""
         if inputs.pixel_values is None:
             return None
         return self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device), inputs.picture_shapes)
 
     def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
-        """What the tower and the connector make of the pictures, row after row; None without pictures."""
+        """What the tower and the connector make of the images, row after row; None without images."""
         seen = self._see(inputs)
         return None if seen is None else self._connect(seen, inputs)
 
-    def _connect(self, seen: Seen, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"]:
+    def _connect(self, seen: TowerOutput, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"]:
         return self.hook_image_features(self._pack(self.connector(seen.features), inputs))
 
     def deepstack_of(self, inputs: MultimodalInputs) -> Deepstack:
@@ -327,7 +327,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         seen = self._see(inputs) if self.cfg.n_deepstack else None
         return {} if seen is None else self._deepstack(seen, inputs)
 
-    def _deepstack(self, seen: Seen, inputs: MultimodalInputs) -> Deepstack:
+    def _deepstack(self, seen: TowerOutput, inputs: MultimodalInputs) -> Deepstack:
         out = {}
         for i, inner in enumerate(seen.inner[: self.cfg.n_deepstack]):
             merger: Any = self.deepstack[i]
@@ -341,16 +341,20 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         return scatter_features(features.new_zeros(*inputs.shape, features.shape[-1]), inputs.image_mask, features)
 
     def _pack(
-        self, features: Float[Tensor, "picture pos d_model"], inputs: MultimodalInputs
+        self, features: Float[Tensor, "crop pos d_model"], inputs: MultimodalInputs
     ) -> Float[Tensor, "n_image_tokens d_model"]:
-        """Features of pictures in the order of the image tokens that they fill."""
+        """Features of images in the order of the image tokens that they fill."""
         return pack_features(self.cfg, features, inputs, getattr(self, "image_newline", None))
 
     def _unembed(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
         return self.unembed(self.ln_final(resid.to(self.ln_final.weight.device)))
 
     def _context(
-        self, run: Run, cache: KVCache | None, position_ids: Tensor | None = None, deepstack: Deepstack | None = None
+        self,
+        run: PassSpan,
+        cache: KVCache | None,
+        position_ids: Tensor | None = None,
+        deepstack: Deepstack | None = None,
     ) -> Context:
         """What the blocks of this pass share."""
         positions = run.inputs.position_ids if position_ids is None else position_ids
@@ -372,11 +376,11 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
             bias=self._bias if self._applied else lambda layer: None,
             rows=self._rows,
             deepstack=deepstack or {},
-            blocks=image_blocks(self.cfg, run.inputs) if n_past == 0 else None,
+            blocks=image_runs(self.cfg, run.inputs) if n_past == 0 else None,
         )
 
     @contextmanager
-    def _running(self, run: Run) -> Iterator[Run]:
+    def _running(self, run: PassSpan) -> Iterator[PassSpan]:
         """Interventions resolve their positions against the pass that runs."""
         if run.is_prefill:
             self._check_reach(run)
@@ -392,9 +396,9 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != self.cfg.d_model:
             shape = list(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
             raise ValueError(f"start_at_layer takes a residual [batch pos {self.cfg.d_model}] as input, not {shape}.")
-        if tokens is None and self.cfg.image_blocks:
+        if tokens is None and self.cfg.bidirectional_images:
             raise ValueError(
-                "start_at_layer: tokens of a picture read each other in both directions in this model, so pass the "
+                "start_at_layer: tokens of an image read each other in both directions in this model, so pass the "
                 "inputs that the residual came from as tokens=."
             )
         if tokens is None:  # which tokens does not matter past the embedding; that none is a pad does
@@ -406,7 +410,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         return inputs
 
     def _loss(self, logits: Tensor, inputs: MultimodalInputs, per_token: bool) -> Tensor:
-        """Next-token cross-entropy over text targets: neither pictures nor pads count."""
+        """Next-token cross-entropy over text targets: neither images nor pads count."""
         targets, counted = next_token_targets(
             inputs.tokens, inputs.attention_mask & ~inputs.image_mask, inputs.attention_mask
         )

@@ -2,7 +2,7 @@
 
 Bare tokens as inputs, and the checks at the border of a forward pass.
 
-Elsewhere a padded batch without a mask, or image tokens without a picture, give wrong numbers in silence.
+Elsewhere a padded batch without a mask, or image tokens without an image, give wrong numbers in silence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def bare_inputs(
 ) -> MultimodalInputs:
     """Inputs of text tokens [batch pos] (or one row [pos]); positions count real tokens unless given.
 
-    Raises: ValueError for padding without a mask, or image tokens (their pictures are missing)."""
+    Raises: ValueError for padding without a mask, or image tokens (their images are missing)."""
     try:
         ids = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -50,7 +50,7 @@ def bare_inputs(
 
 
 def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for a context longer than the model's, pictures that are missing, or token ids that
+    """Raises: ValueError for a context longer than the model's, images that are missing, or token ids that
     the vocabulary does not have."""
     longest = int(inputs.lengths.max())
     if longest > cfg.n_ctx:
@@ -59,7 +59,7 @@ def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
         )
     if inputs.pixel_values is None and bool(inputs.image_mask.any()):
         n = int(inputs.image_mask.sum())
-        raise ValueError(f"The prompt holds {n} image tokens (ids {_ids(cfg)}) but no picture was given.")
+        raise ValueError(f"The prompt holds {n} image tokens (ids {_ids(cfg)}) but no image was given.")
     if inputs.pixel_values is not None and cfg.vision is None:
         raise ValueError("Pictures were given to a model without a vision tower.")
     _require_placeholders(cfg, inputs)
@@ -71,13 +71,13 @@ def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
 
 
 def _require_own_pictures(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for pictures that were prepared for a model of another tower."""
+    """Raises: ValueError for images that were prepared for a model of another tower."""
     if inputs.pixel_values is None or cfg.vision is None:
         return
     vision, found = cfg.vision, list(inputs.pixel_values.shape)
     if vision.takes_any_size:
         wanted = f"[pictures patches {vision.patch_width}], {vision.merge_size} x {vision.merge_size} patches a token"
-        cells = [] if inputs.picture_grids is None else (inputs.picture_grids // vision.merge_size).tolist()
+        cells = [] if inputs.crop_grids is None else (inputs.crop_grids // vision.merge_size).tolist()
         fits = found[2:] == [vision.patch_width] and cells == [list(grid) for row in inputs.grids for grid in row]
     else:
         size = [vision.n_channels, vision.image_size, vision.image_size]
@@ -86,7 +86,7 @@ def _require_own_pictures(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Non
         fits = found[1:] == size and all((key in inputs.extras) == (cfg.image_layout == x) for x, key in of_layout)
     if not fits:
         raise ValueError(
-            f"The inputs were prepared for another model: their pictures are {found}, this model takes {wanted}. "
+            f"The inputs were prepared for another model: their images are {found}, this model takes {wanted}. "
             "Prepare them with this model's own prepare or inputs_from_hf."
         )
 
@@ -96,7 +96,7 @@ def _ids(cfg: HookedVLMConfig) -> str:
 
 
 def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for an image token in a prompt that no picture fills (in an answer it is text)."""
+    """Raises: ValueError for an image token in a prompt that no image fills (in an answer it is text)."""
     if cfg.image_token_id is None or cfg.vision is None:
         return
     found, filled = is_any_of(inputs.tokens, cfg.image_token_ids), inputs.image_mask
@@ -105,8 +105,8 @@ def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Non
     found &= inputs.attention_mask
     if bool((found & ~filled).any()):
         raise ValueError(
-            f"The prompt holds {int(found.sum())} image tokens (ids {_ids(cfg)}) but the pictures fill "
-            f"{int(filled.sum())} of them. Prepare the inputs with a picture for each placeholder."
+            f"The prompt holds {int(found.sum())} image tokens (ids {_ids(cfg)}) but the images fill "
+            f"{int(filled.sum())} of them. Prepare the inputs with an image for each placeholder."
         )
 
 

@@ -1,6 +1,6 @@
 """Figures from tensors and labels.
 
-matplotlib rather than plotly: a PNG then needs no browser and no further download, a page holds the picture
+matplotlib rather than plotly: a PNG then needs no browser and no further download, a page holds the image
 itself rather than megabytes of script, and the same call serves a notebook, a report and a paper.
 Every function returns a `matplotlib.figure.Figure` of its own; pyplot's global state is never touched.
 """

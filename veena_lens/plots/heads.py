@@ -1,8 +1,8 @@
-"""Head views: where one token looks in the picture, a small map a head, with what each head gives to the rest.
+"""Head views: where one token looks in the image, a small map a head, with what each head gives to the rest.
 
-What a head view shows, taken from Scores: a token's attention over a picture, head by head, and where the rest goes.
+What a head view shows, taken from Scores: a token's attention over an image, head by head, and where the rest goes.
 
-Every key belongs to one part: a sink, the picture, the query (the text after the last picture) or the rest, so that
+Every key belongs to one part: a sink, the image, the query (the text after the last image) or the rest, so that
 the shares of a head sum to 1 where the Scores hold all keys.
 """
 
@@ -83,7 +83,7 @@ def head_maps(
     if not {"head"} < set(axes) or not ({"query", "key"} <= set(axes) or {"height", "width"} <= set(axes)):
         raise ValueError(
             f"head_view: axes {axes}; give the Scores of model.attention(..., keys='all') or "
-            "circuits.picture_attention(...)."
+            "circuits.image_attention(...)."
         )
     for name in ("batch", "pair"):
         if name in axes:
@@ -97,9 +97,7 @@ def head_maps(
     if "key" in attention.axes:
         return _from_rows(attention, inputs, layer, query, row, image_index, grid, sinks, tokens, token)
     if sinks is not None:
-        raise ValueError(
-            "head_view: sinks go with the Scores of model.attention; for maps take circuits.without_sinks."
-        )
+        raise ValueError("head_view: sinks go with the Scores of model.attention; for maps take circuits.mask_sinks.")
     return _from_grids(attention, inputs, layer, row, image_index, grid, tokens, token)
 
 
@@ -134,7 +132,7 @@ def _from_rows(
 ) -> HeadMaps:
     """From rows of attention over keys, which need the inputs to know what a key is."""
     if inputs is None:
-        raise ValueError("head_view: rows of model.attention need inputs=, which say where the picture's tokens lie.")
+        raise ValueError("head_view: rows of model.attention need inputs=, which say where the image's tokens lie.")
     queries = attention.meta["query_positions"][row]
     real = attention.exists.movedim(attention.axes.index("query"), 0).flatten(1).any(1).tolist()
     known = [place for place, there in zip(queries, real, strict=True) if there]
@@ -175,9 +173,7 @@ def _from_rows(
         picture = full[:, part["picture"]].sum(-1)
         shares = {"picture": picture.tolist(), "elsewhere": (1 - picture).tolist()}
     else:
-        raise ValueError(
-            "head_view: these rows do not hold all tokens of the picture; read model.attention(keys='all')."
-        )
+        raise ValueError("head_view: these rows do not hold all tokens of the image; read model.attention(keys='all').")
     maps = full[:, cells.flatten()].view(-1, *cells.shape)
     maps = torch.where(part["sinks"][cells], torch.nan, maps)
     title = _title(layer, token or _name(inputs, row, asked, tokens), asked)
@@ -196,7 +192,7 @@ def _from_grids(
     tokens: Sequence[str] | None,
     token: str | None,
 ) -> HeadMaps:
-    """From maps over the picture, which say nothing of other keys."""
+    """From maps over the image, which say nothing of other keys."""
     if len(attention.axes) != 3:
         extra = [axis for axis in attention.axes if axis not in ("head", "height", "width")]
         raise ValueError(f"head_view: choose or average over {extra} first, as in .mean({extra[0]!r}).")
@@ -204,7 +200,7 @@ def _from_grids(
     values = torch.where(there, attention.values.detach().double(), torch.nan).cpu()
     height, width = (attention.meta.get("sizes") or {row: values.shape[1:]})[row]
     if not height:
-        raise ValueError(f"head_view: row {row} has no such picture.")
+        raise ValueError(f"head_view: row {row} has no such image.")
     values = values[:, :height, :width]
     total = values.nansum((1, 2))
     shares = {"picture": total.tolist()}
@@ -216,7 +212,7 @@ def _from_grids(
         cells = _cells(inputs, row, image_index, attention.meta.get("grid", grid)).cpu()
         if tuple(cells.shape) != (height, width):
             raise ValueError(
-                f"head_view: the maps are {height} x {width}, the picture of these inputs {list(cells.shape)}."
+                f"head_view: the maps are {height} x {width}, the image of these inputs {list(cells.shape)}."
             )
         boxes = _boxes(inputs, row, image_index, cells)
     if token is None:
@@ -234,7 +230,7 @@ def _from_grids(
 
 
 def _cells(inputs: MultimodalInputs, row: int, image: int, grid: str) -> Tensor:
-    """Positions of the shown cells [height width]: the picture's grid, or the whole view of a tiled one."""
+    """Positions of the shown cells [height width]: the image's grid, or the whole view of a tiled one."""
     if grid not in ("grid", "whole"):
         raise ValueError(f"head_view: grid={grid!r} must be 'grid' or 'whole'.")
     n = inputs.n_images[row]
@@ -263,7 +259,9 @@ def _boxes(inputs: MultimodalInputs, row: int, image: int, cells: Tensor) -> Ten
 def _sinks_of(sinks: Any, layer: int | None, row: int, inputs: MultimodalInputs) -> Tensor:
     """True at the sinks of a row in a layer. Raises: ValueError for Scores of something else."""
     if tuple(sinks.axes) != ("batch", "layer", "pos") or sinks.values.dtype != torch.bool:
-        raise ValueError(f"head_view: sinks must be the Scores of circuits.find_sinks, not axes {tuple(sinks.axes)}.")
+        raise ValueError(
+            f"head_view: sinks must be the Scores of circuits.attention_sinks, not axes {tuple(sinks.axes)}."
+        )
     if sinks.values.shape[2] != inputs.shape[1] or row >= len(sinks.values):
         raise ValueError(
             f"head_view: the sinks are of {list(sinks.values.shape)} [batch layer pos], not of these inputs."
@@ -272,7 +270,7 @@ def _sinks_of(sinks: Any, layer: int | None, row: int, inputs: MultimodalInputs)
 
 
 def _name(inputs: MultimodalInputs | None, row: int, position: int, tokens: Sequence[str] | None) -> str:
-    """What stands at a position: a text, or the cell of a picture."""
+    """What stands at a position: a text, or the cell of an image."""
     if inputs is not None:
         for image, span in enumerate(inputs.spans[row].images):
             if span.start <= position < span.stop and bool(inputs.image_mask[row, position]):
@@ -311,14 +309,14 @@ def head_view(
     title: str | None = None,
     columns: int = 4,
 ) -> Figure:
-    """The attention of one token over the picture in one layer: the picture, then a map a head.
+    """The attention of one token over the image in one layer: the image, then a map a head.
 
     attention: Scores of `model.attention(inputs, queries=..., keys="all")`, with their `inputs`, or of
-    `circuits.picture_attention` and its kin. Under each map stand the head's shares, parts that sum to 1: picture
-    (all tokens of image number `image_index`), query (text after the last picture), other, and sinks, where `sinks`
-    are the Scores of `circuits.find_sinks`; sinks are crossed out in the map and count in no other part. Maps alone
-    know "picture" and "elsewhere". layer, query (a position), row: which ones, where there are several. heads:
-    which ones (default: all). grid="whole" shows the whole view of a tiled picture. tokens: the texts of the row's
+    `circuits.image_attention` and its kin. Under each map stand the head's shares, parts that sum to 1: image
+    (all tokens of image number `image_index`), query (text after the last image), other, and sinks, where `sinks`
+    are the Scores of `circuits.attention_sinks`; sinks are crossed out in the map and count in no other part. Maps
+    alone know "picture" and "elsewhere". layer, query (a position), row: which ones, where there are several. heads:
+    which ones (default: all). grid="whole" shows the whole view of a tiled image. tokens: the texts of the row's
     positions (`model.to_str_tokens(inputs[row])`), to name the token; token: its name itself. Cells lie on
     `patch_boxes`, by default those of the inputs. scale: "shared" colours all maps alike, "each" every one up to
     its own largest weight, which its title tells.

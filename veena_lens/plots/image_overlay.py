@@ -1,8 +1,8 @@
-"""Overlays: a value a patch of the picture, drawn where the patch lies.
+"""Overlays: a value a patch of the image, drawn where the patch lies.
 
-The picture is shown in grey below a half-transparent map, so that the map's colours and its colour bar mean
+The image is shown in grey below a half-transparent map, so that the map's colours and its colour bar mean
 the same everywhere, and once in its own colours beside it. Cells lie where the processor cut them: pass
-`patch_boxes` (resized, cropped, tiled pictures), or `box`, the part of the picture that the grid covers.
+`patch_boxes` (resized, cropped, tiled images), or `box`, the part of the image that the grid covers.
 """
 
 from collections.abc import Sequence
@@ -39,10 +39,10 @@ def overlay(
     unit: str = "",
     limits: Sequence[int | float] | None = None,
 ) -> Figure:
-    """The picture, and beside it the same picture under the map `values`.
+    """The image, and beside it the same image under the map `values`.
 
-    `patch_boxes` holds each cell's left, top, right, bottom in the picture's pixels, row by row; without them
-    the grid divides `box` (default: the whole picture) evenly. Signed values get a scale about 0.
+    `patch_boxes` holds each cell's left, top, right, bottom in the image's pixels, row by row; without them
+    the grid divides `box` (default: the whole image) evenly. Signed values get a scale about 0.
     Raises ValueError where `values` is no grid or the boxes are not one a cell.
     """
     grid = theme.to_numpy(values)
@@ -71,7 +71,7 @@ def overlays(
     limits: Sequence[int | float] | None = None,
     columns: int = 4,
 ) -> Figure:
-    """Several maps on one colour scale, each over the picture or over its own of as many pictures."""
+    """Several maps on one colour scale, each over the image or over its own of as many images."""
     grids = [theme.to_numpy(grid) for grid in values]
     if not grids or any(grid.ndim != 2 for grid in grids):
         raise ValueError(f"overlays wants at least one map [height width], found {[list(g.shape) for g in grids]}.")
@@ -91,7 +91,7 @@ def overlays(
 
 
 def picture_scale(values: np.ndarray, limits: Sequence[int | float] | None) -> tuple[Normalize, Colormap]:
-    """The scale of values laid over a picture: about 0 for values of both signs, else one that shows on grey."""
+    """The scale of values laid over an image: about 0 for values of both signs, else one that shows on grey."""
     norm, colours = colour_scale(values, "auto", limits)
     return norm, colormaps[theme.ON_PICTURE] if colours.name == theme.UNSIGNED else colours
 
@@ -100,7 +100,7 @@ def _panels(
     image: Image.Image, grids: Sequence[np.ndarray] | np.ndarray, count: int,
     limits: Sequence[int | float] | None, columns: int = 4,
 ) -> tuple[Figure, list[Axes], Normalize, Colormap]:  # fmt: skip
-    """A figure with `count` empty panels in the picture's proportions, and the scale that all maps share."""
+    """A figure with `count` empty panels in the image's proportions, and the scale that all maps share."""
     flat = np.concatenate([grid.ravel() for grid in grids])
     norm, colours = picture_scale(flat, limits)
     columns = min(columns, count)
@@ -116,8 +116,8 @@ def _panels(
 
 
 def show(panel: Axes, image: Image.Image, as_grey: bool = False) -> None:
-    """Draw the picture in a panel, in its own colours or in pale grey below a map."""
-    # Pixel edges lie on whole numbers, so that a box (0, 0, width, height) is exactly the picture; what is drawn is
+    """Draw the image in a panel, in its own colours or in pale grey below a map."""
+    # Pixel edges lie on whole numbers, so that a box (0, 0, width, height) is exactly the image; what is drawn is
     # no larger than a figure can show.
     small = image.convert("RGB")
     small.thumbnail((DRAWN_SIZE, DRAWN_SIZE))
@@ -134,7 +134,7 @@ def lay(
     panel: Axes, image: Image.Image, grid: np.ndarray, box: Box | None,
     patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None, norm: Normalize, colours: Colormap,
 ) -> None:  # fmt: skip
-    """Lay a map over the grey picture, each cell on its patch; NaN shows the grey of what does not exist."""
+    """Lay a map over the grey image, each cell on its patch; NaN shows the grey of what does not exist."""
     show(panel, image, as_grey=True)
     if patch_boxes is None:
         left, top, right, bottom = box or (0, 0, image.width, image.height)
@@ -151,7 +151,7 @@ def lay(
 def cell_boxes(
     image: Image.Image, grid: np.ndarray, box: Box | None, patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None
 ) -> np.ndarray:
-    """Left, top, right, bottom of every cell, row by row: the given ones, else `box` (the picture) divided evenly.
+    """Left, top, right, bottom of every cell, row by row: the given ones, else `box` (the image) divided evenly.
 
     Raises: ValueError where the boxes are not one a cell."""
     if patch_boxes is not None:
@@ -170,7 +170,7 @@ def colour_bar(
     figure: Figure, panels: Sequence[Axes], norm: Normalize, colours: Colormap, label: str, aspect: float | int = 20
 ) -> None:
     """One bar for all panels, as pale as the maps are."""
-    # Opaque white below the half-transparent colours would pale the bar alone; the picture's mean grey does not.
+    # Opaque white below the half-transparent colours would pale the bar alone; the image's mean grey does not.
     bar = figure.colorbar(
         ScalarMappable(norm, colours), ax=list(panels), fraction=0.04, pad=0.02, alpha=OPACITY, aspect=aspect
     )

@@ -133,7 +133,7 @@ def overlay(
     unit: str = "",
     limits: Sequence[int | float] | None = None,
 ) -> Any:
-    """As `plots.overlay`: the picture under the map; a cell's row, column and value under the pointer.
+    """As `plots.overlay`: the image under the map; a cell's row, column and value under the pointer.
 
     Raises: ValueError as `plots.overlay`; ImportError without plotly."""
     go, grid = _plotly(), theme.to_numpy(values)

@@ -79,7 +79,7 @@ def themed() -> Iterator[None]:
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows as a picture, although pyplot does not know of it."""
+    """A figure that a notebook shows as an image, although pyplot does not know of it."""
 
     def _repr_png_(self) -> bytes:
         return encode(self, "png")

@@ -1,11 +1,11 @@
-"""Which places of pictures correspond in two runs, and the rows that edit them.
+"""Which places of images correspond in two runs, and the rows that edit them.
 
-An edit of the tower, the connector or the features reaches the text at the first token of its picture (of its tile,
-where pictures have tiles), in block 0.
+An edit of the tower, the connector or the features reaches the text at the first token of its image (of its tile,
+where images have tiles), in block 0.
 
 Which sites, units and positions a sweep visits, in the order of its axes.
 
-Two runs of a sweep side by side: which positions, pictures and keys of one correspond to those of the other.
+Two runs of a sweep side by side: which positions, images and keys of one correspond to those of the other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KINDS = {
 }
 
 
-class Layout:
+class SweepSites:
     """Which sites, units and positions a sweep visits, in the order of its axes."""
 
     def __init__(self, model: Any, sites: Any, layers: Sequence[int] | None, units: Sequence[int] | None) -> None:
@@ -78,7 +78,7 @@ class Layout:
         self.on_pictures = is_picture_site(self.sites[0])
         if any(is_picture_site(name) != self.on_pictures for name in self.sites):
             raise ValueError(
-                "patch_sweep: sites on pictures and in the text count other positions; sweep them one after another, "
+                "patch_sweep: sites on images and in the text count other positions; sweep them one after another, "
                 f"not {self.sites}."
             )
 
@@ -100,17 +100,17 @@ def _units_of(cfg: Any, sites: Sequence[str], units: Sequence[int]) -> tuple[str
 
 
 def _site_before_the_head(name: str) -> str:
-    """A hook on pictures or inside the decoder's blocks; the merged embedding is what enters block 0."""
+    """A hook on images or inside the decoder's blocks; the merged embedding is what enters block 0."""
     if name == "hook_embed":
         return "blocks.0.hook_resid_pre"
     if name.startswith(("ln_final.", "unembed.")):
         raise ValueError(
-            f"patch_sweep patches hooks of the decoder's blocks, hook_embed and hooks on pictures, not {name!r}."
+            f"patch_sweep patches hooks of the decoder's blocks, hook_embed and hooks on images, not {name!r}."
         )
     return name
 
 
-class Pair:
+class RunPair:
     """One pair: the run that is patched (`base`), the source of the patches, and which positions correspond.
 
     Raises: ValueError where they do not correspond one to one."""
@@ -122,12 +122,16 @@ class Pair:
         source: MultimodalInputs,
         row: int,
         positions: Any,
-        layout: Layout,
+        layout: SweepSites,
     ) -> None:
         self.cfg = cfg
-        self.base, self.source, self.is_each = base[row].trimmed(), source[row].trimmed(), is_each(positions)
+        self.base, self.source, self.is_each = (
+            base[row].without_padding(),
+            source[row].without_padding(),
+            is_each(positions),
+        )
         mine, theirs = (positions_of_row(batch, positions, row) for batch in (base, source))
-        self.here: dict[str, PicturePlaces] = {}  # by site on pictures; "" for the text
+        self.here: dict[str, PicturePlaces] = {}  # by site on images; "" for the text
         self.there: dict[str, PicturePlaces] = {}
         for name in layout.sites if layout.on_pictures else [""]:
             self.here[name], self.there[name] = (
@@ -151,7 +155,7 @@ class Pair:
     def _require_correspondence(self, name: str, positions: Any) -> None:
         """Raises: ValueError where the chosen places of a site do not correspond one to one."""
         here, there = self.here[name], self.there[name]
-        if here.pictures is not None:  # tower and connector: picture by picture
+        if here.pictures is not None:  # tower and connector: image by image
             if not _same_shapes(self.base, self.source):
                 raise _unequal(name, positions, self.base, self.source)
             return
@@ -167,7 +171,7 @@ class Pair:
             )
         if mine != theirs:
             raise ValueError(
-                f"positions={positions!r} are tokens of a picture in one run and of the text (or another picture) in "
+                f"positions={positions!r} are tokens of an image in one run and of the text (or another image) in "
                 "the other: they must correspond one to one. Choose positions by words, such as 'query'."
             )
 
@@ -175,26 +179,24 @@ class Pair:
         together = list(range(len(self.here[name].places)))
         return [[i] for i in together] if self.is_each else [together]
 
-    def empty_rows(self, layout: Layout) -> list[AnyRow]:
+    def empty_rows(self, layout: SweepSites) -> list[AnyRow]:
         """The rows without values, for a plan."""
         return self._rows(layout, {})
 
     @torch.no_grad()
-    def rows(self, model: Any, layout: Layout, sites_read: Sequence[str]) -> tuple[list[AnyRow], BaseRun]:
+    def rows(self, model: Any, layout: SweepSites, sites_read: Sequence[str]) -> tuple[list[AnyRow], BaseRun]:
         """The rows with the source's values, and what the metrics need of the source's own run."""
         logits, cache = model.run_with_cache(self.source, names_filter=sorted({*layout.sites, *sites_read}))
         seen = {site: cache[site][0] for site in sites_read}
         source = BaseRun(self.source, [], [], [], logits[0, -1], seen)
         return self._rows(layout, {name: cache[name] for name in layout.sites}), source
 
-    def _rows(self, layout: Layout, values: dict[str, Tensor]) -> list[AnyRow]:
+    def _rows(self, layout: SweepSites, values: dict[str, Tensor]) -> list[AnyRow]:
         if layout.on_pictures:
             return [
                 row
                 for name, here in self.here.items()
-                for row in picture_rows(
-                    name, values.get(name), here, self.there[name], layout.units, self._groups(name)
-                )
+                for row in crop_rows(name, values.get(name), here, self.there[name], layout.units, self._groups(name))
             ]
         rows: list[AnyRow] = []
         here, there = self.here[""].places, self.there[""].places
@@ -251,19 +253,19 @@ def _layout(inputs: MultimodalInputs, image: int) -> Any:
 
 
 def _same_shapes(a: MultimodalInputs, b: MultimodalInputs) -> bool:
-    """True where the pictures of two rows have one number and the same shapes."""
+    """True where the images of two rows have one number and the same shapes."""
     if a.pixel_values is None or b.pixel_values is None or a.grids != b.grids or a.token_tiles != b.token_tiles:
         return False
-    grids = a.picture_grids is None or b.picture_grids is None or torch.equal(a.picture_grids, b.picture_grids)
+    grids = a.crop_grids is None or b.crop_grids is None or torch.equal(a.crop_grids, b.crop_grids)
     return a.pixel_values.shape == b.pixel_values.shape and grids
 
 
 def _unequal(name: str, positions: Any, base: MultimodalInputs, source: MultimodalInputs) -> ValueError:
-    """The error of pictures that have no common grid, with both."""
+    """The error of images that have no common grid, with both."""
 
     def shown(run: MultimodalInputs) -> str:
         grids = ", ".join(f"{h} x {w}" for h, w in run.grids[0]) or "none"
-        n = 0 if run.picture_rows is None else len(run.picture_rows)
+        n = 0 if run.crop_rows is None else len(run.crop_rows)
         return f"{grids} tokens ({n} tiles)" if run.token_tiles and n != len(run.grids[0]) else f"{grids} tokens"
 
     where = f" at {name}" if name else ""
@@ -281,7 +283,7 @@ def is_picture_site(name: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class PicturePlaces:
-    """Places of a picture site that correspond in two runs: places, pictures (None for image tokens) and the first
+    """Places of an image site that correspond in two runs: places, images (None for image tokens) and the first
     position of the text that each reaches."""
 
     places: Tensor
@@ -290,21 +292,21 @@ class PicturePlaces:
 
 
 def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
-    """How many positions each picture has at a site of the tower or the connector, padding left out."""
-    assert inputs.picture_rows is not None
+    """How many positions each image has at a site of the tower or the connector, padding left out."""
+    assert inputs.crop_rows is not None
     in_tower = name.startswith("vision.")
-    if inputs.picture_grids is None:
-        return [cfg.vision.n_positions if in_tower else cfg.vision.n_features] * len(inputs.picture_rows)
-    sizes = inputs.picture_grids.prod(-1)
+    if inputs.crop_grids is None:
+        return [cfg.vision.n_positions if in_tower else cfg.vision.n_features] * len(inputs.crop_rows)
+    sizes = inputs.crop_grids.prod(-1)
     return (sizes if in_tower else sizes // cfg.vision.merge_size**2).tolist()
 
 
 def first_tokens(cfg: Any, inputs: MultimodalInputs) -> list[int]:
-    """Of each picture the first position of the text that reads it; the last position for a tile that none reads."""
-    assert inputs.picture_images is not None
+    """Of each image the first position of the text that reads it; the last position for a tile that none reads."""
+    assert inputs.crop_images is not None
     layouts = layouts_of(cfg, inputs)
     found, before = [], [0] * len(inputs.spans[0].images)
-    for image in inputs.picture_images.tolist():
+    for image in inputs.crop_images.tolist():
         span = inputs.spans[0].images[image]
         tokens = (inputs.image_mask[0, span].nonzero().flatten() + span.start).tolist()
         tile, before[image] = before[image], before[image] + 1
@@ -318,12 +320,12 @@ def first_tokens(cfg: Any, inputs: MultimodalInputs) -> list[int]:
 
 
 def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any, is_each: bool) -> PicturePlaces:
-    """Where a site on pictures is edited. Words and regions choose image tokens (of features); at the tower and the
-    connector, numbers and slices count positions of every picture, and "all" or "each" takes them all.
+    """Where a site on images is edited. Words and regions choose image tokens (of features); at the tower and the
+    connector, numbers and slices count positions of every image, and "all" or "each" takes them all.
 
     Raises: ValueError for a selection that the site does not have."""
-    if inputs.picture_rows is None or inputs.picture_images is None:
-        raise ValueError(f"{name}: {inputs!r} holds no pictures to patch.")
+    if inputs.crop_rows is None or inputs.crop_images is None:
+        raise ValueError(f"{name}: {inputs!r} holds no images to patch.")
     tokens, reached = inputs.image_mask[0].nonzero().flatten(), reached_from(cfg, inputs)
     if row_of(name).axis_names[0] == "n_image_tokens":
         chosen = position_mask(inputs, "image" if is_each else positions)[0][tokens]
@@ -339,7 +341,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
         asked = [int(p) for p in positions]
     if not (whole or asked is not None or isinstance(positions, slice)):
         raise ValueError(
-            f"positions={positions!r} name tokens of the text; {name} lies on pictures: give 'all', 'each', numbers "
+            f"positions={positions!r} name tokens of the text; {name} lies on images: give 'all', 'each', numbers "
             "or a slice of its own positions, or patch hook_image_features, what the decoder reads."
         )
     first = reached[first_tokens(cfg, inputs)].tolist()
@@ -351,7 +353,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
         elif all(-size <= p < size for p in asked):
             chosen = [every[p] for p in asked]
         else:
-            raise ValueError(f"positions={positions!r}: picture {picture} has {size} positions at {name}.")
+            raise ValueError(f"positions={positions!r}: image {picture} has {size} positions at {name}.")
         places += chosen
         pictures += [picture] * len(chosen)
         starts += [first[picture]] * len(chosen)
@@ -360,7 +362,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
     return PicturePlaces(torch.tensor(places), torch.tensor(pictures), torch.tensor(starts))
 
 
-def picture_rows(
+def crop_rows(
     name: str,
     value: Tensor | None,
     here: PicturePlaces,

@@ -5,7 +5,7 @@ The run that rows of a sweep leave: what it computed, kept so that they need not
 The exact suffix engine: rows recompute only the layers and positions that their edit can reach.
 
 With a causal decoder an edit at layer l and positions >= p leaves every activation of layers < l and of
-positions < p as it was (a picture whose tokens read each other in both directions is one position here: an edit inside
+positions < p as it was (an image whose tokens read each other in both directions is one position here: an edit inside
 reaches it from its first token). Rows of many edits travel through the layers together, each joining the batch at its
 own layer (a staircase), as further queries on the base run's keys.
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from veena_lens.components.context import Context
 from veena_lens.components.kv_cache import SharedPrefix
 from veena_lens.hook_table import layer_of
-from veena_lens.images.layout import image_blocks
+from veena_lens.images.layout import image_runs
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.forward import run_blocks
 from veena_lens.positions import position_mask
@@ -81,7 +81,7 @@ def run_staircase(
 ) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
     """(logits of the last position, or None; the activations at `sites` [rows pos ...]) of each row.
 
-    All rows must share their first position, and edit the text's blocks or the pictures, not both."""
+    All rows must share their first position, and edit the text's blocks or the images, not both."""
     start, n_layers = rows[0].start, model.cfg.n_layers
     last_layer = n_layers - 1 if with_logits else max(layer_of(site) or 0 for site in sites)
     order = sorted(range(len(rows)), key=lambda i: rows[i].layer)
@@ -93,7 +93,7 @@ def run_staircase(
         [v[:start] for v in base.values],
         start,
         model.cfg.window,
-        image_blocks(model.cfg, base.inputs),
+        image_runs(model.cfg, base.inputs),
     )
     entering = encode_again(model, base, rows) if rows[0].is_picture else None
     deepstack = base.deepstack if entering is None else entering.deepstack

@@ -1,6 +1,6 @@
 """Generation sweeps: one prompt continued under many interventions, decoded as one batch.
 
-Pictures are encoded once and the prompt runs once. With a causal decoder an intervention at positions >= p leaves
+Images are encoded once and the prompt runs once. With a causal decoder an intervention at positions >= p leaves
 every earlier position as it was, so the rows share the keys and values before the first position that any of them
 edits; each recomputes its own tail and goes on from there, token by token.
 """
@@ -17,11 +17,11 @@ from torch import Tensor
 from veena_lens.components.context import Context
 from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.hook_table import row_of
-from veena_lens.images.layout import image_blocks, reached_from
+from veena_lens.images.layout import image_runs, reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.patch import Patch
-from veena_lens.model.forward import Run, run_blocks
+from veena_lens.model.forward import PassSpan, run_blocks
 from veena_lens.sweeps.engine import bar, require_engine
 
 
@@ -93,10 +93,10 @@ def generation_sweep(
     show = bar(len(inputs) * len(lists), progress, "continuations")
     tokens: list[list[list[int]]] = []
     for i in range(len(inputs)):
-        row = model._as_prompt(inputs[i].trimmed())
+        row = model._as_prompt(inputs[i].without_padding())
         found: list[list[int]] = [[] for _ in lists]
         starts = [first_edited(model, row, mine) for mine in lists]
-        again = [any(_on_pictures(model, item) for item in mine) for mine in lists]  # these encode their own pictures
+        again = [any(_on_pictures(model, item) for item in mine) for mine in lists]  # these encode their own images
         for members in _batches(again, starts, max_rows):
             mine = [lists[j] for j in members]
             if engine == "naive":
@@ -124,7 +124,7 @@ def _on_pictures(model: Any, item: Any) -> bool:
 
 
 def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-    """Entries that decode together: those that edit pictures apart from the others, earlier starts first."""
+    """Entries that decode together: those that edit images apart from the others, earlier starts first."""
     for kind in (False, True):
         order = sorted((j for j in range(len(starts)) if again[j] == kind), key=lambda j: starts[j])
         for at in range(0, len(order), max_rows):
@@ -149,7 +149,7 @@ def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tens
 def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
     """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
     for its logits."""
-    first, run = row.shape[1] - 1, Run(row, 0, row.shape[1])
+    first, run = row.shape[1] - 1, PassSpan(row, 0, row.shape[1])
     for item in interventions:
         if isinstance(item, Patch) and item.is_whole:
             return 0  # its values are those of whole rows, position by position
@@ -169,7 +169,7 @@ def _continue(
     """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
     n, length = len(lists), row.shape[1]
     base = KVCache(model.cfg.n_layers)
-    with model._running(Run(row, 0, length)) as run:
+    with model._running(PassSpan(row, 0, length)) as run:
         embed, deepstack = model._embed(row)
         run_blocks(model.blocks, embed, model._context(run, base, deepstack=deepstack))
     keys, values = zip(*(base.layer(layer) for layer in range(model.cfg.n_layers)), strict=True)
@@ -178,7 +178,7 @@ def _continue(
         [v[0, :start] for v in values],
         start,
         model.cfg.window,
-        image_blocks(model.cfg, row),
+        image_runs(model.cfg, row),
     )
     rows = row[[0] * n]
     tail = KVCache(model.cfg.n_layers)
@@ -187,14 +187,14 @@ def _continue(
     def next_logits(new: Tensor) -> Tensor:
         n_new = new.shape[1]
         if n_new:
-            run = Run(rows, length + n_new - 1, length + n_new)
+            run = PassSpan(rows, length + n_new - 1, length + n_new)
             positions, added = rows.position_ids[..., -1:] + n_new, {}
             with model._running(run):
                 return forward(model.hook_embed(model.embed(new[:, -1:])), run, positions, added)
-        run = Run(rows, start, length)
+        run = PassSpan(rows, start, length)
         positions = rows.position_ids[..., start:]
-        if on_pictures:  # the pictures of each row under its own edits
-            with model._running(Run(rows, 0, length)):
+        if on_pictures:  # the images of each row under its own edits
+            with model._running(PassSpan(rows, 0, length)):
                 resid, added = model._embed(rows)
             resid = resid[:, start:]
         else:
@@ -203,7 +203,7 @@ def _continue(
         with model._running(run):
             return forward(resid if on_pictures else model.hook_embed(resid), run, positions, added)
 
-    def forward(resid: Tensor, run: Run, positions: Tensor, added: dict[int, Tensor]) -> Tensor:
+    def forward(resid: Tensor, run: PassSpan, positions: Tensor, added: dict[int, Tensor]) -> Tensor:
         context = Context(
             key_mask=None,
             n_past=run.start,
@@ -219,5 +219,5 @@ def _continue(
         return model._unembed(context.with_deepstack(model.cfg.n_layers, resid)[:, -1:])[:, -1]
 
     with model.intervene(per_row=lists):
-        model._check_reach(Run(rows, 0, length))
+        model._check_reach(PassSpan(rows, 0, length))
         return list(model._decode_steps(rows, settings, next_logits))[-1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from veena_lens.hook_table import layer_of, require_hook
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.model.forward import Run, run_blocks
+from veena_lens.model.forward import PassSpan, run_blocks
 from veena_lens.positions import parse, position_mask
 
 DIRECTIONS = ("denoising", "noising")
@@ -51,7 +51,7 @@ def places_of(inputs: MultimodalInputs, row: int, positions: Any) -> Int[Tensor,
     """The chosen positions of one row, in the padded sequence; numbers count in the row without its pads.
 
     Raises: ValueError where they select nothing."""
-    alone = bare(inputs)[row].trimmed()
+    alone = bare(inputs)[row].without_padding()
     chosen = position_mask(alone, positions)[0]
     if not bool(chosen.any()):
         raise ValueError(f"positions={positions!r} select nothing in row {row} of {inputs!r}.")
@@ -154,7 +154,7 @@ class Measure:
         """Logits of each row's last real position where a metric reads them; no further layer than needed."""
         model, stop = self.model, self.stop
         if entering is not None:
-            with model._running(Run(inputs, 0, inputs.shape[1])) as run:
+            with model._running(PassSpan(inputs, 0, inputs.shape[1])) as run:
                 context = model._context(run, None, deepstack=dict(entering.deepstack))
                 resid = run_blocks(model.blocks, entering.resid, context, entering.layer, stop)
                 if stop is not None:

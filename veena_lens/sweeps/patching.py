@@ -15,7 +15,7 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse
-from veena_lens.sweeps.alignment import Layout, Pair, is_each
+from veena_lens.sweeps.alignment import RunPair, SweepSites, is_each
 from veena_lens.sweeps.engine import (
     bar,
     base_metrics,
@@ -52,10 +52,10 @@ def patch_sweep(
     """The metric under each patch of one run's activation into the other, over pairs of rows.
 
     sites: "heads" (attn.hook_z of one head), "resid" (hook_resid_pre), "attn_out", "mlp_out", "neurons"
-    (mlp.hook_post of one neuron), or hook names: of the decoder's blocks, hook_embed, or on pictures (tower,
+    (mlp.hook_post of one neuron), or hook names: of the decoder's blocks, hook_embed, or on images (tower,
     connector, hook_image_features). positions: "each" patches one position at a time; any other selection ("last",
     "query", an int, a slice, a mask, a Box) is patched together; numbers count in each row without its pads, at
-    tower and connector in every picture. layers, units: which layers and heads or neurons (default: all). metric:
+    tower and connector in every image. layers, units: which layers and heads or neurons (default: all). metric:
     see veena_lens.sweeps.metrics; a dictionary of metrics reads the same runs. Rows travel together up to
     `max_rows`, or as many as `max_bytes` of activations hold. out: a folder where results are kept as they come;
     the same sweep resumes there. plan_only returns the Plan and runs nothing.
@@ -73,11 +73,11 @@ def patch_sweep(
         raise ValueError(f"{len(clean)} clean rows and {len(corrupted)} corrupted ones; pairs need equal numbers.")
     if not is_each(positions):
         parse(positions)
-    layout = Layout(model, sites, layers, units)
+    layout = SweepSites(model, sites, layers, units)
     sites_read = sites_of(model, metrics)
     require_engine(model, engine)
     base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    pairs = [Pair(model.cfg, base, source, i, positions, layout) for i in range(len(base))]
+    pairs = [RunPair(model.cfg, base, source, i, positions, layout) for i in range(len(base))]
     lengths = [pair.n_groups for pair in pairs]
     if len(set(lengths)) > 1:
         raise ValueError(
@@ -116,8 +116,8 @@ def patch_sweep(
 
 def _result(
     model: Any,
-    layout: Layout,
-    pairs: list[Pair],
+    layout: SweepSites,
+    pairs: list[RunPair],
     values: Tensor,
     clean: Tensor,
     corrupted: Tensor,
@@ -157,7 +157,7 @@ def _result(
     )
 
 
-def _texts(model: Any, layout: Layout, pairs: list[Pair], positions: Any) -> dict[str, list[str]]:
+def _texts(model: Any, layout: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
     """What stands at each position, to label the axis "pos": where every one is patched, and all pairs say the same."""
     rows = {tuple(pair.base.tokens[0].tolist()) for pair in pairs}
     if not is_each(positions) or layout.on_pictures or len(rows) > 1 or model.tokenizer is None:

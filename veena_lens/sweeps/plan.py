@@ -15,14 +15,14 @@ from veena_lens.sweeps.tower import blocks_again
 @dataclass(frozen=True)
 class Plan:
     """`token_layers` counts positions times layers of the decoder that are recomputed; `naive` the same for whole
-    forwards. `tower_blocks` counts blocks of the tower that pictures pass again, once a picture; `naive_tower` the same
-    for whole forwards, each of which encodes its pictures."""
+    forwards. `tower_blocks` counts blocks of the tower that images pass again, once an image; `naive_tower` the same
+    for whole forwards, each of which encodes its images."""
 
     n_rows: int
     n_positions: int
     n_layers: int
     token_layers: int
-    n_whole: int  # rows that reach everything from the first picture on, which no engine can shorten
+    n_whole: int  # rows that reach everything from the first image on, which no engine can shorten
     row_bytes: int = 0  # activations of the longest row while it is in a block
     tower_blocks: int = 0
     naive_tower: int = 0
@@ -60,14 +60,14 @@ def plan_of(cfg: Any, rows: Sequence[AnyRow], inputs: MultimodalInputs) -> Plan:
     whole = sum(row.start <= first and row.layer == 0 for row in rows)
     longest = max((n_positions - row.start for row in rows), default=0)
     size = row_bytes(cfg, longest, n_positions)
-    n_pictures = 0 if inputs.picture_rows is None else len(inputs.picture_rows)
+    n_pictures = 0 if inputs.crop_rows is None else len(inputs.crop_rows)
     again = naive = 0
     if n_pictures:
         n_blocks = cfg.vision.n_layers
         again = sum(len(row.held) * blocks_again(row.site, n_blocks) for row in rows if isinstance(row, PictureRow))
         naive = len(rows) * n_pictures * n_blocks
         held = max((len(row.held) for row in rows if isinstance(row, PictureRow)), default=0)
-        patches = cfg.vision.n_positions if inputs.picture_grids is None else int(inputs.picture_grids.prod(-1).max())
+        patches = cfg.vision.n_positions if inputs.crop_grids is None else int(inputs.crop_grids.prod(-1).max())
         size = max(size, row_bytes(cfg.vision, patches, patches, cfg.dtype) * held)
     return Plan(len(rows), n_positions, cfg.n_layers, cost, whole, size, again, naive)
 

@@ -1,8 +1,8 @@
 """A row of a sweep: one edit of one activation, and the runs it is made from.
 
 A row knows the layer where it leaves the base run and the first position it reaches; everything before either
-is the base run's own. An edit of the picture's way into the text (tower, connector, features) leaves it before block 0,
-at the first token of that picture.
+is the base run's own. An edit of the image's way into the text (tower, connector, features) leaves it before block 0,
+at the first token of that image.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Row:
     """Edit of `site` at `positions` of the base run: the source's `value` put in place, or (`add`) added.
 
     value: [n ...] for the n positions, in the site's axes without batch; unit: one head or neuron, None for all.
-    `first`: the first position that it reaches, where that lies before its own (a picture whose tokens read each other
+    `first`: the first position that it reaches, where that lies before its own (an image whose tokens read each other
     in both directions is reached from its first token).
     """
 
@@ -69,7 +69,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class PictureRow:
-    """Edit of a site on pictures: `value` [n ...] at `places`, of which `pictures` [n] says the picture (None where
+    """Edit of a site on images: `value` [n ...] at `places`, of which `pictures` [n] says the image (None where
     the site's first axis counts image tokens). `start`: the first position of the text that it reaches."""
 
     site: str
@@ -83,13 +83,13 @@ class PictureRow:
 
     @property
     def held(self) -> list[int]:
-        """The pictures that it edits."""
+        """The images that it edits."""
         return [] if self.pictures is None else sorted(set(self.pictures.tolist()))
 
     def edit(
         self, activation: Float[Tensor, ...], start: int, pictures: Sequence[int] | None = None
     ) -> Float[Tensor, ...]:
-        """The activation on this row's pictures (or its image tokens), edited out of place; `pictures` are those
+        """The activation on this row's images (or its image tokens), edited out of place; `pictures` are those
         that it holds (default: those that are edited)."""
         axes = row_of(self.site).axis_names
         places, value = self.places.to(activation.device), self.value.to(activation)
@@ -115,7 +115,7 @@ AnyRow: TypeAlias = Row | PictureRow
 
 @dataclass(frozen=True, eq=False)
 class SeenPictures:
-    """What the base run's tower and connector made of every picture [picture ...]: the residual that enters a block
+    """What the base run's tower and connector made of every image [image ...]: the residual that enters a block
     (n_layers: leaves the last), what features and inner layers are read from, features, and what the connector and
     the mergers of inner layers make of them."""
 

@@ -76,7 +76,7 @@ def steer_sweep(
     sites = sites_of(model, metrics)
     swept: list[tuple[MultimodalInputs, list[Row]]] = []
     for i in range(len(inputs)):
-        row = inputs[i].trimmed()
+        row = inputs[i].without_padding()
         places = position_mask(row, positions_of_row(inputs, positions, i))[0].nonzero().flatten()
         if not len(places):
             raise ValueError(f"positions={positions!r} select nothing in row {i}.")

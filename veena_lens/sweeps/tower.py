@@ -1,7 +1,7 @@
-"""Running pictures again from the block where a row edits them, and no others.
+"""Running images again from the block where a row edits them, and no others.
 
-The tower has no causal order, so an edit reaches every patch of its own picture, but no other picture and no earlier
-block. Edited pictures of many rows go through the tower together, each joining the batch at its own block (a
+The tower has no causal order, so an edit reaches every patch of its own image, but no other image and no earlier
+block. Edited images of many rows go through the tower together, each joining the batch at its own block (a
 staircase, as in the decoder); what the base run knows of the rest is put beside them.
 """
 
@@ -32,7 +32,7 @@ class Entering:
 
 
 def depth_of(site: str, n_layers: int) -> int:
-    """Where an edit of pictures leaves the base run: -1 before block 0 of the tower, its block, n_layers after the
+    """Where an edit of images leaves the base run: -1 before block 0 of the tower, its block, n_layers after the
     last block, n_layers + 1 in the connector, n_layers + 2 where features enter the text."""
     if site in FEATURE_SITES or site.startswith("deepstack."):
         return n_layers + 2
@@ -45,7 +45,7 @@ def depth_of(site: str, n_layers: int) -> int:
 
 
 def blocks_again(site: str, n_layers: int) -> int:
-    """How many blocks of the tower an edited picture passes."""
+    """How many blocks of the tower an edited image passes."""
     return n_layers - min(max(depth_of(site, n_layers), 0), n_layers)
 
 
@@ -64,7 +64,7 @@ def names_to_keep(model: Any, sites: Sequence[str]) -> dict[str, str]:
 
 @torch.no_grad()
 def seen_pictures(model: Any, found: dict[str, Tensor]) -> SeenPictures:
-    """What the base run's tower and connector made of all pictures, under the names of `names_to_keep`."""
+    """What the base run's tower and connector made of all images, under the names of `names_to_keep`."""
 
     def part(word: str) -> dict[int, Tensor]:
         return {int(name.split()[1]): x for name, x in found.items() if name.startswith(word)}
@@ -76,9 +76,9 @@ def seen_pictures(model: Any, found: dict[str, Tensor]) -> SeenPictures:
 
 
 def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> Entering:
-    """The merged sequence of each row, under its own edit of the pictures.
+    """The merged sequence of each row, under its own edit of the images.
 
-    Features are edited where they lie in the sequence; for tower and connector the pictures that a row edits run again
+    Features are edited where they lie in the sequence; for tower and connector the images that a row edits run again
     from the edited place on, and their features take the place of the base run's."""
     n, tokens = len(rows), base.inputs.image_mask[0].nonzero().flatten()
     resid = base.resid[0].expand(n, -1, -1).clone()
@@ -99,7 +99,7 @@ def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> Entering:
 
 
 class _Again:
-    """Edited pictures of rows, in the order in which they leave the base run; `pictures` of all rows one after another.
+    """Edited images of rows, in the order in which they leave the base run; `pictures` of all rows one after another.
 
     projected: what the connector makes of them; merged: what the mergers of inner layers make of them."""
 
@@ -143,8 +143,8 @@ class _Again:
 
         return [(site, make(members)) for site, members in by_site.items()]
 
-    def _of(self, value: Shaped[Tensor, "picture ..."], first: int, stop: int) -> Shaped[Tensor, "entry ..."]:
-        """The base run's value of the pictures of rows first .. stop - 1."""
+    def _of(self, value: Shaped[Tensor, "crop ..."], first: int, stop: int) -> Shaped[Tensor, "entry ..."]:
+        """The base run's value of the images of rows first .. stop - 1."""
         at = self.pictures[self.ends[first] : self.ends[stop]]
         return value[at.to(value.device)]
 
@@ -201,7 +201,7 @@ class _Again:
                 stream[i, tokens] = self._packed(known, fresh[at], place, inputs).to(stream)
 
     def _packed(self, known: Tensor, fresh: Tensor, place: int, inputs: MultimodalInputs) -> Tensor:
-        """Features of the image tokens of a row: the base run's, but for the pictures that it edits."""
+        """Features of the image tokens of a row: the base run's, but for the images that it edits."""
         whole = known.clone()
         whole[self.held[place]] = fresh
         return self.model._pack(whole, inputs)

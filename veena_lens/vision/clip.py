@@ -1,13 +1,13 @@
 """CLIP and SigLIP towers: patches, positions, blocks; features are residual streams of chosen depth.
 
 SigLIP differs from CLIP by a bias on the patches, no class token and no norm before the blocks. Some models norm the
-features after the blocks, take pictures that fill a part of the square only, or join squares of patches into one
+features after the blocks, take crops that fill a part of the square only, or join squares of patches into one
 feature. Weights that never reach the features (later blocks, a last norm that is not applied, SigLIP's pooling head)
 are kept, without hooks, so that a model can be exported whole.
 
-Positions of patches by the share of a picture's height and width at which they lie (Idefics3).
+Positions of patches by the share of a crop's height and width at which they lie (Idefics3).
 
-A square table of positions is read at floor(side * share): a picture that fills only a part of the square that it is
+A square table of positions is read at floor(side * share): a crop that fills only a part of the square that it is
 padded to still spreads over the whole table. The rounding of the shares to float32, which now and then puts a patch
 into the bucket before its own, is the checkpoints' own.
 """
@@ -29,18 +29,18 @@ from veena_lens.components.context import Context
 from veena_lens.components.hooks import drop_hooks
 from veena_lens.components.norms import LayerNorm
 from veena_lens.config import VisionConfig
-from veena_lens.vision.connector import Seen
+from veena_lens.vision.connector import TowerOutput
 
 ALMOST_ONE = 1.0 - 1e-6  # the last share that still falls into the last bucket
 
 
-def fraction_positions(real: Bool[Tensor, "picture height width"], side: int) -> Int[Tensor, "picture patch"]:
+def fraction_positions(real: Bool[Tensor, "crop height width"], side: int) -> Int[Tensor, "crop patch"]:
     """Row of the table of side * side positions for every patch, patches of padding getting row 0.
 
-    real: True at the patches that a picture has; its first column and row tell its height and width."""
+    real: True at the patches that a crop has; its first column and row tell its height and width."""
     edges = torch.arange(1 / side, 1.0, 1 / side, device=real.device)
 
-    def buckets(n_real: Int[Tensor, " picture"], length: int) -> Int[Tensor, "picture length"]:
+    def buckets(n_real: Int[Tensor, " crop"], length: int) -> Int[Tensor, "crop length"]:
         at = torch.arange(length, dtype=torch.float32, device=real.device)
         shares = (at[None] * (1.0 / n_real)[:, None]).clamp(max=ALMOST_ONE)
         return torch.bucketize(shares, edges, right=True)
@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
         self.weight = nn.Parameter(torch.empty(size).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.kind == "siglip" else None
 
-    def forward(self, pixels: Float[Tensor, "picture channel height width"]) -> Float[Tensor, "picture pos d_model"]:
+    def forward(self, pixels: Float[Tensor, "crop channel height width"]) -> Float[Tensor, "crop pos d_model"]:
         x = F.conv2d(pixels, self.weight, self.bias, stride=self.patch_size)
         return rearrange(x, "n c h w -> n (h w) c")
 
@@ -91,7 +91,7 @@ class Unused(nn.Module):
 
 
 class ClipTower(nn.Module):
-    """Pictures -> features [picture pos d_features]; the widths of several feature layers are joined."""
+    """Pictures -> features [crop pos d_features]; the widths of several feature layers are joined."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -108,23 +108,23 @@ class ClipTower(nn.Module):
 
     def forward(
         self,
-        pixels: Float[Tensor, "picture channel height width"],
-        real: Bool[Tensor, "picture pos"] | None = None,
-    ) -> Seen:
-        """`real` is False at the patches that a picture smaller than its square does not have."""
+        pixels: Float[Tensor, "crop channel height width"],
+        real: Bool[Tensor, "crop pos"] | None = None,
+    ) -> TowerOutput:
+        """`real` is False at the patches that a crop smaller than its square does not have."""
         resid, kept = self.embed(pixels, real), {}
         context = self.context(real, resid.shape[1], resid.device)
         for layer in range(self.cfg.n_layers):
             resid = self.step(layer, resid, context, kept)
         return self.leave(resid, kept)
 
-    def context(self, real: Bool[Tensor, "picture pos"] | None, length: int, device: torch.device) -> Context:
-        """What the blocks share: every patch of a picture is read by every other."""
+    def context(self, real: Bool[Tensor, "crop pos"] | None, length: int, device: torch.device) -> Context:
+        """What the blocks share: every patch of a crop is read by every other."""
         return Context(key_mask=None if real is None else real.to(device), n_new=length, is_causal=False)
 
     def step(
-        self, layer: int, resid: Float[Tensor, "picture pos d_model"], context: Context, kept: dict[int, Tensor]
-    ) -> Float[Tensor, "picture pos d_model"]:
+        self, layer: int, resid: Float[Tensor, "crop pos d_model"], context: Context, kept: dict[int, Tensor]
+    ) -> Float[Tensor, "crop pos d_model"]:
         """The residual after one block; what enters it goes into `kept` where it is a feature."""
         block: Any = self.blocks[layer]
         resid = block.hook_resid_pre(resid)
@@ -132,19 +132,19 @@ class ClipTower(nn.Module):
             kept[layer] = resid
         return block.rest(resid, context)
 
-    def leave(self, resid: Float[Tensor, "picture pos d_model"], kept: Mapping[int, Tensor]) -> Seen:
+    def leave(self, resid: Float[Tensor, "crop pos d_model"], kept: Mapping[int, Tensor]) -> TowerOutput:
         """The features: streams of the chosen depths side by side; patches of a square joined, or averaged."""
         streams = {**kept, self.cfg.n_layers: resid}
         chosen = torch.cat([streams[i] for i in self.cfg.feature_layers], -1)
         if self.ln_post is not None:
             chosen = self.ln_post(chosen)
         height, side = self.cfg.token_grid[0], self.cfg.merge_size
-        if self.cfg.averages_squares:
+        if self.cfg.averages_patches:
             squares = rearrange(chosen, "n (h w) d -> n d h w", h=self.cfg.grid[0]).contiguous()
             chosen = F.avg_pool2d(squares, side).flatten(2).transpose(1, 2)
         elif side > 1:
             chosen = rearrange(chosen, "n (h a w b) d -> n (h w) (a b d)", h=height, a=side, b=side)
-        return Seen(chosen[:, 1:] if self.cfg.drop_class_token else chosen)
+        return TowerOutput(chosen[:, 1:] if self.cfg.drop_class_token else chosen)
 
     def kept_names(self) -> dict[int, str]:
         """The hook that hears each value of `kept`."""
@@ -152,25 +152,25 @@ class ClipTower(nn.Module):
 
     def embed(
         self,
-        pixels: Float[Tensor, "picture channel height width"],
-        real: Bool[Tensor, "picture pos"] | None = None,
-    ) -> Float[Tensor, "picture pos d_model"]:
+        pixels: Float[Tensor, "crop channel height width"],
+        real: Bool[Tensor, "crop pos"] | None = None,
+    ) -> Float[Tensor, "crop pos d_model"]:
         """The residual stream that enters block 0."""
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
         if self.cfg.has_class_token:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.hook_embed(x)
         positions = self.pos_embed.weight
-        if self.cfg.has_fraction_positions:
+        if self.cfg.positions_by_fraction:
             positions = self.pos_embed(self._fractions(real, x.device))
         if self.hook_pos_embed._forward_hooks or self.hook_pos_embed._backward_hooks:
-            # A copy a picture: the weight itself must not be reached by an edit in place.
+            # A copy a crop: the weight itself must not be reached by an edit in place.
             positions = self.hook_pos_embed(positions.expand(len(x), -1, -1).clone())
         x = x + positions
         return x if self.ln_pre is None else self.ln_pre(x)
 
-    def _fractions(self, real: Bool[Tensor, "picture pos"] | None, device: torch.device) -> Int[Tensor, "#picture pos"]:
-        """Places in the table of positions, one row for all pictures where they are whole."""
+    def _fractions(self, real: Bool[Tensor, "crop pos"] | None, device: torch.device) -> Int[Tensor, "#crop pos"]:
+        """Places in the table of positions, one row for all crops where they are whole."""
         height, width = self.cfg.grid
         if real is None:
             real = torch.ones(1, height * width, dtype=torch.bool)

@@ -19,11 +19,11 @@ from veena_lens.config import ConnectorConfig
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """Features [picture pos d_features], and the outputs of the inner layers that the decoder reads besides."""
+class TowerOutput:
+    """Features [crop pos d_features], and the outputs of the inner layers that the decoder reads besides."""
 
-    features: Float[Tensor, "picture pos d_features"]
-    inner: tuple[Float[Tensor, "picture patch d_model"], ...] = ()
+    features: Float[Tensor, "crop pos d_features"]
+    inner: tuple[Float[Tensor, "crop patch d_model"], ...] = ()
 
 
 class Connector(nn.Module):
@@ -36,7 +36,7 @@ class Connector(nn.Module):
         self.proj_out = nn.Linear(cfg.d_hidden, cfg.d_out, bias=cfg.bias)
         self.hook_in, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
 
-    def forward(self, features: Float[Tensor, "picture pos d_in"]) -> Float[Tensor, "picture pos d_model"]:
+    def forward(self, features: Float[Tensor, "crop pos d_in"]) -> Float[Tensor, "crop pos d_model"]:
         pre = self.hook_pre(self.proj_in(self.hook_in(features)))
         return self.hook_out(self.proj_out(self.hook_post(self.act(pre))))
 
@@ -49,7 +49,7 @@ class LinearConnector(nn.Module):
         self.proj = nn.Linear(cfg.d_in, cfg.d_out, bias=cfg.bias)
         self.hook_in, self.hook_out = HookPoint(), HookPoint()
 
-    def forward(self, features: Float[Tensor, "picture pos d_in"]) -> Float[Tensor, "picture pos d_model"]:
+    def forward(self, features: Float[Tensor, "crop pos d_in"]) -> Float[Tensor, "crop pos d_model"]:
         return self.hook_out(self.proj(self.hook_in(features)))
 
 
@@ -62,7 +62,7 @@ class NormedConnector(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.d_in, cfg.d_out).normal_(std=0.02))
         self.hook_in, self.hook_out = HookPoint(), HookPoint()
 
-    def forward(self, features: Float[Tensor, "picture pos d_in"]) -> Float[Tensor, "picture pos d_model"]:
+    def forward(self, features: Float[Tensor, "crop pos d_in"]) -> Float[Tensor, "crop pos d_model"]:
         return self.hook_out(self.norm(self.hook_in(features)) @ self.weight)
 
 

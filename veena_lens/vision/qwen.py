@@ -1,6 +1,6 @@
-"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: pictures of any size, rotary positions over rows and columns.
+"""The towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL: crops of any size, rotary positions over rows and columns.
 
-Pictures (an image, or a pair of frames of a video) are padded to the longest of the batch and attend to
+Crops (an image, or a pair of frames of a video) are padded to the longest of the batch and attend to
 themselves alone. Windows (Qwen2.5-VL) are a mask of a block: patches keep the order in which the processor gives
 them, so that a pattern reads the same in every block. After the blocks, squares of patches are joined: each is what
 one token of the text reads.
@@ -25,15 +25,15 @@ from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
 from veena_lens.components.norms import LayerNorm, make_norm
 from veena_lens.config import ConnectorConfig, VisionConfig
 from veena_lens.images.dynamic import axial_tables, patch_places, resampled, window_numbers
-from veena_lens.vision.connector import Seen
+from veena_lens.vision.connector import TowerOutput
 
 
-def joined_squares(x: Float[Tensor, "picture pos d_model"], merge: int) -> Float[Tensor, "picture token d_joined"]:
+def joined_squares(x: Float[Tensor, "crop pos d_model"], merge: int) -> Float[Tensor, "crop token d_joined"]:
     """Patches of a square side by side, as one vector."""
     return rearrange(x, "n (p k) d -> n p (k d)", k=merge**2)
 
 
-def _sizes(grids: Int[Tensor, "picture 2"] | None) -> list[tuple[int, int]]:
+def _sizes(grids: Int[Tensor, "crop 2"] | None) -> list[tuple[int, int]]:
     assert grids is not None
     return [(int(h), int(w)) for h, w in grids.tolist()]
 
@@ -46,12 +46,12 @@ class FlatPatchEmbed(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.d_model, cfg.patch_width).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(cfg.d_model)) if cfg.patch_bias else None
 
-    def forward(self, patches: Float[Tensor, "picture pos d_patch"]) -> Float[Tensor, "picture pos d_model"]:
+    def forward(self, patches: Float[Tensor, "crop pos d_patch"]) -> Float[Tensor, "crop pos d_model"]:
         return F.linear(patches, self.weight, self.bias)
 
 
 class QwenTower(nn.Module):
-    """Patches [picture pos d_patch], padded, with each picture's grid -> features of joined squares."""
+    """Patches [crop pos d_patch], padded, with each crop's grid -> features of joined squares."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class QwenTower(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
         self.ln_post = make_norm(cfg)
 
-    def forward(self, patches: Float[Tensor, "picture pos d_patch"], grids: Int[Tensor, "picture 2"] | None) -> Seen:
+    def forward(self, patches: Float[Tensor, "crop pos d_patch"], grids: Int[Tensor, "crop 2"] | None) -> TowerOutput:
         resid, kept = self.embed(patches, grids), {}
         context = self.context(grids, resid.shape[1], resid.device)
         for layer in range(self.cfg.n_layers):
@@ -72,18 +72,18 @@ class QwenTower(nn.Module):
         return self.leave(resid, kept)
 
     def embed(
-        self, patches: Float[Tensor, "picture pos d_patch"], grids: Int[Tensor, "picture 2"] | None
-    ) -> Float[Tensor, "picture pos d_model"]:
+        self, patches: Float[Tensor, "crop pos d_patch"], grids: Int[Tensor, "crop 2"] | None
+    ) -> Float[Tensor, "crop pos d_model"]:
         """The residual stream that enters block 0."""
         resid = self.hook_embed(self.patch_embed(patches.to(self.patch_embed.weight.dtype)))
         if not self.cfg.position_grid:
             return resid
         positions = self.position_embeddings(_sizes(grids))
-        missing = resid.shape[1] - positions.shape[1]  # pictures may be padded beyond the longest of them
+        missing = resid.shape[1] - positions.shape[1]  # crops may be padded beyond the longest of them
         return resid + self.hook_pos_embed(F.pad(positions, (0, 0, 0, missing)) if missing else positions)
 
-    def context(self, grids: Int[Tensor, "picture 2"] | None, length: int, device: torch.device) -> Context:
-        """What the blocks share: which patches exist, and where each lies in its picture."""
+    def context(self, grids: Int[Tensor, "crop 2"] | None, length: int, device: torch.device) -> Context:
+        """What the blocks share: which patches exist, and where each lies in its crop."""
         sizes = _sizes(grids)
         places = pad_sequence([patch_places(size, self.cfg.merge_size) for size in sizes], batch_first=True)
         places = F.pad(places, (0, 0, 0, length - places.shape[1]))
@@ -107,32 +107,32 @@ class QwenTower(nn.Module):
         )
 
     def step(
-        self, layer: int, resid: Float[Tensor, "picture pos d_model"], context: Context, kept: dict[int, Tensor]
-    ) -> Float[Tensor, "picture pos d_model"]:
+        self, layer: int, resid: Float[Tensor, "crop pos d_model"], context: Context, kept: dict[int, Tensor]
+    ) -> Float[Tensor, "crop pos d_model"]:
         """The residual after one block, which goes into `kept` where the decoder reads it besides the features."""
         resid = self.blocks[layer](resid, context)
         if layer in self.cfg.deepstack_layers:
             kept[layer] = resid.clone()  # a hook of the next block may write into its input
         return resid
 
-    def leave(self, resid: Float[Tensor, "picture pos d_model"], kept: Mapping[int, Tensor]) -> Seen:
+    def leave(self, resid: Float[Tensor, "crop pos d_model"], kept: Mapping[int, Tensor]) -> TowerOutput:
         """The features of joined squares, and the inner layers' outputs."""
         features = joined_squares(self.ln_post(resid), self.cfg.merge_size)
-        return Seen(features, tuple(kept[layer] for layer in self.cfg.deepstack_layers))
+        return TowerOutput(features, tuple(kept[layer] for layer in self.cfg.deepstack_layers))
 
     def kept_names(self) -> dict[int, str]:
         """The hook that hears each value of `kept`."""
         return {i: f"vision.blocks.{i}.hook_resid_post" for i in self.cfg.deepstack_layers}
 
-    def position_embeddings(self, sizes: list[tuple[int, int]]) -> Float[Tensor, "picture pos d_model"]:
-        """The learned table resampled to each picture, padded."""
+    def position_embeddings(self, sizes: list[tuple[int, int]]) -> Float[Tensor, "crop pos d_model"]:
+        """The learned table resampled to each crop, padded."""
         table = self.pos_embed.weight
         made = {size: resampled(table, size, self.cfg.merge_size).to(table.dtype) for size in set(sizes)}
         return pad_sequence([made[size] for size in sizes], batch_first=True)
 
     @staticmethod
-    def mask(sizes: list[tuple[int, int]], length: int) -> Bool[Tensor, "picture pos"]:
-        """True at the patches that a picture has."""
+    def mask(sizes: list[tuple[int, int]], length: int) -> Bool[Tensor, "crop pos"]:
+        """True at the patches that a crop has."""
         n = torch.tensor([h * w for h, w in sizes])
         return torch.arange(length) < n[:, None]
 
@@ -140,7 +140,7 @@ class QwenTower(nn.Module):
 class DeepstackMerger(nn.Module):
     """Joins the squares of an inner layer's output and maps them to the decoder's width.
 
-    `hook_out` is called by the model on the features of all pictures, in the order of their tokens."""
+    `hook_out` is called by the model on the features of all crops, in the order of their tokens."""
 
     def __init__(self, vision: VisionConfig, cfg: ConnectorConfig, is_live: bool) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class DeepstackMerger(nn.Module):
         if is_live:  # else its features reach nothing; the weights are kept for export
             self.hook_out = HookPoint()
 
-    def forward(self, inner: Float[Tensor, "picture pos d_inner"]) -> Float[Tensor, "picture token d_model"]:
+    def forward(self, inner: Float[Tensor, "crop pos d_inner"]) -> Float[Tensor, "crop token d_model"]:
         joined = joined_squares(inner, self.merge)
         normed = F.layer_norm(joined, joined.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)
         return self.proj_out(self.act(self.proj_in(normed)))

@@ -16,7 +16,7 @@ from veena_lens.app.view import save_cache
 from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
 
 VIEW = "document.querySelector('#look-view .veena-slot').veenaView"
-# What tells one view from the next: the words of its strip and its pictures.
+# What tells one view from the next: the words of its strip and its images.
 TELLING = (
     f"(() => {{ const v = {VIEW}; if (!v) return '';"
     " const words = v.header.tokens.map((t) => t.text ?? ''), pictures = v.header.panels.map((p) => p.source);"

@@ -45,7 +45,7 @@ def page(view: ExplorerView, tmp_path: Path, open_page: Callable[..., Any]) -> A
 
 
 def at_cell(page: Any, row: int, column: int) -> dict[str, float]:
-    """Where a cell of the first picture's 8 x 8 grid lies on the page."""
+    """Where a cell of the first image's 8 x 8 grid lies on the page."""
     box = page.locator(".vv-picture canvas").first.bounding_box()
     return {"x": box["x"] + (column + 0.5) * box["width"] / 8, "y": box["y"] + (row + 0.5) * box["height"] / 8}
 

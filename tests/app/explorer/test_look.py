@@ -120,7 +120,7 @@ def test_uploads_are_checked_before_they_are_decoded(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=told):
             open_upload(str(path), limits)
-    with pytest.raises(ValueError, match="3 pictures were given; the limit here is 2"):
+    with pytest.raises(ValueError, match="3 images were given; the limit here is 2"):
         chosen([str(good)] * 3, None, limits)
     assert chosen(None, None, limits) == [] and len(chosen(None, next(iter(samples())), limits)) == 1
 

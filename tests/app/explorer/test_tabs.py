@@ -92,7 +92,7 @@ def test_sweep_too_large_tells_its_size_and_offers_a_smaller_one(session: Sessio
 
 
 def test_pair_or_words_that_cannot_be_are_told(explorer: Explorer, session: Session) -> None:
-    with pytest.raises(ValueError, match="A pair is two pictures.*; 1 were given"):
+    with pytest.raises(ValueError, match="A pair is two images.*; 1 were given"):
         patch.pair_of("", ["one.png"], Limits())
     with pytest.raises(ValueError, match="Name two words"):
         patch.check(explorer, question(words=("happy", " ")))

@@ -1,4 +1,4 @@
-"""The embedded model, loaded once, and a pair of its pictures."""
+"""The embedded model, loaded once, and a pair of its images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small cache in which one cell of the picture and the first token are attention sinks, in layer 1 alone."""
+"""A small cache in which one cell of the image and the first token are attention sinks, in layer 1 alone."""
 
 from __future__ import annotations
 

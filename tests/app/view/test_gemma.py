@@ -1,4 +1,4 @@
-"""Attention of a cache that holds queries and keys alone, where a picture's tokens read each other (Gemma-3)."""
+"""Attention of a cache that holds queries and keys alone, where an image's tokens read each other (Gemma-3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Panels draw the cells that the processor cut: unequal sizes, tiles with their whole view, several pictures."""
+"""Panels draw the cells that the processor cut: unequal sizes, tiles with their whole view, several images."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_without_boxes_the_grid_itself_is_drawn(model: Any, pair: Any) -> None:
 
 def test_another_number_of_pictures_is_refused(model: Any, pair: Any) -> None:
     inputs = model.prepare(text="what is this?", images=pair[0].open())
-    with pytest.raises(ValueError, match="2 pictures were given; row 0 has 1"):
+    with pytest.raises(ValueError, match="2 images were given; row 0 has 1"):
         panels_of(inputs, 0, [pair[0].open()] * 2)
 
 

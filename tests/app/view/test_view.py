@@ -18,7 +18,7 @@ from veena_lens.activation_cache import ActivationCache, MissingActivation
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
 from veena_lens.app.view.bundles import Coded, Key, unpack
 from veena_lens.app.view.rows import CachedRows, cached_sinks, sink_queries
-from veena_lens.circuits import find_sinks, per_patch
+from veena_lens.circuits import attention_sinks, direct_attribution_map
 from veena_lens.interventions import Ablate
 
 PATTERNS = ("hook_pattern", "hook_resid_pre", "hook_resid_post")
@@ -57,7 +57,7 @@ def test_cache_of_patterns_and_cache_of_keys_show_the_same_as_the_model(model: A
 
 def test_sinks_of_a_cache_follow_the_rule_of_find_sinks(model: Any, pair: Any) -> None:
     cache = cache_of(model, pair)
-    found = find_sinks(model, cache.inputs).meta["positions"]
+    found = attention_sinks(model, cache.inputs).meta["positions"]
     view = ExplorerView.from_cache(cache)
     assert view.header["sinks"] == [found[str(layer)][0] for layer in range(model.cfg.n_layers)]
     run = ExplorerView.from_run(model, (pair[0].open(), QUESTION), answer=" happy")
@@ -67,7 +67,7 @@ def test_sinks_of_a_cache_follow_the_rule_of_find_sinks(model: Any, pair: Any) -
 def test_rule_of_sinks_is_that_of_find_sinks_where_there_are_some(model: Any, pair: Any) -> None:
     cache = cache_of(model, pair)
     rule = {"multiple": 2.0, "share": 0.3, "norm_multiple": 1.02}
-    expected = find_sinks(model, cache.inputs, **rule).meta["positions"]
+    expected = attention_sinks(model, cache.inputs, **rule).meta["positions"]
     norms = torch.stack([cache["resid_pre", layer][0].norm(dim=-1) for layer in range(model.cfg.n_layers)])
     found = cached_sinks(CachedRows(cache=cache), norms, torch.ones(cache.inputs.shape[1], dtype=torch.bool), **rule)
     assert found == [expected[str(layer)][0] for layer in range(model.cfg.n_layers)] and sum(map(len, found)) > 10
@@ -103,7 +103,7 @@ def test_push_is_per_patch(model: Any, pair: Any) -> None:
     direction = torch.randn(model.cfg.n_layers, model.cfg.d_model)
     view = ExplorerView.from_run(model, (pair[0].open(), QUESTION), directions={"noise": direction})
     query = view.header["query"]
-    expected = per_patch(model, view.inputs, direction, [query]).values[0].flatten(-2)
+    expected = direct_attribution_map(model, view.inputs, direction, [query]).values[0].flatten(-2)
     shown = maps_of(view, query=query, kind="push", name="noise")[..., view.inputs.grid_tokens(0, 0).flatten()]
     torch.testing.assert_close(shown, expected, rtol=0.03, atol=float(expected.abs().max()) * 1e-3)
 
@@ -118,7 +118,7 @@ def test_difference_needs_the_same_cells_and_text(model: Any, pair: Any) -> None
     inputs = model.prepare(text=QUESTION, images=pair[0].open())
     again = ExplorerView.from_run(model, inputs, other=pair[1].open(), pictures=[pair[0].open()])
     assert torch.equal(again.inputs.tokens, inputs.tokens)
-    with pytest.raises(ValueError, match="second picture's grids are .* or their text differs"):
+    with pytest.raises(ValueError, match="second image's grids are .* or their text differs"):
         ExplorerView.from_run(model, inputs, other=model.prepare(text="another question", images=pair[1].open()))
 
 

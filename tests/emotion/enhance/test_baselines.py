@@ -18,7 +18,7 @@ from veena_lens.emotion.enhance import baselines
 from veena_lens.emotion.enhance.baselines import (
     WORDINGS,
     adaptvis,
-    families,
+    all_baselines,
     first_token_confidence,
     pai,
     plain_steering,
@@ -30,7 +30,7 @@ from veena_lens.emotion.enhance.baselines import (
     visual_directions,
 )
 from veena_lens.emotion.enhance.contrastive_decoding import without_pictures
-from veena_lens.emotion.methods import PLAIN, Method, answers, next_logits, prepared
+from veena_lens.emotion.methods import PLAIN, Method, generate_answers, next_logits, prepared
 from veena_lens.interventions import Circuit, Steer
 from veena_lens.positions import position_mask
 
@@ -49,7 +49,7 @@ class MeanDifference:
 
 @cache
 def all_families(name: str) -> tuple[Any, ...]:
-    return tuple(families(bundled(name), directions=MeanDifference(), key_layer=4))
+    return tuple(all_baselines(bundled(name), directions=MeanDifference(), key_layer=4))
 
 
 def pictured(model_of: Any, name: str) -> tuple[Any, Any]:
@@ -144,7 +144,7 @@ def test_what_the_picture_adds_is_the_last_states_difference(name: str, model_of
     assert found.shape == (len(inputs), model.cfg.n_layers, model.cfg.d_model)
     with torch.no_grad():
         for row in range(len(inputs)):
-            alone = inputs[row].trimmed()
+            alone = inputs[row].without_padding()
             _, seen = model.run_with_cache(alone)
             _, blind = model.run_with_cache(without_pictures(model, alone))
             for layer in range(model.cfg.n_layers):
@@ -213,7 +213,9 @@ OFF = (
 def test_a_rival_that_is_off_leaves_the_model_as_it_is(name: str, method: Method) -> None:
     model = bundled(name)
     torch.testing.assert_close(next_logits(model, examples(), method), next_logits(model, examples()))
-    assert answers(model, examples(), method, max_new_tokens=8) == answers(model, examples(), max_new_tokens=8)
+    assert generate_answers(model, examples(), method, max_new_tokens=8) == generate_answers(
+        model, examples(), max_new_tokens=8
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,18 +227,18 @@ def test_every_familys_strongest_trial_acts_alike_in_a_batch_and_alone(name: str
     torch.testing.assert_close(together, next_logits(model, examples(), method, batch_size=1), rtol=1e-3, atol=1e-3)
     if method.decoding is None:
         assert not torch.allclose(together, next_logits(model, examples(), PLAIN), atol=1e-3), "it does nothing"
-    texts = answers(model, examples(), method, batch_size=3, max_new_tokens=6)
-    assert texts == answers(model, examples(), method, batch_size=1, max_new_tokens=6)
+    texts = generate_answers(model, examples(), method, batch_size=3, max_new_tokens=6)
+    assert texts == generate_answers(model, examples(), method, batch_size=1, max_new_tokens=6)
 
 
 def test_what_needs_a_picture_names_the_rows_without_one(model_of) -> None:
     model, inputs = tiny(model_of, "three-images-and-none")
     bare = inputs.n_images.index(0)
     for method in (adaptvis(0.5, [0]), vaf([0]), vista(0.1)):
-        with pytest.raises(ValueError, match=rf"{method.name} needs a picture in every row; rows \[{bare}\]"):
+        with pytest.raises(ValueError, match=rf"{method.name} needs an image in every row; rows \[{bare}\]"):
             with method.applied(model, inputs):
                 pass
-    with pytest.raises(ValueError, match="visual_directions needs a picture"):
+    with pytest.raises(ValueError, match="visual_directions needs an picture"):
         visual_directions(model, inputs)
 
 
@@ -280,27 +282,27 @@ def test_every_family_has_twelve_different_methods_with_a_source_and_settings_th
 def test_families_take_fewer_trials_alike_and_no_more_than_there_are(model_of) -> None:
     model, _ = tiny(model_of, "clip-llama")  # two layers: every window of layers still holds one
     for trials in (1, 4, 12):
-        found = families(model, directions=MeanDifference(2, 48), trials=trials)
+        found = all_baselines(model, directions=MeanDifference(2, 48), trials=trials)
         assert [len(family.grid) for family in found] == [trials] * 9
         assert all(len({repr(s) for s in family.grid}) == trials for family in found)
-    assert len(families(model)) == 8, "no plain steering without directions"
+    assert len(all_baselines(model)) == 8, "no plain steering without directions"
     for trials in (0, 13):
         with pytest.raises(ValueError, match=f"trials={trials}"):
-            families(model, trials=trials)
+            all_baselines(model, trials=trials)
     with pytest.raises(ValueError, match="key_layer=2 does not exist"):
-        families(model, directions=MeanDifference(2, 48), key_layer=2)
+        all_baselines(model, directions=MeanDifference(2, 48), key_layer=2)
 
 
 def test_a_models_own_depth_scales_the_layers_that_the_sources_give() -> None:
     from types import SimpleNamespace
 
     deep: Any = SimpleNamespace(cfg=SimpleNamespace(n_layers=32, n_heads=32))
-    found = {family.name: family.grid for family in families(deep)}
+    found = {family.name: family.grid for family in all_baselines(deep)}
     assert found["pai"][0]["layers"] == list(range(2, 32))
     assert found["vaf"][0]["layers"] == list(range(9, 15))
     assert found["spin"][0]["layers"] == list(range(20))
     assert sorted({s["keep"] for s in found["spin"]}) == [22 / 32, 27 / 32, 30 / 32]
-    steered = {f.name: f.grid for f in families(deep, directions=MeanDifference(32))}["plain steering"]
+    steered = {f.name: f.grid for f in all_baselines(deep, directions=MeanDifference(32))}["plain steering"]
     assert [s["layer"] for s in steered] == [8, 16, 24] * 4 and len({s["alpha"] for s in steered}) == 4
 
 

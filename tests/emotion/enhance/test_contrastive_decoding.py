@@ -14,13 +14,13 @@ from tests.circuits.tiny import ready as tiny
 from tests.emotion.asked import NAMES, bundled, examples
 from veena_lens.emotion.enhance.baselines import pai
 from veena_lens.emotion.enhance.contrastive_decoding import contrasted, guided, vcd, with_noise, without_pictures
-from veena_lens.emotion.methods import PLAIN, Method, answers, prepared
+from veena_lens.emotion.methods import PLAIN, Method, generate_answers, prepared
 
 PICTURED = ("clip-llama", "right-padding", "window-mistral", "qwen3_vl-plain", "qwen3_vl-deepstack-every-decoder-layer")
 
 
 def inputs_of(model_of: Any, name: str) -> tuple[Any, Any]:
-    """(model, those rows of a case's inputs that have a picture)."""
+    """(model, those rows of a case's inputs that have an image)."""
     model, inputs = tiny(model_of, name)
     return model, inputs[[row for row, n in enumerate(inputs.n_images) if n]]
 
@@ -91,8 +91,8 @@ def test_guidance_equals_a_plain_loop_whose_second_stream_is_not_edited(name: st
 @pytest.mark.parametrize("method", [vcd(1.0, 0.1, 800), pai(0.5, range(1, 8), 1.5)], ids=lambda m: m.name)
 def test_a_batch_with_pads_and_early_ends_equals_its_rows_alone(name: str, method: Method) -> None:
     model = bundled(name)
-    together = answers(model, examples(), method, batch_size=3, max_new_tokens=12)
-    assert together == answers(model, examples(), method, batch_size=1, max_new_tokens=12)
+    together = generate_answers(model, examples(), method, batch_size=3, max_new_tokens=12)
+    assert together == generate_answers(model, examples(), method, batch_size=1, max_new_tokens=12)
     inputs = prepared(model, examples())
     assert not bool(inputs.attention_mask.all()), "no row is padded, so the test shows less"
 
@@ -116,7 +116,9 @@ def test_a_row_that_has_ended_does_not_change_the_others(model_of) -> None:
 @pytest.mark.parametrize("method", [vcd(a=0.0), pai(0.0, [0], cfg_gamma=1.0), pai(0.0, [3])], ids=repr)
 def test_settings_that_are_off_leave_the_answers(name: str, method: Method) -> None:
     model = bundled(name)
-    assert answers(model, examples(), method, batch_size=3) == answers(model, examples(), batch_size=3)
+    assert generate_answers(model, examples(), method, batch_size=3) == generate_answers(
+        model, examples(), batch_size=3
+    )
 
 
 def test_contrast_with_the_same_picture_leaves_greedy_tokens(model_of) -> None:
@@ -186,7 +188,7 @@ def test_rows_without_a_picture_are_refused_by_number(model_of) -> None:
     model, inputs = tiny(model_of, "three-images-and-none")
     bare = inputs.n_images.index(0)
     for method in (vcd(), vcd(a=0.0), pai(0.2, [0], cfg_gamma=1.1)):
-        with pytest.raises(ValueError, match=rf"needs a picture in every row; rows \[{bare}\] of 3"):
+        with pytest.raises(ValueError, match=rf"needs an image in every row; rows \[{bare}\] of 3"):
             method.decoding(model, inputs)  # type: ignore[misc]
 
 

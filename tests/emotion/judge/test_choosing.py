@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 from tests.emotion.enhance.test_adaptive import FOUND
 from tests.emotion.small_run import small_pairs
 from veena_lens.emotion.enhance.veena import ena, vee, veena
-from veena_lens.emotion.judge.choosing import Ways, conditions_of, final_circuit, own_families, spaced, spread_examples
+from veena_lens.emotion.judge.choosing import (
+    HeadRankings,
+    conditions_of,
+    final_circuit,
+    own_families,
+    spaced,
+    spread_examples,
+)
 from veena_lens.emotion.judge.tuning import Tuned
 from veena_lens.emotion.locate.neurons import KeyNeurons
 from veena_lens.emotion.methods import Method
@@ -84,7 +91,7 @@ def families(trials: int, compared: int = 0, neurons: list[tuple[int, int]] = NE
 
     settings = replace(preset("full"), trials=trials, **grids)
     table = pd.DataFrame([{"way": "patching"}] * compared)
-    ways = Ways(rankings={"patching": HEADS}, table=table, winner=("patching", "scale"))
+    ways = HeadRankings(rankings={"patching": HEADS}, table=table, winner=("patching", "scale"))
     rows = pd.DataFrame([{"layer": layer, "neuron": n, "rows": "last"} for layer, n in neurons])
     located = KeyNeurons(table=rows, trace=Scores(torch.zeros(4, 14), ("layer", "neuron")), layer=3, n_pairs=2)
     found = own_families(ways, located, FOUND, settings)
@@ -117,7 +124,7 @@ def test_a_grid_of_one_strength_leaves_no_family_without_a_trial() -> None:
 
 
 def test_ways_give_the_winners_heads_and_mode() -> None:
-    ways = Ways(rankings={"a": [(0, 0)], "b": HEADS}, table=None, winner=("b", "renorm"))
+    ways = HeadRankings(rankings={"a": [(0, 0)], "b": HEADS}, table=None, winner=("b", "renorm"))
     assert ways.heads == HEADS and ways.mode == "renorm"
 
 

@@ -13,7 +13,7 @@ from tests.emotion.asked import bundled
 from tests.emotion.asked import examples as asked
 from veena_lens.emotion.enhance.veena import vee
 from veena_lens.emotion.judge import evaluation
-from veena_lens.emotion.judge.evaluation import Evaluation, evaluate, judged
+from veena_lens.emotion.judge.evaluation import Evaluation, evaluate, score_answers
 from veena_lens.emotion.methods import PLAIN, Method
 from veena_lens.emotion.pairs.pair_set import Example
 from veena_lens.emotion.words.wheels import EmotionWheels
@@ -31,7 +31,7 @@ def example(emotion: str, identity: str, context: str | None = None) -> Example:
 
 
 def made(texts: dict[str, list[str]], examples: list[Example], condition: str = "conflict") -> Evaluation:
-    return judged({condition: examples}, {condition: texts}, WHEELS, "plain", {}, draws=200)
+    return score_answers({condition: examples}, {condition: texts}, WHEELS, "plain", {}, draws=200)
 
 
 CONFLICT = [example("happy", "a", "sad"), example("sad", "a", "angry"), example("neutral", "b", "happy")]
@@ -113,9 +113,9 @@ def test_every_method_answers_every_condition_and_the_plain_model_comes_first(tm
     found = evaluate(model, conditions(), [loud], max_new_tokens=4, batch_size=2, draws=50, progress=False)
     assert found.methods == ["plain", "loud"] and found.settings["loud"] == {"b": 30}
     assert all(len(said) == 3 for by in found.texts.values() for said in by.values())
-    from veena_lens.emotion.methods import answers
+    from veena_lens.emotion.methods import generate_answers
 
-    assert found.texts["conflict"]["loud"] == answers(model, conditions()["conflict"], loud, max_new_tokens=4)
+    assert found.texts["conflict"]["loud"] == generate_answers(model, conditions()["conflict"], loud, max_new_tokens=4)
 
 
 def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, monkeypatch) -> None:

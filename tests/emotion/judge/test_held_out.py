@@ -1,4 +1,4 @@
-"""The judgement beside the main table: percentiles among random sets by hand, other pictures, side effects kept."""
+"""The judgement beside the main table: percentiles among random sets by hand, other images, side effects kept."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 
 from tests.emotion.asked import bundled
 from veena_lens.emotion.judge import held_out
-from veena_lens.emotion.judge.choosing import Ways
-from veena_lens.emotion.judge.evaluation import judged
+from veena_lens.emotion.judge.choosing import HeadRankings
+from veena_lens.emotion.judge.evaluation import score_answers
 from veena_lens.emotion.judge.held_out import elsewhere, random_controls, side_effects
 from veena_lens.emotion.judge.side_effects import SideEffects
 from veena_lens.emotion.judge.tuning import Tuned
@@ -61,14 +61,14 @@ def judge(monkeypatch: pytest.MonkeyPatch, draws: int, **settings: Any) -> tuple
 
     monkeypatch.setattr(held_out, "evaluate", answered)
     texts = {c: {name: ["happy", "no idea"] for name in ("plain", *SETTINGS)} for c in CONDITIONS}
-    test = judged(CONDITIONS, texts, EmotionWheels.default(), "plain", {}, draws=20)
+    test = score_answers(CONDITIONS, texts, EmotionWheels.default(), "plain", {}, draws=20)
     tuned = {
         name: Tuned(family=name, method=Method(name=name, settings=s), trials=pd.DataFrame(), worth=0.5)
         for name, s in SETTINGS.items()
     }
     rows = pd.DataFrame([{"layer": a, "neuron": n, "rows": "last"} for a, n in NEURONS])
     neurons = KeyNeurons(table=rows, trace=Scores(torch.zeros(4, 14), ("layer", "neuron")), layer=3, n_pairs=2)
-    ways = Ways(rankings={"patching": HEADS}, table=None, winner=("patching", "scale"))
+    ways = HeadRankings(rankings={"patching": HEADS}, table=None, winner=("patching", "scale"))
     model = bundled("tiny-llava-emotion")
     chosen = replace(preset("tiny"), random_draws=draws, **settings)
     return random_controls(model, CONDITIONS, tuned, test, ways, neurons, chosen, progress=False), seen
@@ -137,7 +137,7 @@ def test_side_effects_are_measured_once_and_other_answers_are_other_effects(
     def run(said: str, **more: Any) -> list[SideEffects]:
         calls.clear()
         texts = {"alone": {"plain": ["a", "b"], "VEE": [said, said]}}
-        test = judged({"alone": some}, texts, EmotionWheels.default(), "plain", {}, draws=20)
+        test = score_answers({"alone": some}, texts, EmotionWheels.default(), "plain", {}, draws=20)
         model = bundled("tiny-llava-emotion")
         return side_effects(
             model, {"alone": some}, test, tuned, replace(settings, **more), out=tmp_path, progress=False

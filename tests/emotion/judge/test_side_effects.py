@@ -12,12 +12,12 @@ import torch
 from tests.emotion.asked import NAMES, QUESTIONS, bundled, examples
 from veena_lens.emotion.enhance.contrastive_decoding import vcd
 from veena_lens.emotion.judge.side_effects import (
+    answer_lengths,
     attribute_accuracy,
     described_accuracy,
-    distinct,
-    drift,
+    distinct_n,
+    kl_from_plain,
     latency_ratio,
-    lengths,
     measure_side_effects,
     perplexity,
     repetition,
@@ -76,29 +76,31 @@ def test_numbers_of_texts_and_examples_must_match() -> None:
 
 def test_distinct_repetition_and_length_are_counted_by_hand() -> None:
     texts = ["A sad, sad man. A sad man!", "happy", ""]  # a sad sad man a sad man
-    assert lengths(texts).tolist() == [7, 1, 0]
-    assert distinct(texts, 1)[0].item() == pytest.approx(3 / 7)
-    assert distinct(texts, 2)[0].item() == pytest.approx(4 / 6)  # a-sad sad-sad sad-man man-a
-    assert distinct(texts, 2).isnan().tolist() == [False, True, True]
+    assert answer_lengths(texts).tolist() == [7, 1, 0]
+    assert distinct_n(texts, 1)[0].item() == pytest.approx(3 / 7)
+    assert distinct_n(texts, 2)[0].item() == pytest.approx(4 / 6)  # a-sad sad-sad sad-man man-a
+    assert distinct_n(texts, 2).isnan().tolist() == [False, True, True]
     assert repetition(texts)[0].item() == pytest.approx(4 / 7)
     assert repetition(texts, window=1)[0].item() == pytest.approx(1 / 7)
     assert repetition(texts)[1].item() == 0 and repetition(texts)[2].isnan()
     with pytest.raises(ValueError, match="n=0"):
-        distinct(texts, 0)
+        distinct_n(texts, 0)
     with pytest.raises(ValueError, match="window=0"):
         repetition(texts, 0)
 
 
 def test_drift_is_the_divergence_of_the_next_tokens_and_nothing_for_no_method() -> None:
     model = bundled(NAMES[0])
-    torch.testing.assert_close(drift(model, examples(), Method(name="nothing")), torch.zeros(3), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        kl_from_plain(model, examples(), Method(name="nothing")), torch.zeros(3), atol=1e-9, rtol=0
+    )
     p = next_logits(model, examples()).double().softmax(-1)
     q = next_logits(model, examples(), pushed()).double().softmax(-1)
     by_hand = (q * (q.log() - p.log())).sum(-1)
     assert by_hand.max() > 0.01
-    found = drift(model, examples(), pushed())
+    found = kl_from_plain(model, examples(), pushed())
     torch.testing.assert_close(found.double(), by_hand, rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(drift(model, examples(), pushed(), batch_size=1), found, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(kl_from_plain(model, examples(), pushed(), batch_size=1), found, rtol=1e-3, atol=1e-6)
 
 
 def test_drift_counts_rules_of_decoding_also_where_they_rule_tokens_out() -> None:
@@ -110,9 +112,9 @@ def test_drift_counts_rules_of_decoding_also_where_they_rule_tokens_out() -> Non
     model = bundled(NAMES[0])
     method = Method(name="best only", decoding=lambda model, inputs: [best_only])
     by_hand = -next_logits(model, examples()).double().log_softmax(-1).amax(-1)
-    torch.testing.assert_close(drift(model, examples(), method).double(), by_hand, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kl_from_plain(model, examples(), method).double(), by_hand, rtol=1e-4, atol=1e-6)
     for lead_in in (None, "the person feels"):
-        contrast = drift(model, examples(), vcd(a=3.0, b=0.001, noise_step=900), lead_in)
+        contrast = kl_from_plain(model, examples(), vcd(a=3.0, b=0.001, noise_step=900), lead_in)
         assert bool(contrast.isfinite().all()) and contrast.max() > 0
 
 
@@ -202,11 +204,13 @@ def test_side_effects_sum_up_what_was_given_and_leave_out_the_rest() -> None:
         model, examples(), pushed(), neutral=examples(), questions=QUESTIONS, truths=["happy"] * 3, max_new_tokens=8
     )
     assert found.latency is None and found.drift is not None and found.attributes is not None
-    assert found.drift == pytest.approx(drift(model, examples(), pushed()).mean().item(), rel=1e-4)
+    assert found.drift == pytest.approx(kl_from_plain(model, examples(), pushed()).mean().item(), rel=1e-4)
     later = measure_side_effects(
         model, examples(), pushed(), ["sad"] * 3, neutral=examples(), lead_in="the person feels"
     )
-    assert later.drift == pytest.approx(drift(model, examples(), pushed(), "the person feels").mean().item(), rel=1e-4)
+    assert later.drift == pytest.approx(
+        kl_from_plain(model, examples(), pushed(), "the person feels").mean().item(), rel=1e-4
+    )
     assert found.to_dict()["method"] == "pushed" and "perplexity" in repr(found) and "latency" not in repr(found)
     described = [
         SimpleNamespace(picture=e.picture, prompt=e.prompt, attributes={"hair": hair})

@@ -10,9 +10,9 @@ import torch
 
 from tests.emotion.asked import bundled
 from veena_lens.emotion.judge import tuning
-from veena_lens.emotion.judge.evaluation import Evaluation, judged
+from veena_lens.emotion.judge.evaluation import Evaluation, score_answers
 from veena_lens.emotion.judge.side_effects import Questions
-from veena_lens.emotion.judge.tuning import fluency_ratio, is_conflict, tune, worth_of
+from veena_lens.emotion.judge.tuning import fluency_ratio, is_conflict, trial_score, tune
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pairs.pair_set import Example
 from veena_lens.emotion.words.wheels import EmotionWheels
@@ -41,7 +41,7 @@ RIGHT = dict.fromkeys(CONDITIONS, ["happy", "neutral"])
 
 def said(methods: Mapping[str, Mapping[str, list[str]]]) -> Evaluation:
     texts = {c: {name: by[c] for name, by in methods.items()} for c in CONDITIONS}
-    return judged(CONDITIONS, texts, WHEELS, "plain", {}, draws=20)
+    return score_answers(CONDITIONS, texts, WHEELS, "plain", {}, draws=20)
 
 
 def test_worth_is_the_mean_over_conflicts_and_harm_the_largest_loss_elsewhere() -> None:
@@ -53,17 +53,17 @@ def test_worth_is_the_mean_over_conflicts_and_harm_the_largest_loss_elsewhere() 
         "invents": RIGHT | {"alone": ["happy", "happy and neutral"]},
         "silent": dict.fromkeys(CONDITIONS, ["", ""]),
     })  # fmt: skip
-    assert worth_of(found, "plain") == (0.25, 0.0)
-    assert worth_of(found, "right") == (1.0, 0.0)
-    assert worth_of(found, "loses") == (1.0, 0.5)
-    assert worth_of(found, "invents") == (1.0, 1.0), "one of one neutral picture is given an emotion"
-    assert worth_of(found, "silent") == (0.0, 1.0)
+    assert trial_score(found, "plain") == (0.25, 0.0)
+    assert trial_score(found, "right") == (1.0, 0.0)
+    assert trial_score(found, "loses") == (1.0, 0.5)
+    assert trial_score(found, "invents") == (1.0, 1.0), "one of one neutral picture is given an emotion"
+    assert trial_score(found, "silent") == (0.0, 1.0)
 
 
 def test_without_conflicts_the_worth_is_over_all_conditions() -> None:
     two = {c: CONDITIONS[c] for c in ("alone", "consistent")}
     texts = {"alone": {"plain": ["happy", "sad"]}, "consistent": {"plain": ["sad", "sad"]}}
-    assert worth_of(judged(two, texts, WHEELS, "plain", {}, draws=20), "plain")[0] == 0.25
+    assert trial_score(score_answers(two, texts, WHEELS, "plain", {}, draws=20), "plain")[0] == 0.25
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_the_fluency_ratio_tells_broken_text_from_another_emotion() -> None:
         "emotion": ["the person feels sad.", "the person feels angry.", "the person feels happy."],
         "broken": ["happy hair hair queue", "sad dog soup bus", "sad glasses wild office"],
     }
-    found = judged({"alone": some}, {"alone": texts}, WHEELS, "plain", {}, draws=20)
+    found = score_answers({"alone": some}, {"alone": texts}, WHEELS, "plain", {}, draws=20)
     model = bundled("tiny-llava-emotion")
     ratio = {name: fluency_ratio(model, found, name, WHEELS) for name in ("same", "emotion", "broken")}
     assert ratio["same"] == 1.0

@@ -11,11 +11,11 @@ import torch
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, twins
-from veena_lens.emotion.locate.answer_slot import AnswerSlot, answer_slot, emotion_tokens
+from veena_lens.emotion.locate.answer_slot import AnswerPosition, answer_position, emotion_tokens
 from veena_lens.emotion.methods import PLAIN, next_logits
 from veena_lens.emotion.words.wheels import EmotionWheels
 
-THREE = AnswerSlot(lead_in="x", tokens={"happy": (0, 1), "sad": (2,), "angry": (3,)})
+THREE = AnswerPosition(lead_in="x", tokens={"happy": (0, 1), "sad": (2,), "angry": (3,)})
 LOGITS = torch.tensor([[0.1, 0.2, 0.3, 0.05, 0.35], [0.4, 0.1, 0.1, 0.3, 0.1]]).log()
 
 
@@ -72,9 +72,9 @@ class _Lexicon:
         assert set(emotions) <= set(self.words)
 
 
-def made(**words: tuple[str, ...]) -> tuple[AnswerSlot, dict[str, int]]:
+def made(**words: tuple[str, ...]) -> tuple[AnswerPosition, dict[str, int]]:
     model = SimpleNamespace(tokenizer=_Words())
-    found = answer_slot(model, list(words), _Lexicon(**words), "feels so")
+    found = answer_position(model, list(words), _Lexicon(**words), "feels so")
     return found, model.tokenizer.known
 
 
@@ -97,17 +97,17 @@ def test_tokens_that_two_emotions_share_are_dropped_from_both() -> None:
 def test_a_slot_needs_two_emotions_and_a_tokenizer() -> None:
     model = bundled(LLAVA)
     with pytest.raises(ValueError, match=r"\['happy', 'happy'\] must name at least two"):
-        answer_slot(model, ["happy", "happy"])
+        answer_position(model, ["happy", "happy"])
     with pytest.raises(ValueError, match="a tokenizer"):
-        answer_slot(SimpleNamespace(tokenizer=None), ["happy", "sad"])
+        answer_position(SimpleNamespace(tokenizer=None), ["happy", "sad"])
     with pytest.raises(ValueError, match="'hapyy'"):
-        answer_slot(model, ["hapyy", "sad"])
+        answer_position(model, ["hapyy", "sad"])
 
 
 @pytest.mark.parametrize("name", [LLAVA, QWEN])
 def test_tokens_of_the_embedded_models_read_as_words_of_their_emotion(name: str) -> None:
     model, wheels = bundled(name), EmotionWheels.default()
-    found = answer_slot(model, list(directions(name).emotions))
+    found = answer_position(model, list(directions(name).emotions))
     for emotion, ids in found.tokens.items():
         words = [model.tokenizer.decode([token]).strip() for token in ids]
         assert emotion in words
@@ -116,7 +116,7 @@ def test_tokens_of_the_embedded_models_read_as_words_of_their_emotion(name: str)
 
 def test_soft_hits_tell_the_emotional_pictures_from_their_twins() -> None:
     model = bundled(LLAVA)
-    found = answer_slot(model, ["happy", "angry", "sad"])
+    found = answer_position(model, ["happy", "angry", "sad"])
     for pair in twins(2):
         logits = next_logits(model, [pair.emotional, pair.neutral], PLAIN, found.lead_in)
         column = found.soft_hits(logits)[:, found.emotions.index(pair.emotion)]
@@ -125,7 +125,7 @@ def test_soft_hits_tell_the_emotional_pictures_from_their_twins() -> None:
 
 def test_tokens_of_emotion_words_hold_those_of_the_slot() -> None:
     model, wheels = bundled(LLAVA), EmotionWheels.default()
-    found = answer_slot(model, ["happy", "angry"])
+    found = answer_position(model, ["happy", "angry"])
     every = emotion_tokens(model, ["happy", "angry"], wheels)
     assert {token for ids in found.tokens.values() for token in ids} <= every
     assert not every & set(model.tokenizer(" picture person the", add_special_tokens=False)["input_ids"])

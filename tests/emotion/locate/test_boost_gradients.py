@@ -14,13 +14,13 @@ from tests.circuits.tiny import ready
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, slot, twins
 from veena_lens.emotion.locate import boost_gradients as boosts
-from veena_lens.emotion.locate.answer_slot import AnswerSlot
-from veena_lens.emotion.locate.boost_gradients import best_heads, boost_effects, boost_gradients, margins
+from veena_lens.emotion.locate.answer_slot import AnswerPosition
+from veena_lens.emotion.locate.boost_gradients import head_boost_effects, head_boost_gradients, margins, top_heads
 from veena_lens.emotion.methods import Method, next_logits
 from veena_lens.interventions import BoostAttention
 from veena_lens.scores import Scores
 
-TINY = AnswerSlot(lead_in="", tokens={"a": (3, 4), "b": (5,), "c": (6, 7)})
+TINY = AnswerPosition(lead_in="", tokens={"a": (3, 4), "b": (5,), "c": (6, 7)})
 TOLD = (None, "b", "a")
 
 
@@ -42,11 +42,11 @@ def test_gradients_equal_finite_differences(
 ) -> None:
     model, some = tiny(model_of, name, monkeypatch)
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
-    found = boost_gradients(model, some, TINY, mode)
+    found = head_boost_gradients(model, some, TINY, mode)
     assert found.axes == ("example", "layer", "head") and found.shape == (len(some), n_layers, n_heads)
     heads = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
     eps = 1e-4
-    up, down = (boost_effects(model, some, TINY, heads, 1 + sign * eps, mode).values for sign in (1, -1))
+    up, down = (head_boost_effects(model, some, TINY, heads, 1 + sign * eps, mode).values for sign in (1, -1))
     slopes = ((up - down) / (2 * eps)).reshape(found.shape)
     torch.testing.assert_close(found.values, slopes, rtol=1e-5, atol=1e-8)
     assert float(found.values.abs().max()) > 1e-4
@@ -54,13 +54,13 @@ def test_gradients_equal_finite_differences(
 
 def test_gradients_do_not_depend_on_the_batch(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, some = tiny(model_of, "clip-llama", monkeypatch)
-    one, two = (boost_gradients(model, some, TINY, batch_size=size).values for size in (1, 2))
+    one, two = (head_boost_gradients(model, some, TINY, batch_size=size).values for size in (1, 2))
     torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
 
 
 def test_positions_limit_what_is_strengthened(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, some = tiny(model_of, "clip-llama", monkeypatch)
-    last, query = (boost_gradients(model, some, TINY, queries=at).values for at in ("last", "query+generated"))
+    last, query = (head_boost_gradients(model, some, TINY, queries=at).values for at in ("last", "query+generated"))
     assert not torch.allclose(last[:, 0], query[:, 0])
     torch.testing.assert_close(last[:, -1], query[:, -1])  # of the last layer only the last row is read
 
@@ -68,7 +68,7 @@ def test_positions_limit_what_is_strengthened(model_of: Any, monkeypatch: pytest
 def test_gradients_leave_the_parameters_and_no_hook(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, some = tiny(model_of, "clip-llama", monkeypatch)
     before = [p.requires_grad for p in model.parameters()]
-    boost_gradients(model, some, TINY)
+    head_boost_gradients(model, some, TINY)
     assert [p.requires_grad for p in model.parameters()] == before
     assert all(p.grad is None for p in model.parameters())
 
@@ -86,8 +86,8 @@ def test_a_factor_of_one_changes_nothing_and_an_effect_is_the_difference_of_two_
     pair = twins()[0]
     some = [pair.emotional, pair.emotional.with_context("someone stole the bike of the person.", "angry", "plain")]
     heads = [(0, 7), (5, 1)]
-    assert float(boost_effects(model, some, slot(), heads, 1.0).values.abs().max()) < 1e-5
-    found = boost_effects(model, some, slot(), heads, 3.0, "renorm")
+    assert float(head_boost_effects(model, some, slot(), heads, 1.0).values.abs().max()) < 1e-5
+    found = head_boost_effects(model, some, slot(), heads, 3.0, "renorm")
     assert found.labels["head"] == ["L0H7", "L5H1"] and found.meta == {"mode": "renorm"}
     for j, (layer, head) in enumerate(heads):
         boost = BoostAttention(layer=layer, heads=[head], queries="query+generated", factor=3.0, mode="renorm")
@@ -102,10 +102,10 @@ def test_a_factor_of_one_changes_nothing_and_an_effect_is_the_difference_of_two_
 @pytest.mark.parametrize("name", [LLAVA, QWEN])
 def test_gradients_of_the_embedded_models_rank_small_boosts(name: str) -> None:
     model, some = bundled(name), [pair.emotional for pair in twins()[:2]]
-    gradients = boost_gradients(model, some, slot(name))
+    gradients = head_boost_gradients(model, some, slot(name))
     assert gradients.shape == (2, 8, 8)
-    heads = best_heads(gradients, 2)
-    exact = boost_effects(model, some, slot(name), heads, 1.2)
+    heads = top_heads(gradients, 2)
+    exact = head_boost_effects(model, some, slot(name), heads, 1.2)
     wanted = torch.stack([gradients.values[:, layer, head] for layer, head in heads], 1)
     assert bool((exact.values.mean(0) > 0).all())
     torch.testing.assert_close(exact.values / 0.2, wanted, rtol=0.5, atol=0.1)
@@ -115,27 +115,27 @@ def test_best_heads_by_hand() -> None:
     values = torch.tensor([[[1.0, 5.0], [2.0, 2.0]], [[3.0, -5.0], [2.0, torch.nan]]])
     labels = {"layer": [4, 6]}
     scores = Scores(values, ("example", "layer", "head"), labels, mask=~values.isnan())
-    assert best_heads(scores, 3) == [(4, 0), (6, 0), (6, 1)]  # equals in their order
-    assert best_heads(scores, 1, layers=[6]) == [(6, 0)]
+    assert top_heads(scores, 3) == [(4, 0), (6, 0), (6, 1)]  # equals in their order
+    assert top_heads(scores, 1, layers=[6]) == [(6, 0)]
     negated = replace(scores, values=-values)
-    assert best_heads(negated, 1) == [(4, 1)]
+    assert top_heads(negated, 1) == [(4, 1)]
 
 
 def test_no_head_outside_the_given_layers_is_chosen() -> None:
     scores = Scores(torch.rand(2, 3, 2), ("example", "layer", "head"))
-    assert {layer for layer, _ in best_heads(scores, 6, layers=[1])} == {1}
-    assert len(best_heads(scores, 6, layers=[1])) == 2
+    assert {layer for layer, _ in top_heads(scores, 6, layers=[1])} == {1}
+    assert len(top_heads(scores, 6, layers=[1])) == 2
 
 
 def test_bad_input_is_named() -> None:
     model, some = bundled(LLAVA), [twins()[0].emotional]
     with pytest.raises(ValueError, match="mode='mul' must be one of scale, renorm"):
-        boost_gradients(model, some, slot(), "mul")
+        head_boost_gradients(model, some, slot(), "mul")
     with pytest.raises(ValueError, match="list of heads is empty"):
-        boost_effects(model, some, slot(), [])
+        head_boost_effects(model, some, slot(), [])
     with torch.inference_mode(), pytest.raises(ValueError, match="needs gradients"):
-        boost_gradients(model, some, slot())
+        head_boost_gradients(model, some, slot())
     with pytest.raises(ValueError, match="there are no examples"):
-        boost_gradients(model, [], slot())
+        head_boost_gradients(model, [], slot())
     with pytest.raises(ValueError, match="there are no examples"):
-        boost_effects(model, [], slot(), [(0, 0)])
+        head_boost_effects(model, [], slot(), [(0, 0)])

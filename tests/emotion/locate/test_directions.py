@@ -34,7 +34,7 @@ from veena_lens.emotion.locate.directions import (
     select_pairs,
 )
 from veena_lens.emotion.locate.streaming import PairHits, halves_of
-from veena_lens.emotion.methods import answers, prepared
+from veena_lens.emotion.methods import generate_answers, prepared
 from veena_lens.emotion.pairs.loading import Example, Pair, PairSet, load_pairs
 from veena_lens.emotion.words.scores import sample_hit
 
@@ -342,13 +342,13 @@ def test_directions_of_the_embedded_model_agree_over_halves(found: Directions) -
 
 def test_steering_neutral_pictures_of_others_names_the_emotion(model: HookedVLM, found: Directions) -> None:
     others = load_pairs().select(split="test").without_context().asked(QUESTION).neutrals[:8]
-    plain = answers(model, others, max_new_tokens=6)
+    plain = generate_answers(model, others, max_new_tokens=6)
     layer = 5
     for emotion in EMOTIONS:
         with model.intervene([found.steer(layer, 1.5, emotion, scale="raw")]):
-            steered = answers(model, others, max_new_tokens=6)
+            steered = generate_answers(model, others, max_new_tokens=6)
         with model.intervene([noise_directions(found).steer(layer, 1.5, emotion, scale="raw")]):
-            noise = answers(model, others, max_new_tokens=6)
+            noise = generate_answers(model, others, max_new_tokens=6)
         before, after, control = (
             sum(sample_hit(text, emotion) > 0.5 for text in texts) for texts in (plain, steered, noise)
         )

@@ -18,7 +18,7 @@ from veena_lens.emotion.judge.fluency import Fluency
 from veena_lens.emotion.locate import layers as module
 from veena_lens.emotion.locate.direction_controls import noise_directions
 from veena_lens.emotion.locate.layers import KeyLayers, _choose, _judged, key_layers
-from veena_lens.emotion.methods import Method, answers, next_logits
+from veena_lens.emotion.methods import Method, generate_answers, next_logits
 from veena_lens.emotion.pairs.loading import Example, Pair
 from veena_lens.emotion.words.wheels import EmotionWheels
 
@@ -177,7 +177,7 @@ def test_injecting_the_emotion_restores_it_and_random_directions_do_not() -> Non
 def test_answers_and_soft_hits_equal_those_of_one_injection_at_a_time() -> None:
     model, pair, d = bundled(LLAVA), twins()[0], directions()
     units = d.overall.float()
-    plain = answers(model, [pair.neutral], max_new_tokens=5)[0]
+    plain = generate_answers(model, [pair.neutral], max_new_tokens=5)[0]
     fluency = Fluency(model, d.emotions, EmotionWheels.default())
     one = module._inject(
         model, pair, plain, d, [1, 5], (0.4, 1.5), "relative", "last+generated", units, slot(), fluency, 5, 256
@@ -186,7 +186,7 @@ def test_answers_and_soft_hits_equal_those_of_one_injection_at_a_time() -> None:
     for layer in (1, 5):
         for alpha in (0.4, 1.5):
             method = Method(name="one", interventions=[d.steer(layer, alpha, pair.emotion)])
-            steered.append(answers(model, [pair.neutral], method, max_new_tokens=5)[0])
+            steered.append(generate_answers(model, [pair.neutral], method, max_new_tokens=5)[0])
             after, before = (
                 next_logits(model, [pair.neutral], m, slot().lead_in) for m in (method, Method(name="plain"))
             )

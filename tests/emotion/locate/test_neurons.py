@@ -15,7 +15,7 @@ from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, heads_of, twins
 from veena_lens.emotion.locate import neurons as module
 from veena_lens.emotion.locate.answer_slot import LEAD_IN
-from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons, neuron_pushes, strongest_neurons
+from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons, neuron_projections, strongest_neurons
 from veena_lens.emotion.methods import prepared
 from veena_lens.emotion.pairs.loading import Pair
 from veena_lens.scores import Scores
@@ -25,7 +25,7 @@ from veena_lens.scores import Scores
 @pytest.mark.parametrize("at", ["last", "query"])
 def test_pushes_sum_to_the_change_of_the_mlps_output_along_the_direction(name: str, at: str) -> None:
     model, d, pairs = bundled(name), directions(name), twins()[:2]
-    pushes, means = neuron_pushes(model, pairs, d, at, lead_in=LEAD_IN, batch_size=1)
+    pushes, means = neuron_projections(model, pairs, d, at, lead_in=LEAD_IN, batch_size=1)
     assert pushes.axes == ("pair", "layer", "neuron") and pushes.shape == (2, 8, 384)
     total = torch.zeros(2, 8, 384, dtype=torch.float64)
     for i, pair in enumerate(pairs):
@@ -45,7 +45,7 @@ def test_pushes_sum_to_the_change_of_the_mlps_output_along_the_direction(name: s
 
 def test_pushes_do_not_depend_on_the_batch() -> None:
     model, d, pairs = bundled(LLAVA), directions(), twins()[:3]
-    one, two = (neuron_pushes(model, pairs, d, lead_in=LEAD_IN, batch_size=size) for size in (1, 3))
+    one, two = (neuron_projections(model, pairs, d, lead_in=LEAD_IN, batch_size=size) for size in (1, 3))
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a.values, b.values, rtol=1e-3, atol=1e-4)
 
@@ -75,7 +75,7 @@ def located() -> KeyNeurons:
 
 def test_key_neurons_are_the_strongest_with_their_activations() -> None:
     found = located()
-    pushes, means = neuron_pushes(bundled(LLAVA), twins(), directions(), lead_in=LEAD_IN)
+    pushes, means = neuron_projections(bundled(LLAVA), twins(), directions(), lead_in=LEAD_IN)
     wanted = strongest_neurons(pushes, [p.emotion for p in twins()], 12)
     assert found.neurons == list(zip(wanted["layer"], wanted["neuron"], strict=True)) and len(found.neurons) == 12
     assert found.table["value"].tolist() == pytest.approx(wanted["value"].tolist(), rel=1e-6)
@@ -113,7 +113,7 @@ def test_a_neuron_is_confirmed_where_its_path_helps_a_later_key_head(monkeypatch
 
 
 def test_bad_input_is_named_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(module, "neuron_pushes")
+    monkeypatch.delattr(module, "neuron_projections")
     model, proud = bundled(LLAVA), [Pair(replace(twins()[0].emotional, emotion="proud"), twins()[0].neutral)]
     with pytest.raises(ValueError, match="key_neurons: there are no pairs"):
         key_neurons(model, [], directions(), 5)
@@ -126,5 +126,5 @@ def test_bad_input_is_named_before_anything_is_computed(monkeypatch: pytest.Monk
 
 
 def test_progress_counts_every_pair_at_both_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    neuron_pushes(bundled(LLAVA), twins()[:2], directions(), "query", lead_in=LEAD_IN, progress=True)
+    neuron_projections(bundled(LLAVA), twins()[:2], directions(), "query", lead_in=LEAD_IN, progress=True)
     assert "neurons, query: pairs: 100%" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def effects_of(values: torch.Tensor) -> KeyHeads:
 
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [2, 3]])
 def test_curves_are_put_together_by_layer(layers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Injection measured at two of four layers; effects up to layer 2; one neutral picture of two pairs."""
+    """Injection measured at two of four layers; effects up to layer 2; one neutral image of two pairs."""
     seen: dict[str, Any] = {}
     accuracy = torch.tensor([[0.3, 0.1, 0.5, 0.25], [0.5, 0.4, 0.6, 0.25], [0.9, 0.8, 1, 0.25], [0.9, 0.8, 1, 0.25]])
     names = ["accuracy", "low", "high", "control"]

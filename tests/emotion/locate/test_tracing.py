@@ -14,7 +14,7 @@ from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, directions, heads_of, twins
 from veena_lens.emotion.locate import tracing as module
 from veena_lens.emotion.locate.answer_slot import LEAD_IN
-from veena_lens.emotion.locate.tracing import COLUMNS, head_push, push_of, spread_over, trace_back
+from veena_lens.emotion.locate.tracing import COLUMNS, head_push, projection_of, spread_over, trace_back
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.interventions import Patch
 
@@ -31,7 +31,7 @@ def test_push_is_the_projection_of_what_the_head_writes() -> None:
     _, cache = model.run_with_cache(prepared(model, [twins()[0].emotional], lead_in=LEAD_IN))
     z = cache["blocks.2.attn.hook_z"]
     written = z[0, -1, 3] @ model.blocks[2].attn.W_O[3].detach()
-    push = push_of(model, (2, 3), unit)
+    push = projection_of(model, (2, 3), unit)
     assert push(z[:, -1:]).item() == pytest.approx(float(written.double() @ unit.double()), abs=1e-5)
 
 
@@ -57,7 +57,7 @@ def test_edges_equal_one_patch_at_a_time_and_are_kept_where_both_speak_for_them(
     for pair in pairs:
         clean, corrupted = (prepared(model, [x], lead_in=LEAD_IN) for x in (pair.emotional, pair.neutral))
         _, source = model.run_with_cache(clean)
-        push, values = push_of(model, head, d.unit(pair.emotion)[1]), []
+        push, values = projection_of(model, head, d.unit(pair.emotion)[1]), []
         name, mine = "blocks.0.hook_mlp_out", None
         if line["sender"] != "0_mlp_out":
             name, mine = "blocks.0.attn.hook_z", [int(line["sender"].split("H")[1])]

@@ -1,4 +1,4 @@
-"""A root of MER-UniBench with invented names, labels, subtitles, pictures and answers, in the published formats."""
+"""A root of MER-UniBench with invented names, labels, subtitles, images and answers, in the published formats."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def write_subtitles(place: Path, info: SetInfo) -> None:
 
 
 def write_frames(place: Path, info: SetInfo) -> None:
-    """Three frames a clip as pictures, the middle one red, in the last of the set's video folders."""
+    """Three frames a clip as images, the middle one red, in the last of the set's video folders."""
     for name in names_of(info):
         clip = place / info.videos[-1] / name
         clip.mkdir(parents=True)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*published test part")
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every example asked, in order; the answer tells the prompt's length and the picture's red."""
+    """Every example asked, in order; the answer tells the prompt's length and the image's red."""
     log: list[Any] = []
 
     def answers(model: Any, examples: Sequence[Any], method: Method, **options: Any) -> list[str]:

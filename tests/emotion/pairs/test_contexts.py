@@ -1,4 +1,4 @@
-"""Contexts: the same pictures under every condition, drawn alike whenever the seed is the same."""
+"""Contexts: the same images under every condition, drawn alike whenever the seed is the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from veena_lens.emotion.pairs.contexts import EVENTS, HELD_OUT_EVENTS, STRENGTHS, conditions, context_sentence
+from veena_lens.emotion.pairs.contexts import EVENTS, HELD_OUT_EVENTS, STRENGTHS, context_conditions, context_sentence
 from veena_lens.emotion.pairs.loading import Example
 
 EMOTIONS = ("happy", "sad", "neutral")
@@ -28,7 +28,7 @@ def test_an_event_is_told_in_three_strengths() -> None:
 
 def test_conditions_hold_the_same_pictures_in_the_same_order() -> None:
     given_ = [e.with_context("it rains.", "sad", "plain") for e in examples()]
-    found = conditions(given_)
+    found = context_conditions(given_)
     assert list(found) == ["alone", "consistent", "conflict, weak", "conflict, plain", "conflict, strong"]
     for some in found.values():
         assert [e.without_context() for e in some] == examples()
@@ -37,7 +37,7 @@ def test_conditions_hold_the_same_pictures_in_the_same_order() -> None:
 
 @given(seed=st.integers(0, 50), n=st.integers(2, 12), held_out=st.booleans())
 def test_conflict_names_another_emotion_of_the_set_and_consistent_its_own(seed: int, n: int, held_out: bool) -> None:
-    found = conditions(examples(n), seed=seed, held_out=held_out)
+    found = context_conditions(examples(n), seed=seed, held_out=held_out)
     table, other_table = (HELD_OUT_EVENTS, EVENTS) if held_out else (EVENTS, HELD_OUT_EVENTS)
     shown = {e.emotion for e in examples(n)}
     for e in found["consistent"]:
@@ -51,7 +51,7 @@ def test_conflict_names_another_emotion_of_the_set_and_consistent_its_own(seed: 
 
 
 def test_strengths_differ_in_the_strength_alone() -> None:
-    found = conditions(examples(20), seed=3)
+    found = context_conditions(examples(20), seed=3)
     for weak, plain, strong in zip(*(found[f"conflict, {s}"] for s in STRENGTHS), strict=True):
         assert weak.context == f"maybe {plain.context}"
         assert strong.context == f"everybody knows that {plain.context}"
@@ -59,15 +59,15 @@ def test_strengths_differ_in_the_strength_alone() -> None:
 
 def test_draws_follow_seed_and_example_and_not_the_neighbours() -> None:
     everyone = examples(9)
-    assert conditions(everyone, seed=1) == conditions(everyone, seed=1)
-    assert conditions(everyone, seed=1) != conditions(everyone, seed=2)
-    backwards = conditions(everyone[::-1], seed=1)
-    assert {name: some[::-1] for name, some in backwards.items()} == conditions(everyone, seed=1)
+    assert context_conditions(everyone, seed=1) == context_conditions(everyone, seed=1)
+    assert context_conditions(everyone, seed=1) != context_conditions(everyone, seed=2)
+    backwards = context_conditions(everyone[::-1], seed=1)
+    assert {name: some[::-1] for name, some in backwards.items()} == context_conditions(everyone, seed=1)
 
 
 def test_own_sentences_take_the_place_of_the_events() -> None:
     events = {"proud": ["the person won a prize"], "sad": ["the person lost a friend"]}
-    found = conditions(examples(4, ("proud", "sad")), events=events, strengths=("strong",))
+    found = context_conditions(examples(4, ("proud", "sad")), events=events, strengths=("strong",))
     assert list(found) == ["alone", "consistent", "conflict, strong"]
     assert found["conflict, strong"][0].context == "everybody knows that the person lost a friend."
     assert found["consistent"][0].context == "the person won a prize."
@@ -75,8 +75,8 @@ def test_own_sentences_take_the_place_of_the_events() -> None:
 
 def test_what_cannot_be_told_is_refused() -> None:
     with pytest.raises(ValueError, match="no sentences for 'proud'.*events="):
-        conditions(examples(4, ("proud", "sad")))
+        context_conditions(examples(4, ("proud", "sad")))
     with pytest.raises(ValueError, match=r"\['sad'\]; a conflict needs two"):
-        conditions(examples(4, ("sad",)))
+        context_conditions(examples(4, ("sad",)))
     with pytest.raises(ValueError, match=r"\['loud'\] must be some of weak, plain, strong"):
-        conditions(examples(), strengths=("loud",))
+        context_conditions(examples(), strengths=("loud",))

@@ -57,7 +57,7 @@ def refused(given: list[dict[str, Any]]) -> tuple[str, ...]:
     return caught.value.problems
 
 
-# --- the embedded pictures ---------------------------------------------------------------------------------
+# --- the embedded images ---------------------------------------------------------------------------------
 
 
 def test_embedded_pictures_give_a_pair_for_every_emotional_twin(embedded: PairSet) -> None:
@@ -133,7 +133,7 @@ def test_unreadable_pictures_are_left_out_when_asked(tmp_path: Path) -> None:
     save_pairs(some, tmp_path)
     (tmp_path / "scene-0-happy.png").write_bytes(b"")
     (tmp_path / "scene-1-neutral.png").unlink()
-    with pytest.warns(UserWarning, match=r"(?s)without 2 pictures.*scene-1-neutral"):
+    with pytest.warns(UserWarning, match=r"(?s)without 2 images.*scene-1-neutral"):
         kept = load_pairs(tmp_path, unreadable="skip")
     assert [(p.identity, p.emotion) for p in kept] == [("person-0", "sad"), ("person-2", "happy"), ("person-2", "sad")]
     assert len(kept.skipped) == 2 and "2 pictures skipped" in repr(kept)
@@ -278,7 +278,7 @@ def test_folders_of_emotions_give_twins_by_name(tmp_path: Path) -> None:
     assert len(pairs) == 6 and all(Path(p.neutral.picture).parent.name == "calm" for p in pairs)
     (tmp_path / "sad" / "ben-1.png").unlink()
     (tmp_path / "happy" / "ben-1.png").unlink()
-    with pytest.raises(PairProblems, match="'ben-1' has a neutral picture and no emotional one"):
+    with pytest.raises(PairProblems, match="'ben-1' has a neutral image and no emotional one"):
         pairs_from_folders(tmp_path, neutral="calm")
     with pytest.raises(FileNotFoundError, match="named 'neutral'.*calm, happy, sad"):
         pairs_from_folders(tmp_path)

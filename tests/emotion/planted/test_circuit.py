@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from veena_lens.circuits.reading import read
-from veena_lens.emotion.methods import answers, prepared
+from veena_lens.emotion.methods import generate_answers, prepared
 from veena_lens.emotion.pairs.loading import PairSet, load_pairs
 from veena_lens.emotion.planted.circuit import Plant, plant_circuit
 
@@ -77,9 +77,9 @@ def test_pairs_are_pushed_along_their_own_direction_by_the_gain() -> None:
 def test_model_names_the_planted_emotion_and_the_original_is_untouched() -> None:
     before = model().blocks[3].attn.o.weight.detach().clone()
     p = plant()
-    said = answers(p.model, [pair.emotional for pair in pairs()], max_new_tokens=1)
+    said = generate_answers(p.model, [pair.emotional for pair in pairs()], max_new_tokens=1)
     right = [text.strip() in WORDS[pair.emotion] for text, pair in zip(said, pairs(), strict=True)]
-    twins = answers(p.model, [pair.neutral for pair in pairs()], max_new_tokens=1)
+    twins = generate_answers(p.model, [pair.neutral for pair in pairs()], max_new_tokens=1)
     false = [text.strip() in WORDS[pair.emotion] for text, pair in zip(twins, pairs(), strict=True)]
     assert sum(right) / len(right) > 0.6 > 0.2 > sum(false) / len(false)
     assert torch.equal(before, model().blocks[3].attn.o.weight)

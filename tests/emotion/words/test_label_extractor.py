@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from veena_lens.emotion import EmotionWheels, Judge, hit_rate, sample_hits
+from veena_lens.emotion import EmotionWheels, LabelExtractor, hit_rate, sample_hits
 from veena_lens.emotion.words.lexicon import answer_to_list, read_labels
 
 WHEELS = EmotionWheels.default()
@@ -17,7 +17,7 @@ def test_a_judge_is_asked_once_for_all_different_texts() -> None:
         asked.append(prompts)
         return ["[sad]" if "tear" in prompt else "Output: [happy, calm]" for prompt in prompts]
 
-    judge = Judge(generate)
+    judge = LabelExtractor(generate)
     texts = {"a": "a tear", "b": "a laugh", "c": "a tear"}
     assert hit_rate({"a": "sad", "b": "happy", "c": "angry"}, texts, extractor=judge) == pytest.approx(2 / 3)
     assert len(asked) == 1 and len(asked[0]) == 2
@@ -50,7 +50,7 @@ def test_answers_lose_line_ends_and_a_leading_word(answer: str, items: list[str]
 
 def test_a_judge_with_fewer_answers_than_texts_is_refused() -> None:
     with pytest.raises(ValueError, match="1 answers to 2 texts"):
-        hit_rate({"a": "sad", "b": "sad"}, {"a": "x", "b": "y"}, extractor=Judge(lambda prompts: ["[sad]"]))
+        hit_rate({"a": "sad", "b": "sad"}, {"a": "x", "b": "y"}, extractor=LabelExtractor(lambda prompts: ["[sad]"]))
     with pytest.raises(ValueError, match="2 texts and 1 truths"):
         sample_hits(["sad", "sad"], ["sad"])
 

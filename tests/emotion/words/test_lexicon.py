@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from veena_lens.emotion.words.lexicon import default_lexicon, extract, matches, plain, read_lexicon, string_to_list
+from veena_lens.emotion.words.lexicon import (
+    default_lexicon,
+    extract_emotions,
+    matches,
+    plain,
+    read_lexicon,
+    string_to_list,
+)
 from veena_lens.emotion.words.wheels import EmotionWheels
 
 WHEELS = EmotionWheels.default()
@@ -44,7 +51,7 @@ forms = st.sampled_from(sorted(set(LEXICON.base_of) - LEXICON.unscanned))
     ],
 )
 def test_labels_are_base_words_in_order_each_once(text: str, labels: list[str]) -> None:
-    assert extract(text) == labels
+    assert extract_emotions(text) == labels
 
 
 @pytest.mark.parametrize(
@@ -90,25 +97,25 @@ def test_a_negator_within_three_tokens_removes_a_label(text: str, emotions: list
 @given(forms)
 def test_every_form_is_found_alone_and_removed_by_not(form: str) -> None:
     assert WHEELS.emotions(f"She seems {form} today.") == [WHEELS.basic(form)]
-    assert extract(f"not {form}") == []
+    assert extract_emotions(f"not {form}") == []
 
 
 @given(st.lists(forms, max_size=6))
 def test_sentences_add_up_to_their_own_labels(found: list[str]) -> None:
     text = ". ".join(found)
     expected = list(dict.fromkeys(LEXICON.base(form) for form in found))
-    assert extract(text) == expected
-    assert extract(text.upper()) == expected
-    assert extract(text.replace("'", "\u2019")) == expected
+    assert extract_emotions(text) == expected
+    assert extract_emotions(text.upper()) == expected
+    assert extract_emotions(text.replace("'", "\u2019")) == expected
 
 
 @given(st.text(max_size=80))
 def test_any_text_gives_known_labels_each_once(text: str) -> None:
-    labels = extract(text)
+    labels = extract_emotions(text)
     assert len(labels) == len(set(labels))
     assert all(label in LEXICON.emotion_of for label in labels)
     assert {match.label for match in matches(text) if not match.negated} == set(labels)
-    assert extract(", ".join(labels)) == labels
+    assert extract_emotions(", ".join(labels)) == labels
 
 
 NEGATORS = ("not", "never", "isn't", "without", "hardly", "does not look", "is not at all")
@@ -119,20 +126,20 @@ FILLERS = ("blue", "table", "today", "quietly")
 def test_a_negator_reaches_over_two_words_and_no_further(form: str, negator: str, between: list[str]) -> None:
     text = " ".join([negator, *between, "seems", form])  # "seems" is one word more, "look" another
     reached = len(between) + 1 + negator.endswith("look") < 3
-    assert extract(text) == ([] if reached else [LEXICON.base(form)])
+    assert extract_emotions(text) == ([] if reached else [LEXICON.base(form)])
 
 
 @given(st.lists(st.tuples(st.booleans(), forms), min_size=1, max_size=5))
 def test_clauses_keep_their_own_signs(clauses: list[tuple[bool, str]]) -> None:
     text = "; ".join(f"he {'is' if said else 'is not'} {form}" for said, form in clauses)
-    assert extract(text) == list(dict.fromkeys(LEXICON.base(form) for said, form in clauses if said))
+    assert extract_emotions(text) == list(dict.fromkeys(LEXICON.base(form) for said, form in clauses if said))
 
 
 def test_causes_and_signs_are_known_as_labels_and_not_looked_for() -> None:
     assert WHEELS.basic("frightening") == "afraid"
     assert WHEELS.sector("amazing", "ekman") == "surprised"
     assert WHEELS.basic("smiling") == "happy" and WHEELS.basic("crying") == "sad"
-    assert extract("It is frightening, and the smiling mouth says that he is sad") == ["sad"]
+    assert extract_emotions("It is frightening, and the smiling mouth says that he is sad") == ["sad"]
     assert "frightening" not in WHEELS.lexicon("afraid") and "frightened" in WHEELS.lexicon("afraid")
 
 

@@ -1,4 +1,4 @@
-"""A direction from pairs of pictures, with the heads and neurons that push most along it."""
+"""A direction from pairs of images, with the heads and neurons that push most along it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from veena_lens.app import steps
 from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.circuits import head_intention, top_neurons
-from veena_lens.emotion import PairSet, TooFewPairs, directions_from, load_pairs, neuron_pushes, select_pairs
+from veena_lens.emotion import PairSet, TooFewPairs, directions_from, load_pairs, neuron_projections, select_pairs
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.residual_parts import neuron_rows
 from veena_lens.scores import Scores, counted
@@ -72,7 +72,7 @@ class Direction:
 
 @lru_cache(maxsize=1)
 def sample_pairs() -> PairSet:
-    """Development pairs of the embedded pictures."""
+    """Development pairs of the embedded images."""
     return load_pairs().select(split="development", condition="none")
 
 
@@ -115,7 +115,7 @@ def extract(explorer: Explorer, session: Session, asked: DirectionAsked) -> Dire
         except TooFewPairs:
             raise ValueError(
                 f"The model tells none of {counted(len(pairs), 'pair')} apart: its answer must name {emotion} for the "
-                "first picture and not for its twin. Give other pairs, or take all of them whatever it says."
+                "first image and not for its twin. Give other pairs, or take all of them whatever it says."
             ) from None
         found = directions_from(chosen)
         vectors = found.of(emotion)
@@ -129,7 +129,7 @@ def extract(explorer: Explorer, session: Session, asked: DirectionAsked) -> Dire
             )
             parts.append(push.values.cpu())
         pushes = Scores(torch.cat(parts), ("pair", "layer", "head")).mean("pair")
-        trace, _ = neuron_pushes(model, chosen.pairs, found, lead_in=lead_in, batch_size=BATCH)
+        trace, _ = neuron_projections(model, chosen.pairs, found, lead_in=lead_in, batch_size=BATCH)
         strongest: Any = top_neurons(trace, N_NEURONS)
         neurons = [(int(r.layer), int(r.neuron), float(r.value)) for r in strongest.itertuples()]
         written = [(la, n, neuron_rows(model.blocks[la])[n].cpu().double()) for la, n, _ in neurons]

@@ -73,8 +73,8 @@ def look_through(explorer: Explorer, session: Session, words: list[str]) -> tupl
         "print(scores.to_frame())",
     ]
     if asked.pictures:
-        body.append('maps = lens_grid(model, inputs, tokens, values="prob")  # over the picture, layer by layer')
-    imports = ["from veena_lens import HookedVLM", "from veena_lens.circuits import lens_grid, logit_lens"]
+        body.append('maps = logit_lens_grid(model, inputs, tokens, values="prob")  # over the picture, layer by layer')
+    imports = ["from veena_lens import HookedVLM", "from veena_lens.circuits import logit_lens_grid, logit_lens"]
     return view, scores, program(imports, body, asked.pictures)
 
 
@@ -91,7 +91,7 @@ def lines_of(scores: Scores) -> Any:
 
 
 def export_lens(session: Session) -> list[str]:
-    """The curves as a picture and a table, the view as a page."""
+    """The curves as an image and a table, the view as a page."""
     scores: Scores = session.need("lens scores", "Read the stream first; then there is something to export.")
     view: ExplorerView = session.need("lens", "Read the stream first; then there is something to export.")
     frame = scores.to_frame()

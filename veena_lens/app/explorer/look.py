@@ -1,6 +1,6 @@
-"""The Look tab: ask about pictures, watch the answer come, and see where every word of it looked.
+"""The Look tab: ask about images, watch the answer come, and see where every word of it looked.
 
-Asking a model about pictures, piece by piece, and the view of what it did.
+Asking a model about images, piece by piece, and the view of what it did.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def ask(
 
 
 def look(explorer: Explorer, session: Session, second: Shown | None = None) -> tuple[ExplorerView, str]:
-    """The view of the last answer, and the code that makes it; `second`: a picture of the same grid to compare."""
+    """The view of the last answer, and the code that makes it; `second`: an image of the same grid to compare."""
     asked: Asked = session.need("asked", "Ask something first.")
     found = session.kept.get("direction")
     direction = found if found is not None and found.model == asked.model else None
@@ -120,7 +120,7 @@ def look_at_cache(explorer: Explorer, path: str | Path, name: str | None = None)
 
 
 def cell_boxes_of(inputs: Any, image: int = 0) -> Any:
-    """Boxes of the grid's cells row by row, in pixels of the picture; None where they are not known."""
+    """Boxes of the grid's cells row by row, in pixels of the image; None where they are not known."""
     boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
     if boxes is None or not inputs.grid_places:
         return boxes
@@ -128,11 +128,11 @@ def cell_boxes_of(inputs: Any, image: int = 0) -> Any:
 
 
 def export_look(explorer: Explorer, session: Session) -> list[str]:
-    """The view as a page, a picture and a table, and the run's cache; paths of the files.
+    """The view as a page, an image and a table, and the run's cache; paths of the files.
 
     Raises: ValueError before anything was asked."""
     from veena_lens import plots
-    from veena_lens.circuits import picture_attention
+    from veena_lens.circuits import image_attention
 
     view: ExplorerView = session.need("look", "Ask something first; then there is something to export.")
     files = [view.save(session.folder / "view.html")]
@@ -144,7 +144,7 @@ def export_look(explorer: Explorer, session: Session) -> list[str]:
         names = [n for n in model.hook_dict if n.startswith("blocks.") and n.endswith(parts)]
         _, cache = model.run_with_cache(asked.inputs, names_filter=names)
         windows = [model.cfg.window(layer) for layer in range(model.cfg.n_layers)]
-        scores = picture_attention(model, asked.inputs) if asked.pictures else None
+        scores = image_attention(model, asked.inputs) if asked.pictures else None
     files.append(
         save_cache(
             cache,

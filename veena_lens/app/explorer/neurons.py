@@ -1,6 +1,6 @@
-"""The Neurons tab: those that push most along the direction, the tokens they promote, the pictures that drive them.
+"""The Neurons tab: those that push most along the direction, the tokens they promote, the images that drive them.
 
-Neurons of a direction: which push most, the tokens they promote, and the pictures that excite them.
+Neurons of a direction: which push most, the tokens they promote, and the images that excite them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from veena_lens.app.explorer.parts import Shared, code_box, export_box, program
 from veena_lens.app.explorer.pictures import thumbnails
 from veena_lens.app.explorer.state import Explorer, Session, told
 from veena_lens.checkpoints.files import bundled_pictures
-from veena_lens.circuits import drivers, promoted_tokens
+from veena_lens.circuits import max_activating_tokens, promoted_tokens
 
 SHOWN = 12  # tokens
 N_PICTURES = 48
@@ -64,11 +64,11 @@ def promoted(explorer: Explorer, name: str, layer: int, neuron: int) -> pd.DataF
 
 @torch.no_grad()
 def exciting(explorer: Explorer, name: str, layer: int, neuron: int, k: int = 6) -> list[tuple[Image.Image, str]]:
-    """The sample pictures whose tokens excite a neuron most, each once, the cell marked where it is one's."""
+    """The sample images whose tokens excite a neuron most, each once, the cell marked where it is one's."""
     pictures = [p for p in bundled_pictures("test") if p.context is None][:N_PICTURES]
     with explorer.using(name) as model:
         batches = [steps.ask(model, steps.SAY, pictures[part]) for part in steps.chunks(len(pictures), 16)]
-        found = drivers(model, batches, layer, [neuron], k=8 * k)
+        found = max_activating_tokens(model, batches, layer, [neuron], k=8 * k)
     out: list[tuple[Image.Image, str]] = []
     seen: set[int] = set()
     for value, where in zip(found.values[0].tolist(), found.meta["where"][0], strict=True):
@@ -96,7 +96,7 @@ def neurons_code(direction: Direction, layer: int, neuron: int) -> str:
     reading = "" if lead_in is None else f", lead_in={lead_in!r}"
     body = [
         *direction_lines(direction, keeps_pairs=True),
-        f"trace, _ = neuron_pushes(model, chosen.pairs, directions{reading})",
+        f"trace, _ = neuron_projections(model, chosen.pairs, directions{reading})",
         f"print(top_neurons(trace, {len(direction.neurons)}))",
         f"print(promoted_tokens(model, {layer}, {neuron}, k={SHOWN}).meta.get('texts'))",
         "shown = [pair.emotional for pair in chosen.pairs]",
@@ -105,7 +105,7 @@ def neurons_code(direction: Direction, layer: int, neuron: int) -> str:
     ]
     body = [line.replace("'", '"') for line in body]
     imports = [
-        *direction_imports(direction, "directions_from, neuron_pushes, select_pairs"),
+        *direction_imports(direction, "directions_from, neuron_projections, select_pairs"),
         "from veena_lens.circuits import drivers, promoted_tokens, top_neurons",
     ]
     return program(imports, body)

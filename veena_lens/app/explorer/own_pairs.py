@@ -1,4 +1,4 @@
-"""Pairs that a visitor gives: two sets of pictures, or a .zip with folders or a manifest; checked, then kept by a tab.
+"""Pairs that a visitor gives: two sets of images, or a .zip with folders or a manifest; checked, then kept by a tab.
 
 Files are copied into the tab's own folder under names of ours or names that were checked, so that nothing outside of
 it is read or written whatever an archive says.
@@ -51,11 +51,11 @@ def take_sets(
 ) -> OwnPairs:
     """Pairs from two sets of files: twins by their name where all names agree, else in the order given.
 
-    Raises: ValueError for sets of unequal size, an emotion that no wheel knows, or pictures that cannot be used."""
+    Raises: ValueError for sets of unequal size, an emotion that no wheel knows, or images that cannot be used."""
     shown, twins, emotion = list(shown or ()), list(twins or ()), emotion.strip().lower()
     if not shown or not twins:
         raise ValueError(
-            "Give both sets: pictures that show it, and the same without it; or a .zip with pairs. "
+            "Give both sets: images that show it, and the same without it; or a .zip with pairs. "
             f"These are {len(shown)} and {len(twins)}."
         )
     if len(shown) != len(twins):
@@ -131,7 +131,7 @@ def _kept(session: Session, folder: Path, name: str = "your pictures", limits: L
         told = str(error).replace(f"{folder}/", "").replace(str(folder), name)
         raise ValueError(told) from error
     if not len(pairs):
-        raise ValueError(f"{name} holds no picture with a neutral twin. {HOW}")
+        raise ValueError(f"{name} holds no image with a neutral twin. {HOW}")
     if limits is not None:
         _require_few(len(pairs), limits)
     forget_pairs(session)
@@ -178,7 +178,7 @@ def _unpack(path: Path, folder: Path, limits: Limits) -> None:
         entries = [(_inside(e.filename, path.name), e) for e in archive.infolist() if _wanted(e)]
         most = 2 * limits.pairs + 1
         if len(entries) > most:
-            raise ValueError(f"{path.name} holds {len(entries):,} pictures; the limit here is {limits.pairs} pairs.")
+            raise ValueError(f"{path.name} holds {len(entries):,} images; the limit here is {limits.pairs} pairs.")
         around = {where.parts[0] for where, _ in entries if len(where.parts) > 1}
         wrapped = len(around) == 1 and all(len(where.parts) > 1 for where, _ in entries)
         total = 0
@@ -199,7 +199,7 @@ def _unpack(path: Path, folder: Path, limits: Limits) -> None:
             if target.suffix.lower() in PICTURES:
                 open_upload(str(target), limits)
     if not entries:
-        raise ValueError(f"{path.name} holds no pictures. {HOW}")
+        raise ValueError(f"{path.name} holds no images. {HOW}")
 
 
 def _wanted(entry: zipfile.ZipInfo) -> bool:

@@ -33,7 +33,7 @@ def sample(file):
 
 
 def program(imports: Sequence[str], body: Sequence[str], pictures: Sequence[Shown] = ()) -> str:
-    """Imports, the helper that opens sample pictures where some are used, and the lines."""
+    """Imports, the helper that opens sample images where some are used, and the lines."""
     lines = sorted(imports)
     text = "\n".join(lines) + "\n"
     if any(p.is_sample for p in pictures):
@@ -43,7 +43,7 @@ def program(imports: Sequence[str], body: Sequence[str], pictures: Sequence[Show
 
 
 def listed(pictures: Sequence[Shown]) -> str:
-    """One picture's expression, or a list of them."""
+    """One image's expression, or a list of them."""
     return pictures[0].code if len(pictures) == 1 else "[" + ", ".join(p.code for p in pictures) + "]"
 
 
@@ -145,7 +145,7 @@ def _signed() -> list[str]:
 
 
 def figure_html(figure: Figure, alt: str) -> str:
-    """A figure as a picture in the page."""
+    """A figure as an image in the page."""
     data = base64.b64encode(theme.encode(figure, "png")).decode("ascii")
     return f'<img class="veena-figure" src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">'
 

@@ -1,6 +1,6 @@
-"""The Patch tab: a pair of pictures, every head or every layer's residual patched, and a click that opens a head.
+"""The Patch tab: a pair of images, every head or every layer's residual patched, and a click that opens a head.
 
-Patching a pair of pictures layer by layer: progress, cancelling between layers, and an estimate before the start.
+Patching a pair of images layer by layer: progress, cancelling between layers, and an estimate before the start.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def sweep_code(asked: SweepAsked, right: int, wrong: int) -> str:
 
 
 def export_sweep(session: Session) -> list[str]:
-    """The sweep so far as a picture, a table and its own file. Raises: ValueError before one ran."""
+    """The sweep so far as an image, a table and its own file. Raises: ValueError before one ran."""
     from veena_lens import plots
 
     swept: Swept = session.need("swept", "Run a sweep first; then there is something to export.")
@@ -221,7 +221,7 @@ def pair_of(name: str, uploads: list[str] | None, limits: Any) -> tuple[Shown, S
     """Two uploads, or a pair by name. Raises: ValueError for another number of uploads, or an unknown pair."""
     if uploads:
         if len(uploads) != 2:
-            raise ValueError(f"A pair is two pictures, the one with the feature first; {len(uploads)} were given.")
+            raise ValueError(f"A pair is two images, the one with the feature first; {len(uploads)} were given.")
         return open_upload(uploads[0], limits), open_upload(uploads[1], limits)
     if name not in pair_names():
         raise ValueError(f"No pair {name!r}.")
@@ -251,7 +251,7 @@ def shown_cells(swept: Swept) -> str:
 
 
 def open_head(explorer: Explorer, session: Session, row: int, column: int) -> tuple[str, str]:
-    """The clean picture in the Look tab, at the clicked layer and head; and the code."""
+    """The clean image in the Look tab, at the clicked layer and head; and the code."""
     swept: Swept = session.need("swept", "Run a sweep first.")
     asked = swept.asked
     with explorer.using(asked.model) as model:

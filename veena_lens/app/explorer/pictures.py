@@ -18,7 +18,7 @@ from veena_lens.images.files import open_picture
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shown:
-    """A picture, and how Python gets at it again: a sample's name, or a file's."""
+    """An image, and how Python gets at it again: a sample's name, or a file's."""
 
     image: Image.Image
     name: str
@@ -32,7 +32,7 @@ class Shown:
 
 @lru_cache(maxsize=1)
 def samples() -> dict[str, Picture]:
-    """Sample pictures by a readable name."""
+    """Sample images by a readable name."""
     chosen = [p for p in bundled_pictures() if p.context is None and p.split in ("test", "emoji", "held-out style")]
     return {f"{p.emotion}, {p.identity}": p for p in chosen}
 
@@ -41,14 +41,14 @@ def open_sample(name: str) -> Shown:
     """Raises: ValueError for a name that there is not."""
     found = samples().get(name)
     if found is None:
-        raise ValueError(f"No sample picture {name!r}.")
+        raise ValueError(f"No sample image {name!r}.")
     return Shown(image=found.open(), name=found.file, is_sample=True)
 
 
 def open_upload(path: str, limits: Limits) -> Shown:
-    """An uploaded file as a picture.
+    """An uploaded file as an image.
 
-    Raises: ValueError for a file that is too large, too many pixels, or no picture."""
+    Raises: ValueError for a file that is too large, too many pixels, or no image."""
     file = Path(path)
     size = file.stat().st_size
     if size > limits.upload_bytes:
@@ -72,13 +72,13 @@ def chosen(uploads: Sequence[str] | None, sample: str | None, limits: Limits) ->
     """The uploads, or else the sample. Raises: ValueError for too many, or one that cannot be read."""
     if uploads:
         if len(uploads) > limits.pictures:
-            raise ValueError(f"{len(uploads)} pictures were given; the limit here is {limits.pictures}.")
+            raise ValueError(f"{len(uploads)} images were given; the limit here is {limits.pictures}.")
         return [open_upload(path, limits) for path in uploads]
     return [open_sample(sample)] if sample else []
 
 
 def thumbnails(pictures: Sequence[tuple[Image.Image, str]], width: int = 120) -> str:
-    """A row of small pictures over their captions."""
+    """A row of small images over their captions."""
     shown = []
     for image, caption in pictures:
         small = image.copy()

@@ -2,7 +2,7 @@
 
 What the page fetches besides Gradio's own: the view's module and style, a view's data, maps that it asks for.
 
-Headers keep the page to this server: no script, font or picture of another origin, no frame around it.
+Headers keep the page to this server: no script, font or image of another origin, no frame around it.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Limits:
     """Raises: ValueError for a limit that allows nothing."""
 
     upload_bytes: int = 10 * 2**20  # of one file
-    pixels: int = 24_000_000  # of one picture
+    pixels: int = 24_000_000  # of one image
     pictures: int = 8  # of one prompt
     pairs: int = 64  # of a direction
     unpacked_bytes: int = 200 * 2**20  # of an archive of pairs

@@ -2,7 +2,7 @@
 
 What a direction does when added: one answer before and after, and the rate over many faces.
 
-alpha adds the direction at one layer, beta strengthens the attention that key heads pay to the picture, gamma the key
+alpha adds the direction at one layer, beta strengthens the attention that key heads pay to the image, gamma the key
 neurons; heads and neurons are those that push most along the direction on the same pairs.
 """
 

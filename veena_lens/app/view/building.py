@@ -13,7 +13,7 @@ from PIL import Image
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view.panels import Panel, lens_of, norms_of, panels_of, resid_names, words_of
 from veena_lens.app.view.rows import CachedRows, Rows, cached_sinks, sink_queries
-from veena_lens.circuits import find_sinks
+from veena_lens.circuits import attention_sinks
 from veena_lens.images.files import open_picture
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.plots import theme
@@ -22,7 +22,7 @@ ENTERING = ("hook_embed", "blocks.0.hook_resid_pre")
 
 
 def prepared(model: Any, source: Any, pictures: Any) -> tuple[MultimodalInputs, list[Image.Image] | None]:
-    """Inputs of one row and its pictures. Raises: ValueError for several rows."""
+    """Inputs of one row and its images. Raises: ValueError for several rows."""
     if isinstance(source, MultimodalInputs):
         if len(source) != 1:
             raise ValueError(f"A view shows one row; these inputs have {len(source)}. Choose one: inputs[0].")
@@ -31,7 +31,7 @@ def prepared(model: Any, source: Any, pictures: Any) -> tuple[MultimodalInputs, 
         shown, prompt = source
     except (TypeError, ValueError):
         raise ValueError(
-            f"from_run takes prepared inputs, or (picture or pictures, prompt), not {type(source).__name__}."
+            f"from_run takes prepared inputs, or (image or images, prompt), not {type(source).__name__}."
         ) from None
     found = [open_picture(p) for p in (shown if isinstance(shown, (list, tuple)) else [shown])]
     return model.prepare(text=prompt, images=found), found
@@ -40,7 +40,7 @@ def prepared(model: Any, source: Any, pictures: Any) -> tuple[MultimodalInputs, 
 def twin_of(
     model: Any, inputs: MultimodalInputs, other: Any, pictures: Any, prompt: str | None
 ) -> tuple[MultimodalInputs, list[Image.Image] | None]:
-    """The second run: other pictures under the same text and answer.
+    """The second run: other images under the same text and answer.
 
     Raises: ValueError where grids or text differ, for nothing is resampled."""
     if isinstance(other, MultimodalInputs):
@@ -53,16 +53,16 @@ def twin_of(
         twin = twin.with_answer([inputs.tokens[0, answer].tolist()])
     if twin.grids != inputs.grids or not torch.equal(twin.tokens, inputs.tokens):
         raise ValueError(
-            f"The second picture's grids are {list(twin.grids[0])}, the first's {list(inputs.grids[0])}, or their text "
+            f"The second image's grids are {list(twin.grids[0])}, the first's {list(inputs.grids[0])}, or their text "
             "differs: only runs with the same cells and the same tokens compare cell by cell. Resize it to the first."
         )
     return twin, found
 
 
 def _asked_again(model: Any, inputs: MultimodalInputs, pictures: list[Image.Image]) -> MultimodalInputs:
-    """The prompt of prepared inputs with other pictures: every picture's tokens become its one image token again."""
+    """The prompt of prepared inputs with other images: every image's tokens become its one image token again."""
     if model.tokenizer is None:
-        raise ValueError("A second picture needs the model's processor; give other= as prepared inputs.")
+        raise ValueError("A second image needs the model's processor; give other= as prepared inputs.")
     spans, kept = inputs.spans[0], inputs.attention_mask[0].clone()
     kept[spans.last + 1 :] = False
     for span in spans.images:
@@ -165,7 +165,9 @@ class Parts:
     def measure_run(self, words: Sequence[str | int] | None) -> None:
         """Sinks, norms and lens, from one run of the model."""
         if "sinks" in self.modes:
-            found = find_sinks(self.model, self.inputs, sink_queries(self.inputs.attention_mask[0])).meta["positions"]
+            found = attention_sinks(self.model, self.inputs, sink_queries(self.inputs.attention_mask[0])).meta[
+                "positions"
+            ]
             self.header["sinks"] = [found[str(layer)][0] for layer in range(self.model.cfg.n_layers)]
         if not {"lens", "norms"} & set(self.modes):
             return
@@ -234,7 +236,7 @@ class Parts:
         return {**kept, "run": run, "boxes": f"boxes{number}", "cells": f"cells{number}"}
 
     def _tokens(self) -> list[dict[str, Any]]:
-        """The strip: a token of text each, and one entry for all tokens of a picture."""
+        """The strip: a token of text each, and one entry for all tokens of an image."""
         inputs, spans = self.inputs, self.inputs.spans[0]
         image_of = {p: i for i, s in enumerate(spans.images) for p in range(s.start, s.stop)}
         answer = range(0) if spans.answer is None else range(spans.answer.start, spans.answer.stop)

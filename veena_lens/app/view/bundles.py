@@ -4,7 +4,7 @@ Maps as bytes: one uint8 a cell, a scale a map, many of them in one binary that 
 
 A map of attention has a few large cells and many small ones, so a byte holds the square root: v = s (u / 255)^2, and
 with a sign v = s |w| w with w = (u - 128) / 127. The smallest step is s / 65025; a cell of s / 100 is right to 4 %.
-Image and text positions have scales of their own, else one sink among the text would blank the whole picture.
+Image and text positions have scales of their own, else one sink among the text would blank the whole image.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from veena_lens.app.view.rows import Rows
-from veena_lens.circuits import per_patch
+from veena_lens.circuits import direct_attribution_map
 from veena_lens.inputs import MultimodalInputs
 
 MAGIC = b"VEEN"
@@ -104,7 +104,7 @@ ROOM = 2**24  # weights in memory at once
 @dataclass(frozen=True, kw_only=True)
 class Key:
     """Which maps: attention of `query`, or the push on direction `name` that it takes from each key; `run` 1 is the
-    second picture's."""
+    second image's."""
 
     query: int
     kind: str = "attention"
@@ -203,13 +203,13 @@ def push_bundle(
     query: int,
     name: str,
 ) -> Bundle:
-    """What the heads write along `direction` at `query` from each cell of each picture."""
+    """What the heads write along `direction` at `query` from each cell of each image."""
     maps = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, inputs.shape[1])
     for image in range(inputs.n_images[0]):
         tiles = inputs.token_tiles[0][image] if inputs.token_tiles else ()
         for grid in ("grid", "whole") if any(t > 0 for t in tiles) else ("grid",):
             with model.intervene(list(interventions)):
-                scores = per_patch(model, inputs, direction, [query], image=image, grid=grid)
+                scores = direct_attribution_map(model, inputs, direction, [query], image=image, grid=grid)
             maps[..., _places(inputs, image, grid)] = scores.values[0].flatten(-2).float().cpu()
     coded = encode(maps, inputs.image_mask[0], is_signed=True)
     return Bundle(key=Key(query=query, kind="push", name=name), maps=coded)

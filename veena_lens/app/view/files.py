@@ -1,4 +1,4 @@
-"""A cache that travels with its pictures and the words of its tokens: it opens as a view without model or tokenizer.
+"""A cache that travels with its images and the words of its tokens: it opens as a view without model or tokenizer.
 
 The file is `ActivationCache.save`'s with a few further entries, so `ActivationCache.load` reads it as any other.
 """
@@ -29,7 +29,7 @@ PICTURE = "inputs.picture."
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenedCache:
-    """A cache from a file, and what the file says of it: pictures of the first row, words of its tokens, the model."""
+    """A cache from a file, and what the file says of it: images of the first row, words of its tokens, the model."""
 
     cache: ActivationCache
     pictures: tuple[Image.Image, ...] | None = None
@@ -47,7 +47,7 @@ def save_cache(
     model_name: str = "",
     windows: Sequence[int | None] | None = None,
 ) -> Path:
-    """`cache.save` with the pictures of its first row and the words of its tokens; replaces the file in one step."""
+    """`cache.save` with the images of its first row and the words of its tokens; replaces the file in one step."""
     path = Path(path)
     draft = cache.save(path.with_name(f".{path.name}.{os.getpid()}"))
     try:
@@ -73,7 +73,7 @@ def save_cache(
 
 
 def open_cache(path: str | Path) -> OpenedCache:
-    """A cache file, with pictures and words where `save_cache` wrote it.
+    """A cache file, with images and words where `save_cache` wrote it.
 
     Raises: FileNotFoundError; ValueError for a file that was cut short, or is no cache, saying which."""
     cache = ActivationCache.load(path)

@@ -1,6 +1,6 @@
-"""The pictures of a row as panels with their true token cells: a grid, the tiles of a picture, or its whole view.
+"""The images of a row as panels with their true token cells: a grid, the tiles of an image, or its whole view.
 
-A cell knows the token it belongs to and its box as shares of the picture's width and height, so that the page draws
+A cell knows the token it belongs to and its box as shares of the image's width and height, so that the page draws
 what the processor cut: unequal sizes, crops, merged patches, a tile at the edge.
 
 What a view knows of each layer and position apart from heads: norms, and the logit lens in words.
@@ -88,15 +88,15 @@ def words_of(model: Any, inputs: MultimodalInputs, row: int, logits: Float[Tenso
     return [i for i in dict.fromkeys(ids) if i not in inputs.end_token_ids][:MOST_WORDS]
 
 
-LARGEST_SIDE = 1024  # pixels of a picture that travels with a view
+LARGEST_SIDE = 1024  # pixels of an image that travels with a view
 LOSSLESS_PIXELS = 256 * 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Panel:
-    """One picture, or one view of it: `boxes` (left, top, right, bottom) in [0, 1], `positions` in the sequence.
+    """One image, or one view of it: `boxes` (left, top, right, bottom) in [0, 1], `positions` in the sequence.
 
-    `grid`: (rows, columns) of its cells; `source`: the picture as a data URL, "" where it is not known."""
+    `grid`: (rows, columns) of its cells; `source`: the image as a data URL, "" where it is not known."""
 
     image: int
     name: str
@@ -109,12 +109,12 @@ class Panel:
 
 
 def panels_of(inputs: MultimodalInputs, row: int, pictures: Sequence[Image.Image] | None = None) -> list[Panel]:
-    """A panel for each picture of a row; a tiled picture gives its whole view and its tiles.
+    """A panel for each image of a row; a tiled image gives its whole view and its tiles.
 
-    Raises: ValueError for another number of pictures than the row has."""
+    Raises: ValueError for another number of images than the row has."""
     n = inputs.n_images[row]
     if pictures is not None and len(pictures) != n:
-        raise ValueError(f"{len(pictures)} pictures were given; row {row} has {n}.")
+        raise ValueError(f"{len(pictures)} images were given; row {row} has {n}.")
     out = []
     for image in range(n):
         picture = None if pictures is None else pictures[image]
@@ -145,7 +145,7 @@ def panels_of(inputs: MultimodalInputs, row: int, pictures: Sequence[Image.Image
 def _cells(
     inputs: MultimodalInputs, row: int, image: int, picture: Image.Image | None
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 4"], Int[Tensor, " n"], tuple[int, int]]:
-    """Positions, boxes as shares of the picture, and tiles of an image's tokens, and the picture's size."""
+    """Positions, boxes as shares of the image, and tiles of an image's tokens, and the image's size."""
     span = inputs.spans[row].images[image]
     places = torch.arange(span.start, span.stop)[inputs.image_mask[row, span].cpu()]
     tiles = torch.zeros(len(places), dtype=torch.long)
@@ -178,7 +178,7 @@ def _grid(boxes: Float[Tensor, "cell 4"]) -> tuple[int, int]:
 
 
 def data_url(picture: Any) -> str:
-    """A picture as a data URL: PNG where it is small, else WebP, at most 1024 pixels a side."""
+    """An image as a data URL: PNG where it is small, else WebP, at most 1024 pixels a side."""
     small = picture.convert("RGB")
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     kind = "png" if small.width * small.height <= LOSSLESS_PIXELS else "webp"

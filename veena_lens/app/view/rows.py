@@ -73,7 +73,7 @@ def rule_of(cfg: Any) -> dict[str, Any]:
     return {
         "windows": list(cfg.sliding_windows) or None,
         "scale": float(cfg.score_scale),
-        "image_blocks": bool(cfg.image_blocks),
+        "image_blocks": bool(cfg.bidirectional_images),
     }
 
 
@@ -82,7 +82,7 @@ class CachedRows:
     """Rows of a cache: its patterns, or softmax(scale q k) of its rotated queries and keys.
 
     Where rows are computed: `windows`, a sliding window a layer (None: none); `scale`, of the scores (None: the head
-    width to the power -1/2); `image_blocks`, that a picture's tokens read each other in both directions.
+    width to the power -1/2); `image_blocks`, that an image's tokens read each other in both directions.
     Raises: MissingActivation where it holds neither for every layer; ValueError without its inputs."""
 
     cache: ActivationCache
@@ -93,9 +93,7 @@ class CachedRows:
 
     def __post_init__(self) -> None:
         if self.cache.inputs is None:
-            raise ValueError(
-                "This cache was sliced or made without its inputs, so its pictures and tokens are unknown."
-            )
+            raise ValueError("This cache was sliced or made without its inputs, so its images and tokens are unknown.")
         if self.n_layers == 0 or not (self._holds(PATTERN) or self._holds(QUERIES) and self._holds(KEYS)):
             raise MissingActivation(
                 "The cache holds no attention: cache every layer's attn.hook_pattern, or attn.hook_rot_q and "
@@ -166,7 +164,7 @@ def cached_sinks(
     share: float | int = 0.8,
     norm_multiple: float | int = 5.0,
 ) -> list[list[int]]:
-    """Attention sinks of every layer by the rule of `veena_lens.circuits.find_sinks`, from a cache alone.
+    """Attention sinks of every layer by the rule of `veena_lens.circuits.attention_sinks`, from a cache alone.
 
     norms: of the residual that enters each layer."""
     hits, pairs = [torch.zeros(rows.n_layers, len(mask)) for _ in range(2)]

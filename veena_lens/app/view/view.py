@@ -63,15 +63,15 @@ class ExplorerView:
         max_bytes: int = BUDGET,
         title: str = "",
     ) -> ExplorerView:
-        """A view of what `model` does with a picture and a prompt.
+        """A view of what `model` does with an image and a prompt.
 
-        source: `(picture or pictures, prompt)`, or prepared inputs of one row (then `pictures` are what they were made
+        source: `(image or images, prompt)`, or prepared inputs of one row (then `pictures` are what they were made
         from; without them the page draws bare cells). answer: a text to force, or True to generate one. other: a
-        second picture (or inputs) with the same token grid and text, for the difference. modes: of "attention",
+        second image (or inputs) with the same token grid and text, for the difference. modes: of "attention",
         "sinks", "difference", "lens", "push", "norms"; None takes all that can be had. words: tokens whose
         probability the lens maps (default: the answer's). directions: name -> [layer d_model] or [d_model].
         interventions: in force in every run of the view. max_bytes: of maps that the view holds from the start.
-        Raises: ValueError for several rows, a second picture of another grid or text, an unknown mode, or one that
+        Raises: ValueError for several rows, a second image of another grid or text, an unknown mode, or one that
         lacks what it needs.
         """
         inputs, drawn = building.prepared(model, source, pictures)
@@ -184,7 +184,7 @@ class ExplorerView:
         if not 0 <= key.query < length or not bool(self.inputs.attention_mask[0, key.query]):
             raise ValueError(f"No token at position {key.query}; the sequence has {length} positions.")
         if key.run >= len(self.runs):
-            raise ValueError("This view has no second picture: give other= when you make it.")
+            raise ValueError("This view has no second image: give other= when you make it.")
         rows = self.runs[key.run]
         if key.kind == "push":
             if key.name not in self.directions or not isinstance(rows, ModelRows):

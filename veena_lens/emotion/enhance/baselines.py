@@ -3,7 +3,7 @@
 All are free of training. Here are steering, VISTA and prompts, and the table of families; `attention_rivals` and
 `decoding` hold the others, which are named here too.
 
-Rivals that change attention to the picture: PAI, ScalingVis, AdaptVis, VAF and SPIN, as interventions of ours.
+Rivals that change attention to the image: PAI, ScalingVis, AdaptVis, VAF and SPIN, as interventions of ours.
 
 All were made against object hallucination or for spatial questions; here they answer about emotion, so each is tuned
 on the same validation split as the method that it is held against.
@@ -26,13 +26,13 @@ from veena_lens.emotion.enhance.contrastive_decoding import guidance, require_pi
 from veena_lens.emotion.enhance.random_controls import random_directions, random_heads, random_neurons
 from veena_lens.emotion.methods import Method
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions import BoostAttention, QuietHeads, Turn
+from veena_lens.interventions import BoostAttention, SteerKeepingNorm, SuppressHeads
 
 __all__ = [
-    "Family",
+    "Baseline",
     "WORDINGS",
     "adaptvis",
-    "families",
+    "all_baselines",
     "first_token_confidence",
     "pai",
     "plain_steering",
@@ -53,7 +53,7 @@ def pai(alpha: float | int, layers: Sequence[int], cfg_gamma: float | int | None
     """Paying attention to the image: s + alpha |s| on image keys, all heads of `layers`, and guidance while decoding.
 
     The boost acts on the last row of the prompt and on every generated one. cfg_gamma: log-probabilities are
-    extrapolated away from those without the picture (`guidance`); None or 1 leaves them. The official settings for a
+    extrapolated away from those without the image (`guidance`); None or 1 leaves them. The official settings for a
     7B model are alpha 0.2, layers 2 .. 31, gamma 1.1.
     Raises: ValueError for no layers or numbers that are not finite. Source: Liu et al. 2024, arXiv 2407.21771.
     """
@@ -90,7 +90,7 @@ def adaptvis(threshold: float | int, layers: Sequence[int], w1: float | int = 0.
     """AdaptVis: ScalingVis with w1 where the model is less sure than `threshold` of its first token, else with w2.
 
     Sure: the largest probability of the first token, from an unedited run of the prompt; each row has its own factor.
-    Raises: ValueError for no layers, or numbers that are not finite; when it runs, for a row without a picture.
+    Raises: ValueError for no layers, or numbers that are not finite; when it runs, for a row without an image.
     Source: Chen et al. 2025, arXiv 2503.01773 (the threshold is chosen for each task)."""
     _require_finite("adaptvis", threshold=threshold, w1=w1, w2=w2)
     chosen = _layers("adaptvis", layers)
@@ -109,11 +109,11 @@ def adaptvis(threshold: float | int, layers: Sequence[int], w1: float | int = 0.
 
 
 def vaf(layers: Sequence[int], enhance: float | int = 1.15, suppress: float | int = 0.95) -> Method:
-    """Visual amplification: attention logits of image keys times `enhance`, of what stands before the picture times
-    `suppress`, for the text after the picture and what is generated; all heads of the middle `layers`.
+    """Visual amplification: attention logits of image keys times `enhance`, of what stands before the image times
+    `suppress`, for the text after the image and what is generated; all heads of the middle `layers`.
 
     The official settings for a 7B model are layers 9 .. 14. Factors of 1 are off.
-    Raises: ValueError for no layers, or factors that are not finite; when it runs, for a row without a picture.
+    Raises: ValueError for no layers, or factors that are not finite; when it runs, for a row without an image.
     Source: Yin et al. 2025, arXiv 2503.13107 (ClearSight)."""
     _require_finite("vaf", enhance=enhance, suppress=suppress)
     chosen = _layers("vaf", layers)
@@ -145,16 +145,16 @@ def vaf(layers: Sequence[int], enhance: float | int = 1.15, suppress: float | in
 
 
 def spin(layers: Sequence[int], keep: float | int = 0.95, factor: float | int = 0.0) -> Method:
-    """SPIN: at each new token, of each layer int(keep * n_heads) heads that look most at the picture stay; the others'
+    """SPIN: at each new token, of each layer int(keep * n_heads) heads that look most at the image stay; the others'
     outputs are multiplied by `factor`.
 
-    Heads are ranked by their attention mass on the picture. keep = 1 or factor = 1 is off.
+    Heads are ranked by their attention mass on the image. keep = 1 or factor = 1 is off.
     Raises: ValueError for no layers, a keep outside [0, 1], or a factor that is not finite.
     Source: Sarkar et al. 2025, arXiv 2505.16411."""
     chosen = _layers("spin", layers)
     return Method(
         name="spin",
-        interventions=[QuietHeads(layer, keep, factor) for layer in chosen],
+        interventions=[SuppressHeads(layer, keep, factor) for layer in chosen],
         about="heads that look least at the picture turned down (Sarkar et al. 2025, arXiv 2505.16411)",
         settings={"keep": keep, "factor": factor, "layers": chosen},
     )
@@ -163,7 +163,7 @@ def spin(layers: Sequence[int], keep: float | int = 0.95, factor: float | int = 
 @torch.no_grad()
 def first_token_confidence(model: Any, inputs: MultimodalInputs) -> Float[Tensor, " batch"]:
     """The largest probability of the token after the prompt, from a run that no intervention touches."""
-    with model.untouched():
+    with model.without_interventions():
         resid = model(inputs, stop_at_layer=model.cfg.n_layers)
     last = [spans.last for spans in inputs.spans]
     logits = model._unembed(resid[torch.arange(len(last), device=resid.device), last][:, None])[:, 0]
@@ -243,20 +243,20 @@ def vista(
     vectors: Float[Tensor, "layer d_model"] | None = None,
     positions: Any = "all",
 ) -> Method:
-    """VISTA's visual steering: MLP outputs turned towards what the picture adds, their norms kept (`Turn`).
+    """VISTA's visual steering: MLP outputs turned towards what the image adds, their norms kept (`SteerKeepingNorm`).
 
     vectors: a direction a layer for every example; None takes each example's own, `visual_directions` of its prompt,
     for two more runs of the prompt. layers: None is all. lam = 0 is off; the official code has 0.1 (LLaVA-1.5: 0.17).
     Its second part, logits mixed from earlier layers, is left out.
-    Raises: ValueError for a lam that is not finite, or no layers; when it runs, for a row without a picture.
+    Raises: ValueError for a lam that is not finite, or no layers; when it runs, for a row without an image.
     Source: Li et al. 2025, arXiv 2502.03628."""
     if layers is not None and not len(layers):
         raise ValueError("vista: the list of layers is empty; leave it out to take all.")
-    Turn(0, torch.ones(1), lam, positions)  # its checks, before anything runs
+    SteerKeepingNorm(0, torch.ones(1), lam, positions)  # its checks, before anything runs
 
     def turned(directions: Tensor) -> list[Any]:
         chosen = range(len(directions)) if layers is None else layers
-        return [Turn(int(layer), directions[layer], lam, positions) for layer in chosen] if lam else []
+        return [SteerKeepingNorm(int(layer), directions[layer], lam, positions) for layer in chosen] if lam else []
 
     def per_row(model: Any, inputs: MultimodalInputs) -> list[list[Any]]:
         require_pictures("vista", inputs)
@@ -279,9 +279,9 @@ def vista(
 
 @torch.no_grad()
 def visual_directions(model: Any, inputs: MultimodalInputs) -> Float[Tensor, "batch layer d_model"]:
-    """What the picture adds to each row's last prompt token: resid_post with it minus resid_post without it.
+    """What the image adds to each row's last prompt token: resid_post with it minus resid_post without it.
 
-    Interventions in force do not act. Raises: ValueError for a row without a picture."""
+    Interventions in force do not act. Raises: ValueError for a row without an image."""
     require_pictures("visual_directions", inputs)
     return _last_states(model, inputs) - _last_states(model, without_pictures(model, inputs))
 
@@ -294,7 +294,7 @@ def _last_states(model: Any, inputs: MultimodalInputs) -> Float[Tensor, "batch l
         states.append(resid[torch.arange(len(last), device=resid.device), last].clone())
 
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
-    with model.untouched():
+    with model.without_interventions():
         model.run_with_hooks(inputs, return_type=None, fwd_hooks=[(name, keep) for name in names])
     return torch.stack([state.to(states[0].device) for state in states], 1)
 
@@ -313,7 +313,7 @@ def prompt_only(kind: str = "look") -> Method:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Family:
+class Baseline:
     """A rival with the settings it is tuned over: `build(**grid[i])` is a Method. Grids go from weak to strong."""
 
     name: str
@@ -325,9 +325,9 @@ class Family:
         return f"Family({self.name!r}: {len(self.grid)} trials over {', '.join(self.grid[0])}; {self.about})"
 
 
-def families(
+def all_baselines(
     model: Any, *, directions: Any = None, key_layer: int | None = None, trials: int = 12, seed: int = 0
-) -> list[Family]:
+) -> list[Baseline]:
     """Every rival with as many trials as the others, around the defaults of its source, scaled to the model's depth.
 
     directions: for plain steering, left out without them; at `key_layer` with both sets of positions, or over layers at
@@ -374,7 +374,7 @@ def families(
 
         found.insert(0, ("plain steering", steered, grid))
     return [
-        Family(name=name, grid=_spread(grid, trials), build=build, about=build(**grid[0]).about)
+        Baseline(name=name, grid=_spread(grid, trials), build=build, about=build(**grid[0]).about)
         for name, build, grid in found
     ]
 

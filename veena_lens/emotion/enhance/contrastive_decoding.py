@@ -1,6 +1,6 @@
 """Rivals that change how tokens are chosen: a second stream of logits beside the model's own, contrasted with it.
 
-VCD's second stream sees a noised picture, PAI's guidance none. Each stream keeps its own keys and values, so a step
+VCD's second stream sees a noised image, PAI's guidance none. Each stream keeps its own keys and values, so a step
 costs one further token, and runs untouched by the interventions of the first.
 """
 
@@ -24,12 +24,12 @@ N_NOISE_STEPS = 1000
 
 
 def vcd(a: float | int = 1.0, b: float | int = 0.1, noise_step: int = 500, seed: int = 0) -> Method:
-    """Visual contrastive decoding: (1 + a) l - a l', where l' are the logits with a noised picture in its place.
+    """Visual contrastive decoding: (1 + a) l - a l', where l' are the logits with a noised image in its place.
 
     Only tokens with l >= max l + log b compete. The noise is that of step `noise_step` of a diffusion of 1,000 steps,
     the same for every example, drawn from `seed`. a = 0 is off.
     Raises: ValueError for a < 0, b outside (0, 1], or a step outside 0 .. 999; while decoding, for a row without a
-    picture. Source: Leng et al. 2024, arXiv 2311.16922.
+    image. Source: Leng et al. 2024, arXiv 2311.16922.
     """
     _require("vcd", "a", a, a >= 0 and math.isfinite(a), "a number of at least 0")
     _require("vcd", "b", b, 0 < b <= 1, "a share above 0, at most 1")
@@ -51,10 +51,10 @@ def vcd(a: float | int = 1.0, b: float | int = 0.1, noise_step: int = 500, seed:
 
 
 def guidance(gamma: float | int, cutoff: float | int = 0.1) -> Callable[[Any, MultimodalInputs], Sequence[Any]]:
-    """PAI's decoding rule: log-probabilities extrapolated away from those without the picture; 1 is off.
+    """PAI's decoding rule: log-probabilities extrapolated away from those without the image; 1 is off.
 
     Raises: ValueError for a gamma that is not finite, or a cutoff outside (0, 1]; while decoding, for a row without a
-    picture. Source: Liu et al. 2024, arXiv 2407.21771, section 3.3."""
+    image. Source: Liu et al. 2024, arXiv 2407.21771, section 3.3."""
     _require("pai", "cfg_gamma", gamma, math.isfinite(gamma), "a finite number")
     _require("pai", "cutoff", cutoff, 0 < cutoff <= 1, "a share above 0, at most 1")
 
@@ -116,24 +116,24 @@ class SecondStream:
         if not new.shape[1]:
             self.cache = KVCache(self.model.cfg.n_layers)
         self.n_seen = new.shape[1]
-        with self.model.untouched():
+        with self.model.without_interventions():
             other = self.model._next_logits(self.prompt, new, self.cache)
         return self.combine(scores, other.to(scores))
 
 
 def with_noise(model: Any, inputs: MultimodalInputs, step: int, seed: int = 0) -> MultimodalInputs:
-    """The inputs with every picture as a diffusion has it after `step` steps: sqrt(A) x + sqrt(1 - A) noise.
+    """The inputs with every image as a diffusion has it after `step` steps: sqrt(A) x + sqrt(1 - A) noise.
 
     A is the product of 1 - beta over the steps 0 .. step, beta rising from 1e-5 to 5e-3 as a sigmoid. Each row draws
     its own noise from `seed` anew, so that a batch equals its rows alone; the frames that one token reads share it.
     """
-    assert inputs.pixel_values is not None and inputs.picture_rows is not None
+    assert inputs.pixel_values is not None and inputs.crop_rows is not None
     beta = torch.linspace(-6, 6, N_NOISE_STEPS, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
     kept = float((1 - beta)[: step + 1].prod())
     generators = [torch.Generator().manual_seed(seed) for _ in range(len(inputs))]
     pixels = inputs.pixel_values.clone()
     sizes = inputs.picture_lengths()
-    for picture, row in enumerate(inputs.picture_rows.tolist()):
+    for picture, row in enumerate(inputs.crop_rows.tolist()):
         if sizes is None:
             noise = torch.randn(pixels.shape[1:], generator=generators[row], dtype=torch.float64)
             place: Any = (picture,)
@@ -154,7 +154,7 @@ def _patch_noise(vision: Any, n: int, generator: torch.Generator) -> Float[Tenso
 def without_pictures(model: Any, inputs: MultimodalInputs) -> MultimodalInputs:
     """The same rows with their image tokens taken out, padded on the left; positions count what is left.
 
-    A pair of added tokens right around a picture (Qwen's vision start and end) goes with it."""
+    A pair of added tokens right around an image (Qwen's vision start and end) goes with it."""
     keep = inputs.attention_mask & ~inputs.image_mask
     added = set(getattr(model.tokenizer, "added_tokens_decoder", None) or ())
     for row, spans in enumerate(inputs.spans):
@@ -178,9 +178,9 @@ def without_pictures(model: Any, inputs: MultimodalInputs) -> MultimodalInputs:
         attention_mask=mask,
         position_ids=positions.expand(*inputs.position_ids.shape[:-2], *positions.shape),
         pixel_values=None,
-        picture_rows=None,
-        picture_images=None,
-        picture_grids=None,
+        crop_rows=None,
+        crop_images=None,
+        crop_grids=None,
         patch_mask=None,
         image_rows=None,
         extras={},
@@ -193,10 +193,10 @@ def without_pictures(model: Any, inputs: MultimodalInputs) -> MultimodalInputs:
 
 
 def require_pictures(who: str, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for rows without a picture, naming them."""
+    """Raises: ValueError for rows without an image, naming them."""
     bare = [row for row, n in enumerate(inputs.n_images) if n == 0]
     if bare:
-        raise ValueError(f"{who} needs a picture in every row; rows {bare[:8]} of {len(inputs)} have none.")
+        raise ValueError(f"{who} needs an image in every row; rows {bare[:8]} of {len(inputs)} have none.")
 
 
 def _require(who: str, what: str, value: float | int, ok: bool, wanted: str) -> None:

@@ -1,4 +1,4 @@
-"""Strength that follows the model itself: how emotional the picture looks to it, and how sure it is which emotion.
+"""Strength that follows the model itself: how emotional the image looks to it, and how sure it is which emotion.
 
 From the untouched prefill at the key layer: presence g = sigmoid((<h, S^> - theta) / width), and confidence kappa =
 1 - entropy(q) / log E with q = softmax(<h - mean neutral h, D_e^> / T). "need" strengthens where emotion is there but
@@ -6,7 +6,7 @@ unsure, beta = 1 + (beta_max - 1) g (1 - kappa); "trust" strengthens what is sur
 
 VEE, ENA and VEENA: what was located, as circuits that act in any `generate` without training.
 
-VEE strengthens the attention of key heads to the picture, ENA amplifies key neurons, VEENA does both. A circuit is a
+VEE strengthens the attention of key heads to the image, ENA amplifies key neurons, VEENA does both. A circuit is a
 list of interventions with a name and a record of how it was made, so it saves, loads and applies like any other.
 """
 
@@ -38,7 +38,7 @@ def vee(
     key_layer: int | None = None,
     keys: Any = "image",
 ) -> Circuit:
-    """Visual emotion enhancement: attention of (layer, head) in `heads` to the picture, strengthened by `beta`.
+    """Visual emotion enhancement: attention of (layer, head) in `heads` to the image, strengthened by `beta`.
 
     phase: "both" strengthens the query's rows and every generated token's, in all heads. "paper": heads up to
     `key_layer` at the query's rows, later ones at generated tokens. "prefill" or "decode": all heads at the one or the
@@ -78,7 +78,7 @@ def ena(
 ) -> Circuit:
     """Emotion neuron amplification: activations of (layer, neuron) in `neurons` times `gamma` at `positions`.
 
-    variant="add" adds (gamma - 1) times each neuron's mean activation on emotional pictures instead, which works where
+    variant="add" adds (gamma - 1) times each neuron's mean activation on emotional images instead, which works where
     activations are near 0; it needs `model` and `activations`, a number for each neuron, and becomes a `Steer` of the
     layer's residual by sum_n (gamma - 1) a_n W_out[n], the same edit. variant="positive" amplifies only where a_n w_n >
     0, `weights` holding w_n = <W_out[n], S^> for each neuron (`KeyNeurons.weights`): a factor strengthens whatever sign

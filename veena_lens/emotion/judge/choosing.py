@@ -15,16 +15,16 @@ from veena_lens.emotion.enhance.veena import KINDS, Adaptive, ena, vee, veena
 from veena_lens.emotion.judge.evaluation import evaluate
 from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
 from veena_lens.emotion.judge.side_effects import other_questions
-from veena_lens.emotion.judge.tuning import HARM, Tuned, fluency_ratio, tune, worth_of
-from veena_lens.emotion.locate.answer_slot import AnswerSlot
-from veena_lens.emotion.locate.boost_gradients import best_heads, boost_gradients
+from veena_lens.emotion.judge.tuning import HARM, Tuned, fluency_ratio, trial_score, tune
+from veena_lens.emotion.locate.answer_slot import AnswerPosition
+from veena_lens.emotion.locate.boost_gradients import head_boost_gradients, top_heads
 from veena_lens.emotion.locate.heads import KeyHeads
 from veena_lens.emotion.locate.neurons import KeyNeurons
 from veena_lens.emotion.methods import Method
-from veena_lens.emotion.pairs.contexts import conditions
+from veena_lens.emotion.pairs.contexts import context_conditions
 from veena_lens.emotion.settings import Settings
 from veena_lens.emotion.words.wheels import EmotionWheels
-from veena_lens.emotion.work import Work, batch_key, model_key, slot_key
+from veena_lens.emotion.work import ResumableStore, batch_key, model_key, slot_key
 from veena_lens.interventions import Circuit
 from veena_lens.scores import Scores
 
@@ -33,7 +33,7 @@ FIRST_BETA = 3.0  # at which rankings and modes are compared
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Ways:
+class HeadRankings:
     """`rankings`: heads by each way of ranking; `table`: way, mode, worth and harm on validation; `winner`: (way,
     mode), with its `heads`."""
 
@@ -53,15 +53,15 @@ class Ways:
 def conditions_of(
     part: Any, settings: Settings, most: int | None, *, held_out: bool, n_neutral: int | None = None
 ) -> dict[str, list[Any]]:
-    """The pictures of a split under every condition: alone, consistent, and in conflict at each strength."""
+    """The images of a split under every condition: alone, consistent, and in conflict at each strength."""
     examples = spread_examples(part, most)
-    return conditions(
+    return context_conditions(
         examples, seed=settings.seed, held_out=held_out, strengths=settings.strengths, events=settings.events
     )
 
 
 def spread_examples(part: Any, most: int | None) -> list[Any]:
-    """Each picture once, neutral ones too; at most so many, emotions in turn and identities in turn."""
+    """Each image once, neutral ones too; at most so many, emotions in turn and identities in turn."""
     once: dict[tuple[str, str], Any] = {}
     for e in part.examples:
         once.setdefault((str(e.picture), e.emotion), e)
@@ -83,7 +83,7 @@ def rank_heads(
     model: Any,
     conflict: Sequence[Any],
     alone: Sequence[Any],
-    slot: AnswerSlot,
+    slot: AnswerPosition,
     heads: KeyHeads,
     settings: Settings,
     out: Path | None,
@@ -91,40 +91,40 @@ def rank_heads(
     """The best `k_heads` heads by each way of ranking.
 
     "patching": effect on the key layer; "intention": I_delta; "conflict gradient": what strengthening a head's look at
-    the picture would add to the picture's lead over the context; "alone gradient": the same without contexts."""
+    the image would add to the image's lead over the context; "alone gradient": the same without contexts."""
     k = settings.k_heads
     found: dict[str, list[Head]] = {}
     if "patching" in settings.ways:
         chosen = heads.heads or [(int(r.layer), int(r.head)) for r in heads.table.head(k).itertuples()]
         found["patching"] = chosen[:k]
     if "intention" in settings.ways:
-        found["intention"] = best_heads(heads.intention, k)
-    work = Work(out, lambda: {"what": "boosts", "model": model_key(model), "slot": slot_key(slot)})
+        found["intention"] = top_heads(heads.intention, k)
+    work = ResumableStore(out, lambda: {"what": "boosts", "model": model_key(model), "slot": slot_key(slot)})
     for way, examples in (("conflict gradient", conflict), ("alone gradient", alone)):
         if way in settings.ways:
 
             def run(examples: Sequence[Any] = examples) -> dict[str, Any]:
-                scores = boost_gradients(model, examples, slot, batch_size=max(1, settings.batch_size // 2))
+                scores = head_boost_gradients(model, examples, slot, batch_size=max(1, settings.batch_size // 2))
                 return {"values": scores.values}
 
             told = [[e.emotion, e.context_emotion] for e in examples]  # what leads over what
             values = work.do(lambda x=examples, told=told: f"{batch_key(x)} {told}", run)["values"]
-            found[way] = best_heads(Scores(values, ("example", "layer", "head")), k)
+            found[way] = top_heads(Scores(values, ("example", "layer", "head")), k)
     return found
 
 
-def compare_ways(
+def compare_head_rankings(
     model: Any,
     mechanism: Mapping[str, Sequence[Any]],
     validation: Mapping[str, Sequence[Any]],
-    slot: AnswerSlot,
+    slot: AnswerPosition,
     heads: KeyHeads,
     settings: Settings,
     *,
     wheels: Any = None,
     out: Path | None = None,
     progress: bool = True,
-) -> Ways:
+) -> HeadRankings:
     """Rank heads on the mechanism's conditions in each way, and judge each way in each mode on the validation's."""
     import pandas as pd
 
@@ -150,14 +150,14 @@ def compare_ways(
     rows: list[dict[str, Any]] = []
     measure = fluency_of(model, validation, wheels, settings, out)
     for (way, mode), method in zip(entries, methods, strict=True):
-        worth, harm = worth_of(found, method.name)
+        worth, harm = trial_score(found, method.name)
         ratio = fluency_ratio(model, found, method.name, wheels, measure)
         allowed = harm <= HARM and ratio <= FLUENCY
-        row = {"way": way, "mode": mode, "plain": worth_of(found, "plain")[0], "worth": worth, "harm": harm}
+        row = {"way": way, "mode": mode, "plain": trial_score(found, "plain")[0], "worth": worth, "harm": harm}
         rows.append(row | {"perplexity": ratio, "allowed": allowed})
     able = [i for i, row in enumerate(rows) if row["allowed"]] or list(range(len(rows)))
     best = max(able, key=lambda i: rows[i]["worth"])
-    return Ways(rankings=rankings, table=pd.DataFrame(rows), winner=entries[best])
+    return HeadRankings(rankings=rankings, table=pd.DataFrame(rows), winner=entries[best])
 
 
 def fluency_of(
@@ -170,7 +170,7 @@ def fluency_of(
 
 
 def own_families(
-    ways: Ways, neurons: KeyNeurons, adaptive: Adaptive, settings: Settings
+    ways: HeadRankings, neurons: KeyNeurons, adaptive: Adaptive, settings: Settings
 ) -> list[tuple[str, list[dict[str, Any]], Any]]:
     """(name, grid, build) of VEE, ENA, VEENA and its adaptive variant."""
     heads, mode, found = ways.heads, ways.mode, neurons.neurons
@@ -215,10 +215,10 @@ def spaced(grid: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
     return [grid[round(i * (len(grid) - 1) / (n - 1))] for i in range(n)]
 
 
-def tune_all(
+def tune_baselines(
     model: Any,
     validation: Mapping[str, Sequence[Any]],
-    ways: Ways,
+    ways: HeadRankings,
     neurons: KeyNeurons,
     adaptive: Adaptive,
     directions: Any,
@@ -236,7 +236,7 @@ def tune_all(
     if not neurons.neurons:
         families = [f for f in families if f[0] == "VEE"]
     if settings.rivals:
-        from veena_lens.emotion.enhance.baselines import families as rival_families
+        from veena_lens.emotion.enhance.baselines import all_baselines as rival_families
 
         n = min(12, settings.trials)
         rivals = rival_families(model, directions=directions, key_layer=key_layer, trials=n, seed=settings.seed)
@@ -269,7 +269,7 @@ def final_circuit(tuned: Mapping[str, Tuned], name: str, settings: Settings) -> 
 def dose_response(
     model: Any,
     validation: Mapping[str, Sequence[Any]],
-    ways: Ways,
+    ways: HeadRankings,
     neurons: KeyNeurons,
     settings: Settings,
     *,
@@ -277,7 +277,7 @@ def dose_response(
     out: Path | None = None,
     progress: bool = True,
 ) -> Any:
-    """Hit rate by condition over doses of VEE (both modes) and ENA on the validation pictures: a table."""
+    """Hit rate by condition over doses of VEE (both modes) and ENA on the validation images: a table."""
     import pandas as pd
 
     methods, about = [], []

@@ -1,8 +1,8 @@
-"""One table for all methods: the same held-out pictures under the same conditions, with paired differences.
+"""One table for all methods: the same held-out images under the same conditions, with paired differences.
 
 The task is emotional hallucination: a context sentence says another emotion (weakly, plainly, strongly), besides
-pictures without context and with a consistent one, so that rescue and harm are seen together. Answers are written as
-they come; intervals draw identities, and differences to the plain model are paired by picture.
+images without context and with a consistent one, so that rescue and harm are seen together. Answers are written as
+they come; intervals draw identities, and differences to the plain model are paired by image.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.circuits import sign_flip
+from veena_lens.circuits import sign_flip_test
 from veena_lens.emotion.judge.intervals import drawn_weights, share
 from veena_lens.emotion.methods import PLAIN, Method, answers_to, batches, prepared, require_sizes
-from veena_lens.emotion.work import Work, batch_key, method_key, model_key
+from veena_lens.emotion.work import ResumableStore, batch_key, method_key, model_key
 from veena_lens.scores import Scores
 from veena_lens.sweeps.engine import bar
 
@@ -30,7 +30,7 @@ NEUTRAL = "neutral"
 class Evaluation:
     """What every method said of every example: `texts` [condition][method], and what it was worth.
 
-    `hits`, `followed` (condition, method, example): 1 where the answer names the picture's emotion, or the context's;
+    `hits`, `followed` (condition, method, example): 1 where the answer names the image's emotion, or the context's;
     rows of examples that a condition lacks are masked. `table()` sums up; `per_emotion()` gives recalls.
     """
 
@@ -47,7 +47,7 @@ class Evaluation:
 
     def table(self) -> Any:
         """A row a condition and method: n, hit rate with its interval, the difference to the baseline with its
-        interval and p (sign flips of identities), the share that follows the context, and of neutral pictures the
+        interval and p (sign flips of identities), the share that follows the context, and of neutral images the
         share that is given an emotion ("false"), with the balanced score (mean of emotional hits and 1 - false)."""
         import pandas as pd
 
@@ -74,7 +74,7 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def per_emotion(self) -> Any:
-        """Hit rate by condition, method and the picture's emotion."""
+        """Hit rate by condition, method and the image's emotion."""
         import pandas as pd
 
         rows = []
@@ -150,7 +150,7 @@ def evaluate(
     texts: dict[str, dict[str, list[str]]] = {}
     about = {"what": "answers", "model": None if out is None else model_key(model), "tokens": max_new_tokens}
     # Named by what a method does: the same heads and strength are not asked again under another name.
-    works = [Work(out, lambda m=m: about | {"does": method_key(m)}) for m in methods]
+    works = [ResumableStore(out, lambda m=m: about | {"does": method_key(m)}) for m in methods]
     for condition, examples in conditions.items():
         texts[condition] = {m.name: [] for m in methods}
         for some in batches(examples, batch_size):
@@ -170,10 +170,12 @@ def evaluate(
                     show.update(len(some))
     if show is not None:
         show.close()
-    return judged(conditions, texts, wheels, PLAIN.name, {m.name: dict(m.settings) for m in methods}, draws, seed)
+    return score_answers(
+        conditions, texts, wheels, PLAIN.name, {m.name: dict(m.settings) for m in methods}, draws, seed
+    )
 
 
-def judged(
+def score_answers(
     conditions: Mapping[str, Sequence[Any]],
     texts: Mapping[str, Mapping[str, Sequence[str]]],
     wheels: Any,
@@ -223,7 +225,7 @@ def _p(differences: Float[Tensor, " n"], identities: Sequence[str], seed: int) -
     if not bool(differences.any()):
         return 1.0
     scores = Scores(differences, ("pair",))
-    return float(sign_flip(scores, groups=identities, seed=seed).values)
+    return float(sign_flip_test(scores, groups=identities, seed=seed).values)
 
 
 def _mean(x: Tensor) -> float:

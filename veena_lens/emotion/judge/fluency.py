@@ -17,7 +17,7 @@ from torch import Tensor
 from veena_lens.emotion.judge.side_effects import perplexity
 from veena_lens.emotion.locate.answer_slot import emotion_tokens
 from veena_lens.emotion.methods import batches
-from veena_lens.emotion.work import Work, digest, example_key, model_key
+from veena_lens.emotion.work import ResumableStore, digest, example_key, model_key
 
 FLUENCY = 1.2  # perplexity may rise by a fifth
 
@@ -31,7 +31,7 @@ class Fluency:
         self.model, self.batch_size = model, batch_size
         self.skip = emotion_tokens(model, sorted(set(emotions)), wheels)
         about = {"what": "perplexity", "skip": sorted(self.skip)}
-        self.work = Work(out, lambda: about | {"model": model_key(model)})
+        self.work = ResumableStore(out, lambda: about | {"model": model_key(model)})
         self.known: dict[tuple[str, str, bool], float] = {}
 
     def changes(self, examples: Sequence[Any], texts: Sequence[str], plain: Sequence[str]) -> Float[Tensor, " example"]:

@@ -1,4 +1,4 @@
-"""The judgement beside the main table: random components of the same layers, other pictures, and side effects."""
+"""The judgement beside the main table: random components of the same layers, other images, and side effects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from veena_lens.emotion.enhance.random_controls import random_heads, random_neurons
 from veena_lens.emotion.enhance.veena import ena, vee, veena
-from veena_lens.emotion.judge.choosing import Ways
+from veena_lens.emotion.judge.choosing import HeadRankings
 from veena_lens.emotion.judge.evaluation import NEUTRAL, Evaluation, evaluate
 from veena_lens.emotion.judge.side_effects import (
     SideEffects,
@@ -23,9 +23,9 @@ from veena_lens.emotion.judge.side_effects import (
 )
 from veena_lens.emotion.judge.tuning import Tuned
 from veena_lens.emotion.locate.neurons import KeyNeurons
-from veena_lens.emotion.methods import PLAIN, Method, answers
+from veena_lens.emotion.methods import PLAIN, Method, generate_answers
 from veena_lens.emotion.settings import Settings
-from veena_lens.emotion.work import Work, batch_key, digest, method_key, model_key
+from veena_lens.emotion.work import ResumableStore, batch_key, digest, method_key, model_key
 
 DESCRIPTION = 48  # tokens
 
@@ -49,7 +49,7 @@ def random_controls(
     conditions: Mapping[str, Sequence[Any]],
     tuned: Mapping[str, Tuned],
     test: Evaluation,
-    ways: Ways,
+    ways: HeadRankings,
     neurons: KeyNeurons,
     settings: Settings,
     *,
@@ -132,8 +132,8 @@ def side_effects(
     out: Path | None = None,
     progress: bool = True,
 ) -> list[SideEffects]:
-    """Fluency, repetition, drift on neutral pictures, other questions' answers and time, of the plain model and of
-    every tuned method, on test pictures without context. Attributes only where `settings.questions` has questions."""
+    """Fluency, repetition, drift on neutral images, other questions' answers and time, of the plain model and of
+    every tuned method, on test images without context. Attributes only where `settings.questions` has questions."""
     examples = list(conditions["alone"])
     neutral = [e for e in examples if e.emotion == NEUTRAL]
     some = examples[: settings.asked_pictures]
@@ -142,7 +142,7 @@ def side_effects(
     asking = asdict(settings)
     names = ("questions", "describe", "templates", "lead_in", "batch_size", "max_new_tokens", "latency_repeats")
     about = {"what": "side effects", **{name: asking[name] for name in names}, "asked": len(some)}
-    work = Work(out, lambda: about | {"model": model_key(model), "examples": digest(batch_key(examples))})
+    work = ResumableStore(out, lambda: about | {"model": model_key(model), "examples": digest(batch_key(examples))})
 
     def measured(method: Method) -> dict[str, Any]:
         one = measure_side_effects(
@@ -157,7 +157,7 @@ def side_effects(
             one["attributes"] = others.share_right(model, method, batch_size=settings.batch_size)
         if settings.describe and settings.templates:
             told = [e.asked(settings.describe) for e in some]
-            said = answers(model, told, method, batch_size=settings.batch_size, max_new_tokens=DESCRIPTION)
+            said = generate_answers(model, told, method, batch_size=settings.batch_size, max_new_tokens=DESCRIPTION)
             facts = [{name: str(value) for name, value in e.attributes.items()} for e in some]
             one["described"] = float(described_accuracy(said, facts, settings.templates).nanmean())
         return {"one": one}

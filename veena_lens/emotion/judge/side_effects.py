@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.emotion.methods import PLAIN, Method, answers, batches, next_logits, prepared
+from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers, next_logits, prepared
 
 _WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
@@ -32,11 +32,11 @@ def perplexity(
     skip: Collection[int] = (),
     batch_size: int = 16,
 ) -> Float[Tensor, " example"]:
-    """How surprised the untouched model is by each text, given the example's picture and own prompt.
+    """How surprised the untouched model is by each text, given the example's image and own prompt.
 
-    exp(mean over the text's tokens of -log p(token | picture, prompt, tokens before)), at least 1; NaN for a text
+    exp(mean over the text's tokens of -log p(token | image, prompt, tokens before)), at least 1; NaN for a text
     without tokens. The end of the text is not counted, nor are tokens of `skip` (which still stand before others): a
-    text that names another emotion than the picture's need not be less fluent. Interventions in force do not act.
+    text that names another emotion than the image's need not be less fluent. Interventions in force do not act.
     Raises: ValueError for numbers of texts and examples that differ, or a batch size below 1.
     """
     _require_pairs("perplexity", examples, texts)
@@ -45,7 +45,7 @@ def perplexity(
     found = []
     skipped = set(skip)
     pairs = list(zip(examples, texts, strict=True))
-    with model.untouched():
+    with model.without_interventions():
         for batch in batches(pairs, batch_size):
             prompts = [example.prompt for example, _ in batch]
             pictures = [[example.picture] for example, _ in batch]
@@ -65,7 +65,7 @@ def perplexity(
     return torch.tensor(found)
 
 
-def distinct(texts: Sequence[str], n: int = 2) -> Float[Tensor, " example"]:
+def distinct_n(texts: Sequence[str], n: int = 2) -> Float[Tensor, " example"]:
     """Different word n-grams over all word n-grams of each text, in (0, 1]; NaN for a text of fewer words.
 
     Source: Li et al. 2016, arXiv 1510.03055, distinct-1 and distinct-2."""
@@ -91,7 +91,7 @@ def repetition(texts: Sequence[str], window: int = 16) -> Float[Tensor, " exampl
     return torch.tensor(found)
 
 
-def lengths(texts: Sequence[str]) -> Float[Tensor, " example"]:
+def answer_lengths(texts: Sequence[str]) -> Float[Tensor, " example"]:
     """Words of each text."""
     return torch.tensor([float(len(words(text))) for text in texts])
 
@@ -102,7 +102,7 @@ def words(text: str) -> list[str]:
 
 
 @torch.no_grad()
-def drift(
+def kl_from_plain(
     model: Any, examples: Sequence[Any], method: Method, lead_in: str | None = None, *, batch_size: int = 16
 ) -> Float[Tensor, " example"]:
     """KL(method || plain) of the token after the prompt (or `lead_in`), in nats; 0 where nothing changes.
@@ -127,7 +127,7 @@ def drift(
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """A picture with a question of its own: what `answers` takes for an example."""
+    """An image with a question of its own: what `answers` takes for an example."""
 
     picture: Any
     prompt: str
@@ -154,14 +154,14 @@ def attribute_accuracy(
         if not options or not all(options):
             raise ValueError(f"attribute_accuracy: the truth {truth!r} holds no words to look for.")
     asked = [Asked(picture=e.picture, prompt=q) for e, q in zip(examples, questions, strict=True)]
-    said = answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    said = generate_answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
     hits = [any(_holds(words(text), option) for option in options) for text, options in zip(said, wanted, strict=True)]
     return torch.tensor([float(hit) for hit in hits])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Questions:
-    """Other questions about pictures, with what is true: an example, a question and a truth each."""
+    """Other questions about images, with what is true: an example, a question and a truth each."""
 
     examples: Sequence[Any]
     asked: Sequence[str]
@@ -260,7 +260,7 @@ def _seconds(model: Any, examples: Sequence[Any], method: Method, batch_size: in
     )
     _wait(model)
     start = time.perf_counter()
-    answers(model, examples, counted, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    generate_answers(model, examples, counted, batch_size=batch_size, max_new_tokens=max_new_tokens)
     _wait(model)
     return (time.perf_counter() - start) / steps
 
@@ -326,7 +326,7 @@ def measure_side_effects(
         raise ValueError("measure_side_effects: give at least one example.")
     said = texts
     if said is None:
-        said = answers(model, examples, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        said = generate_answers(model, examples, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
     surprise = perplexity(model, examples, said, batch_size=batch_size)
     right = kl = ratio = named = None
     if templates:
@@ -335,7 +335,7 @@ def measure_side_effects(
     if questions or truths:
         right = _mean(attribute_accuracy(model, examples, questions, truths, method, batch_size=batch_size))
     if neutral:
-        kl = _mean(drift(model, neutral, method, lead_in, batch_size=batch_size))
+        kl = _mean(kl_from_plain(model, neutral, method, lead_in, batch_size=batch_size))
     if repeats:
         ratio = latency_ratio(
             model, examples, method, repeats=repeats, batch_size=batch_size, max_new_tokens=max_new_tokens
@@ -344,10 +344,10 @@ def measure_side_effects(
         method=method.name,
         n=len(examples),
         perplexity=math.exp(_mean(surprise.log())),
-        distinct_1=_mean(distinct(said, 1)),
-        distinct_2=_mean(distinct(said, 2)),
+        distinct_1=_mean(distinct_n(said, 1)),
+        distinct_2=_mean(distinct_n(said, 2)),
         repetition=_mean(repetition(said)),
-        length=_mean(lengths(said)),
+        length=_mean(answer_lengths(said)),
         drift=kl,
         attributes=right,
         described=named,

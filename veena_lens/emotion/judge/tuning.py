@@ -1,9 +1,9 @@
 """Choosing a method's settings on a validation split, every family with the same number of trials.
 
-A trial's worth is the mean hit rate over the conditions where context and picture disagree. It must do no harm: where
+A trial's worth is the mean hit rate over the conditions where context and image disagree. It must do no harm: where
 they agree, or no context is there, the hit rate may fall by at most `harm`; it must leave the answers fluent, since
-broken text can hit by chance; and other questions about the pictures, where some are given, must be answered as before
-but for `attribute_harm`. Nothing here sees held-out pictures.
+broken text can hit by chance; and other questions about the images, where some are given, must be answered as before
+but for `attribute_harm`. Nothing here sees held-out images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
 from veena_lens.emotion.judge.side_effects import Questions
 from veena_lens.emotion.methods import PLAIN, Method
 from veena_lens.emotion.words.wheels import EmotionWheels
-from veena_lens.emotion.work import Work, batch_key, digest, method_key, model_key
+from veena_lens.emotion.work import ResumableStore, batch_key, digest, method_key, model_key
 
 HARM = 0.02
 ATTRIBUTE_HARM = 0.05  # share of other questions that may be lost
@@ -42,11 +42,11 @@ class Tuned:
 
 
 def is_conflict(examples: Sequence[Any]) -> bool:
-    """True where the examples' contexts name another emotion than the picture."""
+    """True where the examples' contexts name another emotion than the image."""
     return any(e.context_emotion not in (None, e.emotion) for e in examples)
 
 
-def worth_of(evaluation: Evaluation, method: str) -> tuple[float, float]:
+def trial_score(evaluation: Evaluation, method: str) -> tuple[float, float]:
     """(worth, harm): mean hit rate over conflict conditions (all conditions where none is), and the largest fall of
     the hit rate, or rise of false emotions, in the other conditions."""
     conflict = [c for c, examples in evaluation.examples.items() if is_conflict(examples)]
@@ -99,7 +99,7 @@ def tune(
     """The settings of `grid` whose method is worth most on the validation conditions without doing harm.
 
     `fluency`: how often the perplexity of the answers, emotion words left out, may grow in any condition (`measure`
-    keeps what was measured for the next family). `others`: further questions about validation pictures; the share
+    keeps what was measured for the next family). `others`: further questions about validation images; the share
     answered right may fall by at most `attribute_harm`. They are asked of the trials that pass the other guards, from
     the one worth most on, until one passes. Of equals the earlier in the grid is taken, so grids go from weak to
     strong. Where no trial is allowed, the least harmful of the fluent ones is returned, and `trials` says so.
@@ -116,10 +116,10 @@ def tune(
         methods.append(replace(built, name=f"{name} #{i}", settings=about))
     wheels = settings.get("wheels") or EmotionWheels.default()
     found = evaluate(model, conditions, [PLAIN, *methods], out=out, progress=progress, **settings)
-    plain, _ = worth_of(found, PLAIN.name)
+    plain, _ = trial_score(found, PLAIN.name)
     rows: list[dict[str, Any]] = []
     for chosen, method in zip(grid, methods, strict=True):
-        worth, fall = worth_of(found, method.name)
+        worth, fall = trial_score(found, method.name)
         ratio = fluency_ratio(model, found, method.name, wheels, measure)
         about = {k: _plain(v) for k, v in chosen.items()}
         allowed = fall <= harm and ratio <= fluency
@@ -151,7 +151,7 @@ def _kept(
 ) -> list[int]:
     """The first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was seen."""
     about = {"what": "other questions", "asked": digest([list(others.asked), list(others.truths)])}
-    work = Work(out, lambda: about | {"model": model_key(model), "examples": batch_key(others.examples)})
+    work = ResumableStore(out, lambda: about | {"model": model_key(model), "examples": batch_key(others.examples)})
 
     def right(method: Method) -> float:
         def run() -> dict[str, Any]:

@@ -21,7 +21,7 @@ LEAD_IN = "The person feels"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerSlot:
+class AnswerPosition:
     """`lead_in`, and for each emotion the ids of the tokens that name it there.
 
     `dropped` counts tokens that two emotions share, or that begin words of no single emotion."""
@@ -40,7 +40,7 @@ class AnswerSlot:
         Raises: ValueError for an emotion that the slot does not know."""
         for name in (emotion, *(rivals or ())):
             if name not in self.tokens:
-                raise ValueError(f"AnswerSlot: no tokens for {name!r}; known: {', '.join(self.tokens)}.")
+                raise ValueError(f"AnswerPosition: no tokens for {name!r}; known: {', '.join(self.tokens)}.")
         others = [e for e in self.tokens if e != emotion] if rivals is None else list(rivals)
         return soft_hit(self.tokens[emotion], [self.tokens[e] for e in others])
 
@@ -58,10 +58,10 @@ class AnswerSlot:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{e} {len(ids)}" for e, ids in self.tokens.items())
-        return f"AnswerSlot({self.lead_in!r}: tokens {counts}; {self.dropped} dropped)"
+        return f"AnswerPosition({self.lead_in!r}: tokens {counts}; {self.dropped} dropped)"
 
 
-def answer_slot(model: Any, emotions: Sequence[str], wheels: Any = None, lead_in: str = LEAD_IN) -> AnswerSlot:
+def answer_position(model: Any, emotions: Sequence[str], wheels: Any = None, lead_in: str = LEAD_IN) -> AnswerPosition:
     """The slot after `lead_in` with the words that `wheels` list for each emotion.
 
     A word counts by its first token where that token is the whole word; an emotion without such a word takes the
@@ -69,9 +69,9 @@ def answer_slot(model: Any, emotions: Sequence[str], wheels: Any = None, lead_in
     Raises: ValueError for a model without tokenizer, fewer than two emotions, or an emotion left without tokens.
     """
     if model.tokenizer is None:
-        raise ValueError("answer_slot needs a model with a tokenizer.")
+        raise ValueError("answer_position needs a model with a tokenizer.")
     if len(set(emotions)) < 2:
-        raise ValueError(f"answer_slot: {list(emotions)} must name at least two emotions.")
+        raise ValueError(f"answer_position: {list(emotions)} must name at least two emotions.")
     if wheels is None:
         from veena_lens.emotion.words.wheels import EmotionWheels
 
@@ -98,10 +98,10 @@ def answer_slot(model: Any, emotions: Sequence[str], wheels: Any = None, lead_in
     empty = [emotion for emotion, ids in tokens.items() if not ids]
     if empty:
         raise ValueError(
-            f"answer_slot: no token after {lead_in!r} names {', '.join(empty)} alone; leave these emotions out, or "
+            f"answer_position: no token after {lead_in!r} names {', '.join(empty)} alone; leave these emotions out, or "
             "give wheels with other words for them."
         )
-    return AnswerSlot(lead_in=lead_in, tokens=tokens, dropped=len(shared))
+    return AnswerPosition(lead_in=lead_in, tokens=tokens, dropped=len(shared))
 
 
 def emotion_tokens(model: Any, emotions: Sequence[str], wheels: Any) -> set[int]:

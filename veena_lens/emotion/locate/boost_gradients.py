@@ -1,6 +1,6 @@
-"""What strengthening one head's attention to the picture would do to an answer: exactly, or by its gradient for all.
+"""What strengthening one head's attention to the image would do to an answer: exactly, or by its gradient for all.
 
-m is how far the picture's emotion leads at the answer slot (over the context's where there is one). With A' = beta A on
+m is how far the image's emotion leads at the answer slot (over the context's where there is one). With A' = beta A on
 image keys the derivative at beta = 1 is sum_{q, k in V} A dm/dA ("scale"); with the row renormalised it is
 sum_{q, k in V} A (dm/dA - sum_j A_j dm/dA_j) ("renorm"). One pass forward and back gives every head of a batch.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.circuits.gradients import frozen_parameters
-from veena_lens.emotion.locate.answer_slot import AnswerSlot
+from veena_lens.emotion.locate.answer_slot import AnswerPosition
 from veena_lens.emotion.methods import batches, prepared
 from veena_lens.interventions import BoostAttention
 from veena_lens.positions import position_mask
@@ -25,8 +25,10 @@ UNITS = {"scale": "log odds per unit of beta", "renorm": "log odds per unit of b
 Head = tuple[int, int]
 
 
-def margins(slot: AnswerSlot, examples: Sequence[Any], logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, " row"]:
-    """log p of the picture's emotion less that of the context's; without another emotion in the context, R."""
+def margins(
+    slot: AnswerPosition, examples: Sequence[Any], logits: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
+    """log p of the image's emotion less that of the context's; without another emotion in the context, R."""
     found = []
     for example, row in zip(examples, logits, strict=True):
         told = example.context_emotion
@@ -35,10 +37,10 @@ def margins(slot: AnswerSlot, examples: Sequence[Any], logits: Float[Tensor, "ro
     return torch.stack(found)
 
 
-def boost_gradients(
+def head_boost_gradients(
     model: Any,
     examples: Sequence[Any],
-    slot: AnswerSlot,
+    slot: AnswerPosition,
     mode: str = "scale",
     *,
     queries: str = "query+generated",
@@ -83,10 +85,10 @@ def boost_gradients(
 
 
 @torch.no_grad()
-def boost_effects(
+def head_boost_effects(
     model: Any,
     examples: Sequence[Any],
-    slot: AnswerSlot,
+    slot: AnswerPosition,
     heads: Sequence[Head],
     factor: float | int = 2.0,
     mode: str = "scale",
@@ -94,13 +96,13 @@ def boost_effects(
     queries: str = "query+generated",
     batch_size: int = 32,
 ) -> Scores:
-    """The change of the margin when one head's attention to the picture is strengthened by `factor`, exactly.
+    """The change of the margin when one head's attention to the image is strengthened by `factor`, exactly.
 
     Axes (example, head), heads labelled "L3H2"; log odds. Raises: ValueError for no heads or examples."""
     if not heads:
-        raise ValueError("boost_effects: the list of heads is empty.")
+        raise ValueError("head_boost_effects: the list of heads is empty.")
     if not examples:
-        raise ValueError("boost_effects: there are no examples.")
+        raise ValueError("head_boost_effects: there are no examples.")
     entries: list[list[Any]] = [[]]
     entries += [
         [BoostAttention(layer=a, heads=[h], queries=queries, factor=float(factor), mode=mode)] for a, h in heads
@@ -121,7 +123,7 @@ def boost_effects(
     return Scores(torch.stack(found), ("example", "head"), labels, "boost effect", "log odds", meta={"mode": mode})
 
 
-def best_heads(scores: Scores, k: int, layers: Sequence[int] | None = None) -> list[Head]:
+def top_heads(scores: Scores, k: int, layers: Sequence[int] | None = None) -> list[Head]:
     """The `k` heads of largest mean over the first axis, of Scores whose other axes are layer and head."""
     mean = scores.mean(scores.axes[0])
     values = mean.values.nan_to_num(-torch.inf)

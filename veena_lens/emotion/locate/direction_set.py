@@ -1,7 +1,7 @@
 """Stage I: the directions from neutral to emotional in the residual stream, one a layer and emotion.
 
 S_l^e is the mean over pairs of h_l(X+) - h_l(X-) at the last prompt token, over those pairs whose emotion the model
-names on the emotional picture and not on its neutral twin; S_l is the mean of S_l^e over emotions. How far they can be
+names on the emotional image and not on its neutral twin; S_l is the mean of S_l^e over emotions. How far they can be
 trusted is measured beside them: number of pairs, spread, split-half cosine, cosines between emotions.
 """
 

@@ -16,7 +16,7 @@ from veena_lens.circuits.reading import EPS
 from veena_lens.emotion.locate.direction_set import FEW, Directions
 from veena_lens.emotion.locate.streaming import WHO, Batch, PairHits, PairStates, Sums, halves_of, pair_hits, unasked
 from veena_lens.emotion.pairs.loading import Pair, PairSet
-from veena_lens.emotion.work import Work, model_key
+from veena_lens.emotion.work import ResumableStore, model_key
 
 SPLITS = 50
 POSITIONS = ("last", "query")
@@ -77,7 +77,7 @@ def select_pairs(
         raise ValueError(f"{WHO}: lead_in={lead_in!r} goes with positions='last', not {positions!r}.")
     pairs = pairs if isinstance(pairs, PairSet) else PairSet(tuple(pairs))
     if not len(pairs):
-        raise ValueError(f"{WHO}: the set holds no pairs; a direction needs emotional pictures with neutral twins.")
+        raise ValueError(f"{WHO}: the set holds no pairs; a direction needs emotional images with neutral twins.")
     pairs = pairs if contexts else pairs.without_context()
     pairs = pairs if question is None else pairs.asked(question)
     if wheels is not None:
@@ -88,7 +88,7 @@ def select_pairs(
         "pairs": pairs.fingerprint if store is not None else "",
         "settings": [batch_size, max_new_tokens],
     }
-    work = Work(store, experiment)
+    work = ResumableStore(store, experiment)
     if tau < 0 and not require_neutral:
         hits = unasked(pairs)
     else:

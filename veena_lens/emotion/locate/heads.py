@@ -1,4 +1,4 @@
-"""Key heads: which heads carry the emotion from the picture to the key layer, by intention and by patching.
+"""Key heads: which heads carry the emotion from the image to the key layer, by intention and by patching.
 
 Backward activation patching, level 0: each head's output of the emotional run is put into the neutral run, at the
 query or at the last token, and what comes back of <h_l*[N], S_l*> is its effect. A head is key when its effect is
@@ -20,19 +20,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.circuits import (
+    attention_by_source,
     benjamini_hochberg,
     bootstrap,
     head_intention,
-    head_routing,
-    image_share,
-    preferred_class,
-    sign_flip,
+    image_attention_share,
+    most_selective_class,
+    sign_flip_test,
     specificity_index,
     specificity_test,
 )
-from veena_lens.emotion.locate.answer_slot import AnswerSlot
+from veena_lens.emotion.locate.answer_slot import AnswerPosition
 from veena_lens.emotion.methods import ROWS, batches, prepared
-from veena_lens.emotion.work import Work, directions_key, model_key, pair_key, slot_key
+from veena_lens.emotion.work import ResumableStore, directions_key, model_key, pair_key, slot_key
 from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -113,7 +113,7 @@ def head_effects(
     layer = require_layer(layer, model.cfg.n_layers, "head_effects")
     chosen = list(range(layer + 1)) if layers is None else [int(x) for x in layers]
     about = {"what": "heads", "layer": layer, "rows": list(rows), "layers": chosen, "lead_in": lead_in}
-    work = Work(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
+    work = ResumableStore(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
 
     def effects(pair: Any) -> dict[str, Any]:
         clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
@@ -174,7 +174,7 @@ def key_heads(
     Key: the lower bound of the mean effect is above 0, I_delta > 0, and the change that the head makes to m positive
     and significant at false discovery rate `q` among all heads when signs of whole identities are flipped (twins
     exchanged). In the order of their effect. The table adds that change, I_delta (cosine) and W (push) at the last
-    token, the picture's share of the push, the specificity index of the push over emotions (tau; cross-fitted; p by
+    token, the image's share of the push, the specificity index of the push over emotions (tau; cross-fitted; p by
     shuffled labels) and its label.
     Raises: ValueError for no pairs, fewer than two identities, or an unknown layer.
     Source: Zhang et al. 2026, arXiv 2605.21980, names the steps; the rules are ours.
@@ -192,11 +192,11 @@ def key_heads(
     bounds = bootstrap(best, groups=identities, draws=draws, seed=seed)
     gap = torch.tensor(effects.meta["gap"], dtype=torch.float64)
     changes = replace(best, values=best.values * gap[:, None, None])
-    p = sign_flip(changes, draws=draws, seed=seed, groups=identities)
+    p = sign_flip_test(changes, draws=draws, seed=seed, groups=identities)
     adjusted = benjamini_hochberg(p, q)
     which = effects.mean("pair").values.nan_to_num(-torch.inf).argmax(0)
     meaning = specificity(push, emotions, identities, seed)
-    shares = image_share(routes).values
+    shares = image_attention_share(routes).values
     rows = []
     for i, at in enumerate(best.labels["layer"]):
         for head in range(best.shape[2]):
@@ -253,7 +253,7 @@ def head_readings(
                 clean, per_row, ROWS["last"], kind=kind, baseline=corrupted, layers=layers, model=model
             )
             parts[kind].append(found.values.double())
-        routes = head_routing(model, clean, per_row, ROWS["last"], baseline=corrupted, layers=layers)
+        routes = attention_by_source(model, clean, per_row, ROWS["last"], baseline=corrupted, layers=layers)
         parts["routes"].append(routes.values.double())
         sources = list(routes.labels["source"])
     labels = {"layer": layers}
@@ -283,7 +283,7 @@ def specificity(
     tau = specificity_index(push, emotions).values
     crossed = specificity_index(push, emotions, cross_fitted=True, groups=identities, seed=seed).values
     p = specificity_test(push, emotions, seed=seed).values
-    chosen = preferred_class(push, emotions)
+    chosen = most_selective_class(push, emotions)
     classes = chosen.meta["classes"]
     means = torch.stack([push.values[[i for i, e in enumerate(emotions) if e == name]].mean(0) for name in names])
     words = [[classes[int(c)] if int(c) >= 0 else "" for c in row] for row in chosen.values]
@@ -310,7 +310,7 @@ def specificity(
 def execution_heads(
     model: Any,
     pairs: Sequence[Any],
-    slot: AnswerSlot,
+    slot: AnswerPosition,
     after: int,
     *,
     k: int = 10,
@@ -332,7 +332,7 @@ def execution_heads(
     metrics = {emotion: slot.metric(emotion) for emotion in dict.fromkeys(p.emotion for p in pairs)}
     layers = list(range(after + 1, model.cfg.n_layers))
     about = {"what": "execution heads", "layers": layers, "slot": slot_key(slot)}
-    work = Work(out, lambda: about | {"model": model_key(model)})
+    work = ResumableStore(out, lambda: about | {"model": model_key(model)})
     if not layers:
         return _ranked([{"layer": 0, "head": 0, "effect": 0.0, "low": 0.0, "high": 0.0}]).iloc[:0]
 

@@ -1,4 +1,4 @@
-"""Key layers: where does putting the emotion's direction into a neutral picture's run make the model name it?
+"""Key layers: where does putting the emotion's direction into a neutral image's run make the model name it?
 
 alpha * S_l is added to one layer's residual while the model answers about the neutral twin; C is how far the hit rate
 then goes from the neutral run's towards the emotional run's. A random direction of the same length is the control, a
@@ -21,11 +21,11 @@ from torch import Tensor
 from veena_lens.emotion.enhance import random_controls
 from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
 from veena_lens.emotion.judge.intervals import BOUNDS, drawn_weights, ratio, share
-from veena_lens.emotion.locate.answer_slot import AnswerSlot
-from veena_lens.emotion.methods import answers, batches, prepared
+from veena_lens.emotion.locate.answer_slot import AnswerPosition
+from veena_lens.emotion.methods import batches, generate_answers, prepared
 from veena_lens.emotion.words.scores import sample_hit
 from veena_lens.emotion.words.wheels import EmotionWheels
-from veena_lens.emotion.work import Work, directions_key, model_key, pair_key, slot_key
+from veena_lens.emotion.work import ResumableStore, directions_key, model_key, pair_key, slot_key
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
@@ -66,7 +66,7 @@ class KeyLayers:
 
     def change(self, kind: str = "restored") -> Scores:
         """C of another kind: "restored", "absolute" (H~ - H-), or "relative" ((H~ - H-) / H-, as the paper words it;
-        H- is at least 1 / n, and the number explodes where neutral pictures give no hits)."""
+        H- is at least 1 / n, and the number explodes where neutral images give no hits)."""
         gap = self.emotional - self.neutral
         factor = {"restored": 1.0, "absolute": gap, "relative": gap / max(self.neutral, 1 / self.n_pairs)}
         if kind not in factor:
@@ -111,7 +111,7 @@ def key_layers(
     scale: str = "relative",
     positions: str = "last+generated",
     layers: Sequence[int] | None = None,
-    slot: AnswerSlot | None = None,
+    slot: AnswerPosition | None = None,
     wheels: Any = None,
     random_directions: int = 5,
     max_new_tokens: int = 24,
@@ -124,7 +124,7 @@ def key_layers(
     """The layers where injecting each pair's emotion into its neutral twin brings the hit rate back.
 
     For every pair, layer and alpha the neutral twin is answered under `directions.steer(layer, alpha, emotion)`, all as
-    one batch that shares the picture and the prompt; random directions of the same length likewise (`random_directions`
+    one batch that shares the image and the prompt; random directions of the same length likewise (`random_directions`
     of them in turn over the pairs). scale: as `Directions.steer`. slot: also measure the soft hit there (dimensionless,
     log odds). Best layer: the largest C averaged over fluent doses; band: the longest run of layers whose lower bound
     lies above the control's upper one and whose C is at least half the peak. Intervals draw identities. out: results
@@ -157,12 +157,12 @@ def key_layers(
     )
     if emotional - neutral < APART:
         raise ValueError(
-            f"key_layers: the hit rate is {emotional:.2f} on emotional and {neutral:.2f} on neutral pictures: less "
+            f"key_layers: the hit rate is {emotional:.2f} on emotional and {neutral:.2f} on neutral images: less "
             f"than {APART} apart there is nothing to restore. Check the question, or whether the model sees the "
             "pictures."
         )
     about = settings | {"what": "key layers", "skip": sorted(fluency.skip)}
-    work = Work(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
+    work = ResumableStore(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
 
     def inject(i: int) -> dict[str, Any]:
         return _inject(
@@ -182,14 +182,14 @@ def _plain(
     model: Any, pairs: Sequence[Any], max_new_tokens: int, out: str | Path | None, progress: bool
 ) -> list[tuple[str, str]]:
     """What the untouched model says of both twins of every pair."""
-    work = Work(out, lambda: {"what": "twins", "model": model_key(model), "tokens": max_new_tokens})
+    work = ResumableStore(out, lambda: {"what": "twins", "model": model_key(model), "tokens": max_new_tokens})
     show = bar(len(pairs), progress, "key layers: twins")
     found: list[tuple[str, str]] = []
     for some in batches(pairs, 8):
 
         def run(some: list[Any] = some) -> dict[str, Any]:
             both = [side for pair in some for side in (pair.emotional, pair.neutral)]
-            return {"texts": answers(model, both, batch_size=16, max_new_tokens=max_new_tokens)}
+            return {"texts": generate_answers(model, both, batch_size=16, max_new_tokens=max_new_tokens)}
 
         said = work.do(lambda some=some: " | ".join(map(pair_key, some)), run)["texts"]
         found += list(zip(said[::2], said[1::2], strict=True))
@@ -210,7 +210,7 @@ def _inject(
     scale: str,
     positions: str,
     units: Float[Tensor, "layer d_model"],
-    slot: AnswerSlot | None,
+    slot: AnswerPosition | None,
     fluency: Fluency,
     max_new_tokens: int,
     max_rows: int,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veena_lens.circuits import neuron_kinds, neuron_trace, path_patching, promoted_tokens, top_neurons
+from veena_lens.circuits import classify_neurons, neuron_trace, path_patching, promoted_tokens, top_neurons
 from veena_lens.emotion.locate.heads import KeyHeads
-from veena_lens.emotion.locate.tracing import push_of, spread_over
+from veena_lens.emotion.locate.tracing import projection_of, spread_over
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.interventions.base import require_layer
 from veena_lens.residual_parts import neuron_rows
@@ -30,7 +30,7 @@ Neuron = tuple[int, int]
 class KeyNeurons:
     """`table`: layer, neuron, emotion (whose pairs, "" for all), value (mean push), consistency, rows ("last" or
     "query"), kind, why, emotion words among the promoted tokens, weight (<W_out[n], S^>), mean activations there on
-    emotional and neutral pictures; best first. `trace` (layer, neuron): mean push at the last token over pairs."""
+    emotional and neutral images; best first. `trace` (layer, neuron): mean push at the last token over pairs."""
 
     table: Any
     trace: Scores
@@ -60,7 +60,7 @@ class KeyNeurons:
         return f"KeyNeurons: {len(self.table)} neurons ({kinds or 'none'}) of {self.n_pairs} pairs"
 
 
-def neuron_pushes(
+def neuron_projections(
     model: Any,
     pairs: Sequence[Any],
     directions: Any,
@@ -122,7 +122,7 @@ def key_neurons(
 
     Kept where at least `consistency` of the pairs agree in sign, all or those of one emotion (`strongest_neurons`).
     Neurons up to the key `layer` that push at the query become contextual triggers where path patching confirms their
-    effect on a key head (`heads`). Kinds follow `circuits.neuron_kinds` with all emotion words of `wheels`.
+    effect on a key head (`heads`). Kinds follow `circuits.classify_neurons` with all emotion words of `wheels`.
     Raises: ValueError for no pairs, an unknown layer, directions of another model, or an emotion without a direction,
     before anything is computed. Source: Zhang et al. 2026, arXiv 2605.21980, names the kinds; the rules are ours.
     """
@@ -143,12 +143,12 @@ def key_neurons(
         wheels = EmotionWheels.default()
     words = {w for e in directions.emotions for w in wheels.lexicon(e) if " " not in w}
     call: dict[str, Any] = {"lead_in": lead_in, "batch_size": batch_size, "progress": progress}
-    trace, means = neuron_pushes(model, pairs, directions, **call)
+    trace, means = neuron_projections(model, pairs, directions, **call)
     emotions = [p.emotion for p in pairs]
     late = _kinds(model, strongest_neurons(trace, emotions, k, consistency), words, directions, layer, "last", None)
     tables, sides = [late], {"last": means.values}
     if heads is not None and heads.heads and confirm:
-        early, at_query = neuron_pushes(model, pairs, directions, "query", **call)
+        early, at_query = neuron_projections(model, pairs, directions, "query", **call)
         first = max(head for head in heads.heads)[0]
         kept = Scores(early.values[:, :first], early.axes, {"layer": list(range(first))}, early.name)
         if first > 0:
@@ -202,7 +202,7 @@ def _kinds(
     parts = []
     for emotion, some in table.groupby("emotion", sort=False):
         direction = directions.of(emotion or None)
-        parts.append(neuron_kinds(model, some, words, direction, layer, at=rows, confirmed=confirmed))
+        parts.append(classify_neurons(model, some, words, direction, layer, at=rows, confirmed=confirmed))
     if not parts:
         return table.assign(kind="", lexicon_tokens=0, why="", rows=rows)
     return pd.concat(parts).sort_index().assign(rows=rows)
@@ -215,7 +215,7 @@ def _weight(model: Any, directions: Any, layer: int, neuron: int, emotion: str =
 
 
 def _words(model: Any, layer: int, neuron: int, signed: float, n: int = 8) -> list[str]:
-    """The tokens that the neuron raises when it acts as it does on emotional pictures."""
+    """The tokens that the neuron raises when it acts as it does on emotional images."""
     found = promoted_tokens(model, layer, neuron, k=n)
     texts = found.meta.get("texts")
     if texts is None:
@@ -238,7 +238,7 @@ def _confirmed(model: Any, pairs: Sequence[Any], directions: Any, heads: Any, ta
             clean, corrupted = (
                 prepared(model, [x], lead_in=heads.meta.get("lead_in")) for x in (pair.emotional, pair.neutral)
             )
-            metric = push_of(model, head, directions.unit(pair.emotion)[head[0]], ROWS[rows_of[head]])
+            metric = projection_of(model, head, directions.unit(pair.emotion)[head[0]], ROWS[rows_of[head]])
             labels = [f"L{a}N{n}" for a, n in able]
             direct = path_patching(
                 model, clean, corrupted, labels, [f"L{head[0]}H{head[1]}"], metric, positions=ROWS["query"]

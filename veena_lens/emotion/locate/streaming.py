@@ -19,14 +19,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veena_lens.circuits.reading import exact, read
-from veena_lens.emotion.methods import answers, prepared
+from veena_lens.emotion.methods import generate_answers, prepared
 from veena_lens.emotion.pairs.loading import Pair
-from veena_lens.emotion.work import Work
+from veena_lens.emotion.work import ResumableStore
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.sweeps.engine import bar
 
 WHO = "extract_directions"
-# Numbers of some pairs, and the states of their emotional and neutral pictures.
+# Numbers of some pairs, and the states of their emotional and neutral images.
 Batch: TypeAlias = tuple[list[int], Float[Tensor, "_ layer d_model"], Float[Tensor, "_ layer d_model"]]
 
 
@@ -57,7 +57,7 @@ class PairHits:
 
 
 def distinct(pairs: Sequence[Pair]) -> tuple[list[Any], Int[Tensor, "pair 2"]]:
-    """The different examples of these pairs, and which two make up each pair: a neutral picture runs once."""
+    """The different examples of these pairs, and which two make up each pair: a neutral image runs once."""
     numbers: dict[Any, int] = {}
     examples, index = [], []
     for pair in pairs:
@@ -85,7 +85,7 @@ def pair_hits(
     wheels: Any = None,
     batch_size: int = 16,
     max_new_tokens: int = 24,
-    work: Work | None = None,
+    work: ResumableStore | None = None,
     progress: bool = False,
 ) -> PairHits:
     """Ask the model about both twins of every pair (greedy), and score each answer against the pair's emotion.
@@ -93,14 +93,14 @@ def pair_hits(
     `work` keeps the answers, so that they are not asked for again. Raises: ValueError for an emotion off all wheels."""
     from veena_lens.emotion.words.scores import sample_hit
 
-    work = Work(None, {}) if work is None else work
+    work = ResumableStore(None, {}) if work is None else work
     show = bar(len(pairs), progress, "answers")
     said: list[tuple[str, str]] = []
     for number, members in enumerate(chunks(len(pairs), batch_size)):
         examples, index = distinct([pairs[i] for i in members])
 
         def ask(examples: list[Any] = examples) -> dict[str, Any]:
-            return {"texts": answers(model, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)}
+            return {"texts": generate_answers(model, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)}
 
         texts = work.do(f"answers {number}", ask)["texts"]
         said += [(texts[a], texts[b]) for a, b in index.tolist()]
@@ -165,7 +165,7 @@ class PairStates:
     positions: str = "last"
     lead_in: str | None = None
     batch_size: int = 16
-    work: Work
+    work: ResumableStore
     progress: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -194,7 +194,7 @@ class PairStates:
                 if tokens[a] != tokens[b]:
                     raise ValueError(
                         f"{WHO}: the twins of pair {pair.emotional.pair!r} become {len(tokens[a])} and "
-                        f"{len(tokens[b])} tokens that are not the same; give both pictures the same size."
+                        f"{len(tokens[b])} tokens that are not the same; give both images the same size."
                     )
             if not bool(states.isfinite().all()):
                 raise ValueError(

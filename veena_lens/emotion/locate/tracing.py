@@ -7,7 +7,7 @@ same sign. The heads found become targets in turn.
 Adapt, aggregate, execute: three stages told from curves over layers, never from layer numbers.
 
 Adapt: before injection restores anything and before the emotion can be read from the query. Aggregate: while it is
-gathered there, until it can be read as well as it ever can and heads stop reading it from the picture. Execute: after.
+gathered there, until it can be read as well as it ever can and heads stop reading it from the image. Execute: after.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from veena_lens.circuits import bootstrap, linear_probes, path_patching
 from veena_lens.emotion.locate.heads import Head, KeyHeads
 from veena_lens.emotion.locate.layers import KeyLayers
 from veena_lens.emotion.methods import ROWS, prepared
-from veena_lens.emotion.work import Work, digest, directions_key, model_key, pair_key
+from veena_lens.emotion.work import ResumableStore, digest, directions_key, model_key, pair_key
 from veena_lens.residual_parts import head_rows
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -160,7 +160,7 @@ class head_push:  # noqa: N801 (read as a function, as the metrics of sweeps are
         return (z[:, :, self.head] @ self.reader.to(z)).mean(-1)
 
 
-def push_of(model: Any, head: Head, unit: Float[Tensor, " d_model"], positions: Any = "last") -> head_push:
+def projection_of(model: Any, head: Head, unit: Float[Tensor, " d_model"], positions: Any = "last") -> head_push:
     """The metric of one head's push along a unit direction, a following norm's denominator left out."""
     layer, number = head
     W_O = head_rows(model.blocks[layer]).detach()[number]
@@ -203,7 +203,7 @@ def trace_back(
         raise ValueError("trace_back: there are no pairs.")
     lead_in = found.meta.get("lead_in")
     rows_of = {(int(r.layer), int(r.head)): str(r.rows) for r in found.table.itertuples()}
-    work = Work(
+    work = ResumableStore(
         out,
         lambda: {
             "what": "tracing back", "model": model_key(model), "directions": directions_key(directions),
@@ -279,7 +279,7 @@ def _senders(
     by_head, by_mlp, ends = [], [], []
     for pair in pairs:
         clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
-        metric = push_of(model, head, directions.unit(pair.emotion)[layer], ROWS[rows])
+        metric = projection_of(model, head, directions.unit(pair.emotion)[layer], ROWS[rows])
         call = {"positions": ROWS[rows], "metric": metric, "layers": earlier, "max_rows": max_rows, "progress": False}
         found = patch_sweep(model, clean, corrupted, "heads", **call)
         by_head.append(found.values.double())
@@ -301,7 +301,7 @@ def _senders(
     paths = []
     for pair in pairs:
         clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
-        metric = push_of(model, head, directions.unit(pair.emotion)[layer], ROWS[rows])
+        metric = projection_of(model, head, directions.unit(pair.emotion)[layer], ROWS[rows])
         direct = path_patching(
             model, clean, corrupted, picked, [f"L{layer}H{number}"], metric, positions=ROWS["query"], max_rows=max_rows
         )

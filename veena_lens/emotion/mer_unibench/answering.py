@@ -1,6 +1,6 @@
 """Answers of a model on one set: one JSON line a sample, written as they come, resumed where they stopped.
 
-The first line holds the settings, so that a file is never continued under others. Which pictures were seen stands
+The first line holds the settings, so that a file is never continued under others. Which images were seen stands
 beside every answer. Scoring reads the file like any other (`answers.py`).
 """
 
@@ -18,7 +18,7 @@ from PIL import Image
 from veena_lens.emotion.mer_unibench.answers import json_rows
 from veena_lens.emotion.mer_unibench.loading import Sample
 from veena_lens.emotion.mer_unibench.media import Seen, face_file, find_video, frame_places, see
-from veena_lens.emotion.methods import PLAIN, Method, answers, batches
+from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers
 from veena_lens.sweeps.engine import bar
 
 QUESTION = "Which emotions does the person in this picture show? Name every emotion that you see."
@@ -41,7 +41,7 @@ class AnswerRun:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Asked:
-    """One picture of a clip and its prompt, as `methods.answers` takes them."""
+    """One image of a clip and its prompt, as `methods.answers` takes them."""
 
     picture: Image.Image
     prompt: str
@@ -65,10 +65,10 @@ def answer_set(
 ) -> AnswerRun:
     """Ask a model about every sample and write each answer to `out` (JSON Lines) as it comes.
 
-    frames: 1 takes the middle frame (or face), more a uniform choice; each picture is asked about alone and a clip's
+    frames: 1 takes the middle frame (or face), more a uniform choice; each image is asked about alone and a clip's
     answers are joined by line ends. subtitle: say in the prompt what is said in the clip. missing="skip" leaves out
     samples without a video, and names them. Run again with the same arguments to do the rest.
-    Raises: FileNotFoundError listing samples without pictures, before any is asked; ValueError for a file of another
+    Raises: FileNotFoundError listing samples without images, before any is asked; ValueError for a file of another
     run, naming what differs; OSError on a full disk, with every finished answer kept."""
     samples, method, out = list(samples), PLAIN if method is None else method, Path(out)
     frame_places(1, frames)
@@ -88,7 +88,7 @@ def answer_set(
     left_out = _without_pictures(samples, faces)
     if left_out and missing == "error":
         raise FileNotFoundError(
-            f"{len(left_out)} of {len(samples)} samples have no pictures: {', '.join(left_out[:20])}"
+            f"{len(left_out)} of {len(samples)} samples have no images: {', '.join(left_out[:20])}"
             f"{', ...' if len(left_out) > 20 else ''}. {_why(samples, left_out[0], faces)} Add them, or go on without "
             'them by missing="skip".'
         )
@@ -99,11 +99,11 @@ def answer_set(
     with out.open("a", encoding="utf-8") as file:
         if file.tell() == 0:
             _write(file, out, [{"run": run}])
-        # A batch of clips holds `frames` pictures each; the model's batch stays at batch_size pictures.
+        # A batch of clips holds `frames` images each; the model's batch stays at batch_size images.
         for batch in batches(todo, max(1, batch_size // frames)):
             seen = [see(sample, frames=frames, faces=faces) for sample in batch]
             asked = _asked(batch, seen, question, subtitle)
-            texts = answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+            texts = generate_answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
             rows = _rows(batch, seen, texts)
             _write(file, out, rows)
             kept |= {row["name"]: row["answer"] for row in rows}
@@ -130,7 +130,7 @@ def _asked(batch: Sequence[Sample], seen: Sequence[Seen], question: str, subtitl
 
 
 def _rows(batch: Sequence[Sample], seen: Sequence[Seen], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a clip; the texts come one a picture, clip after clip."""
+    """One row a clip; the texts come one an image, clip after clip."""
     rest = iter(texts)
     return [
         {

@@ -1,6 +1,6 @@
 """Loading MER-UniBench's published layout: folders found, labels and subtitles joined, gaps told.
 
-Labels and scoring need numpy alone; pictures are opened later, sample by sample (`media.py`).
+Labels and scoring need numpy alone; images are opened later, sample by sample (`media.py`).
 
 Subtitles of one set: name -> sentence; a sample without a row has the empty one.
 """

@@ -1,6 +1,6 @@
-"""Pictures of a clip: frames from a folder of pictures or a video file, or aligned faces.
+"""Pictures of a clip: frames from a folder of images or a video file, or aligned faces.
 
-Which frames were taken is part of what comes back, since a score of a model that sees pictures depends on it. The
+Which frames were taken is part of what comes back, since a score of a model that sees images depends on it. The
 decoder is an extra and is imported only when a video file must be opened.
 
 Aligned face crops: one array a clip, written with OpenCV, so its channels are blue, green, red.
@@ -77,7 +77,7 @@ class Seen:
 
 
 def frame_places(total: int, frames: int) -> list[int]:
-    """Which of `total` pictures are taken: the middle one for one, else the reference's uniform choice.
+    """Which of `total` images are taken: the middle one for one, else the reference's uniform choice.
 
     Uniform: floor(k total / m) for k < m = min(frames, total), the last repeated up to `frames`.
     Raises: ValueError for fewer than one frame, asked or there."""
@@ -91,7 +91,7 @@ def frame_places(total: int, frames: int) -> list[int]:
 
 
 def see(sample: Sample, *, frames: int = 1, faces: bool = False) -> Seen:
-    """The pictures of a clip: `frames` of its video, or of its aligned faces.
+    """The images of a clip: `frames` of its video, or of its aligned faces.
 
     A clip without a face falls back to its frames, and the note says so. Raises: FileNotFoundError with the paths
     tried; ImportError naming the extra where a video file needs a decoder; ValueError for a file that is damaged."""
@@ -108,7 +108,7 @@ def see(sample: Sample, *, frames: int = 1, faces: bool = False) -> Seen:
             note = f"{error}; its frames were taken instead"
     path = find_video(sample)
     if path.parent.name in sample.info.uncropped:
-        note = "; ".join(filter(None, [note, "uncropped video: others than the speaker can be in the picture"]))
+        note = "; ".join(filter(None, [note, "uncropped video: others than the speaker can be in the crop"]))
     if path.is_dir():
         files = frame_files(path)
         places = frame_places(len(files), frames)
@@ -156,7 +156,7 @@ def _open(path: Path) -> Image.Image:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except OSError as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}.") from error
+        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
 
 
 def _decode(path: Path, frames: int) -> tuple[tuple[Image.Image, ...], list[int], int]:

@@ -1,7 +1,7 @@
 """From plain records to a set of pairs, with everything that is wrong listed at once, before any work begins.
 
 A record is a dictionary with the fields of a manifest's line; its place (a line, a row, a file) is what messages name.
-Each picture is decoded once, however many records share it.
+Each image is decoded once, however many records share it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(
 ) -> PairSet:
     """The set of pairs that the records describe. `record["picture"]`: a path or PIL image; other fields as `known`.
 
-    unreadable="skip" leaves out pictures that cannot be read, with a warning that names them.
+    unreadable="skip" leaves out images that cannot be read, with a warning that names them.
     Raises: PairProblems; ValueError for another `unreadable`.
     """
     if unreadable not in ("error", "skip"):
@@ -75,7 +75,7 @@ def build(
         listed = "\n".join(f"  {text}" for text in lost.values())
         warnings.warn(f"{source}: going on without {len(lost)} pictures:\n{listed}", stacklevel=3)
         if not kept:
-            raise PairProblems(source, ["none of the pictures can be read."])
+            raise PairProblems(source, ["none of the images can be read."])
     return replace(_assembled([_example(item) for item in kept], source), skipped=tuple(map(str, lost.values())))
 
 
@@ -88,7 +88,7 @@ def _example(item: Placed) -> Example:
 
 
 def _assembled(examples: Sequence[Example], source: str) -> PairSet:
-    """Every emotional picture with the neutral one of its scene, asked the same."""
+    """Every emotional image with the neutral one of its scene, asked the same."""
     twins = {e.pair: e for e in reversed(examples) if e.is_neutral and e.pair is not None}
     scenes = {e.pair for e in examples if not e.is_neutral} & set(twins)
     pairs, neutrals, singles = [], [], []
@@ -137,7 +137,7 @@ def _field_problems(item: Placed, known: Sequence[str]) -> list[str]:
 
 
 def _picture_sizes(placed: Sequence[Placed]) -> dict[Any, tuple[int, int] | str]:
-    """(width, height) of each picture, or why it cannot be read. Decoding runs in threads: it holds no lock."""
+    """(width, height) of each image, or why it cannot be read. Decoding runs in threads: it holds no lock."""
     pictures = {_name(item): item.record["picture"] for item in placed}
 
     def look(picture: Any) -> tuple[int, int] | str:
@@ -151,7 +151,7 @@ def _picture_sizes(placed: Sequence[Placed]) -> dict[Any, tuple[int, int] | str]
 
 
 def _duplicates(placed: Sequence[Placed]) -> list[str]:
-    """Records that ask the same of the same picture."""
+    """Records that ask the same of the same image."""
     groups: dict[Any, list[str]] = {}
     for item in placed:
         groups.setdefault((_name(item), item.record["question"], item.record.get("context")), []).append(item.where)
@@ -180,7 +180,7 @@ def _label_problems(placed: Sequence[Placed], wheels: Any) -> list[str]:
 
 
 def _pair_problems(placed: Sequence[Placed]) -> list[str]:
-    """Scenes without a neutral picture or with several, without an emotional one, or whose twins disagree."""
+    """Scenes without a neutral image or with several, without an emotional one, or whose twins disagree."""
     scenes: dict[str, list[Placed]] = {}
     for item in placed:
         if item.record.get("pair") is not None:

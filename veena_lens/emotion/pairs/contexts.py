@@ -1,6 +1,6 @@
-"""Contexts: a sentence before the question that speaks of an emotion, the picture's own or another.
+"""Contexts: a sentence before the question that speaks of an emotion, the image's own or another.
 
-An event fits one emotion and is told in three strengths. `conditions` puts the same pictures under no context, a
+An event fits one emotion and is told in three strengths. `conditions` puts the same images under no context, a
 consistent one and conflicting ones, so that rescue and harm are seen together. Two events of each emotion are held out
 from the training of the embedded models; their words are all known from other sentences.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from veena_lens.emotion.pairs.loading import Example
 
-__all__ = ["EVENTS", "HELD_OUT_EVENTS", "STRENGTHS", "conditions", "context_sentence"]
+__all__ = ["EVENTS", "HELD_OUT_EVENTS", "STRENGTHS", "context_conditions", "context_sentence"]
 
 STRENGTHS = ("weak", "plain", "strong")
 
@@ -83,7 +83,7 @@ def context_sentence(event: str, strength: str) -> str:
     return f"{event}."
 
 
-def conditions(
+def context_conditions(
     examples: Iterable[Example],
     *,
     seed: int = 0,
@@ -91,11 +91,11 @@ def conditions(
     strengths: Sequence[str] = STRENGTHS,
     events: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[Example]]:
-    """The same pictures under every condition: "alone", "consistent", and "conflict, <strength>" for each strength.
+    """The same images under every condition: "alone", "consistent", and "conflict, <strength>" for each strength.
 
     Every list has the examples in their order. The sentence of a conflict speaks of an emotion drawn among the others
     of the set; one event serves all strengths, so that they differ in nothing else. A consistent sentence is told
-    plainly. Draws depend on the seed and the example alone, not on its neighbours or on where its picture lies.
+    plainly. Draws depend on the seed and the example alone, not on its neighbours or on where its image lies.
     `held_out`: events that the embedded models were not trained on; `events`: sentences of your own by emotion,
     without a full stop, as `EVENTS` has them.
     Raises: ValueError for no examples, fewer than two emotions, an unknown strength, or emotions without sentences.

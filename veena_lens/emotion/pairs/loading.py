@@ -1,6 +1,6 @@
-"""Where pairs come from and go to: a folder with a manifest, records, folders of pictures, `datasets` objects.
+"""Where pairs come from and go to: a folder with a manifest, records, folders of images, `datasets` objects.
 
-A manifest is JSON Lines, one example a line; several lines may share a picture, so that one picture asked under many
+A manifest is JSON Lines, one example a line; several lines may share an image, so that one image asked under many
 contexts is stored once. Every loader checks everything before it gives back a set (`pair_checks`).
 """
 
@@ -43,12 +43,12 @@ def load_pairs(
     unreadable: str = "error",
     wheels: Any = None,
 ) -> PairSet:
-    """The pairs of a folder, pictures named relative to it; None: the pictures that travel with the package.
+    """The pairs of a folder, images named relative to it; None: the images that travel with the package.
 
-    unreadable: "error", or "skip" to go on without pictures that cannot be read, named in a warning. `wheels`: which
+    unreadable: "error", or "skip" to go on without images that cannot be read, named in a warning. `wheels`: which
     emotions are known (default: the project's own).
-    Raises: FileNotFoundError without the manifest; PairProblems, listing with lines and files: pictures missing or
-    unreadable, fields unknown or mistyped, duplicates, pairs without a neutral picture, with several, or without an
+    Raises: FileNotFoundError without the manifest; PairProblems, listing with lines and files: images missing or
+    unreadable, fields unknown or mistyped, duplicates, pairs without a neutral image, with several, or without an
     emotional one, twins that differ in person or size, emotions that no wheel covers.
     """
     folder = bundled_path("tiny-llava-emotion").parent / "pictures" if folder is None else Path(folder).expanduser()
@@ -114,7 +114,7 @@ def pairs_from_folders(
     unreadable: str = "error",
     wheels: Any = None,
 ) -> PairSet:
-    """Pairs from pictures sorted by emotion: `folder/<emotion>/<name>.png`, the twin `folder/<neutral>/<name>.png`.
+    """Pairs from images sorted by emotion: `folder/<emotion>/<name>.png`, the twin `folder/<neutral>/<name>.png`.
 
     `name` (without its ending) joins twins, which may have other endings. `identity`: the person's name from a file's
     name, such as `lambda name: name.split("-")[0]`; by default every name is another person.
@@ -156,7 +156,7 @@ def pairs_from_dataset(
 
     `columns`: our field -> the data's column, for those of another name, such as {"picture": "image", "emotion":
     "label"}; columns named as our fields are taken too, others left. Numbers of class labels become their names.
-    Pictures may be PIL images, paths, or undecoded ({"bytes", "path"}). They stay in memory; with `folder` they are
+    Images may be PIL images, paths, or undecoded ({"bytes", "path"}). They stay in memory; with `folder` they are
     written there, and only paths are held.
     Raises: ValueError for a field that we do not have, or a column that the data lack; PairProblems as `load_pairs`.
     """
@@ -187,7 +187,7 @@ def pairs_from_dataset(
 
 
 def _plain(value: Any, feature: Any) -> Any:
-    """A cell as a record holds it: names for class labels, pictures opened, identifiers as text."""
+    """A cell as a record holds it: names for class labels, images opened, identifiers as text."""
     import io
 
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
@@ -198,9 +198,9 @@ def _plain(value: Any, feature: Any) -> Any:
 
 
 def save_pairs(pairs: PairSet, folder: str | Path) -> Path:
-    """Write the pictures and `manifest.jsonl` into a folder that `load_pairs` reads; gives back the manifest's path.
+    """Write the images and `manifest.jsonl` into a folder that `load_pairs` reads; gives back the manifest's path.
 
-    A picture that several examples share is written once. The manifest comes last, in one step.
+    An image that several examples share is written once. The manifest comes last, in one step.
     Raises: FileExistsError for a folder that holds another manifest.
     """
     folder = Path(folder).expanduser()
@@ -217,7 +217,7 @@ def save_pairs(pairs: PairSet, folder: str | Path) -> Path:
 
 
 class _named:
-    """Examples of a set with a file name for every picture, no name used twice."""
+    """Examples of a set with a file name for every image, no name used twice."""
 
     def __init__(self, pairs: PairSet) -> None:
         self.files: dict[str, Any] = {}

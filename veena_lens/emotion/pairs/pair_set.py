@@ -1,7 +1,7 @@
-"""Counterfactual pairs as data: a picture with its question, twins of one person and scene, and sets of such pairs.
+"""Counterfactual pairs as data: an image with its question, twins of one person and scene, and sets of such pairs.
 
-The pictures stay on disk (or are PIL images that the user holds); a set of ten thousand pairs is a list of paths. One
-picture may stand in several examples, asked with different contexts.
+The images stay on disk (or are PIL images that the user holds); a set of ten thousand pairs is a list of paths. One
+image may stand in several examples, asked with different contexts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Choice = str | Sequence[str | None] | None
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A picture with the emotion that it shows and the question asked of it.
+    """An image with the emotion that it shows and the question asked of it.
 
     `picture`: a path, or a PIL image. `pair` names the scene that a neutral twin shares; `context` is a sentence put
     before the question, which speaks of `context_emotion` in one of several strengths.
@@ -76,18 +76,18 @@ class Example:
         return f"{self.file or self.picture}#{hashlib.sha256(words.encode()).hexdigest()[:12]}"
 
     def with_context(self, sentence: str, emotion: str, strength: str | None = None) -> Example:
-        """The same picture and question after a sentence that speaks of `emotion`."""
+        """The same image and question after a sentence that speaks of `emotion`."""
         return replace(self, context=sentence, context_emotion=emotion, context_strength=strength)
 
     def without_context(self) -> Example:
         return replace(self, context=None, context_emotion=None, context_strength=None)
 
     def asked(self, question: str) -> Example:
-        """The same picture and context with another question."""
+        """The same image and context with another question."""
         return replace(self, question=question)
 
     def open(self) -> Image.Image:
-        """The picture in RGB. Raises: as `open_picture`."""
+        """The image in RGB. Raises: as `open_picture`."""
         return open_picture(self.picture)
 
     def record(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Pair:
-    """An emotional picture and its neutral twin, asked the same."""
+    """An emotional image and its neutral twin, asked the same."""
 
     emotional: Example
     neutral: Example
@@ -130,16 +130,16 @@ class Pair:
         return Pair(self.emotional.asked(question), self.neutral.asked(question))
 
     def swapped(self) -> Pair:
-        """The twins in each other's place; the emotion stays the emotional picture's."""
+        """The twins in each other's place; the emotion stays the emotional image's."""
         return Pair(replace(self.neutral, emotion=self.emotion), replace(self.emotional, emotion=NEUTRAL))
 
 
 @dataclass(frozen=True, eq=False)
 class PairSet(Sequence[Pair]):
-    """A sequence of pairs, the neutral pictures as examples of their own, and `singles` that have no neutral twin.
+    """A sequence of pairs, the neutral images as examples of their own, and `singles` that have no neutral twin.
 
     Indexing and iteration give pairs; `examples` gives every example once, whatever it belongs to. `skipped`: why
-    pictures were left out on loading.
+    images were left out on loading.
     """
 
     pairs: tuple[Pair, ...]
@@ -150,7 +150,7 @@ class PairSet(Sequence[Pair]):
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """The emotional pictures of the pairs, the neutral ones, and those without a twin."""
+        """The emotional images of the pairs, the neutral ones, and those without a twin."""
         return (*(pair.emotional for pair in self.pairs), *self.neutrals, *self.singles)
 
     @property
@@ -178,7 +178,7 @@ class PairSet(Sequence[Pair]):
         return iter(self.pairs)
 
     def of(self, pairs: Sequence[Pair]) -> PairSet:
-        """These pairs of the set with the neutral pictures of their scenes; singles are left out."""
+        """These pairs of the set with the neutral images of their scenes; singles are left out."""
         scenes = {pair.emotional.pair for pair in pairs}
         return replace(
             self, pairs=tuple(pairs), neutrals=tuple(n for n in self.neutrals if n.pair in scenes), singles=()
@@ -194,9 +194,9 @@ class PairSet(Sequence[Pair]):
         condition: Choice = None,
         strength: Choice = None,
     ) -> PairSet:
-        """What fits every choice: pairs by their emotional picture, neutral pictures and singles by themselves.
+        """What fits every choice: pairs by their emotional image, neutral images and singles by themselves.
 
-        A choice is a label or several. A pair keeps its twin whatever becomes of the neutral picture's own examples.
+        A choice is a label or several. A pair keeps its twin whatever becomes of the neutral image's own examples.
         Raises: ValueError for a label that the set does not have, naming those it has.
         """
         given = dict(split=split, emotion=emotion, style=style, identity=identity)
@@ -220,7 +220,7 @@ class PairSet(Sequence[Pair]):
         )
 
     def without_context(self) -> PairSet:
-        """Every picture once, asked without a context."""
+        """Every image once, asked without a context."""
 
         def once(items: Sequence[Any]) -> tuple[Any, ...]:
             return tuple({item.key: item for item in (item.without_context() for item in items)}.values())
@@ -228,7 +228,7 @@ class PairSet(Sequence[Pair]):
         return replace(self, pairs=once(self.pairs), neutrals=once(self.neutrals), singles=once(self.singles))
 
     def asked(self, question: str) -> PairSet:
-        """The same pictures and contexts with one question for all."""
+        """The same images and contexts with one question for all."""
         pairs, neutrals, singles = (
             tuple(item.asked(question) for item in items) for items in (self.pairs, self.neutrals, self.singles)
         )
@@ -277,7 +277,7 @@ class PairSet(Sequence[Pair]):
         return dict(zip(parts, self.split(list(parts.values()), seed), strict=True))
 
     def sample(self, n: int, seed: int = 0) -> PairSet:
-        """`n` pairs, emotions as equally often as their numbers allow, with the neutral pictures of their scenes.
+        """`n` pairs, emotions as equally often as their numbers allow, with the neutral images of their scenes.
 
         Raises: ValueError for more pairs than there are, or fewer than one."""
         if not 1 <= n <= len(self):
@@ -295,7 +295,7 @@ class PairSet(Sequence[Pair]):
         return self.of([self.pairs[i] for i in sorted(chosen)])
 
     def counts(self, by: str = "split") -> Scores:
-        """Number of examples, axes (emotion, `by`); the row of "neutral" counts neutral pictures.
+        """Number of examples, axes (emotion, `by`); the row of "neutral" counts neutral images.
 
         Raises: ValueError for an unknown way of grouping."""
         if by not in GROUPS:
@@ -309,9 +309,9 @@ class PairSet(Sequence[Pair]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every line and of every picture's bytes, the same wherever the set lies.
+        """A hash of every line and of every image's bytes, the same wherever the set lies.
 
-        Raises: FileNotFoundError for a picture that is gone."""
+        Raises: FileNotFoundError for an image that is gone."""
         known: dict[Any, str] = {}
 
         def line(example: Example) -> list[Any]:
@@ -352,7 +352,7 @@ class PairSet(Sequence[Pair]):
 
 
 def picture_hash(picture: Any) -> str:
-    """A hash of a picture's content: of a file its bytes, of a PIL image its pixels.
+    """A hash of an image's content: of a file its bytes, of a PIL image its pixels.
 
     Raises: FileNotFoundError for a file that is gone."""
     if isinstance(picture, (str, Path)):

@@ -1,7 +1,7 @@
 """A planted circuit: a model whose emotion circuit is known, because it was written into it.
 
 The decoder's weights are drawn anew, so that nothing of the trained circuit is left; tower and connector stay, so that
-pictures still carry their emotion to the image tokens. Then, and only there,
+images still carry their emotion to the image tokens. Then, and only there,
 1. chosen heads write one direction u_e an emotion: W_O[h] += w_e u_e^T, w_e fitted (ridge) so that the change of the
    head's z between twins, seen through w_e, is 1 on pairs of e and 0 on others. Nothing else writes along any u_e.
 2. as many decoy heads get weights of the same norm, on what hardly changes between twins, along other directions.
@@ -25,7 +25,7 @@ from veena_lens.emotion.methods import batches, prepared
 
 Unit = tuple[int, int]  # (layer, head) or (layer, neuron)
 _WHO = "plant_circuit"
-_LOUD = 4.0  # what a planted neuron's gate sees in the mean on pictures of its emotion
+_LOUD = 4.0  # what a planted neuron's gate sees in the mean on images of its emotion
 _SHARP = 3.0  # how much wider queries and keys are drawn than trained: heads then differ in where they look
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from veena_lens.circuits import copying_strength, head_intention
 from veena_lens.emotion.locate.direction_set import Directions
 from veena_lens.emotion.locate.heads import KeyHeads, key_heads, specificity
-from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons, neuron_pushes
-from veena_lens.emotion.methods import answers, batches, prepared
+from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons, neuron_projections
+from veena_lens.emotion.methods import batches, generate_answers, prepared
 from veena_lens.emotion.planted.circuit import Plant, Unit
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def precision_recall(chosen: Collection[Unit], truth: Collection[Unit]) -> tuple
 
 
 def swapped_at_random(pairs: Sequence[Any], seed: int = 0) -> list[Any]:
-    """The pairs with emotional and neutral pictures exchanged in half of the identities: nothing is left to find."""
+    """The pairs with emotional and neutral images exchanged in half of the identities: nothing is left to find."""
     names = sorted({pair.identity for pair in pairs})
     turned = set(random.Random(f"swap {seed}").sample(names, len(names) // 2))
     return [pair.swapped() if pair.identity in turned else pair for pair in pairs]
@@ -142,7 +142,7 @@ def localise(
     rows += _rows("neurons", neuron_rankings(plant, pairs, directions, neurons, batch_size), true_neurons)
     precision, recall = precision_recall(heads.heads, plant.heads)
     n_precision, n_recall = precision_recall(neurons.neurons, plant.neurons)
-    said = answers(model, [pair.emotional for pair in pairs], batch_size=batch_size, max_new_tokens=1)
+    said = generate_answers(model, [pair.emotional for pair in pairs], batch_size=batch_size, max_new_tokens=1)
     chosen = {
         "heads: precision": precision,
         "heads: recall": recall,
@@ -230,7 +230,7 @@ def neuron_rankings(
 ) -> dict[str, Float[Tensor, "layer neuron"]]:
     """Every way of ranking neurons: the pipeline's push, then baselines."""
     model = plant.model
-    _, means = neuron_pushes(model, pairs, directions, batch_size=batch_size)
+    _, means = neuron_projections(model, pairs, directions, batch_size=batch_size)
     plus, minus = means.values.double()
     W_out = torch.stack([block.mlp.W_out.detach().double() for block in model.blocks])  # [layer neuron d_model]
     unit = directions.unit(None).double()

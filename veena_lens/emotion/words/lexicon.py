@@ -267,7 +267,7 @@ def string_to_list(labels: str | Sequence[str] | None) -> list[str]:
     return [item.strip() for item in re.split("['\",]", inner) if item.strip()]
 
 
-def extract(text: str, lexicon: Lexicon | None = None) -> list[str]:
+def extract_emotions(text: str, lexicon: Lexicon | None = None) -> list[str]:
     """Base words of the emotions that a text names, in order, each once; negated ones are left out.
 
     "She isn't sad, she is over the moon and quite calm" -> ["elated", "calm"]."""
@@ -338,11 +338,11 @@ _ASK = (
 
 
 @dataclass(frozen=True)
-class Judge:
+class LabelExtractor:
     """An extractor from a function that answers many prompts at once, such as a language model's generation.
 
     `ask` turns a text into a prompt. Decode greedily, or fix the seed, for scores that can be repeated:
-    `Judge(lambda prompts: model.generate(model.prepare(text=prompts)))`."""
+    `LabelExtractor(lambda prompts: model.generate(model.prepare(text=prompts)))`."""
 
     generate: Callable[[list[str]], Sequence[str]]
     ask: Callable[[str], str] = lambda text: _ASK.format(text=text)

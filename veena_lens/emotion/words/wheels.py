@@ -95,7 +95,7 @@ class EmotionWheels:
 
     def extract(self, text: str) -> list[str]:
         """Base words of the emotions that a text names, in order, each once; negated ones are left out."""
-        return extraction.extract(text, self.words)
+        return extraction.extract_emotions(text, self.words)
 
     def emotions(self, text: str) -> list[str]:
         """Basic emotions that a text names, in order, each once."""

@@ -29,7 +29,7 @@ def planted() -> tuple[Any, Any, list[str], list[int]]:
     names = torch.randint(WORDS, (N,), generator=generator)
     tokens[:, -1] = 100 + names
     groups = (torch.arange(N) // 4)[torch.randperm(N, generator=generator)].tolist()
-    return model, model._as_inputs(tokens), [f"word {n}" for n in names.tolist()], groups
+    return model, model.as_inputs(tokens), [f"word {n}" for n in names.tolist()], groups
 
 
 def probe(planted: Any, **kw: Any) -> Any:

@@ -228,7 +228,8 @@ def test_alike_edits_of_several_rows_act_as_one_and_equal_each_row_alone(ready) 
     with torch.no_grad():
         with model.intervene(per_row=lists):
             # Place 0: the strong boosts of rows 0 and 1, row 2's quieting, row 3's; place 1: quieting, row 2's boost.
-            assert [x.of for x in model._applied][:2] == [(0, 1), (2,)] and (0, 1) in [x.of for x in model._applied[2:]]
+            groups = [x.of for x in model._edits.applied]
+            assert groups[:2] == [(0, 1), (2,)] and (0, 1) in groups[2:]
             together = model(inputs)
         for row, mine in enumerate(lists):
             with model.intervene(mine):

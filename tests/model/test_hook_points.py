@@ -52,7 +52,7 @@ def dimensions(model: Any, inputs: Any, name: str) -> tuple[int, ...]:
     if name.startswith("vision."):
         part, pos = cfg.vision, cfg.vision.n_positions
     if cfg.vision is not None:
-        sizes |= dict(picture=len(inputs.pixel_values), d_in=cfg.connector.d_in, d_hidden=cfg.connector.d_hidden)
+        sizes |= dict(crop=len(inputs.pixel_values), d_in=cfg.connector.d_in, d_hidden=cfg.connector.d_hidden)
     if name.startswith("connector."):
         pos = cfg.vision.n_features
     sizes |= dict(pos=pos, query_pos=pos, key_pos=pos)

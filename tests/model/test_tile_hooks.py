@@ -46,7 +46,7 @@ def test_every_hook_point_fires_once_in_the_order_of_the_table_with_its_shape(mo
     for name, row in hooks_of(cfg).items():
         part = cfg.vision if name.startswith("vision.") else cfg
         pos = 16 if part is cfg.vision else 4 if name.startswith("connector.") else inputs.shape[1]
-        sizes = dict(batch=3, picture=5, n_image_tokens=20, pos=pos, query_pos=pos, key_pos=pos)
+        sizes = dict(batch=3, crop=5, n_image_tokens=20, pos=pos, query_pos=pos, key_pos=pos)
         sizes |= {x: getattr(part, x) for x in ("d_model", "d_mlp", "d_head", "n_heads", "n_key_value_heads")}
         sizes |= dict(d_vocab=cfg.d_vocab, d_in=cfg.connector.d_in)
         expected[name] = tuple(int(axis) if axis.isdigit() else sizes[axis] for axis in row.axis_names)

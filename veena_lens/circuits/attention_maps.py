@@ -109,7 +109,7 @@ def attention_sinks(
         raise ValueError(
             f"{who}: multiple={multiple} and norm_multiple={norm_multiple} must be above 1, share={share} in (0, 1]."
         )
-    inputs = model._as_inputs(inputs)
+    inputs = model.as_inputs(inputs)
     chosen = chosen_layers(layers, model.cfg, who)
     index, mask = places_of(inputs, queries, who)
     hits: dict[int, Tensor] = {}
@@ -202,7 +202,7 @@ def _view(
 ) -> Scores:
     require_reduce(reduce, who, ("mean", "none"))
     chosen, which = chosen_layers(layers, model.cfg, who), chosen_heads(heads, model.cfg, who)
-    inputs = model._as_inputs(inputs)
+    inputs = model.as_inputs(inputs)
     cells = picture_cells(inputs, image, grid, who)
     index, mask = places_of(inputs, queries, who)
     kept = None if sinks is None else ~_sinks_of(sinks, inputs, chosen, who)

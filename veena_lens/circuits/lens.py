@@ -100,7 +100,7 @@ def logit_lens_grid(
     Source: Neo et al. 2024, arXiv 2410.07149.
     """
     many = [tokens] if isinstance(tokens, (int, str)) else list(tokens)
-    inputs = source.inputs if isinstance(source, ActivationCache) else model._as_inputs(source)
+    inputs = source.inputs if isinstance(source, ActivationCache) else model.as_inputs(source)
     if inputs is None:
         raise ValueError("logit_lens_grid: the cache was sliced or made without its inputs, so its images are unknown.")
     if not 0 <= row < len(inputs) or not 0 <= image < inputs.n_images[row]:

@@ -223,7 +223,7 @@ def max_activating_tokens(
     where: list[list[dict[str, Any]]] = [[] for _ in chosen]
     seen = 0
     for batch in _batches(inputs, progress):
-        reading = read(model._as_inputs(batch), [f"blocks.{layer}.mlp.hook_post"], at, model, "drivers")
+        reading = read(model.as_inputs(batch), [f"blocks.{layer}.mlp.hook_post"], at, model, "drivers")
         a = reading[f"blocks.{layer}.mlp.hook_post"][..., chosen]
         a = a.to(exact(a.dtype)).cpu().flatten(0, 1).T  # [neuron, batch times n]
         best = torch.cat([best.to(a.dtype), a], 1)

@@ -393,5 +393,5 @@ def _without(
     inner = dict(many.deepstack)
     if deepstack:
         inner = {layer: replaced(x, value(x, vector=False)) for layer, x in inner.items()}
-    changed = Entering(0, replaced(many.resid, value(many.resid, vector=True)), inner)
+    changed = Entering(replaced(many.resid, value(many.resid, vector=True)), inner)
     return measure(bare(inputs)[[0] * len(chosen)], [row] * len(chosen), entering=changed)

@@ -365,5 +365,5 @@ class _Pair:
         scale = self.here["ln_final.hook_scale"][:, -1:]
         frozen = [("ln_final.hook_scale", lambda tensor, hook: scale.expand_as(tensor).clone())]
         with model.hooks(frozen if self.norm == "frozen" else []):
-            logits = model._unembed(stream[:, None])[:, 0]
+            logits = model.unembed_resid(stream[:, None])[:, 0]
         return self.measure.of_logits(logits, self.pair)

@@ -157,7 +157,7 @@ def prepared(source: Any, model: Any, who: str) -> tuple[Any, int]:
 
     Raises: ValueError for a cache that does not know its inputs."""
     if not isinstance(source, ActivationCache):
-        source = model._as_inputs(source)
+        source = model.as_inputs(source)
         return source, len(source)
     if source.inputs is None:
         raise ValueError(f"{who}: the cache was sliced or made without its inputs; cache whole rows, pos_slice=None.")

@@ -66,11 +66,11 @@ def attention_by_source(
     not match.
     Source: Elhage et al. 2021, "A mathematical framework for transformer circuits", for the sum; the split is ours.
     """
-    inputs = model._as_inputs(inputs)
+    inputs = model.as_inputs(inputs)
     plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "attention_by_source", len(inputs))
     reading, values = _routed(plan, inputs)
     if baseline is not None:
-        other, twin = _routed(plan, model._as_inputs(baseline))
+        other, twin = _routed(plan, model.as_inputs(baseline))
         _require_pairs(reading, other, "attention_by_source")
         values = values - twin
     labels = {"layer": plan.layers, "head": plan.heads, "source": SOURCES}
@@ -129,12 +129,12 @@ def direct_attribution_map(
     where the tokens make no whole grid.
     Source: our own, from the sum of Elhage et al. 2021.
     """
-    inputs = model._as_inputs(inputs)
+    inputs = model.as_inputs(inputs)
     plan = _plan(model, direction, at, at_layer, layers, heads, reduce, "direct_attribution_map", len(inputs))
     cells = picture_cells(inputs, image, grid, "direct_attribution_map")
     reading, values = _routed(plan, inputs, cells)
     if baseline is not None:
-        twins = model._as_inputs(baseline)
+        twins = model.as_inputs(baseline)
         twin_cells = picture_cells(twins, image, grid, "direct_attribution_map")
         if twin_cells.sizes != cells.sizes:
             raise ValueError(

@@ -8,15 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from veena_lens.components.kv_cache import KVCache
+from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.components.masks import AreaMask, AttentionMask, Mask, causal_mask
 from veena_lens.components.rotary import RotaryTables
+
+
+@runtime_checkable
+class AttentionReader(Protocol):
+    """Whoever reads the attention of a pass without a pattern being made for it."""
+
+    def read(
+        self,
+        layer: int,
+        q: Float[Tensor, "batch n_heads query_pos d_head"],
+        k: Float[Tensor, "batch n_key_value_heads key_pos d_head"],
+        mask: Mask,
+        bias: Tensor | None,
+        pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
+    ) -> None:
+        """Take a layer's rotated queries, keys, mask and bias, and its pattern where one was made anyway."""
+        ...
 
 
 @dataclass(eq=False)
@@ -27,7 +44,7 @@ class Context:
     set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
     `prefix`, when set, holds keys and values of positions that all rows share (see `components/kv_cache.py`).
     `deepstack` maps a layer to what is added at its input, zero away from the image tokens. `rotary` gives a
-    layer's tables. `blocks` numbers, for every key, the image whose tokens read each other in both directions (-1:
+    layer's tables. `image_runs` numbers, for every key, the image whose tokens read each other in both directions (-1:
     none); new positions past its end are text. `areas` numbers the area of each position: in the layers of
     `within_areas` a query reads its own area alone.
     """
@@ -40,10 +57,10 @@ class Context:
     kv_cache: KVCache | None = None
     windows: Callable[[int], int | None] = lambda layer: None
     bias: Callable[[int], Tensor | None] = lambda layer: None
-    rows: Any = None
-    prefix: Any = None
+    rows: AttentionReader | None = None
+    prefix: SharedPrefix | None = None
     deepstack: Mapping[int, Float[Tensor, "#batch pos d_model"]] = field(default_factory=dict)
-    blocks: Int[Tensor, "#batch known"] | None = None
+    image_runs: Int[Tensor, "#batch known"] | None = None
     areas: Int[Tensor, "batch key_pos"] | None = None
     within_areas: Callable[[int], bool] = lambda layer: False
     _masks: dict[Any, Mask] = field(default_factory=dict)
@@ -69,12 +86,12 @@ class Context:
         if not self.is_causal:
             allowed = self.key_mask[:, None, None, :].to(device) if padded and self.key_mask is not None else None
             return AttentionMask(allowed, is_causal=False)
-        if not padded and window is None and self.blocks is None:
+        if not padded and window is None and self.image_runs is None:
             if self.n_past == 0:
                 return AttentionMask(None, is_causal=self.n_new > 1)
             if self.n_new == 1:
                 return AttentionMask(None, is_causal=False)
-        allowed = causal_mask(self.n_past, self.n_new, window, device, self.blocks)
+        allowed = causal_mask(self.n_past, self.n_new, window, device, self.image_runs)
         if padded and self.key_mask is not None:
             allowed = allowed & self.key_mask[:, None, None, :].to(device)
         return AttentionMask(allowed, is_causal=False)

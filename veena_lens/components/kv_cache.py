@@ -72,7 +72,7 @@ class KVCache:
 class SharedPrefix:
     """`keys`, `values`: a [pos n_key_value_heads d_head] tensor a layer, of positions 0 .. start - 1, after rotary.
 
-    `blocks`: which image's tokens read each other in both directions, as in `Context`; none may begin before
+    `image_runs`: which image's tokens read each other in both directions, as in `Context`; none may begin before
     `start` and go on after it."""
 
     def __init__(
@@ -81,9 +81,10 @@ class SharedPrefix:
         values: list[Tensor],
         start: int,
         windows: Callable[[int], int | None],
-        blocks: Int[Tensor, "#batch known"] | None = None,
+        image_runs: Int[Tensor, "#batch known"] | None = None,
     ) -> None:
-        self._keys, self._values, self.start, self.windows, self.blocks = keys, values, start, windows, blocks
+        self._keys, self._values = keys, values
+        self.start, self.windows, self.image_runs = start, windows, image_runs
 
     def scores(
         self,
@@ -104,7 +105,7 @@ class SharedPrefix:
         scores = torch.cat([shared, mine], -1) * scale
         if bias is not None:
             scores = scores + bias.to(scores)
-        allowed = causal_mask(self.start, k.shape[1], self.windows(layer), q.device, self.blocks)[:, :, -n:]
+        allowed = causal_mask(self.start, k.shape[1], self.windows(layer), q.device, self.image_runs)[:, :, -n:]
         return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 
     def values(

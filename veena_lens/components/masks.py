@@ -89,16 +89,16 @@ def causal_mask(
     n_new: int,
     window: int | None,
     device: torch.device,
-    blocks: Int[Tensor, "#batch known"] | None = None,
+    image_runs: Int[Tensor, "#batch known"] | None = None,
 ) -> Bool[Tensor, "#batch one query_pos key_pos"]:
-    """True where a query at positions n_past .. may read a key: itself or earlier, or of its own block of `blocks`
-    (as in `Context`); never further back than the sliding window."""
+    """True where a query at positions n_past .. may read a key: itself or earlier, or of its own image of
+    `image_runs` (as in `Context`); never further back than the sliding window."""
     n_key = n_past + n_new
     query = torch.arange(n_past, n_key, device=device)[:, None]
     key = torch.arange(n_key, device=device)[None]
     allowed = (key <= query)[None, None]
-    if blocks is not None:
-        own = F.pad(blocks.to(device), (0, max(0, n_key - blocks.shape[1])), value=-1)[:, :n_key]
+    if image_runs is not None:
+        own = F.pad(image_runs.to(device), (0, max(0, n_key - image_runs.shape[1])), value=-1)[:, :n_key]
         mine = own[:, n_past:, None]
         allowed = allowed | ((mine == own[:, None]) & (mine >= 0))[:, None]
     return allowed if window is None else allowed & (key > query - window)

@@ -116,8 +116,7 @@ def next_logits(
     for batch in batches(examples, batch_size):
         inputs = prepared(model, batch, method, lead_in)
         with method.applied(model, inputs):
-            resid = model(inputs, stop_at_layer=model.cfg.n_layers)
-        found.append(model._unembed(resid[:, -1:])[:, 0].float().cpu())
+            found.append(model.last_logits(inputs).float().cpu())
     return torch.cat(found)
 
 

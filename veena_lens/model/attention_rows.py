@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens.components.masks import Mask, masked_softmax
-from veena_lens.model.forward import PassSpan
+from veena_lens.model.edits import Frame
+from veena_lens.model.span import PassSpan
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.scores import Scores
 
@@ -149,7 +150,6 @@ class Attending:
     """Mixin of HookedVLM."""
 
     cfg: Any
-    _rows: AttentionRows | None
 
     def attention(
         self,
@@ -167,7 +167,7 @@ class Attending:
         `.meta` holds the positions of the rows; interventions in force are honoured.
         Raises: ValueError for an empty selection, or for image keys without an image.
         """
-        prepared = self._as_inputs(inputs)  # type: ignore[attr-defined]
+        prepared = self.as_inputs(inputs)  # type: ignore[attr-defined]
         run = PassSpan(prepared, 0, prepared.shape[1])
         for what, chosen in (("queries", queries), ("keys", keys)):
             if not bool(run.mask(chosen).any()):
@@ -200,11 +200,8 @@ class Attending:
     @contextmanager
     def recording(self, rows: AttentionRows) -> Iterator[AttentionRows]:
         """Let `rows` read the attention of whatever runs inside the block."""
-        before, self._rows = self._rows, rows
-        try:
+        with self._edits.entered(Frame(recorder=rows)):  # type: ignore[attr-defined]
             yield rows
-        finally:
-            self._rows = before
 
 
 def _index(i: int, n: int, what: str) -> int:

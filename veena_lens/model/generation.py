@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +16,11 @@ from torch import Tensor
 
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.inputs import MultimodalInputs, text_positions
-from veena_lens.model.forward import PassSpan
+from veena_lens.model.forward import LAST, forward
+from veena_lens.model.span import PassSpan
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 class Generation:
@@ -108,78 +112,92 @@ class Generation:
     @torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
     def _steps(self, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
         """The tokens generated so far, after each step."""
-        prompt = self._as_prompt(inputs)
+        prompt = as_prompt(self, inputs)
         cache = KVCache(self.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
-        yield from self._decode_steps(prompt, settings, lambda new: self._next_logits(prompt, new, cache))
+        yield from decode_steps(self, prompt, settings, lambda new: next_logits(self, prompt, new, cache))
 
-    @torch.no_grad()
-    def _decode_steps(
-        self, prompt: MultimodalInputs, settings: dict[str, Any], next_logits: Callable[[Tensor], Tensor]
-    ) -> Iterator[Int[Tensor, "batch new"]]:
-        """The tokens generated so far, after each step; `next_logits` gives the logits after the last of them."""
-        n_rows = len(prompt)
-        longest = int(prompt.lengths.max())
-        room = self.cfg.n_ctx - longest
-        max_new = settings["max_new_tokens"]
-        if max_new < 1:
-            raise ValueError(f"generate: max_new_tokens={max_new} must be at least 1.")
-        if room < 1:
-            raise ValueError(
-                f"The prompt has {longest} tokens and the model's context is {self.cfg.n_ctx}: no room to generate."
-            )
-        config = _settings(self.generation_config, settings)
-        ends = torch.tensor(config["eos"], dtype=torch.long, device=prompt.device)
-        processors = _processors(config, prompt)
-        processors.extend(settings.get("logits_processor") or [])
-        criteria = _criteria(config, settings, self.tokenizer)
-        pad = self.pad_token_id  # type: ignore[attr-defined]
-        if len(config["eos"]):
-            # Hugging Face pads finished rows with the end token where the configuration has no pad token.
-            pad = config["pad"] if config["pad"] is not None else pad
-        generator = None
-        if settings.get("seed") is not None:
-            generator = torch.Generator(device=prompt.device).manual_seed(settings["seed"])
-        new = torch.empty(n_rows, 0, dtype=torch.long, device=prompt.device)
-        unfinished = torch.ones(n_rows, dtype=torch.bool, device=prompt.device)
-        for _ in range(min(max_new, room)):
-            logits = next_logits(new).to(torch.float32)
-            ids = torch.cat([prompt.tokens, new], 1)
-            scores = processors(ids, logits.to(ids.device))
-            if config["do_sample"]:
-                chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
-            else:
-                chosen = scores.argmax(-1)
-            chosen = torch.where(unfinished, chosen, torch.full_like(chosen, pad))
-            new = torch.cat([new, chosen[:, None]], 1)
-            unfinished &= ~torch.isin(chosen, ends)
-            if criteria:
-                unfinished &= ~criteria(torch.cat([prompt.tokens, new], 1), scores).to(unfinished.device)
-            yield new
-            if not bool(unfinished.any()):
-                break
 
-    def _next_logits(
-        self, prompt: MultimodalInputs, new: Tensor, cache: KVCache | None
-    ) -> Float[Tensor, "batch d_vocab"]:
-        """Logits after the last token, through the cache when there is one."""
-        n_prompt, n_new = prompt.shape[1], new.shape[1]
-        if n_new == 0:
-            return self._forward_chunk(prompt, PassSpan(prompt, 0, n_prompt), cache)[:, -1]  # type: ignore[attr-defined]
-        if cache is None:
-            whole = prompt.with_new_tokens(new)
-            return self._forward_chunk(whole, PassSpan(whole, 0, whole.shape[1]), None)[:, -1]  # type: ignore[attr-defined]
-        at = n_prompt + n_new - 1
-        positions = prompt.position_ids[..., -1:] + n_new
-        return self._forward_chunk(prompt, PassSpan(prompt, at, at + 1), cache, new[:, -1:], positions)[:, -1]  # type: ignore[attr-defined]
+def as_prompt(model: HookedVLM, inputs: Any) -> MultimodalInputs:
+    """Return prepared inputs whose rows end at the last position, where generation appends.
 
-    def _as_prompt(self, inputs: Any) -> MultimodalInputs:
-        """Prepared inputs whose rows end at the last position (generation appends there)."""
-        if isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str)):
-            inputs = self.prepare(text=inputs if isinstance(inputs, str) else list(inputs))  # type: ignore[attr-defined]
-        prompt = self._as_inputs(inputs).left_padded()  # type: ignore[attr-defined]
-        if prompt.position_ids.ndim == 2:  # generation counts real tokens whatever a forward was given
-            prompt = replace(prompt, position_ids=text_positions(prompt.attention_mask))
-        return prompt
+    inputs: prepared inputs, tokens, or text, which is wrapped in the chat template."""
+    if isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str)):
+        inputs = model.prepare(text=inputs if isinstance(inputs, str) else list(inputs))
+    prompt = model.as_inputs(inputs).left_padded()
+    if prompt.position_ids.ndim == 2:  # generation counts real tokens whatever a forward was given
+        prompt = replace(prompt, position_ids=text_positions(prompt.attention_mask))
+    return prompt
+
+
+def next_logits(
+    model: HookedVLM, prompt: MultimodalInputs, new: Int[Tensor, "batch new"], cache: KVCache | None = None
+) -> Float[Tensor, "batch d_vocab"]:
+    """Return the logits after the last of the new tokens, or after the prompt where there is none yet.
+
+    prompt: inputs of `as_prompt`. cache: holds everything before the last new token and is appended to; None
+    computes the whole sequence."""
+    n_prompt, n_new = prompt.shape[1], new.shape[1]
+    if n_new and cache is not None:
+        last = n_prompt + n_new - 1
+        span = PassSpan(prompt, last, last + 1, new[:, -1:])
+    else:
+        span = PassSpan.whole(prompt.with_new_tokens(new) if n_new else prompt)
+    return forward(model, span, cache=cache, positions=LAST)[:, -1]
+
+
+@torch.no_grad()
+def decode_steps(
+    model: HookedVLM,
+    prompt: MultimodalInputs,
+    settings: dict[str, Any],
+    next_logits: Callable[[Int[Tensor, "batch new"]], Float[Tensor, "batch d_vocab"]],
+) -> Iterator[Int[Tensor, "batch new"]]:
+    """Decode with logits of your own; yields the tokens generated so far after each step.
+
+    prompt: inputs of `as_prompt`.
+    settings: those of `HookedVLM.generate`, by name; `max_new_tokens` must be among them.
+    next_logits: gives the logits after the last of the new tokens [batch new], after the prompt for none.
+    Raises: ValueError for a prompt that leaves no room in the context, or no token to generate."""
+    n_rows = len(prompt)
+    longest = int(prompt.lengths.max())
+    room = model.cfg.n_ctx - longest
+    max_new = settings["max_new_tokens"]
+    if max_new < 1:
+        raise ValueError(f"generate: max_new_tokens={max_new} must be at least 1.")
+    if room < 1:
+        raise ValueError(
+            f"The prompt has {longest} tokens and the model's context is {model.cfg.n_ctx}: no room to generate."
+        )
+    config = _settings(model.generation_config, settings)
+    ends = torch.tensor(config["eos"], dtype=torch.long, device=prompt.device)
+    processors = _processors(config, prompt)
+    processors.extend(settings.get("logits_processor") or [])
+    criteria = _criteria(config, settings, model.tokenizer)
+    pad = model.pad_token_id
+    if len(config["eos"]):
+        # Hugging Face pads finished rows with the end token where the configuration has no pad token.
+        pad = config["pad"] if config["pad"] is not None else pad
+    generator = None
+    if settings.get("seed") is not None:
+        generator = torch.Generator(device=prompt.device).manual_seed(settings["seed"])
+    new = torch.empty(n_rows, 0, dtype=torch.long, device=prompt.device)
+    unfinished = torch.ones(n_rows, dtype=torch.bool, device=prompt.device)
+    for _ in range(min(max_new, room)):
+        logits = next_logits(new).to(torch.float32)
+        ids = torch.cat([prompt.tokens, new], 1)
+        scores = processors(ids, logits.to(ids.device))
+        if config["do_sample"]:
+            chosen = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            chosen = scores.argmax(-1)
+        chosen = torch.where(unfinished, chosen, torch.full_like(chosen, pad))
+        new = torch.cat([new, chosen[:, None]], 1)
+        unfinished &= ~torch.isin(chosen, ends)
+        if criteria:
+            unfinished &= ~criteria(torch.cat([prompt.tokens, new], 1), scores).to(unfinished.device)
+        yield new
+        if not bool(unfinished.any()):
+            break
 
 
 _SETTINGS = (

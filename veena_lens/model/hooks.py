@@ -7,7 +7,7 @@ names raise, and a cache beside user hooks stores copies (a hook may write in pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformer_lens.utilities import Slice
 
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.hook_table import aliases, canonical, hooks_of, require_hook, row_of
+from veena_lens.inputs import MultimodalInputs
 
 
 class HookDict(dict[str, HookPoint]):
@@ -132,7 +133,7 @@ class Hooking(HookedRootModule):
         return_type="loss") and stores gradients under "..._grad". device moves what is stored.
         Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
         """
-        inputs = self._remember_inputs(model_args, model_kwargs)  # type: ignore[attr-defined]
+        inputs = self._remembered(model_args, model_kwargs)
         if inputs is not None and model_kwargs.get("start_at_layer") is None:
             model_args = (inputs, *model_args[1:])
         if remove_batch_dim and inputs is not None and len(inputs) != 1:
@@ -148,6 +149,15 @@ class Hooking(HookedRootModule):
             return out, cache
         sliced = Slice.unwrap(pos_slice).mode != "identity"
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim, inputs=None if sliced else inputs)
+
+    def _remembered(self, args: Sequence[Any], kwargs: dict[str, Any]) -> MultimodalInputs | None:
+        """The inputs of a coming forward, prepared once so that a cache can keep them; None for a residual."""
+        if kwargs.get("start_at_layer") is not None:
+            given = kwargs.get("tokens")
+            return given if isinstance(given, MultimodalInputs) else None
+        if not args:
+            return None
+        return self.as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None))  # type: ignore[attr-defined, operator]
 
     def get_caching_hooks(
         self,

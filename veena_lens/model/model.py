@@ -7,42 +7,49 @@ under `connector.`. Text-only checkpoints load as the same class without a tower
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from veena_lens import checkpoints
 from veena_lens.components.block import Block, Embed, Unembed
-from veena_lens.components.context import Context
-from veena_lens.components.kv_cache import KVCache
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
-from veena_lens.images.layout import image_runs
-from veena_lens.images.packing import pack_features
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.model.attention_rows import Attending, AttentionRows
-from veena_lens.model.edits import Intervening
-from veena_lens.model.forward import PassSpan, next_token_targets, resolve_layer, run_blocks, scatter_features
+from veena_lens.model.attention_rows import Attending
+from veena_lens.model.edits import EditStack, Frame, intervene
+from veena_lens.model.forward import (
+    Deepstack,
+    connect,
+    deepstack_features,
+    embed,
+    forward,
+    last_logits,
+    next_token_loss,
+    residual_state,
+    resolve_layer,
+    run_tower,
+    scattered,
+    unembed,
+)
 from veena_lens.model.generation import Generation, end_tokens
 from veena_lens.model.hooks import Hooking
-from veena_lens.model.text import TextInterface, bare_inputs, require_prompt_fits
+from veena_lens.model.span import PassSpan
+from veena_lens.model.text import TextInterface, as_inputs, inputs_of_residual
 from veena_lens.model.weights import StackedWeights
-from veena_lens.vision.connector import TowerOutput, make_connector
+from veena_lens.vision.connector import make_connector
 from veena_lens.vision.qwen import DeepstackMerger
 from veena_lens.vision.towers import make_tower
 
-Deepstack: TypeAlias = dict[int, Float[Tensor, "batch pos d_model"]]
 
-
-class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterface, Hooking):
+class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
     """A native multimodal model with named, live hook points.
 
     `HookedVLM.from_pretrained("tiny-llava-emotion")` loads an embedded checkpoint, a folder or a hub id;
@@ -57,8 +64,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         self.generation_config: Any = None
         self.adapter: Any = None
         self.device_map: dict[str, Any] | None = None
-        self._applied, self._run = [], None
-        self._rows: AttentionRows | None = None
+        self._edits = EditStack()
         if cfg.vision is not None and cfg.connector is not None:
             self.vision = make_tower(cfg.vision)
             self.connector = make_connector(cfg.connector)
@@ -188,34 +194,17 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         ends = end_tokens(self.generation_config)
         return replace(inputs, end_token_ids=ends).to(self.embed.weight.device)
 
-    def _as_inputs(
+    def as_inputs(
         self, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> MultimodalInputs:
-        """Prepared inputs, bare tokens, or raw text as inputs on the model's device."""
-        if isinstance(input, MultimodalInputs):
-            if attention_mask is not None or position_ids is not None:
-                raise ValueError("MultimodalInputs carry their own mask and positions; do not pass others.")
-            inputs = input.to(self.embed.weight.device)
-        else:
-            if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
-                rows = self._encode(input)
-                length, pad = max(map(len, rows)), self.pad_token_id
-                attention_mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
-                input = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
-            inputs = bare_inputs(self.cfg, self.tokenizer, input, attention_mask, position_ids).to(
-                self.embed.weight.device
-            )
-        require_prompt_fits(self.cfg, inputs)
-        return inputs
+        """Return prepared inputs on the model's device, made of bare tokens or raw text where needed.
 
-    def _remember_inputs(self, args: Sequence[Any], kwargs: dict[str, Any]) -> MultimodalInputs | None:
-        """The inputs of a coming forward, prepared once so that a cache can keep them; None for a residual."""
-        if kwargs.get("start_at_layer") is not None:
-            given = kwargs.get("tokens")
-            return given if isinstance(given, MultimodalInputs) else None
-        if not args:
-            return None
-        return self._as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None))
+        input: prepared inputs; tokens [batch pos] or [pos]; a text or a list of texts (no chat template).
+        attention_mask, position_ids: [batch pos], of bare tokens only.
+        Raises: ValueError for padding without a mask, image tokens without images, a context too long, or a mask
+        beside prepared inputs; TypeError for anything else than inputs, tokens or text.
+        """
+        return as_inputs(self, input, attention_mask, position_ids)
 
     # --- forward ---------------------------------------------------------------------------------------
     def forward(
@@ -242,182 +231,89 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
             raise ValueError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None.")
         n = self.cfg.n_layers
         stop = resolve_layer(stop_at_layer, n, "stop_at_layer")
-        if start_at_layer is not None:
-            start = resolve_layer(start_at_layer, n, "start_at_layer") or 0
-            inputs = self._inputs_of_residual(input, tokens, attention_mask, position_ids)
-            return self._finish(inputs, input, start, stop, return_type, loss_per_token)
-        inputs = self._as_inputs(input, attention_mask, position_ids)
-        return self._finish(inputs, None, 0, stop, return_type, loss_per_token)
+        start = resolve_layer(start_at_layer, n, "start_at_layer")
+        if start is None:
+            span, entering = PassSpan.whole(self.as_inputs(input, attention_mask, position_ids)), None
+        else:
+            span = PassSpan.whole(inputs_of_residual(self, input, tokens, attention_mask, position_ids))
+            entering = residual_state(self, span, input, start)
+        if stop is not None:
+            return forward(self, span, entering=entering, stop=stop)
+        if return_type is None:
+            forward(self, span, entering=entering, stop=n)
+            return None
+        logits = forward(self, span, entering=entering)
+        if return_type == "logits":
+            return logits
+        loss = next_token_loss(logits, span.inputs, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
 
     def forward_hf(self, **outputs: Any) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits for a Hugging Face processor's tensors: equals Hugging Face's `model(**outputs).logits`."""
         return self(self.inputs_from_hf(**outputs))
 
-    def _finish(
-        self,
-        inputs: MultimodalInputs,
-        resid: Tensor | None,
-        start: int,
-        stop: int | None,
-        return_type: str | None,
-        loss_per_token: bool,
-    ) -> Any:
-        with self._running(PassSpan(inputs, 0, inputs.shape[1])) as run:
-            if resid is None:
-                resid, deepstack = self._embed(inputs)
-            else:
-                deepstack = self.deepstack_of(inputs) if start <= self.cfg.n_deepstack else {}
-            context = self._context(run, None, deepstack=deepstack)
-            resid = run_blocks(self.blocks, resid, context, start, stop)
-            if stop is not None:
-                return resid
-            if return_type is None:
-                return None
-            logits = self._unembed(context.with_deepstack(self.cfg.n_layers, resid))
-        if return_type == "logits":
-            return logits
-        loss = self._loss(logits, inputs, loss_per_token)
-        return loss if return_type == "loss" else (logits, loss)
+    def last_logits(self, inputs: Any) -> Float[Tensor, "batch d_vocab"]:
+        """Return the logits of the last real position of each row; the other positions are not unembedded.
 
-    def _forward_chunk(
-        self,
-        inputs: MultimodalInputs,
-        run: PassSpan,
-        cache: KVCache | None,
-        tokens: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Float[Tensor, "batch one d_vocab"]:
-        """Logits of the last position of a prompt, or of one further chunk of tokens, through a cache."""
-        with self._running(run):
-            resid, deepstack = self._embed(inputs) if tokens is None else (self.hook_embed(self.embed(tokens)), {})
-            context = self._context(run, cache, position_ids, deepstack)
-            resid = run_blocks(self.blocks, resid, context)
-            return self._unembed(context.with_deepstack(self.cfg.n_layers, resid)[:, -1:])
+        inputs: prepared inputs, tokens [batch pos] or raw text. Hooks of `ln_final` and `unembed` hear one position
+        per row; interventions in force act.
+        Raises: as `forward`.
+        """
+        return last_logits(self, self.as_inputs(inputs))
+
+    def unembed_resid(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return the logits of a residual stream that left the last block: final norm and unembedding.
+
+        resid: at any number of positions; it is moved to the device of the final norm."""
+        return unembed(self, resid)
 
     def embed_inputs(self, inputs: MultimodalInputs) -> Float[Tensor, "batch pos d_model"]:
-        """The merged sequence that enters block 0: token embeddings with image features scattered in."""
-        return self._embed(inputs)[0]
-
-    def _embed(self, inputs: MultimodalInputs) -> tuple[Float[Tensor, "batch pos d_model"], Deepstack]:
-        """The merged sequence, and what later layers add to it."""
-        embeds = self.embed(inputs.tokens)
-        seen = self._see(inputs)
-        if seen is None:
-            return self.hook_embed(embeds), {}
-        features = self._connect(seen, inputs)
-        deepstack = self._deepstack(seen, inputs)
-        return self.hook_embed(scatter_features(embeds, inputs.image_mask, features)), deepstack
-
-    def _see(self, inputs: MultimodalInputs) -> TowerOutput | None:
-        """What the tower makes of the images; None without images."""
-        if inputs.pixel_values is None:
-            return None
-        return self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device), inputs.picture_shapes)
+        """Return the merged sequence that enters block 0: token embeddings with image features in their places."""
+        return embed(self, PassSpan.whole(inputs)).resid
 
     def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
-        """What the tower and the connector make of the images, row after row; None without images."""
-        seen = self._see(inputs)
-        return None if seen is None else self._connect(seen, inputs)
-
-    def _connect(self, seen: TowerOutput, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"]:
-        return self.hook_image_features(self._pack(self.connector(seen.features), inputs))
+        """Return what the tower and the connector make of the images, row after row; None without images."""
+        seen = run_tower(self, inputs)
+        return None if seen is None else connect(self, seen, inputs)
 
     def deepstack_of(self, inputs: MultimodalInputs) -> Deepstack:
-        """Layer -> what is added at its input, zero away from the image tokens; empty without deep-stack."""
-        seen = self._see(inputs) if self.cfg.n_deepstack else None
-        return {} if seen is None else self._deepstack(seen, inputs)
-
-    def _deepstack(self, seen: TowerOutput, inputs: MultimodalInputs) -> Deepstack:
-        out = {}
-        for i, inner in enumerate(seen.inner[: self.cfg.n_deepstack]):
-            merger: Any = self.deepstack[i]
-            out[i + 1] = self.scatter_deepstack(merger.hook_out(self._pack(merger(inner), inputs)), inputs)
-        return out
+        """Return, by layer, what is added at its input, zero away from the image tokens; empty without deep-stack."""
+        seen = run_tower(self, inputs) if self.cfg.n_deepstack else None
+        return {} if seen is None else deepstack_features(self, seen, inputs)
 
     def scatter_deepstack(
         self, features: Float[Tensor, "n_image_tokens d_model"], inputs: MultimodalInputs
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Features in the places of their tokens, zeros elsewhere."""
-        return scatter_features(features.new_zeros(*inputs.shape, features.shape[-1]), inputs.image_mask, features)
+        """Return features in the places of their image tokens, zeros elsewhere."""
+        return scattered(features, inputs)
 
-    def _pack(
-        self, features: Float[Tensor, "crop pos d_model"], inputs: MultimodalInputs
-    ) -> Float[Tensor, "n_image_tokens d_model"]:
-        """Features of images in the order of the image tokens that they fill."""
-        return pack_features(self.cfg, features, inputs, getattr(self, "image_newline", None))
+    # --- interventions ---------------------------------------------------------------------------------
+    def intervene(
+        self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None
+    ) -> AbstractContextManager[HookedVLM]:
+        """Apply interventions inside a `with` block; `per_row` gives one list per row of the batch.
 
-    def _unembed(self, resid: Tensor) -> Float[Tensor, "batch pos d_vocab"]:
-        return self.unembed(self.ln_final(resid.to(self.ln_final.weight.device)))
+        An empty list changes nothing; blocks nest, outer interventions acting first.
+        Raises: TypeError for what is not an intervention; ValueError for one that does not fit the model.
+        """
+        return intervene(self, interventions, per_row)
 
-    def _context(
-        self,
-        run: PassSpan,
-        cache: KVCache | None,
-        position_ids: Tensor | None = None,
-        deepstack: Deepstack | None = None,
-    ) -> Context:
-        """What the blocks of this pass share."""
-        positions = run.inputs.position_ids if position_ids is None else position_ids
-        mask = run.inputs.attention_mask
-        n_past = 0
-        if cache is not None:
-            n_past = cache.length
-            fresh = mask if n_past == 0 else mask.new_ones(len(mask), run.stop - run.start)
-            mask = cache.extend_mask(fresh)
-        if self._rows is not None:
-            self._rows.begin(run)
-        return Context(
-            key_mask=mask,
-            n_past=n_past,
-            n_new=run.stop - run.start,
-            rotary=self._rotary.tables(positions, self.embed.weight.dtype),
-            kv_cache=cache,
-            windows=self.cfg.window,
-            bias=self._bias if self._applied else lambda layer: None,
-            rows=self._rows,
-            deepstack=deepstack or {},
-            blocks=image_runs(self.cfg, run.inputs) if n_past == 0 else None,
-        )
+    @property
+    def interventions(self) -> tuple[Any, ...]:
+        """The interventions in force, outer `with` blocks first."""
+        return tuple(applied.intervention for applied in self._edits.applied)
+
+    @property
+    def is_untouched(self) -> bool:
+        """True where no hook is on a hook point, no intervention is in force and nobody records attention."""
+        hooked = any(p._forward_hooks or p._backward_hooks for p in self.hook_dict.values())
+        return not (hooked or self.interventions or self._edits.recorder)
 
     @contextmanager
-    def _running(self, run: PassSpan) -> Iterator[PassSpan]:
-        """Interventions resolve their positions against the pass that runs."""
-        if run.is_prefill:
-            self._check_reach(run)
-        before, self._run = self._run, run
-        try:
-            yield run
-        finally:
-            self._run = before
-
-    def _inputs_of_residual(
-        self, resid: Any, tokens: Any, mask: Tensor | None, positions: Tensor | None
-    ) -> MultimodalInputs:
-        if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != self.cfg.d_model:
-            shape = list(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
-            raise ValueError(f"start_at_layer takes a residual [batch pos {self.cfg.d_model}] as input, not {shape}.")
-        if tokens is None and self.cfg.bidirectional_images:
-            raise ValueError(
-                "start_at_layer: tokens of an image read each other in both directions in this model, so pass the "
-                "inputs that the residual came from as tokens=."
-            )
-        if tokens is None:  # which tokens does not matter past the embedding; that none is a pad does
-            tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
-            mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        inputs = self._as_inputs(tokens, mask, positions)
-        if inputs.shape != resid.shape[:2]:
-            raise ValueError(f"The residual is {list(resid.shape[:2])} but its tokens are {list(inputs.shape)}.")
-        return inputs
-
-    def _loss(self, logits: Tensor, inputs: MultimodalInputs, per_token: bool) -> Tensor:
-        """Next-token cross-entropy over text targets: neither images nor pads count."""
-        targets, counted = next_token_targets(
-            inputs.tokens, inputs.attention_mask & ~inputs.image_mask, inputs.attention_mask
-        )
-        targets, counted = targets.to(logits.device), counted.to(logits.device)
-        safe = torch.where(counted, targets, torch.zeros_like(targets))
-        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), safe, reduction="none") * counted
-        return losses if per_token else losses.sum() / counted.sum()
+    def without_interventions(self) -> Iterator[HookedVLM]:
+        """Interventions in force, and recorders of attention, rest inside the block; hooks added by hand do not."""
+        with self._edits.entered(Frame(hides=True)):
+            yield self
 
     def __repr__(self) -> str:
         cfg = self.cfg

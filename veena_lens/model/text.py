@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,9 @@ from torch import Tensor
 from veena_lens import checkpoints
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs, is_any_of, text_positions
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 def bare_inputs(
@@ -47,6 +50,52 @@ def bare_inputs(
         given["position_ids"] = position_ids
     inputs = checkpoints.inputs_from_hf(cfg, tokenizer, **given)
     return inputs if position_ids is not None else replace(inputs, position_ids=text_positions(inputs.attention_mask))
+
+
+def as_inputs(
+    model: HookedVLM, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+) -> MultimodalInputs:
+    """Return prepared inputs, bare tokens or raw text as inputs on the model's device: see `HookedVLM.as_inputs`."""
+    device = model.embed.weight.device
+    if isinstance(input, MultimodalInputs):
+        if attention_mask is not None or position_ids is not None:
+            raise ValueError("MultimodalInputs carry their own mask and positions; do not pass others.")
+        inputs = input.to(device)
+    else:
+        if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
+            rows = model._encode(input)
+            length, pad = max(map(len, rows)), model.pad_token_id
+            attention_mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
+            input = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
+        inputs = bare_inputs(model.cfg, model.tokenizer, input, attention_mask, position_ids).to(device)
+    require_prompt_fits(model.cfg, inputs)
+    return inputs
+
+
+def inputs_of_residual(
+    model: HookedVLM, resid: Any, tokens: Any, mask: Tensor | None, positions: Tensor | None
+) -> MultimodalInputs:
+    """Return the inputs that a residual stream [batch pos d_model] came from, as `start_at_layer` takes them.
+
+    tokens: prepared inputs or tokens; None where it does not matter which they are.
+    Raises: ValueError for a residual of another shape, one that does not lie on its tokens, or no tokens in a model
+    whose image tokens read each other in both directions."""
+    d_model = model.cfg.d_model
+    if not isinstance(resid, Tensor) or resid.ndim != 3 or resid.shape[-1] != d_model:
+        shape = list(resid.shape) if isinstance(resid, Tensor) else type(resid).__name__
+        raise ValueError(f"start_at_layer takes a residual [batch pos {d_model}] as input, not {shape}.")
+    if tokens is None and model.cfg.bidirectional_images:
+        raise ValueError(
+            "start_at_layer: tokens of an image read each other in both directions in this model, so pass the "
+            "inputs that the residual came from as tokens=."
+        )
+    if tokens is None:  # which tokens does not matter past the embedding; that none is a pad does
+        tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    inputs = as_inputs(model, tokens, mask, positions)
+    if inputs.shape != resid.shape[:2]:
+        raise ValueError(f"The residual is {list(resid.shape[:2])} but its tokens are {list(inputs.shape)}.")
+    return inputs
 
 
 def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:

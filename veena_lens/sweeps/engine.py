@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.components.context import Context
 from veena_lens.components.kv_cache import SharedPrefix
 from veena_lens.hook_table import layer_of
 from veena_lens.images.layout import image_runs
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.model.forward import run_blocks
+from veena_lens.model.forward import LAST, ResidualState, forward
+from veena_lens.model.span import PassSpan
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, Row
 from veena_lens.sweeps.store import Store
@@ -82,12 +82,11 @@ def run_staircase(
     """(logits of the last position, or None; the activations at `sites` [rows pos ...]) of each row.
 
     All rows must share their first position, and edit the text's blocks or the images, not both."""
-    start, n_layers = rows[0].start, model.cfg.n_layers
-    last_layer = n_layers - 1 if with_logits else max(layer_of(site) or 0 for site in sites)
+    start = rows[0].start
+    last_layer = model.cfg.n_layers - 1 if with_logits else max(layer_of(site) or 0 for site in sites)
     order = sorted(range(len(rows)), key=lambda i: rows[i].layer)
     tail = base.length - start
     device = base.resid[0].device
-    positions = base.inputs.position_ids[..., start:]
     prefix = SharedPrefix(
         [k[:start] for k in base.keys],
         [v[:start] for v in base.values],
@@ -96,16 +95,9 @@ def run_staircase(
         image_runs(model.cfg, base.inputs),
     )
     entering = encode_again(model, base, rows) if rows[0].is_picture else None
-    deepstack = base.deepstack if entering is None else entering.deepstack
-    context = Context(
-        key_mask=None,
-        n_past=start,
-        n_new=tail,
-        rotary=model._rotary.tables(positions, model.cfg.dtype),
-        windows=model.cfg.window,
-        prefix=prefix,
-        deepstack={layer: added[:, start:] for layer, added in deepstack.items()},
-    )
+    span = PassSpan(base.inputs, start, base.length)
+    added = (base if entering is None else entering).deepstack
+    deepstack = {layer: x[:, start:] for layer, x in added.items()}
     seen = {site: base.seen[site][None].repeat(len(rows), *[1] * base.seen[site].ndim) for site in sites}
     resid = base.resid[0].new_empty(0, tail, model.cfg.d_model, device=device)
     joined = 0
@@ -120,12 +112,14 @@ def run_staircase(
             hooks = _edits(rows, new, joined, start)
         joined += len(new)
         hooks += [(site, _capture(seen[site], order[:joined], start)) for site in sites if layer_of(site) == layer]
+        state = ResidualState(resid, deepstack, layer)
+        stop = None if with_logits and layer == last_layer else layer + 1
         with model.hooks(hooks):
-            resid = run_blocks(model.blocks, resid, context, layer, layer + 1)
+            resid = forward(model, span, entering=state, stop=stop, prefix=prefix, positions=LAST)
+    # Rows that join nowhere cannot exist here: every edit lies in a block or before the first.
     if not with_logits:
         return None, seen
-    # Rows that join nowhere cannot exist here: every edit lies in a block or before the first.
-    logits = model._unembed(context.with_deepstack(n_layers, resid)[:, -1:])[:, 0]
+    logits = resid[:, 0]
     return logits[torch.argsort(torch.tensor(order, device=logits.device))], seen
 
 
@@ -184,7 +178,7 @@ def require_engine(model: Any, engine: str) -> None:
     """Raises: ValueError for an unknown engine, or a suffix sweep inside `intervene` or with hooks on the model."""
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} must be 'suffix' or 'naive'.")
-    if engine == "suffix" and any(p._forward_hooks for p in model.hook_dict.values()):
+    if engine == "suffix" and (model.interventions or any(p._forward_hooks for p in model.hook_dict.values())):
         raise ValueError(
             "The suffix engine runs rows through parts of the model, where hooks of whole runs have no meaning: leave "
             "the `with model.intervene(...)` block, call model.reset_hooks(), or use engine='naive'."

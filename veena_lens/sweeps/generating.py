@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veena_lens.components.context import Context
 from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.hook_table import row_of
 from veena_lens.images.layout import image_runs, reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention
 from veena_lens.interventions.patch import Patch
-from veena_lens.model.forward import PassSpan, run_blocks
+from veena_lens.model.edits import require_reach, running
+from veena_lens.model.forward import LAST, ResidualState, embed, forward
+from veena_lens.model.generation import as_prompt, decode_steps
+from veena_lens.model.span import PassSpan
 from veena_lens.sweeps.engine import bar, require_engine
 
 
@@ -93,7 +95,7 @@ def generation_sweep(
     show = bar(len(inputs) * len(lists), progress, "continuations")
     tokens: list[list[list[int]]] = []
     for i in range(len(inputs)):
-        row = model._as_prompt(inputs[i].without_padding())
+        row = as_prompt(model, inputs[i].without_padding())
         found: list[list[int]] = [[] for _ in lists]
         starts = [first_edited(model, row, mine) for mine in lists]
         again = [any(_on_pictures(model, item) for item in mine) for mine in lists]  # these encode their own images
@@ -149,7 +151,7 @@ def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tens
 def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
     """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
     for its logits."""
-    first, run = row.shape[1] - 1, PassSpan(row, 0, row.shape[1])
+    first, run = row.shape[1] - 1, PassSpan.whole(row)
     for item in interventions:
         if isinstance(item, Patch) and item.is_whole:
             return 0  # its values are those of whole rows, position by position
@@ -167,12 +169,12 @@ def _continue(
     model: Any, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
 ) -> Tensor:
     """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
-    n, length = len(lists), row.shape[1]
-    base = KVCache(model.cfg.n_layers)
-    with model._running(PassSpan(row, 0, length)) as run:
-        embed, deepstack = model._embed(row)
-        run_blocks(model.blocks, embed, model._context(run, base, deepstack=deepstack))
-    keys, values = zip(*(base.layer(layer) for layer in range(model.cfg.n_layers)), strict=True)
+    n, length, n_layers = len(lists), row.shape[1], model.cfg.n_layers
+    base, whole = KVCache(n_layers), PassSpan.whole(row)
+    with running(model, whole):
+        plain = embed(model, whole)
+    forward(model, whole, entering=plain, stop=n_layers, cache=base)
+    keys, values = zip(*(base.layer(layer) for layer in range(n_layers)), strict=True)
     prefix = SharedPrefix(
         [k[0, :start] for k in keys],
         [v[0, :start] for v in values],
@@ -181,43 +183,28 @@ def _continue(
         image_runs(model.cfg, row),
     )
     rows = row[[0] * n]
-    tail = KVCache(model.cfg.n_layers)
+    tail = KVCache(n_layers)
     on_pictures = any(_on_pictures(model, item) for mine in lists for item in mine)
 
-    def next_logits(new: Tensor) -> Tensor:
-        n_new = new.shape[1]
-        if n_new:
-            run = PassSpan(rows, length + n_new - 1, length + n_new)
-            positions, added = rows.position_ids[..., -1:] + n_new, {}
-            with model._running(run):
-                return forward(model.hook_embed(model.embed(new[:, -1:])), run, positions, added)
-        run = PassSpan(rows, start, length)
-        positions = rows.position_ids[..., start:]
-        if on_pictures:  # the images of each row under its own edits
-            with model._running(PassSpan(rows, 0, length)):
-                resid, added = model._embed(rows)
-            resid = resid[:, start:]
-        else:
-            resid, added = embed[:, start:].expand(n, -1, -1).clone(), deepstack
-        added = {layer: x[:, start:] for layer, x in added.items()}
-        with model._running(run):
-            return forward(resid if on_pictures else model.hook_embed(resid), run, positions, added)
+    def entering() -> ResidualState:
+        """What enters block 0 from `start` on, of each row under its own edits."""
+        span = PassSpan.whole(rows) if on_pictures else PassSpan(rows, start, length)
+        with running(model, span):
+            if on_pictures:
+                state = embed(model, span)
+                resid, added = state.resid[:, start:], state.deepstack
+            else:
+                resid, added = model.hook_embed(plain.resid[:, start:].expand(n, -1, -1).clone()), plain.deepstack
+        return ResidualState(resid, {layer: x[:, start:] for layer, x in added.items()})
 
-    def forward(resid: Tensor, run: PassSpan, positions: Tensor, added: dict[int, Tensor]) -> Tensor:
-        context = Context(
-            key_mask=None,
-            n_past=run.start,
-            n_new=run.stop - run.start,
-            rotary=model._rotary.tables(positions, model.cfg.dtype),
-            kv_cache=tail,
-            windows=model.cfg.window,
-            bias=model._bias,
-            prefix=prefix,
-            deepstack=added,
-        )
-        resid = run_blocks(model.blocks, resid, context)
-        return model._unembed(context.with_deepstack(model.cfg.n_layers, resid)[:, -1:])[:, -1]
+    def next_logits(new: Tensor) -> Tensor:
+        if new.shape[1]:
+            last = length + new.shape[1] - 1
+            span, state = PassSpan(rows, last, last + 1, new[:, -1:]), None
+        else:
+            span, state = PassSpan(rows, start, length), entering()
+        return forward(model, span, entering=state, cache=tail, prefix=prefix, positions=LAST)[:, -1]
 
     with model.intervene(per_row=lists):
-        model._check_reach(PassSpan(rows, 0, length))
-        return list(model._decode_steps(rows, settings, next_logits))[-1]
+        require_reach(model, PassSpan.whole(rows))
+        return list(decode_steps(model, rows, settings, next_logits))[-1]

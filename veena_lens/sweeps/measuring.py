@@ -6,7 +6,7 @@ real position and words and numbers of positions are resolved in the row without
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from veena_lens.hook_table import layer_of, require_hook
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.model.forward import PassSpan, run_blocks
+from veena_lens.model.forward import ResidualState as Entering
+from veena_lens.model.forward import at_positions, forward, last_positions
+from veena_lens.model.span import PassSpan
 from veena_lens.positions import parse, position_mask
 
 DIRECTIONS = ("denoising", "noising")
@@ -81,20 +83,6 @@ def padded(places: Sequence[Int[Tensor, " _"]]) -> tuple[Int[Tensor, "batch n"],
     return index, torch.arange(index.shape[1], device=index.device) < lengths[:, None]
 
 
-@dataclass(frozen=True, eq=False)
-class Entering:
-    """What enters a layer in some run, and what deep-stack features add further on: enough to go on from there."""
-
-    layer: int
-    resid: Float[Tensor, "batch pos d_model"]
-    deepstack: Mapping[int, Float[Tensor, "batch pos d_model"]]
-
-    def rows(self, index: Sequence[int]) -> Entering:
-        """The chosen rows, each as often as it is named."""
-        at = list(index)
-        return Entering(self.layer, self.resid[at], {layer: x[at] for layer, x in self.deepstack.items()})
-
-
 @contextmanager
 def entering_layers(model: Any, inputs: MultimodalInputs, layers: Iterable[int]) -> Iterator[dict[int, Entering]]:
     """What enters `layers` in the run inside the block, readable after it."""
@@ -110,7 +98,7 @@ def entering_layers(model: Any, inputs: MultimodalInputs, layers: Iterable[int])
     with model.hooks([(name, keep) for name in (*names, *inner)]):
         yield found
     deepstack = {inner[name]: model.scatter_deepstack(x, inputs) for name, x in added.items()}
-    found.update({layer: Entering(layer, resid[name], deepstack) for name, layer in names.items() if name in resid})
+    found.update({layer: Entering(resid[name], deepstack, layer) for name, layer in names.items() if name in resid})
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,27 +141,17 @@ class Measure:
     def _run(self, inputs: MultimodalInputs, entering: Entering | None) -> Tensor | None:
         """Logits of each row's last real position where a metric reads them; no further layer than needed."""
         model, stop = self.model, self.stop
-        if entering is not None:
-            with model._running(PassSpan(inputs, 0, inputs.shape[1])) as run:
-                context = model._context(run, None, deepstack=dict(entering.deepstack))
-                resid = run_blocks(model.blocks, entering.resid, context, entering.layer, stop)
-                if stop is not None:
-                    return None
-                resid = context.with_deepstack(model.cfg.n_layers, resid)
-                return model._unembed(self._last(inputs, resid)[:, None])[:, 0]
+        if entering is None:
+            inputs = model.as_inputs(inputs)
+        span = PassSpan.whole(inputs)
         if stop is not None:
-            model(inputs, stop_at_layer=stop if stop < model.cfg.n_layers else None, return_type=None)
+            forward(model, span, entering=entering, stop=stop)
             return None
         ends = [p for name, p in model.hook_dict.items() if name.startswith(("ln_final.", "unembed."))]
-        if model.cfg.n_deepstack >= model.cfg.n_layers or any(p._forward_hooks or p._backward_hooks for p in ends):
-            return self._last(inputs, model(inputs))
-        # The other positions' logits are not computed where nobody listens.
-        return model._unembed(self._last(inputs, model(inputs, stop_at_layer=model.cfg.n_layers))[:, None])[:, 0]
-
-    @staticmethod
-    def _last(inputs: MultimodalInputs, x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch d"]:
-        last = inputs.shape[1] - 1 - inputs.attention_mask.flip(1).long().argmax(1)
-        return x[torch.arange(len(x), device=x.device), last.to(x.device)]
+        if entering is None and any(p._forward_hooks or p._backward_hooks for p in ends):
+            # Listeners are given every position.
+            return at_positions(forward(model, span), last_positions(inputs))[:, 0]
+        return forward(model, span, entering=entering, positions=last_positions(inputs))[:, 0]
 
     def _measured(
         self,

@@ -8,27 +8,19 @@ staircase, as in the decoder); what the base run knows of the rest is put beside
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 from veena_lens.hook_table import layer_of
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.forward import ResidualState, pack
 from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, SeenPictures
 
 FEATURE_SITES = ("hook_image_features",)
 EMBEDDING = -1  # depth of what lies before the tower's first block
-
-
-@dataclass(frozen=True, eq=False)
-class Entering:
-    """What enters block 0 of each row [rows pos d_model], and what later layers add."""
-
-    resid: Float[Tensor, "rows pos d_model"]
-    deepstack: dict[int, Float[Tensor, "rows pos d_model"]]
 
 
 def depth_of(site: str, n_layers: int) -> int:
@@ -75,7 +67,7 @@ def seen_pictures(model: Any, found: dict[str, Tensor]) -> SeenPictures:
     return SeenPictures(part("enter"), kept, found["features"], found["projected"], merged)
 
 
-def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> Entering:
+def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> ResidualState:
     """The merged sequence of each row, under its own edit of the images.
 
     Features are edited where they lie in the sequence; for tower and connector the images that a row edits run again
@@ -95,7 +87,7 @@ def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> Entering:
         n_layers = model.cfg.vision.n_layers
         entries.sort(key=lambda entry: depth_of(entry[1].site, n_layers))
         _Again(model, base, [row for _, row in entries]).put([i for i, _ in entries], resid, deepstack, tokens)
-    return Entering(resid, deepstack)
+    return ResidualState(resid, deepstack)
 
 
 class _Again:
@@ -204,7 +196,7 @@ class _Again:
         """Features of the image tokens of a row: the base run's, but for the images that it edits."""
         whole = known.clone()
         whole[self.held[place]] = fresh
-        return self.model._pack(whole, inputs)
+        return pack(self.model, whole, inputs)
 
 
 def _with(first: Tensor | None, more: Tensor) -> Tensor:

@@ -258,12 +258,10 @@ class Explorer:
 
 
 def clean(model: Any) -> None:
-    """No hook and no intervention stays on a model."""
-    model._applied, model._rows, model._run = [], None, None
+    """Take every hook off a model; interventions end with their own blocks."""
     model.reset_hooks(including_permanent=True)
 
 
 def is_clean(model: Any) -> bool:
     """True where nothing is left on a model."""
-    hooked = any(p._forward_hooks or p._backward_hooks for p in model.hook_dict.values())
-    return not hooked and not model._applied and model._rows is None
+    return model.is_untouched

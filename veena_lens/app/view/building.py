@@ -26,7 +26,7 @@ def prepared(model: Any, source: Any, pictures: Any) -> tuple[MultimodalInputs, 
     if isinstance(source, MultimodalInputs):
         if len(source) != 1:
             raise ValueError(f"A view shows one row; these inputs have {len(source)}. Choose one: inputs[0].")
-        return model._as_inputs(source), None if pictures is None else [open_picture(p) for p in pictures]
+        return model.as_inputs(source), None if pictures is None else [open_picture(p) for p in pictures]
     try:
         shown, prompt = source
     except (TypeError, ValueError):
@@ -190,7 +190,7 @@ class Parts:
         if self.model is not None and f"blocks.{n - 1}.hook_resid_post" in cache.cache_dict:
             last = cache.cache_dict[f"blocks.{n - 1}.hook_resid_post"]
             with torch.no_grad():
-                logits = self.model._unembed(last if cache.has_batch_dim else last[None])[0]
+                logits = self.model.unembed_resid(last if cache.has_batch_dim else last[None])[0]
         self._measure_residuals(cache, words, logits)
         has = {"sinks": "sinks" in self.header, "lens": "lens" in self.header, "norms": "norms" in self.arrays}
         self.modes = [mode for mode in self.modes if has.get(mode, True)]

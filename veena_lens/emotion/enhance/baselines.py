@@ -166,7 +166,7 @@ def first_token_confidence(model: Any, inputs: MultimodalInputs) -> Float[Tensor
     with model.without_interventions():
         resid = model(inputs, stop_at_layer=model.cfg.n_layers)
     last = [spans.last for spans in inputs.spans]
-    logits = model._unembed(resid[torch.arange(len(last), device=resid.device), last][:, None])[:, 0]
+    logits = model.unembed_resid(resid[torch.arange(len(last), device=resid.device), last][:, None])[:, 0]
     return logits.float().softmax(-1).amax(-1).cpu()
 
 

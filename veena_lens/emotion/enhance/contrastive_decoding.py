@@ -18,6 +18,7 @@ from torch import Tensor
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.emotion.methods import Method
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
+from veena_lens.model.generation import as_prompt, next_logits
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 N_NOISE_STEPS = 1000
@@ -98,7 +99,7 @@ class SecondStream:
     def __init__(self, model: Any, inputs: MultimodalInputs, other: MultimodalInputs, combine: Combine) -> None:
         self.model, self.combine = model, combine
         self.n_prompt = inputs.shape[1]
-        self.prompt = model._as_prompt(other)
+        self.prompt = as_prompt(model, other)
         self.cache: KVCache | None = None
         self.n_seen = 0
 
@@ -117,7 +118,7 @@ class SecondStream:
             self.cache = KVCache(self.model.cfg.n_layers)
         self.n_seen = new.shape[1]
         with self.model.without_interventions():
-            other = self.model._next_logits(self.prompt, new, self.cache)
+            other = next_logits(self.model, self.prompt, new, self.cache)
         return self.combine(scores, other.to(scores))
 
 

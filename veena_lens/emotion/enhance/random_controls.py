@@ -89,7 +89,7 @@ def neuron_sizes(model: Any, inputs: MultimodalInputs, positions: Any = "last") 
     """How much each neuron writes: mean |a_n| over the chosen positions of all rows, times ||W_out[n]||.
 
     Raises: ValueError where `positions` select nothing."""
-    prepared = model._as_inputs(inputs)
+    prepared = model.as_inputs(inputs)
     at = position_mask(prepared, positions)
     if not bool(at.any()):
         raise ValueError(f"neuron_sizes: positions {positions!r} select nothing in {prepared!r}.")

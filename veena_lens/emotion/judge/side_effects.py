@@ -57,7 +57,7 @@ def perplexity(
                     found.append(math.nan)
                     continue
                 # Only the rows that predict a token of the text are unembedded: a vocabulary is wide.
-                logits = model._unembed(resid[row : row + 1, at.start - 1 : at.stop - 1])[0].float()
+                logits = model.unembed_resid(resid[row : row + 1, at.start - 1 : at.stop - 1])[0].float()
                 tokens = inputs.tokens[row, at].to(logits.device)
                 loss = F.cross_entropy(logits, tokens, reduction="none")
                 counted = loss[[int(token) not in skipped for token in tokens]]
@@ -115,8 +115,7 @@ def kl_from_plain(
         inputs = prepared(model, batch, method, lead_in)
         rules = () if method.decoding is None else method.decoding(model, inputs)
         with method.applied(model, inputs):
-            resid = model(inputs, stop_at_layer=model.cfg.n_layers)
-            logits = model._unembed(resid[:, -1:])[:, 0].float()
+            logits = model.last_logits(inputs).float()
             for rule in rules:
                 logits = rule(inputs.tokens, logits)
         found.append(logits.double().cpu().log_softmax(-1))

@@ -66,8 +66,7 @@ def head_boost_gradients(
             heard[hook.name] = tensor if tensor.requires_grad else tensor.requires_grad_()
 
         with frozen_parameters(model), torch.enable_grad(), model.hooks([(name, listen) for name in names]):
-            resid = model(inputs, stop_at_layer=model.cfg.n_layers)
-            total = margins(slot, some, model._unembed(resid[:, -1:])[:, 0]).sum()
+            total = margins(slot, some, model.last_logits(inputs)).sum()
             gradients = torch.autograd.grad(total, [heard[name] for name in names])
         image = inputs.image_mask
         per_layer = []
@@ -114,8 +113,7 @@ def head_boost_effects(
         for some in batches(entries, batch_size):
             rows = inputs[[0] * len(some)]
             with model.intervene(per_row=some):
-                resid = model(rows, stop_at_layer=model.cfg.n_layers)
-            logits = model._unembed(resid[:, -1:])[:, 0]
+                logits = model.last_logits(rows)
             values.append(margins(slot, [example] * len(some), logits).double().cpu())
         each = torch.cat(values)
         found.append(each[1:] - each[0])

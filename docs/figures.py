@@ -67,7 +67,7 @@ def restoration(model: HookedVLM) -> dict[str, object]:
     clean, corrupted = (model.prepare(text=QUESTION, images=p.open()).with_answer(LEAD) for p in (emotional, neutral))
     metric = logit_diff(model.to_single_token(" surprised"), model.to_single_token(" neutral"))
     effects = patch_sweep(model, clean, corrupted, sites="resid", positions="each", metric=metric, progress=False)
-    values = effects.as_scores().values.float()
+    values = effects.scores.float()
     image = clean.image_mask[0].cpu()
     text = [place for place in range(clean.shape[1]) if not image[place]]
     table = torch.cat([values[:, image].amax(1, keepdim=True), values[:, text]], 1)

@@ -12,8 +12,7 @@ import torch
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.emotion import Directions
 from veena_lens.interventions import Circuit, Steer
-from veena_lens.scores import Scores
-from veena_lens.sweeps.result import SweepResult
+from veena_lens.scores import ReferenceRuns, Scores
 
 
 def cache() -> Any:
@@ -29,7 +28,7 @@ def scores() -> Any:
 
 
 def sweep() -> Any:
-    return SweepResult(torch.ones(2, 30), ("layer", "head"), {}, torch.ones(1), torch.zeros(1), "denoising", {})
+    return Scores(torch.ones(2, 30), ("layer", "head"), reference=ReferenceRuns(torch.ones(1), torch.zeros(1)))
 
 
 def directions() -> Any:

@@ -77,7 +77,7 @@ def test_the_view_names_the_token_and_writes_the_shares_under_each_head(seen, tm
     assert plots.save(figure, tmp_path / "view.pdf").read_bytes().startswith(b"%PDF")
     assert plots.save(figure, tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
     again = attention.plot(
-        picture=PICTURE, inputs=inputs, layer=1, heads=[4, 0], query=last, tokens=tokens
+        image=PICTURE, inputs=inputs, layer=1, heads=[4, 0], query=last, tokens=tokens
     )  # the same, from the Scores
     assert plots.encode(again) == plots.encode(figure)
 
@@ -85,7 +85,7 @@ def test_the_view_names_the_token_and_writes_the_shares_under_each_head(seen, tm
 def test_the_interactive_view_holds_the_same_numbers_and_colours(seen) -> None:
     _, inputs, attention = seen
     chosen: dict[str, Any] = dict(layer=0, query=inputs.spans[0].last)
-    figure = attention.plot(picture=PICTURE, inputs=inputs, interactive=True, **chosen)
+    figure = attention.plot(image=PICTURE, inputs=inputs, interactive=True, **chosen)
     data = head_maps(attention, inputs, **chosen)
     traces = figure.data[1:]
     assert len(traces) == len(data.heads)

@@ -84,10 +84,10 @@ def test_several_prompts_and_a_score_of_the_texts(embedded: HookedVLM) -> None:
     )
     plain = embedded.generate(inputs, max_new_tokens=16)
     assert [row[0] for row in result.texts] == plain
-    assert result.scores is not None
+    assert bool(result.values.isfinite().all())
     assert result.scores.shape == (2, 2) and result.scores[0, 0] == len(plain[0].split())
     frame = result.to_frame()
-    assert len(frame) == 4 and set(frame["entry"]) == set(result.labels) and "nothing" in repr(result)
+    assert len(frame) == 4 and set(frame["entry"]) == set(result.labels["entry"]) and "nothing" in repr(result)
     assert len(repr(result).splitlines()) <= 10
 
 
@@ -104,11 +104,11 @@ def test_bad_sweeps_are_refused(embedded: HookedVLM) -> None:
     inputs = embedded.prepare(text="who is it?", images=bundled_pictures("test")[0].open())
     with pytest.raises(ValueError, match="at least one entry"):
         generation_sweep(embedded, inputs, [])
-    with pytest.raises(TypeError, match="no intervention"):
+    with pytest.raises(TypeError, match="not an intervention"):
         generation_sweep(embedded, inputs, [["Steer"]])
     with pytest.raises(ValueError, match="layer 99"):
         generation_sweep(embedded, inputs, [Steer(99, torch.ones(embedded.cfg.d_model))])
     with pytest.raises(ValueError, match="greedily"):
         generation_sweep(embedded, inputs, [[]], do_sample=True)
-    with pytest.raises(ValueError, match="one number a text"):
+    with pytest.raises(ValueError, match="one number per text"):
         generation_sweep(embedded, inputs, [[]], lambda texts: 1.0, max_new_tokens=2, progress=False)

@@ -135,7 +135,7 @@ def test_positions_of_a_sweep_are_labelled_by_their_tokens() -> None:
     result = patch_sweep(model, clean, corrupted, "mlp_out", "each", layers=[0, 7], **KW)
     texts = model.to_str_tokens(clean)
     assert result.meta["token_texts"] == texts and result.axes == ("layer", "pos")
-    figure = result.as_scores().plot()
+    figure = result.effects().plot()
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert shown and all(text in [str(t).replace("\n", "\\n") for t in texts] for text in shown)
 

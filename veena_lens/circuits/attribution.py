@@ -110,7 +110,7 @@ def attribution_patching(
     step and site.
     max_rows: pairs that run together. Axes in patch_sweep's order, pair always kept: ([site,] pair, layer, head or
     neuron, pos); pos only for positions="each". Unit: the metric's; with `relative` a share of clean - corrupted, as
-    `SweepResult.scores` (NaN where the runs do not differ). meta holds the metric of both runs of each pair.
+    `Scores.scores` (NaN where the runs do not differ). meta holds the metric of both runs of each pair.
     Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site or unit, a metric
     that is not one finite number a row or has no gradient; IndexError for a position outside the sequence.
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023, arXiv 2310.10348; steps: Sundararajan et al. 2017,

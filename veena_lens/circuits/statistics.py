@@ -59,6 +59,7 @@ def table_of(scores: Scores, axis: str, who: str, at_least: int = 2) -> Table:
     """The table of scores along an axis.
 
     Raises: ValueError for an unknown axis, or fewer than `at_least` entries along it."""
+    scores = scores.effects()
     if axis not in scores.axes:
         raise ValueError(f"{who}: no axis {axis!r}; the axes are {scores.axes}: name the one whose entries vary.")
     at, n = scores.axes.index(axis), len(scores.labels[axis])

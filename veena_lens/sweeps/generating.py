@@ -8,7 +8,6 @@ edits; each recomputes its own tail and goes on from there, token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,40 +23,8 @@ from veena_lens.model.edits import require_reach, running
 from veena_lens.model.forward import LAST, ResidualState, embed, forward
 from veena_lens.model.generation import as_prompt, decode_steps
 from veena_lens.model.span import PassSpan
+from veena_lens.scores import Scores
 from veena_lens.sweeps.engine import bar, require_engine
-
-
-@dataclass(frozen=True, eq=False)
-class GenerationSweep:
-    """`texts` and `tokens` of every prompt under every entry, [row][entry]; `scores` [row entry] if one was asked."""
-
-    texts: list[list[str]]
-    tokens: list[list[list[int]]]
-    scores: Tensor | None
-    labels: list[str]
-
-    def to_frame(self) -> Any:
-        """A tidy table: row, entry, text and, where there is one, score."""
-        import pandas as pd
-
-        rows = []
-        for i, texts in enumerate(self.texts):
-            for j, text in enumerate(texts):
-                line: dict[str, Any] = {"row": i, "entry": self.labels[j], "text": text}
-                if self.scores is not None:
-                    line["score"] = float(self.scores[i, j])
-                rows.append(line)
-        return pd.DataFrame(rows)
-
-    def __repr__(self) -> str:
-        n = len(self.labels)
-        lines = [f"GenerationSweep({len(self.texts)} prompt{'s' * (len(self.texts) != 1)}, {n} entries"]
-        for j in range(min(n, 6)):
-            score = "" if self.scores is None else f"  {float(self.scores[0, j]):.3g}"
-            lines.append(f"  {self.labels[j][:48]}: {self.texts[0][j][:60]!r}{score}")
-        if n > 6:
-            lines.append(f"  ... {n - 6} more")
-        return "\n".join(lines) + ")"
 
 
 def generation_sweep(
@@ -71,14 +38,19 @@ def generation_sweep(
     max_rows: int = 64,
     progress: bool = True,
     **settings: Any,
-) -> GenerationSweep:
-    """What the model says of each prompt under each entry: a list of interventions, one alone, a Circuit, or [].
+) -> Scores:
+    """Continue each prompt under each entry, greedily, and return what the model says.
 
-    score: a function of the texts of one prompt, one a row, giving as many numbers. engine="naive" generates under
-    `model.intervene(per_row=...)`, whole prompts every time, with the same result. Further settings are those of
-    `model.generate` (no sampling: rows would not repeat themselves alone).
+    inputs: prompts [row]. entries: each a list of interventions, one alone, a Circuit, or [] (nothing is edited).
+    score: a function of the texts of one prompt, one per entry, that returns as many numbers; default none.
+    max_new_tokens: tokens per continuation. engine: "suffix" shares everything before the first edited position;
+    "naive" generates under `model.intervene(per_row=...)`, whole prompts every time, with the same result. max_rows:
+    continuations that decode together. progress: show a bar. settings: as for `model.generate`; sampling is not
+    supported, since a row would not repeat itself alone.
+    Returns Scores with axes (row, entry): `values` are the scores, NaN without `score`; `.texts` and `.tokens` are
+    nested [row][entry], and tables and files have them as columns.
     Raises: ValueError for no entries, an intervention that does not fit, sampling, or a score of another length;
-    TypeError for an entry that is no intervention.
+    TypeError for an entry that is not an intervention.
     """
     require_engine(model, engine)
     if settings.get("do_sample"):
@@ -114,11 +86,17 @@ def generation_sweep(
     if show is not None:
         show.close()
     texts = [model.tokenizer.batch_decode(rows, skip_special_tokens=True) if model.tokenizer else [] for rows in tokens]
-    scores = None
+    values = torch.full((len(inputs), len(lists)), torch.nan, dtype=torch.float64)
     if score is not None:
-        scores = torch.stack([_scored(score, row, len(lists)) for row in texts])
-    labels = [", ".join(map(repr, mine)) or "nothing" for mine in lists]
-    return GenerationSweep(texts, tokens, scores, labels)
+        values = torch.stack([_scored(score, row, len(lists)) for row in texts])
+    columns = {"text": [text for row in texts for text in row]} if model.tokenizer else {}
+    return Scores(
+        values,
+        ("row", "entry"),
+        {"entry": [", ".join(map(repr, mine)) or "nothing" for mine in lists]},
+        name="score",
+        columns={**columns, "tokens": [ids for row in tokens for ids in row]},
+    )
 
 
 def _on_pictures(model: Any, item: Any) -> bool:
@@ -137,14 +115,14 @@ def _as_list(entry: Any) -> list[Any]:
     mine = [entry] if isinstance(entry, Intervention) else list(entry)
     for item in mine:
         if not isinstance(item, Intervention):
-            raise TypeError(f"generation_sweep: {item!r} is no intervention (Steer, Patch, ...).")
+            raise TypeError(f"generation_sweep: {item!r} is not an intervention (Steer, Patch, ...).")
     return mine
 
 
 def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tensor:
     values = torch.as_tensor(score(texts), dtype=torch.float64)
     if values.shape != (n,):
-        raise ValueError(f"The score must give one number a text, [{n}], not {list(values.shape)}.")
+        raise ValueError(f"The score must give one number per text, [{n}], not {list(values.shape)}.")
     return values
 
 

@@ -227,7 +227,7 @@ def effect(
     relative: bool,
 ) -> Float[Tensor, "pair ..."]:
     """A change of the metric (edited - unedited) as an effect towards the clean run: its sign turned when noising;
-    `relative` divides by clean - corrupted (NaN where they do not differ), as `SweepResult.scores` are."""
+    `relative` divides by clean - corrupted (NaN where they do not differ), as `Scores.scores` are."""
     out = change if direction == "denoising" else -change
     if not relative:
         return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse
+from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import RunPair, SweepSites, is_each
 from veena_lens.sweeps.engine import (
     bar,
@@ -27,7 +28,6 @@ from veena_lens.sweeps.engine import (
     sites_of,
 )
 from veena_lens.sweeps.plan import announce, plan_of, rows_within, whole_plan
-from veena_lens.sweeps.result import SweepResult
 from veena_lens.sweeps.store import Store, experiment_of
 
 
@@ -59,7 +59,7 @@ def patch_sweep(
     see veena_lens.sweeps.metrics; a dictionary of metrics reads the same runs. Rows travel together up to
     `max_rows`, or as many as `max_bytes` of activations hold. out: a folder where results are kept as they come;
     the same sweep resumes there. plan_only returns the Plan and runs nothing.
-    Returns a SweepResult with axes in the order ([site,] pair, layer, head or neuron, pos), or for a dictionary of
+    Returns Scores with axes in the order ([site,] pair, layer, head or neuron, pos), or for a dictionary of
     metrics one of each.
     Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site, a metric of
     another shape or that is not finite on an unpatched run, or a budget too small for one row.
@@ -123,7 +123,7 @@ def _result(
     corrupted: Tensor,
     positions: Any,
     direction: str,
-) -> SweepResult:
+) -> Scores:
     n_pairs, n_places = len(pairs), pairs[0].n_groups
     shaped = values.reshape(n_pairs, len(layout.sites), len(layout.units), n_places)
     axes: list[str] = ["pair", "layer", layout.unit or "unit", "pos"]
@@ -146,14 +146,13 @@ def _result(
         labels["site"] = list(layout.names)
     index = tuple(0 if a in drop else slice(None) for a in axes)
     kept = tuple(a for a in axes if a not in drop)
-    return SweepResult(
+    return Scores(
         shaped[index],
         kept,
         {a: labels[a] for a in kept},
-        clean,
-        corrupted,
-        direction,
-        {"positions": str(positions), **_texts(model, layout, pairs, positions)},
+        name="metric",
+        meta={"positions": str(positions), **_texts(model, layout, pairs, positions)},
+        reference=ReferenceRuns(clean, corrupted, direction),
     )
 
 

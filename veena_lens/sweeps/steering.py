@@ -14,6 +14,7 @@ from torch import Tensor
 from veena_lens.images.layout import reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse, position_mask
+from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import positions_of_row
 from veena_lens.sweeps.engine import (
     bar,
@@ -26,7 +27,6 @@ from veena_lens.sweeps.engine import (
     sites_of,
 )
 from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
-from veena_lens.sweeps.result import SweepResult
 from veena_lens.sweeps.rows import Row
 from veena_lens.sweeps.store import Store, experiment_of
 
@@ -114,5 +114,12 @@ def steer_sweep(
     for name in metrics:
         found = torch.stack([x[name] for x in values]).reshape(shape)
         before = torch.stack([x[name] for x in plain])
-        results[name] = SweepResult(found, axes, labels, before, before, "denoising", {"positions": str(positions)})
+        results[name] = Scores(
+            found,
+            axes,
+            labels,
+            name="metric",
+            meta={"positions": str(positions)},
+            reference=ReferenceRuns(before, before, "denoising"),
+        )
     return results if isinstance(metric, Mapping) else results[""]

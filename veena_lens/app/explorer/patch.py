@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,10 +22,10 @@ from veena_lens.app.explorer.pictures import Shown, open_upload, thumbnails
 from veena_lens.app.explorer.state import Explorer, Session, told
 from veena_lens.app.steps import NAME
 from veena_lens.emotion import Pair, load_pairs
+from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff
 from veena_lens.sweeps.plan import Plan
-from veena_lens.sweeps.result import SweepResult
 
 TOGETHER = 512  # rows of a sweep that travel together unless memory asks for fewer
 STEPS = 32  # a sweep of more layers takes several a step
@@ -53,7 +53,7 @@ class Swept:
     asked: SweepAsked
     effects: Float[Tensor, "layer column"]
     done: int
-    result: SweepResult | None = None
+    result: Scores | None = None
 
 
 class TooLarge(ValueError):
@@ -115,7 +115,7 @@ def sweep(explorer: Explorer, session: Session, asked: SweepAsked) -> Iterator[S
     Whoever stops reading stops the sweep: the model is used within a step only. What was run is kept on the server, so
     the same sweep goes on where it stopped. Raises: as `check`, before anything runs."""
     check(explorer, asked)
-    parts: list[SweepResult] = []
+    parts: list[Scores] = []
     n = 0
     while True:
         with explorer.using(asked.model) as model:
@@ -137,12 +137,12 @@ def sweep(explorer: Explorer, session: Session, asked: SweepAsked) -> Iterator[S
             return
 
 
-def joined(parts: list[SweepResult]) -> SweepResult:
+def joined(parts: list[Scores]) -> Scores:
     """Sweeps of some layers each as one."""
     first = parts[0]
     labels = {**first.labels, "layer": [layer for part in parts for layer in part.labels["layer"]]}
     values = torch.cat([part.values for part in parts])
-    return SweepResult(values, first.axes, labels, first.clean, first.corrupted, first.direction, first.meta)
+    return replace(first, values=values, labels=labels)
 
 
 def _with(asked: SweepAsked, **changed: Any) -> SweepAsked:

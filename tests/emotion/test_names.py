@@ -1,6 +1,7 @@
 """Public names of `veena_lens.emotion`: where each lives, what it is, and that it says so."""
 
 import pkgutil
+from importlib import import_module
 
 import pytest
 
@@ -12,7 +13,7 @@ def test_name_is_a_documented_function_or_class_of_the_module_listed(name: str) 
     found = getattr(emotion, name)
     assert callable(found) and str(found.__module__).startswith("veena_lens.emotion.")
     assert (found.__doc__ or "").strip() and not found.__doc__.startswith(f"{name}(")  # no dataclass's default
-    home = __import__(f"veena_lens.emotion.{emotion._HOMES[name]}", fromlist=[name])
+    home = import_module(emotion._HOMES[name])
     assert getattr(home, name) is found
 
 

@@ -70,7 +70,7 @@ def test_a_folder_of_another_run_is_refused_and_the_same_run_goes_on(tmp_path: P
 
 def test_the_estimate_adds_up_and_times_eight_answers(monkeypatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(methods, "answers", lambda model, some, **kw: asked.append(len(some)))
+    monkeypatch.setattr(methods, "generate_answers", lambda model, some, **kw: asked.append(len(some)))
     model: Any = SimpleNamespace(cfg=SimpleNamespace(n_layers=8))
     part = [SimpleNamespace(emotional=None)] * 21
     parts = {name: part for name in ("directions", "mechanism", "validation", "test")}
@@ -123,6 +123,6 @@ def masked(run: Any) -> str:
 @pytest.mark.slow
 def test_a_run_stopped_in_the_test_stage_ends_as_one_that_was_not(tmp_path: Path) -> None:
     call: Any = (bundled(MODEL), small_pairs(), tmp_path, small_settings())
-    with pytest.raises(Stopped), stopped_in("judging.random_controls"):
+    with pytest.raises(Stopped), stopped_in("judge.held_out.random_controls"):
         run_veena(*call, progress=False)
     assert masked(run_veena(*call, progress=False)) == masked(small_run()[0])

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-
-from veena_lens.sweeps.metrics import project, soft_hit
-from veena_lens.sweeps.store import Store, fingerprint
 
 SCRIPT = """
 import sys, time, torch
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from veena_lens.sweeps import patch_sweep, running
+from veena_lens.sweeps import engine, patch_sweep
 from veena_lens.sweeps.metrics import logit_diff
 torch.set_num_threads(1)
 model = native_model(BY_NAME["clip-llama"], casts="none")
 torch.manual_seed(3)
 raw = counted(raw_inputs(BY_NAME["clip-llama"]))
 clean, corrupted = (model.inputs_from_hf(**dict(raw, pixel_values=s * raw["pixel_values"])) for s in (1, -1))
-scale, calls, real = 2.0, [], running.run_staircase
+scale, calls, real = 2.0, [], engine.run_staircase
 def slow(*args):
     calls.append(1)
     if sys.argv[2] == "dies" and len(calls) == 3:
         print("half", flush=True)
         time.sleep(60)
     return real(*args)
-running.run_staircase = slow
+engine.run_staircase = slow
 metrics = {"difference": logit_diff(5, 6), "own": lambda logits: scale * logits[:, 7]}
 kw = dict(positions="query", metric=metrics, progress=False, max_rows=4)
 kept = patch_sweep(model, clean, corrupted, **kw, out=sys.argv[1])
@@ -63,39 +57,3 @@ def test_a_killed_sweep_goes_on_in_another_process(tmp_path: Path) -> None:
     assert int(n_again) == int(n_fresh) - 2, "what was kept ran again"
     assert (same, acts) == ("True", "True")
     assert all(path.stat().st_mtime_ns == when for path, when in written.items())
-
-
-def own(scale: float) -> Any:
-    return lambda logits: scale * logits[:, 0]
-
-
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (own(1.0), own(2.0)),
-        (lambda x: x[:, 0] + 1, lambda x: x[:, 0] + 2),
-        (project("blocks.0.hook_resid_post", torch.ones(9)), project("blocks.0.hook_resid_post", torch.ones(9) + 1e-7)),
-        (soft_hit([1], [[2]]), soft_hit([1], [[3]])),
-        (functools.partial(max, 1), functools.partial(max, 2)),
-        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
-        ({"a": [1, slice(0, 3)]}, {"a": [1, slice(0, 4)]}),
-    ],
-)
-def test_other_contents_have_other_fingerprints(a: Any, b: Any) -> None:
-    assert fingerprint(a) == fingerprint(a)
-    assert fingerprint(a) != fingerprint(b)
-
-
-def test_equal_functions_made_twice_are_the_same_metric() -> None:
-    assert fingerprint(own(2.0)) == fingerprint(own(2.0))
-
-
-def test_a_store_reads_what_it_wrote_and_nothing_unfinished(tmp_path: Path) -> None:
-    store = Store(tmp_path, {"a": 1}).under("pair0")
-    assert store.read(0) is None
-    store.write(0, {"": torch.arange(3.0), "named": torch.ones(3)})
-    back = store.read(0)
-    assert back is not None and set(back) == {"", "named"} and torch.equal(back[""], torch.arange(3.0))
-    (store.folder / "000001.part").write_bytes(b"half")
-    assert store.read(1) is None
-    assert Store(tmp_path, {"a": 2}).under("pair0").read(0) is None

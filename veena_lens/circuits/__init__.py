@@ -5,54 +5,27 @@ Names resolve on first use, so that one tool does not import the others.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from veena_lens._lazy import homes_of, resolver
 
-# Public name -> the module that holds it; a row a name, sorted by module.
-_HOMES = {
-    "attribution_patching": "attribution",
-    "check_attribution": "attribution",
-    "image_attribution": "attribution",
-    "direct_attribution": "heads",
-    "copying_strength": "heads",
-    "head_intention": "heads",
-    "attention_knockout": "knockout",
-    "logit_lens_grid": "lens",
-    "logit_lens": "lens",
-    "max_activating_tokens": "neurons",
-    "classify_neurons": "neurons",
-    "neuron_trace": "neurons",
-    "promoted_tokens": "neurons",
-    "top_neurons": "neurons",
-    "rank_agreement": "occlusion",
-    "occlude_features": "occlusion",
-    "occlude_pixels": "occlusion",
-    "path_patching": "paths",
-    "Probes": "probes",
-    "linear_probes": "probes",
-    "attention_by_source": "routing",
-    "image_attention_share": "routing",
-    "direct_attribution_map": "routing",
-    "causal_specificity": "specificity",
-    "class_means": "specificity",
-    "most_selective_class": "specificity",
-    "specificity_index": "specificity",
-    "specificity_labels": "specificity",
-    "specificity_test": "specificity",
-    "benjamini_hochberg": "statistics",
-    "bootstrap": "statistics",
-    "significant": "statistics",
-    "sign_consistency": "statistics",
-    "sign_flip_test": "statistics",
-    "attention_sinks": "attention_maps",
-    "image_attention": "attention_maps",
-    "attention_difference": "attention_maps",
-    "mask_sinks": "attention_maps",
-}
+# Module -> its public names.
+_HOMES = homes_of(
+    __name__,
+    {
+        "attention_maps": "attention_difference attention_sinks image_attention mask_sinks",
+        "attribution": "attribution_patching check_attribution image_attribution",
+        "heads": "copying_strength direct_attribution head_intention",
+        "knockout": "attention_knockout",
+        "lens": "logit_lens logit_lens_grid",
+        "neurons": "classify_neurons max_activating_tokens neuron_trace promoted_tokens top_neurons",
+        "occlusion": "occlude_features occlude_pixels rank_agreement",
+        "paths": "path_patching",
+        "probes": "Probes linear_probes",
+        "routing": "attention_by_source direct_attribution_map image_attention_share",
+        "specificity": (
+            "causal_specificity class_means most_selective_class specificity_index specificity_labels specificity_test"
+        ),
+        "statistics": "benjamini_hochberg bootstrap sign_consistency sign_flip_test significant",
+    },
+)
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"veena_lens.circuits.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'veena_lens.circuits' has no attribute {name!r}")
+__getattr__ = resolver(__name__, _HOMES)

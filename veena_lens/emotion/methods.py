@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens import long_runs
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.sweeps.engine import bar
 
 PerRow = Callable[[Any, MultimodalInputs], Sequence[Sequence[Any]]]
 
@@ -47,6 +47,16 @@ class Method:
         else:
             with model.intervene(list(self.interventions)):
                 yield
+
+    def fingerprint(self) -> list[Any]:
+        """Return what tells this method's answers from another's: what its interventions hold, never its name.
+
+        What only code says (a reworded prompt, a rule of decoding, interventions that follow from the batch) is told
+        by the method's name and settings."""
+        fixed = self.prompt is None and self.decoding is None and not callable(self.interventions)
+        if fixed and all(is_dataclass(item) for item in self.interventions):  # pyright: ignore[reportGeneralTypeIssues]
+            return [long_runs.fingerprint(item) for item in self.interventions]  # pyright: ignore[reportGeneralTypeIssues]
+        return [self.name, long_runs.fingerprint(self.settings)]
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{k}={v}" for k, v in self.settings.items())
@@ -81,14 +91,11 @@ def generate_answers(
 
     Examples need `.picture` and `.prompt`. Raises: ValueError for a batch size or length below 1, or as `generate`."""
     require_sizes(batch_size, max_new_tokens)
-    show = bar(len(examples), progress, method.name)
     texts: list[str] = []
-    for batch in batches(examples, batch_size):
+    for batch in long_runs.progress(
+        batches(examples, batch_size), method.name, progress, total=len(examples), size=len
+    ):
         texts += answers_to(model, prepared(model, batch, method), method, max_new_tokens)
-        if show is not None:
-            show.update(len(batch))
-    if show is not None:
-        show.close()
     return texts
 
 

@@ -25,8 +25,8 @@ from veena_lens.emotion.locate.layers import KeyLayers, key_layers
 from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons
 from veena_lens.emotion.locate.tracing import Stages, find_stages, spread_over, trace_back
 from veena_lens.emotion.settings import Settings, preset
-from veena_lens.emotion.work import model_key
 from veena_lens.interventions import Circuit
+from veena_lens.long_runs import fingerprint
 
 N_RIVALS = 8  # about; for the estimate alone
 STAGES = (
@@ -103,7 +103,7 @@ def run_veena(
     pairs = load_pairs() if pairs is None else pairs
     out = Path(out)
     work = out / "work"
-    _claim(out, {"model": model_key(model), "pairs": pairs.fingerprint, "settings": settings.as_json()})
+    _claim(out, {"model": fingerprint(model), "pairs": pairs.fingerprint, "settings": settings.as_json()})
     clock = _Clock(progress)
     parts = part_identities(pairs, settings)
     if progress:

@@ -26,11 +26,11 @@ from veena_lens.components.kv_cache import SharedPrefix
 from veena_lens.hook_table import layer_of
 from veena_lens.images.layout import image_runs
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import Store
 from veena_lens.model.forward import LAST, ResidualState, forward
 from veena_lens.model.span import PassSpan
 from veena_lens.positions import position_mask
 from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, Row
-from veena_lens.sweeps.store import Store
 from veena_lens.sweeps.tower import encode_again, names_to_keep, seen_pictures
 
 
@@ -269,26 +269,24 @@ def run_rows(
     *,
     engine: str,
     max_rows: int,
-    progress: Any = None,
-    store: Store | None = None,
+    advance: Callable[[int], Any],
+    store: Store,
 ) -> dict[str, Tensor]:
-    """Each metric of every row, in order."""
+    """Each metric of every row, in order; `advance` moves the progress bar on, `store` keeps each batch of rows."""
     sites, with_logits = sites_of(model, metrics), read_logits(metrics)
     values: dict[str, Tensor] = {}
     for number, members in enumerate(chunks(rows, max_rows if engine == "suffix" else 1)):
-        kept = store.read(number) if store is not None else None
-        if kept is None:
-            mine = [rows[i] for i in members]
+
+        def run(members: Sequence[int] = members) -> dict[str, Tensor]:
             runner = run_staircase if engine == "suffix" else run_naive
-            kept = apply_metrics(model, metrics, base, *runner(model, base, mine, sites, with_logits))
-            if store is not None:
-                store.write(number, kept)
-        for name, value in kept.items():
+            found = runner(model, base, [rows[i] for i in members], sites, with_logits)
+            return apply_metrics(model, metrics, base, *found)
+
+        for name, value in store.do(f"{number:06d}", run).items():
             if name not in values:
                 values[name] = value.new_empty(len(rows))
             values[name][torch.tensor(members, device=values[name].device)] = value.to(values[name])
-        if progress is not None:
-            progress.update(len(members))
+        advance(len(members))
     return values
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import Store, counting
 from veena_lens.positions import parse
 from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import RunPair, SweepSites, is_each
 from veena_lens.sweeps.engine import (
-    bar,
     base_metrics,
     base_run,
     metrics_of,
@@ -28,7 +28,6 @@ from veena_lens.sweeps.engine import (
     sites_of,
 )
 from veena_lens.sweeps.plan import announce, plan_of, rows_within, whole_plan
-from veena_lens.sweeps.store import Store, experiment_of
 
 
 def patch_sweep(
@@ -91,21 +90,18 @@ def patch_sweep(
     max_rows = rows_within(plan, max_rows, max_bytes)
     if progress:
         announce(plan)
-    store = None
-    if out is not None:
-        settings = (sites, positions, metric, direction, layers, units, max_rows, engine)
-        store = Store(Path(out), experiment_of(model, (clean, corrupted), *settings))
-    show = bar(len(pairs) * pairs[0].n_groups * len(layout.sites) * len(layout.units), progress, "patches")
+    settings = (sites, positions, metric, direction, layers, units, max_rows, engine)
+    store = Store(out, (model, clean, corrupted, *settings))
     values, of_base, of_source = [], [], []
-    for i, pair in enumerate(pairs):
-        base = base_run(model, pair.base, sites_read, layout.sites if layout.on_pictures else ())
-        rows, source = pair.rows(model, layout, sites_read)
-        of_base.append(base_metrics(model, metrics, base, i))
-        of_source.append(base_metrics(model, metrics, source, i))
-        part = None if store is None else store.under(f"pair{i}")
-        values.append(run_rows(model, base, rows, metrics, engine=engine, max_rows=max_rows, progress=show, store=part))
-    if show is not None:
-        show.close()
+    total = len(pairs) * pairs[0].n_groups * len(layout.sites) * len(layout.units)
+    with counting(total, "patches", progress) as advance:
+        call: dict[str, Any] = {"engine": engine, "max_rows": max_rows, "advance": advance}
+        for i, pair in enumerate(pairs):
+            base = base_run(model, pair.base, sites_read, layout.sites if layout.on_pictures else ())
+            rows, source = pair.rows(model, layout, sites_read)
+            of_base.append(base_metrics(model, metrics, base, i))
+            of_source.append(base_metrics(model, metrics, source, i))
+            values.append(run_rows(model, base, rows, metrics, **call, store=store.under(f"pair{i}")))
     of_clean, of_corrupted = (of_source, of_base) if direction == "denoising" else (of_base, of_source)
     results = {}
     for name in metrics:

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from veena_lens.images.layout import reached_from
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import Store, counting
 from veena_lens.positions import parse, position_mask
 from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import positions_of_row
 from veena_lens.sweeps.engine import (
-    bar,
     base_metrics,
     base_run,
     metrics_of,
@@ -28,7 +28,6 @@ from veena_lens.sweeps.engine import (
 )
 from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
 from veena_lens.sweeps.rows import Row
-from veena_lens.sweeps.store import Store, experiment_of
 
 
 def steer_sweep(
@@ -91,19 +90,14 @@ def steer_sweep(
     if plan_only:
         return plan
     max_rows = rows_within(plan, max_rows, max_bytes)
-    store = None
-    if out is not None:
-        settings = (vectors, metric, list(alphas), positions, chosen, max_rows, engine)
-        store = Store(Path(out), experiment_of(model, (inputs,), *settings))
-    show = bar(len(inputs) * len(chosen) * len(alphas), progress, "steered runs")
+    store = Store(out, (model, inputs, vectors, metric, list(alphas), positions, chosen, max_rows, engine))
     values, plain = [], []
-    for i, (row, rows) in enumerate(swept):
-        part = None if store is None else store.under(f"row{i}")
-        base = base_run(model, row, sites)
-        plain.append(base_metrics(model, metrics, base, i))
-        values.append(run_rows(model, base, rows, metrics, engine=engine, max_rows=max_rows, progress=show, store=part))
-    if show is not None:
-        show.close()
+    with counting(len(inputs) * len(chosen) * len(alphas), "steered runs", progress) as advance:
+        call: dict[str, Any] = {"engine": engine, "max_rows": max_rows, "advance": advance}
+        for i, (row, rows) in enumerate(swept):
+            base = base_run(model, row, sites)
+            plain.append(base_metrics(model, metrics, base, i))
+            values.append(run_rows(model, base, rows, metrics, **call, store=store.under(f"row{i}")))
     shape = (len(inputs), len(chosen), len(alphas))
     axes: tuple[str, ...] = ("pair", "layer", "alpha")
     labels = {"pair": list(range(len(inputs))), "layer": chosen, "alpha": [float(a) for a in alphas]}

@@ -120,7 +120,7 @@ def test_drift_counts_rules_of_decoding_also_where_they_rule_tokens_out() -> Non
 
 def test_an_attribute_counts_as_whole_words_and_any_true_one_will_do(monkeypatch) -> None:
     said = ["A redhead woman.", "He has light-brown hair", "dark brown hair."]
-    monkeypatch.setattr("veena_lens.emotion.judge.side_effects.answers", lambda *args, **settings: said)
+    monkeypatch.setattr("veena_lens.emotion.judge.side_effects.generate_answers", lambda *args, **settings: said)
     found = attribute_accuracy(None, examples(), ["hair?"] * 3, ["red", ["blond", "light-brown"], "brown hair"])
     assert found.tolist() == [0, 1, 1]
     with pytest.raises(ValueError, match="'!'"):

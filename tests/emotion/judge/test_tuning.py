@@ -199,8 +199,7 @@ def test_a_wider_tolerance_takes_what_a_narrow_one_refuses(scripted: Any, other:
     assert scripted([HALF, RIGHT], others=others, attribute_harm=0.2).method.settings["beta"] == 2.0
 
 
-def test_other_answers_are_kept_and_not_asked_again(scripted: Any, other: Any, tmp_path: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(tuning, "model_key", lambda model: "model")
+def test_other_answers_are_kept_and_not_asked_again(scripted: Any, other: Any, tmp_path: Any) -> None:
     for fresh in (1, 0):  # a method that does nothing is the plain model: not asked twice
         others, of = other({None: 0.9, 2.0: 0.9})
         scripted([PLAIN, RIGHT], others=others, out=tmp_path)

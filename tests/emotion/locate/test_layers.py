@@ -233,7 +233,7 @@ def test_results_of_another_setting_are_not_taken(tmp_path: Path, monkeypatch: p
         return said([given[1].emotion, NOTHING], [given[1].emotion], [NOTHING], [0.0])
 
     monkeypatch.setattr(module, "_inject", counted)
-    monkeypatch.setattr(module, "answers", lambda model, some, **settings: [e.emotion for e in some])
+    monkeypatch.setattr(module, "generate_answers", lambda model, some, **settings: [e.emotion for e in some])
     settings: dict[str, Any] = dict(alphas=[0.1], layers=[5], draws=20, out=tmp_path, progress=False)
 
     def run(**more: Any) -> int:
@@ -263,7 +263,7 @@ def test_negative_layers_count_from_the_last(monkeypatch: pytest.MonkeyPatch) ->
         return said([given[1].emotion, NOTHING], [given[1].emotion], [NOTHING], [0.0])
 
     monkeypatch.setattr(module, "_inject", one)
-    monkeypatch.setattr(module, "answers", lambda model, some, **settings: [e.emotion for e in some])
+    monkeypatch.setattr(module, "generate_answers", lambda model, some, **settings: [e.emotion for e in some])
     found = key_layers(bundled(LLAVA), twins()[:2], directions(), alphas=[0.1], layers=[-1], draws=20, progress=False)
     assert found.best == 7
 

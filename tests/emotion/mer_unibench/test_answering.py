@@ -11,6 +11,7 @@ import pytest
 from tests.emotion.mer_unibench.synthetic import Made, place_of
 from veena_lens.emotion.mer_unibench import answer_set, answering, load_set, read_answers, score_answers
 from veena_lens.emotion.methods import Method
+from veena_lens.long_runs import Lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published test part")
 
@@ -27,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise KeyboardInterrupt
         return [f"happy, red {example.picture.getpixel((0, 0))[0]}" for example in examples]
 
-    monkeypatch.setattr(answering, "answers", answers)
+    monkeypatch.setattr(answering, "generate_answers", answers)
     return log
 
 
@@ -122,14 +123,10 @@ def test_a_full_disk_says_how_to_go_on() -> None:
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("there is no /dev/full here")
-    with full.open("w") as file:
-        with pytest.raises(
-            OSError, match="is full; the answers in it are kept. Free some space and run again"
-        ) as error:
-            answering._write(file, full, [{"name": "a"}])
-        assert error.value.errno == errno.ENOSPC
-        with pytest.raises(OSError, match="No space"):
-            file.close()
+    lines = Lines(full, {"set": "meld"})
+    with pytest.raises(OSError, match="is full; the answers in it are kept. Free some space and run again") as error:
+        lines.add([{"name": "a"}])
+    assert error.value.errno == errno.ENOSPC and lines.rows == []
 
 
 @pytest.mark.slow

@@ -158,8 +158,8 @@ def test_files_of_no_known_format_are_refused_with_the_formats(tmp_path: Path) -
         "a.csv": "no column reason; its columns: name, words",
         "a.txt": "is no answer file; expected",
         "a.jsonl": "line 1: expected name and answer",
-        "b.jsonl": "line 2 is no JSON",
-        "c.jsonl": "line 1 is no JSON object",
+        "b.jsonl": "line 2 is not JSON",
+        "c.jsonl": "line 1 is not a JSON object",
         "d.jsonl": "holds no answer",
         "empty": "holds no <name>.npy",
     }.items():

@@ -24,8 +24,8 @@ from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pairs.contexts import context_conditions
 from veena_lens.emotion.settings import Settings
 from veena_lens.emotion.words.wheels import EmotionWheels
-from veena_lens.emotion.work import ResumableStore, batch_key, model_key, slot_key
 from veena_lens.interventions import Circuit
+from veena_lens.long_runs import Store
 from veena_lens.scores import Scores
 
 Head = tuple[int, int]
@@ -99,7 +99,7 @@ def rank_heads(
         found["patching"] = chosen[:k]
     if "intention" in settings.ways:
         found["intention"] = top_heads(heads.intention, k)
-    work = ResumableStore(out, lambda: {"what": "boosts", "model": model_key(model), "slot": slot_key(slot)})
+    store = Store(out, {"what": "boosts", "model": model, "slot": slot})
     for way, examples in (("conflict gradient", conflict), ("alone gradient", alone)):
         if way in settings.ways:
 
@@ -108,7 +108,7 @@ def rank_heads(
                 return {"values": scores.values}
 
             told = [[e.emotion, e.context_emotion] for e in examples]  # what leads over what
-            values = work.do(lambda x=examples, told=told: f"{batch_key(x)} {told}", run)["values"]
+            values = store.do([examples, told], run)["values"]
             found[way] = top_heads(Scores(values, ("example", "layer", "head")), k)
     return found
 

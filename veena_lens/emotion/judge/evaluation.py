@@ -19,9 +19,8 @@ from torch import Tensor
 from veena_lens.circuits import sign_flip_test
 from veena_lens.emotion.judge.intervals import drawn_weights, share
 from veena_lens.emotion.methods import PLAIN, Method, answers_to, batches, prepared, require_sizes
-from veena_lens.emotion.work import ResumableStore, batch_key, method_key, model_key
+from veena_lens.long_runs import Store, counting
 from veena_lens.scores import Scores
-from veena_lens.sweeps.engine import bar
 
 NEUTRAL = "neutral"
 
@@ -146,30 +145,27 @@ def evaluate(
     if not conditions or not all(len(examples) for examples in conditions.values()):
         raise ValueError("evaluate: every condition needs at least one example.")
     total = sum(len(x) for x in conditions.values()) * len(methods)
-    show = bar(total, progress, "answers")
     texts: dict[str, dict[str, list[str]]] = {}
-    about = {"what": "answers", "model": None if out is None else model_key(model), "tokens": max_new_tokens}
+    store = Store(out, {"what": "answers", "model": model, "tokens": max_new_tokens})
     # Named by what a method does: the same heads and strength are not asked again under another name.
-    works = [ResumableStore(out, lambda m=m: about | {"does": method_key(m)}) for m in methods]
-    for condition, examples in conditions.items():
-        texts[condition] = {m.name: [] for m in methods}
-        for some in batches(examples, batch_size):
-            key = None if out is None else batch_key(some)
-            shared: list[Any] = []  # prepared once for all methods that leave the prompt as it is
-            for method, work in zip(methods, works, strict=True):
+    does = [store.key(method) for method in methods]
+    with counting(total, "answers", progress) as advance:
+        for condition, examples in conditions.items():
+            texts[condition] = {m.name: [] for m in methods}
+            for some in batches(examples, batch_size):
+                asked = store.key(some)
+                shared: list[Any] = []  # prepared once for all methods that leave the prompt as it is
+                for method, what in zip(methods, does, strict=True):
 
-                def run(some: list[Any] = some, method: Method = method, shared: list[Any] = shared) -> dict[str, Any]:
-                    if method.prompt is not None:
-                        return {"texts": answers_to(model, prepared(model, some, method), method, max_new_tokens)}
-                    if not shared:
-                        shared.append(prepared(model, some))
-                    return {"texts": answers_to(model, shared[0], method, max_new_tokens)}
+                    def run(some: list[Any] = some, method: Method = method, shared: list[Any] = shared) -> Any:
+                        if method.prompt is not None:
+                            return {"texts": answers_to(model, prepared(model, some, method), method, max_new_tokens)}
+                        if not shared:
+                            shared.append(prepared(model, some))
+                        return {"texts": answers_to(model, shared[0], method, max_new_tokens)}
 
-                texts[condition][method.name] += work.do(str(key), run)["texts"]
-                if show is not None:
-                    show.update(len(some))
-    if show is not None:
-        show.close()
+                    texts[condition][method.name] += store.do([what, asked], run)["texts"]
+                    advance(len(some))
     return score_answers(
         conditions, texts, wheels, PLAIN.name, {m.name: dict(m.settings) for m in methods}, draws, seed
     )

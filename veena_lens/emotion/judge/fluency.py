@@ -17,7 +17,7 @@ from torch import Tensor
 from veena_lens.emotion.judge.side_effects import perplexity
 from veena_lens.emotion.locate.answer_slot import emotion_tokens
 from veena_lens.emotion.methods import batches
-from veena_lens.emotion.work import ResumableStore, digest, example_key, model_key
+from veena_lens.long_runs import Store, digest
 
 FLUENCY = 1.2  # perplexity may rise by a fifth
 
@@ -30,8 +30,7 @@ class Fluency:
     ) -> None:
         self.model, self.batch_size = model, batch_size
         self.skip = emotion_tokens(model, sorted(set(emotions)), wheels)
-        about = {"what": "perplexity", "skip": sorted(self.skip)}
-        self.work = ResumableStore(out, lambda: about | {"model": model_key(model)})
+        self.store = Store(out, {"what": "perplexity", "skip": sorted(self.skip), "model": model})
         self.known: dict[tuple[str, str, bool], float] = {}
 
     def changes(self, examples: Sequence[Any], texts: Sequence[str], plain: Sequence[str]) -> Float[Tensor, " example"]:
@@ -49,7 +48,7 @@ class Fluency:
         return torch.where(same, 0.0, mine - before).nan_to_num(0.0)
 
     def _logs(self, examples: Sequence[Any], texts: Sequence[str], whole: bool) -> Float[Tensor, " example"]:
-        keys = [(example_key(e), text, whole) for e, text in zip(examples, texts, strict=True)]
+        keys = [(digest(e), text, whole) for e, text in zip(examples, texts, strict=True)]
         missing = {key: (e, key[1]) for key, e in zip(keys, examples, strict=True) if key not in self.known}
         skip = () if whole else self.skip
         for some in batches(list(missing), self.batch_size):
@@ -58,6 +57,6 @@ class Fluency:
                 them, said = [missing[key][0] for key in some], [key[1] for key in some]
                 return {"log": perplexity(self.model, them, said, skip=skip, batch_size=self.batch_size).double().log()}
 
-            found = self.work.do(lambda some=some: digest(some), run)["log"]
+            found = self.store.do(some, run)["log"]
             self.known |= dict(zip(some, found.tolist(), strict=True))
         return torch.tensor([self.known[key] for key in keys], dtype=torch.float64)

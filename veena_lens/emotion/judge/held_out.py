@@ -25,7 +25,7 @@ from veena_lens.emotion.judge.tuning import Tuned
 from veena_lens.emotion.locate.neurons import KeyNeurons
 from veena_lens.emotion.methods import PLAIN, Method, generate_answers
 from veena_lens.emotion.settings import Settings
-from veena_lens.emotion.work import ResumableStore, batch_key, digest, method_key, model_key
+from veena_lens.long_runs import Store
 
 DESCRIPTION = 48  # tokens
 
@@ -142,7 +142,7 @@ def side_effects(
     asking = asdict(settings)
     names = ("questions", "describe", "templates", "lead_in", "batch_size", "max_new_tokens", "latency_repeats")
     about = {"what": "side effects", **{name: asking[name] for name in names}, "asked": len(some)}
-    work = ResumableStore(out, lambda: about | {"model": model_key(model), "examples": digest(batch_key(examples))})
+    store = Store(out, about | {"model": model, "examples": examples})
 
     def measured(method: Method) -> dict[str, Any]:
         one = measure_side_effects(
@@ -162,7 +162,8 @@ def side_effects(
             one["described"] = float(described_accuracy(said, facts, settings.templates).nanmean())
         return {"one": one}
 
-    def name(method: Method) -> str:
-        return digest([method.name, *method_key(method), list(test.texts["alone"][method.name])])
+    def name(method: Method) -> list[Any]:
+        return [method.name, method, test.texts["alone"][method.name]]
 
-    return [SideEffects(**found["one"]) for found in work.each(methods, name, measured, progress, "side effects")]
+    found = store.each(methods, measured, name=name, label="side effects", show=progress)
+    return [SideEffects(**x["one"]) for x in found]

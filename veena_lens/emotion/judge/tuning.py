@@ -19,7 +19,7 @@ from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
 from veena_lens.emotion.judge.side_effects import Questions
 from veena_lens.emotion.methods import PLAIN, Method
 from veena_lens.emotion.words.wheels import EmotionWheels
-from veena_lens.emotion.work import ResumableStore, batch_key, digest, method_key, model_key
+from veena_lens.long_runs import Store
 
 HARM = 0.02
 ATTRIBUTE_HARM = 0.05  # share of other questions that may be lost
@@ -150,14 +150,13 @@ def _kept(
     batch_size: int,
 ) -> list[int]:
     """The first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was seen."""
-    about = {"what": "other questions", "asked": digest([list(others.asked), list(others.truths)])}
-    work = ResumableStore(out, lambda: about | {"model": model_key(model), "examples": batch_key(others.examples)})
+    store = Store(out, {"what": "other questions", "model": model, "others": others})
 
     def right(method: Method) -> float:
         def run() -> dict[str, Any]:
             return {"right": others.share_right(model, method, batch_size=batch_size)}
 
-        return float(work.do(lambda: digest(method_key(method)), run)["right"])
+        return float(store.do(method, run)["right"])
 
     for row in rows:
         row["attributes"] = math.nan

@@ -56,6 +56,10 @@ class AnswerPosition:
         others = torch.stack([logp[:, [j for j in range(n) if j != i]].logsumexp(-1) for i in range(n)], -1)
         return logp - others + math.log(n - 1)
 
+    def fingerprint(self) -> list[Any]:
+        """Return what tells one answer position from another: its lead-in and every emotion's token ids."""
+        return [self.lead_in, {emotion: list(ids) for emotion, ids in self.tokens.items()}]
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{e} {len(ids)}" for e, ids in self.tokens.items())
         return f"AnswerPosition({self.lead_in!r}: tokens {counts}; {self.dropped} dropped)"

@@ -16,7 +16,7 @@ from veena_lens.circuits.reading import EPS
 from veena_lens.emotion.locate.direction_set import FEW, Directions
 from veena_lens.emotion.locate.streaming import WHO, Batch, PairHits, PairStates, Sums, halves_of, pair_hits, unasked
 from veena_lens.emotion.pairs.loading import Pair, PairSet
-from veena_lens.emotion.work import ResumableStore, model_key
+from veena_lens.long_runs import Store
 
 SPLITS = 50
 POSITIONS = ("last", "query")
@@ -82,18 +82,13 @@ def select_pairs(
     pairs = pairs if question is None else pairs.asked(question)
     if wheels is not None:
         wheels.require(pairs.emotions)
-    experiment = {
-        "what": "directions",
-        "model": model_key(model),
-        "pairs": pairs.fingerprint if store is not None else "",
-        "settings": [batch_size, max_new_tokens],
-    }
-    work = ResumableStore(store, experiment)
+    about = {"what": "directions", "model": model, "pairs": pairs, "settings": [batch_size, max_new_tokens]}
+    kept = Store(store, about)
     if tau < 0 and not require_neutral:
         hits = unasked(pairs)
     else:
         asking = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        hits = pair_hits(model, pairs, wheels=wheels, work=work, progress=progress, **asking)
+        hits = pair_hits(model, pairs, wheels=wheels, store=kept, progress=progress, **asking)
     chosen = hits.kept(tau, require_neutral)
     total = Counter(pair.emotion for pair in pairs)
     used = Counter(pairs[i].emotion for i in chosen)
@@ -107,7 +102,7 @@ def select_pairs(
         positions=positions,
         lead_in=lead_in,
         batch_size=batch_size,
-        work=work,
+        store=kept,
         progress=progress,
     )
     settings = {

@@ -32,8 +32,8 @@ from veena_lens.circuits import (
 )
 from veena_lens.emotion.locate.answer_slot import AnswerPosition
 from veena_lens.emotion.methods import ROWS, batches, prepared
-from veena_lens.emotion.work import ResumableStore, directions_key, model_key, pair_key, slot_key
 from veena_lens.interventions.base import require_layer
+from veena_lens.long_runs import Store
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import project
@@ -113,7 +113,7 @@ def head_effects(
     layer = require_layer(layer, model.cfg.n_layers, "head_effects")
     chosen = list(range(layer + 1)) if layers is None else [int(x) for x in layers]
     about = {"what": "heads", "layer": layer, "rows": list(rows), "layers": chosen, "lead_in": lead_in}
-    work = ResumableStore(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
+    store = Store(out, about | {"model": model, "directions": directions})
 
     def effects(pair: Any) -> dict[str, Any]:
         clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
@@ -128,7 +128,7 @@ def head_effects(
         ends = torch.stack([parts[0].clean[0], parts[0].corrupted[0]])
         return {"values": torch.stack([p.values for p in parts]).double(), "ends": ends.double()}
 
-    found = work.each(pairs, pair_key, effects, progress, "heads: pairs")
+    found = store.each(pairs, effects, label="heads: pairs", show=progress)
     values, ends = torch.stack([f["values"] for f in found]), torch.stack([f["ends"] for f in found])
     return relative_effects(values, ends, rows, chosen)
 
@@ -331,8 +331,7 @@ def execution_heads(
     after = require_layer(after, model.cfg.n_layers, "execution_heads")
     metrics = {emotion: slot.metric(emotion) for emotion in dict.fromkeys(p.emotion for p in pairs)}
     layers = list(range(after + 1, model.cfg.n_layers))
-    about = {"what": "execution heads", "layers": layers, "slot": slot_key(slot)}
-    work = ResumableStore(out, lambda: about | {"model": model_key(model)})
+    store = Store(out, {"what": "execution heads", "layers": layers, "slot": slot, "model": model})
     if not layers:
         return _ranked([{"layer": 0, "head": 0, "effect": 0.0, "low": 0.0, "high": 0.0}]).iloc[:0]
 
@@ -344,7 +343,7 @@ def execution_heads(
         )
         return {"values": one.values.double(), "ends": torch.stack([one.clean[0], one.corrupted[0]]).double()}
 
-    found = work.each(pairs, pair_key, restored, progress, "execution heads: pairs")
+    found = store.each(pairs, restored, label="execution heads: pairs", show=progress)
     values, ends = torch.stack([f["values"] for f in found]), torch.stack([f["ends"] for f in found])
     effects = best_rows(relative_effects(values[:, None], ends, ["last"], layers))
     bounds = bootstrap(effects, groups=[p.identity for p in pairs], draws=draws, seed=seed)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens import long_runs
 from veena_lens.emotion.enhance import random_controls
 from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
 from veena_lens.emotion.judge.intervals import BOUNDS, drawn_weights, ratio, share
@@ -25,12 +26,10 @@ from veena_lens.emotion.locate.answer_slot import AnswerPosition
 from veena_lens.emotion.methods import batches, generate_answers, prepared
 from veena_lens.emotion.words.scores import sample_hit
 from veena_lens.emotion.words.wheels import EmotionWheels
-from veena_lens.emotion.work import ResumableStore, directions_key, model_key, pair_key, slot_key
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import generation_sweep, steer_sweep
-from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import rank_correlation
 
 ALPHAS = (0.05, 0.1, 0.2, 0.4)
@@ -149,7 +148,7 @@ def key_layers(
     fluency = Fluency(model, [*directions.emotions, "neutral"], wheels)
     noise = F.normalize(random_controls.random_directions(directions.overall.float(), random_directions, seed), dim=-1)
     settings = {"alphas": list(alphas), "scale": scale, "positions": positions, "layers": chosen, "seed": seed}
-    settings |= {"tokens": max_new_tokens, "random": random_directions, "slot": slot_key(slot)}
+    settings |= {"tokens": max_new_tokens, "random": random_directions, "slot": long_runs.fingerprint(slot)}
     plain = _plain(model, pairs, max_new_tokens, out, progress)
     emotional, neutral = (
         sum(sample_hit(said[i], p.emotion, wheels) for p, said in zip(pairs, plain, strict=True)) / len(pairs)
@@ -162,7 +161,7 @@ def key_layers(
             "pictures."
         )
     about = settings | {"what": "key layers", "skip": sorted(fluency.skip)}
-    work = ResumableStore(out, lambda: about | {"model": model_key(model), "directions": directions_key(directions)})
+    store = long_runs.Store(out, about | {"model": model, "directions": directions})
 
     def inject(i: int) -> dict[str, Any]:
         return _inject(
@@ -170,9 +169,9 @@ def key_layers(
             slot, fluency, max_new_tokens, max_rows,
         )  # fmt: skip
 
-    injected = work.each(
-        range(len(pairs)), lambda i: f"{pair_key(pairs[i])} {i % random_directions}", inject, progress,
-        "key layers: pairs",
+    injected = store.each(
+        range(len(pairs)), inject, name=lambda i: [pairs[i], i % random_directions], label="key layers: pairs",
+        show=progress,
     )  # fmt: skip
     found = [{"plain": said} | one for said, one in zip(plain, injected, strict=True)]
     return _judged(pairs, found, chosen, list(alphas), directions, wheels, draws, seed, settings)
@@ -182,21 +181,16 @@ def _plain(
     model: Any, pairs: Sequence[Any], max_new_tokens: int, out: str | Path | None, progress: bool
 ) -> list[tuple[str, str]]:
     """What the untouched model says of both twins of every pair."""
-    work = ResumableStore(out, lambda: {"what": "twins", "model": model_key(model), "tokens": max_new_tokens})
-    show = bar(len(pairs), progress, "key layers: twins")
+    store = long_runs.Store(out, {"what": "twins", "model": model, "tokens": max_new_tokens})
     found: list[tuple[str, str]] = []
-    for some in batches(pairs, 8):
+    for some in long_runs.progress(batches(pairs, 8), "key layers: twins", progress, total=len(pairs), size=len):
 
         def run(some: list[Any] = some) -> dict[str, Any]:
             both = [side for pair in some for side in (pair.emotional, pair.neutral)]
             return {"texts": generate_answers(model, both, batch_size=16, max_new_tokens=max_new_tokens)}
 
-        said = work.do(lambda some=some: " | ".join(map(pair_key, some)), run)["texts"]
+        said = store.do(some, run)["texts"]
         found += list(zip(said[::2], said[1::2], strict=True))
-        if show is not None:
-            show.update(len(some))
-    if show is not None:
-        show.close()
     return found
 
 

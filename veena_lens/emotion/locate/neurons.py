@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veena_lens import long_runs
 from veena_lens.circuits import classify_neurons, neuron_trace, path_patching, promoted_tokens, top_neurons
 from veena_lens.emotion.locate.heads import KeyHeads
 from veena_lens.emotion.locate.tracing import projection_of, spread_over
@@ -21,7 +22,6 @@ from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.interventions.base import require_layer
 from veena_lens.residual_parts import neuron_rows
 from veena_lens.scores import Scores
-from veena_lens.sweeps.engine import bar
 
 Neuron = tuple[int, int]
 
@@ -75,8 +75,8 @@ def neuron_projections(
     pushes: list[Tensor] = []
     sums = torch.zeros(2, model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.cfg.n_layers)]
-    show = bar(len(pairs), progress, f"neurons, {at}: pairs")
-    for some in batches(pairs, batch_size):
+    label = f"neurons, {at}: pairs"
+    for some in long_runs.progress(batches(pairs, batch_size), label, progress, total=len(pairs), size=len):
         caches = []
         for i, side in enumerate(("emotional", "neutral")):
             inputs = prepared(model, [getattr(p, side) for p in some], lead_in=lead_in)
@@ -93,10 +93,6 @@ def neuron_projections(
                     sums[i, layer] += rows.mean(1).sum(0).cpu()
         per_row = torch.stack([directions.unit(p.emotion) for p in some])
         pushes.append(neuron_trace(caches[0], per_row, ROWS[at], baseline=caches[1], model=model).values.double().cpu())
-        if show is not None:
-            show.update(len(some))
-    if show is not None:
-        show.close()
     labels = {"layer": list(range(model.cfg.n_layers))}
     trace = Scores(torch.cat(pushes), ("pair", "layer", "neuron"), labels, "push")
     sides = labels | {"side": ["emotional", "neutral"]}

@@ -18,12 +18,12 @@ from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from veena_lens import long_runs
 from veena_lens.circuits.reading import exact, read
 from veena_lens.emotion.methods import generate_answers, prepared
 from veena_lens.emotion.pairs.loading import Pair
-from veena_lens.emotion.work import ResumableStore
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.sweeps.engine import bar
+from veena_lens.long_runs import Store
 
 WHO = "extract_directions"
 # Numbers of some pairs, and the states of their emotional and neutral images.
@@ -85,29 +85,25 @@ def pair_hits(
     wheels: Any = None,
     batch_size: int = 16,
     max_new_tokens: int = 24,
-    work: ResumableStore | None = None,
+    store: Store | None = None,
     progress: bool = False,
 ) -> PairHits:
     """Ask the model about both twins of every pair (greedy), and score each answer against the pair's emotion.
 
-    `work` keeps the answers, so that they are not asked for again. Raises: ValueError for an emotion off all wheels."""
+    `store` keeps the answers, so that they are not asked for again.
+    Raises: ValueError for an emotion off all wheels."""
     from veena_lens.emotion.words.scores import sample_hit
 
-    work = ResumableStore(None, {}) if work is None else work
-    show = bar(len(pairs), progress, "answers")
+    store = Store(None, {}) if store is None else store
     said: list[tuple[str, str]] = []
-    for number, members in enumerate(chunks(len(pairs), batch_size)):
+    for number, members in enumerate(long_runs.progress(chunks(len(pairs), batch_size), "answers", progress, size=len)):
         examples, index = distinct([pairs[i] for i in members])
 
         def ask(examples: list[Any] = examples) -> dict[str, Any]:
             return {"texts": generate_answers(model, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)}
 
-        texts = work.do(f"answers {number}", ask)["texts"]
+        texts = store.do(f"answers {number}", ask)["texts"]
         said += [(texts[a], texts[b]) for a, b in index.tolist()]
-        if show is not None:
-            show.update(len(members))
-    if show is not None:
-        show.close()
     hits = [[sample_hit(text, pair.emotion, wheels) for text in two] for two, pair in zip(said, pairs, strict=True)]
     table = torch.tensor(hits, dtype=torch.float64).view(-1, 2)
     return PairHits(pairs=pairs, emotional=table[:, 0], neutral=table[:, 1], said=said)
@@ -165,23 +161,17 @@ class PairStates:
     positions: str = "last"
     lead_in: str | None = None
     batch_size: int = 16
-    work: ResumableStore
+    store: Store
     progress: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         wanted = set(self.chosen)
-        show = bar(len(self.chosen), self.progress, "states")
-        for number, members in enumerate(chunks(len(self.pairs), self.batch_size)):
-            mine = [i for i in members if i in wanted]
-            if not mine:
-                continue
-            kept = self.work.do(f"states {number}: {mine} {self.positions} {self.lead_in}", self._run(mine))
-            index = kept["index"]
-            yield mine, kept["states"][index[:, 0]], kept["states"][index[:, 1]]
-            if show is not None:
-                show.update(len(mine))
-        if show is not None:
-            show.close()
+        each = [[i for i in members if i in wanted] for members in chunks(len(self.pairs), self.batch_size)]
+        for number, mine in enumerate(long_runs.progress(each, "states", self.progress, size=len)):
+            if mine:
+                kept = self.store.do(f"states {number}: {mine} {self.positions} {self.lead_in}", self._run(mine))
+                index = kept["index"]
+                yield mine, kept["states"][index[:, 0]], kept["states"][index[:, 1]]
 
     def _run(self, mine: Sequence[int]) -> Callable[[], dict[str, Any]]:
         """A function that computes the states of these pairs."""

@@ -21,15 +21,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens import long_runs
 from veena_lens.circuits import bootstrap, linear_probes, path_patching
 from veena_lens.emotion.locate.heads import Head, KeyHeads
 from veena_lens.emotion.locate.layers import KeyLayers
 from veena_lens.emotion.methods import ROWS, prepared
-from veena_lens.emotion.work import ResumableStore, digest, directions_key, model_key, pair_key
 from veena_lens.residual_parts import head_rows
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
-from veena_lens.sweeps.engine import bar
 
 SATURATED = 0.95
 
@@ -203,37 +202,27 @@ def trace_back(
         raise ValueError("trace_back: there are no pairs.")
     lead_in = found.meta.get("lead_in")
     rows_of = {(int(r.layer), int(r.head)): str(r.rows) for r in found.table.itertuples()}
-    work = ResumableStore(
-        out,
-        lambda: {
-            "what": "tracing back", "model": model_key(model), "directions": directions_key(directions),
-            "pairs": digest([[pair_key(p), p.identity] for p in some]), "lead_in": lead_in, "top": top,
-            "draws": draws, "seed": seed,
-        },
-    )  # fmt: skip
-    waiting = [(1, head) for head in [head for head in found.heads if head[0] > 0][:targets]]
-    seen, edges = {head for _, head in waiting}, []
-    show = bar(len(waiting), progress, "tracing back: heads")
-    while waiting:
-        level, head = waiting.pop(0)
+    about = {"what": "tracing back", "model": model, "directions": directions, "lead_in": lead_in, "top": top}
+    about |= {"pairs": [[pair, pair.identity] for pair in some], "draws": draws, "seed": seed}
+    store = long_runs.Store(out, about)
+    targeted = [head for head in found.heads if head[0] > 0][:targets]
+    seen, edges = set(targeted), []
+    for level in range(1, depth + 1):
+        found_here: list[Head] = []
+        for head in long_runs.progress(targeted, f"tracing back, level {level}: heads", progress):
 
-        def run(head: Head = head) -> dict[str, Any]:
-            lines = _senders(model, some, directions, head, rows_of[head], lead_in, top, max_rows, draws, seed)
-            return {"lines": lines}
+            def run(head: Head = head) -> dict[str, Any]:
+                lines = _senders(model, some, directions, head, rows_of[head], lead_in, top, max_rows, draws, seed)
+                return {"lines": lines}
 
-        lines = work.do(f"L{head[0]}H{head[1]} {rows_of[head]}", run)["lines"]
-        edges += [{"level": level, **line} for line in lines]
-        for line in lines:
-            sender = _as_head(line["sender"])
-            if line["kept"] and sender is not None and sender[0] > 0 and sender not in seen and level < depth:
-                seen.add(sender)
-                waiting.append((level + 1, sender))
-                if show is not None:
-                    show.total += 1
-        if show is not None:
-            show.update(1)
-    if show is not None:
-        show.close()
+            lines = store.do(f"L{head[0]}H{head[1]} {rows_of[head]}", run)["lines"]
+            edges += [{"level": level, **line} for line in lines]
+            for line in lines:
+                sender = _as_head(line["sender"])
+                if line["kept"] and sender is not None and sender[0] > 0 and sender not in seen:
+                    seen.add(sender)
+                    found_here.append(sender)
+        targeted = found_here
     return pd.DataFrame(edges, columns=list(COLUMNS))
 
 

@@ -6,38 +6,19 @@ AffectGPT (ICML).
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any
+from veena_lens._lazy import homes_of, resolver
 
-# Public name -> the module that holds it.
-_HOMES = {
-    "AnswerRun": "answering",
-    "answer_set": "answering",
-    "Answers": "answers",
-    "read_answers": "answers",
-    "RootCheck": "scoring",
-    "check_root": "scoring",
-    "read_faces": "media",
-    "Benchmark": "loading",
-    "LoadedSet": "loading",
-    "Sample": "loading",
-    "load_benchmark": "loading",
-    "load_set": "loading",
-    "Seen": "media",
-    "frame_places": "media",
-    "see": "media",
-    "BenchmarkScore": "scoring",
-    "SetScore": "scoring",
-    "benchmark_mean": "scoring",
-    "score_answers": "scoring",
-    "SETS": "data_sets",
-    "SetInfo": "data_sets",
-    "find_set": "data_sets",
-}
+# Module -> its public names.
+_HOMES = homes_of(
+    __name__,
+    {
+        "answering": "AnswerRun answer_set",
+        "answers": "Answers read_answers",
+        "data_sets": "SETS SetInfo find_set",
+        "loading": "Benchmark LoadedSet Sample load_benchmark load_set",
+        "media": "Seen frame_places read_faces see",
+        "scoring": "BenchmarkScore RootCheck SetScore benchmark_mean check_root score_answers",
+    },
+)
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"veena_lens.emotion.mer_unibench.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'veena_lens.emotion.mer_unibench' has no attribute {name!r}")
+__getattr__ = resolver(__name__, _HOMES)

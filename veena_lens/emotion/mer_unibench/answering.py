@@ -6,20 +6,18 @@ beside every answer. Scoring reads the file like any other (`answers.py`).
 
 from __future__ import annotations
 
-import errno
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from PIL import Image
 
-from veena_lens.emotion.mer_unibench.answers import json_rows
+from veena_lens import long_runs
 from veena_lens.emotion.mer_unibench.loading import Sample
 from veena_lens.emotion.mer_unibench.media import Seen, face_file, find_video, frame_places, see
 from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers
-from veena_lens.sweeps.engine import bar
 
 QUESTION = "Which emotions does the person in this picture show? Name every emotion that you see."
 
@@ -84,7 +82,8 @@ def answer_set(
         "question": question,
         "max_new_tokens": max_new_tokens,
     }
-    kept = _resume(out, run)
+    lines = long_runs.Lines(out, run)
+    kept = {row["name"]: row["answer"] for row in lines.rows}
     left_out = _without_pictures(samples, faces)
     if left_out and missing == "error":
         raise FileNotFoundError(
@@ -94,23 +93,17 @@ def answer_set(
         )
     lost = set(left_out)
     todo = [sample for sample in samples if sample.name not in kept and sample.name not in lost]
-    show = bar(len(todo), progress, f"{run['set']} {method.name}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        if file.tell() == 0:
-            _write(file, out, [{"run": run}])
-        # A batch of clips holds `frames` images each; the model's batch stays at batch_size images.
-        for batch in batches(todo, max(1, batch_size // frames)):
-            seen = [see(sample, frames=frames, faces=faces) for sample in batch]
-            asked = _asked(batch, seen, question, subtitle)
-            texts = generate_answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
-            rows = _rows(batch, seen, texts)
-            _write(file, out, rows)
-            kept |= {row["name"]: row["answer"] for row in rows}
-            if show is not None:
-                show.update(len(batch))
-    if show is not None:
-        show.close()
+    lines.add([])  # the settings, also where nothing is left to ask
+    label = f"{run['set']} {method.name}"
+    # A batch of clips holds `frames` images each; the model's batch stays at batch_size images.
+    each = batches(todo, max(1, batch_size // frames))
+    for batch in long_runs.progress(each, label, progress, total=len(todo), size=len):
+        seen = [see(sample, frames=frames, faces=faces) for sample in batch]
+        asked = _asked(batch, seen, question, subtitle)
+        texts = generate_answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        rows = _rows(batch, seen, texts)
+        lines.add(rows)
+        kept |= {row["name"]: row["answer"] for row in rows}
     return AnswerRun(path=out, run=run, values=kept, new=len(todo), left_out=tuple(left_out))
 
 
@@ -140,39 +133,6 @@ def _rows(batch: Sequence[Sample], seen: Sequence[Seen], texts: Sequence[str]) -
         }
         for sample, pictures in zip(batch, seen)
     ]
-
-
-def _resume(out: Path, run: dict[str, Any]) -> dict[str, str]:
-    """Answers already in the file; a line cut off by a stop is taken away. Raises: ValueError for another run's."""
-    if not out.exists() or out.stat().st_size == 0:
-        return {}
-    rows = json_rows(out)
-    there = rows[0].get("run") if rows else None
-    if rows and there != run:
-        differing = [key for key in run if not isinstance(there, dict) or there.get(key) != run[key]]
-        found = {key: there.get(key) for key in differing} if isinstance(there, dict) else "no settings"
-        wanted = {key: run[key] for key in differing}
-        raise ValueError(
-            f"{out} holds another run: {found} instead of {wanted}. Name another file, or remove this one."
-        )
-    content = out.read_bytes()
-    if not content.endswith(b"\n"):
-        with out.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-        rows = json_rows(out)
-    return {row["name"]: row["answer"] for row in rows[1:]}
-
-
-def _write(file: TextIO, out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    try:
-        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        file.flush()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(
-            errno.ENOSPC, f"The disk of {out} is full; the answers in it are kept. Free some space and run again."
-        ) from error
 
 
 def _without_pictures(samples: Sequence[Sample], faces: bool) -> list[str]:

@@ -6,7 +6,6 @@ one, the extracted one is read and the notes say so.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from veena_lens.emotion.mer_unibench.data_sets import (
     read_dict,
     read_rows,
 )
+from veena_lens.long_runs import json_rows
 
 Content = Literal["raw", "labels", "sentiment"]
 OPENSET, SENTIMENT = "-openset", "-openset-sentiment"
@@ -158,24 +158,3 @@ def _read_lines(path: Path) -> tuple[Content, dict[str, str], dict[str, Any] | N
         values[str(row["name"])] = value if isinstance(value, str) else "[" + ", ".join(map(str, value)) + "]"
     kinds: dict[str | None, Content] = {"sentiment": "sentiment", "labels": "labels"}
     return kinds.get(content, "raw"), values, run
-
-
-def json_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON Lines file; a last line that was cut off by a stop is left out.
-
-    Raises: ValueError for any other line that is no JSON object."""
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is no JSON object: {line[:60]!r}.")
-        rows.append(row)
-    return rows

@@ -95,6 +95,11 @@ class Example:
         names = "file emotion pair identity style attributes split question context context_emotion context_strength"
         return {name: getattr(self, name) for name in names.split()} | {"attributes": dict(self.attributes)}
 
+    def fingerprint(self) -> str:
+        """Return what tells a question about an image from any other: the image's content, wherever it lies, and the
+        prompt. Raises: FileNotFoundError for an image that is gone."""
+        return f"{picture_hash(self.picture)[:24]} {self.prompt}"
+
     def __repr__(self) -> str:
         told = "" if self.context is None else f", told {self.context_emotion} ({self.context_strength})"
         return f"Example({self.file or self.picture}: {self.emotion}{told}; {self.prompt!r})"
@@ -128,6 +133,10 @@ class Pair:
 
     def asked(self, question: str) -> Pair:
         return Pair(self.emotional.asked(question), self.neutral.asked(question))
+
+    def fingerprint(self) -> str:
+        """Return what tells a pair from any other: its emotion and both twins."""
+        return f"{self.emotion} {self.emotional.fingerprint()} {self.neutral.fingerprint()}"
 
     def swapped(self) -> Pair:
         """The twins in each other's place; the emotion stays the emotional image's."""

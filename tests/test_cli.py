@@ -74,6 +74,7 @@ def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     asked: list[Any] = []
     stand_in = types.ModuleType("veena_lens.app.demo")
     stand_in.run_demo = lambda out, model: asked.append((out, model)) or "the result"  # type: ignore[attr-defined]
+    stand_in.run_demos = None  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "veena_lens.app.demo", stand_in)
     assert cli.main(["demo", "--out", "elsewhere", "--model", "tiny-llava-emotion"]) == 0
     assert asked == [("elsewhere", "tiny-llava-emotion")] and "the result" in capsys.readouterr().out
@@ -83,8 +84,9 @@ def test_demo_of_several_models_compares_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Any] = []
-    stand_in = types.ModuleType("veena_lens.app.comparison")
+    stand_in = types.ModuleType("veena_lens.app.demo")
+    stand_in.run_demo = None  # type: ignore[attr-defined]
     stand_in.run_demos = lambda out, models: asked.append((out, models)) or "side by side"  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "veena_lens.app.comparison", stand_in)
+    monkeypatch.setitem(sys.modules, "veena_lens.app.demo", stand_in)
     assert cli.main(["demo", "--out", "elsewhere", "--model", "one", "another"]) == 0
     assert asked == [("elsewhere", ["one", "another"])] and "side by side" in capsys.readouterr().out

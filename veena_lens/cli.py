@@ -208,16 +208,13 @@ def verify(args: argparse.Namespace) -> int:
 
 def demo(args: argparse.Namespace) -> int:
     """Run the main job and say where its page lies."""
+    from veena_lens.app.demo import run_demo, run_demos
     from veena_lens.checkpoints.files import bundled_names
 
     models = args.model or bundled_names()
     if len(models) == 1:
-        from veena_lens.app.demo import run_demo
-
         print(run_demo(args.out, model=models[0]))
     else:
-        from veena_lens.app.comparison import run_demos
-
         print(run_demos(args.out, models))
     return 0
 

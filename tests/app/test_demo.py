@@ -5,9 +5,14 @@ import json
 import pytest
 import torch
 
-from veena_lens.app import demo, steps
+from veena_lens.app import demo
 from veena_lens.app.demo_page import write_page
+from veena_lens.app.demo_results import CaptionSteering, DemoResult, Description, Flips, Inside, Steered
+from veena_lens.app.demo_steering import asked, best_setting, steering
+from veena_lens.app.questions import LIST
 from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
+from veena_lens.emotion import Method, generate_answers
+from veena_lens.interventions import Steer
 from veena_lens.scores import Scores
 from veena_lens.zoo.people import EMOTIONS
 
@@ -31,10 +36,10 @@ def test_pair_that_is_named_right_on_both_sides_wins_over_one_that_is_shown() ->
 def test_weaker_and_earlier_setting_wins_where_rates_are_equal() -> None:
     rates = torch.tensor([[0.0, 0.9, 0.9], [0.0, 0.8, 0.9], [1.0, 1.0, 1.0]])
     development = Scores(rates, ("setting", "layer"), {"setting": ["alpha 1", "alpha 2", "random"]})
-    assert demo.best_setting(development) == (1, 1.0)
+    assert best_setting(development) == (1, 1.0)
 
 
-def findings(out) -> demo.DemoResult:
+def findings(out) -> DemoResult:
     """A result as `run_demo` makes it, with made-up numbers."""
     emotional, neutral = bundled_pairs("test")[0]
     generator = torch.Generator().manual_seed(0)
@@ -42,11 +47,11 @@ def findings(out) -> demo.DemoResult:
     lens = torch.rand(3, len(EMOTIONS), generator=generator)
     settings = ["alpha 1", "alpha 2", "random"]
     rates = Scores(torch.rand(3, 3, generator=generator), ("setting", "layer"), {"setting": settings}, "named", "share")
-    flips = steps.Flips({emotion: 0.5 for emotion in EMOTIONS[:-1]}, 0.75)
-    inside = demo.Inside(
+    flips = Flips({emotion: 0.5 for emotion in EMOTIONS[:-1]}, 0.75)
+    inside = Inside(
         emotional=emotional,
         neutral=neutral,
-        attention=Scores(grid, ("layer", "y", "x"), name="attention", unit="probability"),
+        attention=Scores(grid, ("layer", "height", "width"), name="attention", unit="probability"),
         patch_boxes=None,
         lens=Scores(lens, ("layer", "emotion"), {"emotion": EMOTIONS}, "probability"),
         likeliest=[[("the", 0.5)], [(emotional.emotion, 0.6)], [(emotional.emotion, 0.9)]],
@@ -54,7 +59,7 @@ def findings(out) -> demo.DemoResult:
             torch.randn(3, 2, generator=generator), ("layer", "head"), meta={"emotional": 2.0, "neutral": -2.0}
         ),
     )
-    steered = demo.Steered(
+    steered = Steered(
         n_pairs=8,
         development=rates,
         layer=1,
@@ -63,14 +68,14 @@ def findings(out) -> demo.DemoResult:
         test=flips,
         control=flips,
         picture=neutral,
+        captioned=CaptionSteering(layer=2, alpha=0.7, development=0.8, test=0.75, control=0.0),
         said=[("none", "a neutral <person>.", "a neutral person."), ("happy", "a happy person.", "happy happy.")],
     )
     descriptions = [
-        steps.Description(emotional, f"a {emotional.emotion} person."),
-        steps.Description(neutral, "a sad one."),
+        Description(emotional, f"a {emotional.emotion} person."),
+        Description(neutral, "a sad one."),
     ]
-    numbers = demo.summary("made-up", descriptions, (1, 2), inside, steered, 3.0)
-    return demo.DemoResult(
+    return DemoResult(
         model="made-up",
         out=out,
         descriptions=descriptions,
@@ -79,7 +84,6 @@ def findings(out) -> demo.DemoResult:
         inside=inside,
         steered=steered,
         seconds=3.0,
-        numbers=numbers,
     )
 
 
@@ -109,37 +113,61 @@ def model():
     return HookedVLM.from_pretrained("tiny-llava-emotion")
 
 
-def test_lens_ends_in_what_the_model_says_and_patching_all_heads_lie_between(model) -> None:
-    emotional, neutral = (steps.ask(model, steps.NAME, [picture]) for picture in bundled_pairs("test")[0])
-    lens, likeliest = steps.logit_lens(model, emotional)
+def test_lens_ends_in_what_the_model_says_and_every_head_is_patched(model) -> None:
+    emotional, neutral = bundled_pairs("test")[0]
+    inside = demo.look_inside(model, emotional, neutral)
     with torch.no_grad():
-        said = model(emotional)[0, -1].softmax(-1)
-    tokens = list(steps.word_tokens(model).values())
-    torch.testing.assert_close(lens.select(layer=-1).values, said[tokens], rtol=1e-4, atol=1e-6)
-    assert likeliest[-1][0][1] == pytest.approx(said.max().item(), rel=1e-4)
+        said = model(model.prepare(text=LIST, images=emotional.open()))[0, -1].softmax(-1)
+    tokens = [model.to_single_token(f" {emotion}") for emotion in EMOTIONS]
+    torch.testing.assert_close(inside.lens.select(layer=-1).values, said[tokens], rtol=1e-4, atol=1e-6)
+    assert inside.likeliest[-1][0][1] == pytest.approx(said.max().item(), rel=1e-4)
+    assert [len(words) for words in inside.likeliest] == [5] * model.cfg.n_layers
 
-    same = steps.head_patching(model, emotional, neutral, bundled_pairs("test")[0][0].emotion)
-    assert same.shape == (model.cfg.n_layers, model.cfg.n_heads) and torch.isfinite(same.values).all()
-
-
-def test_attention_to_the_picture_is_a_share(model) -> None:
-    maps = steps.attention_to_picture(model, steps.ask(model, steps.NAME, bundled_pictures("test")[:1]))
+    patching = inside.patching
+    assert patching.shape == (model.cfg.n_layers, model.cfg.n_heads) and torch.isfinite(patching.values).all()
+    assert patching.meta["emotional"] > patching.meta["neutral"]
+    maps = inside.attention
     height, width = maps.shape[1:]
     assert height > 1 and width > 1 and (maps.values >= 0).all() and (maps.values.sum((1, 2)) <= 1 + 1e-5).all()
 
 
-def test_random_direction_has_the_vectors_length() -> None:
-    vector = torch.randn(3, 5)
-    noise = steps.random_like(vector, torch.Generator().manual_seed(123))
-    torch.testing.assert_close(noise.norm(dim=-1), vector.norm(dim=-1))
-    assert not torch.allclose(noise, vector)
+def test_patching_is_that_of_transformer_lens(model) -> None:
+    """`transformer_lens.patching` takes inputs with images in the place of tokens, and finds the same effects."""
+    import contextlib
+    import io
+
+    from transformer_lens import patching
+
+    pair = bundled_pairs("test")[0]
+    inside = demo.look_inside(model, *pair)
+    emotional, neutral = (model.prepare(text=LIST, images=picture.open()) for picture in pair)
+    words = [model.to_single_token(f" {word}") for word in (pair[0].emotion, "neutral")]
+
+    def measure(logits: torch.Tensor) -> torch.Tensor:
+        return (logits[:, -1, words[0]] - logits[:, -1, words[1]]).mean()
+
+    with torch.no_grad(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        logits, cache = model.run_with_cache(emotional, names_filter=lambda name: name.endswith("attn.hook_z"))
+        high, low = measure(logits), measure(model(neutral))
+        raw = patching.get_act_patch_attn_head_out_all_pos(model, neutral, cache, measure)
+    torch.testing.assert_close(inside.patching.values, (raw - low) / (high - low), rtol=1e-3, atol=1e-4)
+
+
+def test_rows_are_steered_to_each_emotion_in_turn_and_at_random_by_as_much() -> None:
+    vectors = {"happy": torch.randn(3, 5), "sad": torch.randn(3, 5)}
+    exact = steering("steered", vectors, 2, layer=1, alpha=2.0).interventions(None, None)
+    drawn = steering("random", vectors, 2, layer=1, alpha=2.0, seed=7).interventions(None, None)
+    for row, name in enumerate(["happy", "happy", "sad", "sad"]):
+        ((one,), (other,)) = exact[row], drawn[row]
+        assert torch.equal(one.vector, vectors[name][1]) and one.alpha == other.alpha == 2.0
+        torch.testing.assert_close(other.vector.norm(), one.vector.norm())
+        assert not torch.allclose(other.vector, one.vector)
+    assert not torch.allclose(drawn[0][0].vector, drawn[1][0].vector)
 
 
 def test_steer_of_one_row_leaves_the_other_rows_alone(model) -> None:
-    from veena_lens.interventions import Steer
-
-    faces = bundled_pictures("test")[:2]
-    plain = steps.steered(model, steps.NAME, faces, [None, None], 4)
+    faces = asked(bundled_pictures("test")[:2], LIST)
+    plain = generate_answers(model, faces, max_new_tokens=4)
     strong = Steer(layer=3, vector=100 * torch.ones(model.cfg.d_model), alpha=1.0)
-    mixed = steps.steered(model, steps.NAME, faces, [None, strong], 4)
+    mixed = generate_answers(model, faces, Method(name="x", interventions=lambda *_: [[], [strong]]), max_new_tokens=4)
     assert mixed[0] == plain[0] and mixed[1] != plain[1]

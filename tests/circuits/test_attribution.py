@@ -353,14 +353,15 @@ def test_positions_and_pictures_that_do_not_correspond_are_refused(model_of) -> 
 
 def test_heads_that_carry_the_emotion_are_found_in_the_embedded_model() -> None:
     from veena_lens import HookedVLM
-    from veena_lens.app import steps
     from veena_lens.checkpoints.files import bundled_pairs
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     pairs = [pair for pair in bundled_pairs("test") if pair[0].emotion == "happy"][:2]
-    clean, corrupted = (steps.ask(model, steps.NAME, side) for side in zip(*pairs, strict=True))
-    words = steps.word_tokens(model)
-    metric = logit_diff(words["happy"], words["neutral"])
+    question = "name the emotions of the person in the picture."
+    clean, corrupted = (
+        model.prepare(text=[question] * 2, images=[[face.open()] for face in side]) for side in zip(*pairs, strict=True)
+    )
+    metric = logit_diff(model.to_single_token(" happy"), model.to_single_token(" neutral"))
     checked = check_attribution(model, clean, corrupted, metric=metric, steps=3, top=8, sample=8, layers=[2, 3, 4, 5])
     assert isinstance(checked, Scores) and checked.meta["rank_correlation"] > 0.6
     assert checked.meta["sign_agreement"] >= 0.75

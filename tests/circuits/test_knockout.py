@@ -157,13 +157,12 @@ def test_what_does_not_fit_is_refused(kw: dict[str, Any], telling: str, model_of
 
 def test_the_embedded_model_needs_the_picture_at_the_query() -> None:
     from veena_lens import HookedVLM
-    from veena_lens.app import steps
     from veena_lens.checkpoints.files import bundled_pictures
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     faces = [p for p in bundled_pictures("test") if p.emotion == "happy" and p.context is None][:2]
-    word = steps.word_tokens(model)["happy"]
-    found = attention_knockout(
-        model, steps.ask(model, steps.NAME, faces), [("image", "query")], log_prob(word), window=16, layers=[4]
-    )
+    question = "name the emotions of the person in the picture."
+    inputs = model.prepare(text=[question] * 2, images=[[face.open()] for face in faces])
+    metric = log_prob(model.to_single_token(" happy"))
+    found = attention_knockout(model, inputs, [("image", "query")], metric, window=16, layers=[4])
     assert float(found.values.max()) < 0, "without the picture the emotion's word must lose"

@@ -192,20 +192,19 @@ def test_a_reader_of_one_patch_is_found(model_of) -> None:
 
 def test_the_embedded_model_reads_a_smile_from_the_mouth() -> None:
     """Given the neutral twin's pixels window by window, two persons' answers change at the mouth."""
-    from veena_lens.app import steps
     from veena_lens.checkpoints.files import bundled_pairs
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     pairs = [pair for pair in bundled_pairs("test") if pair[0].emotion == "happy"][:2]
     happy, calm = ([picture.open() for picture in side] for side in zip(*pairs, strict=True))
-    words = steps.word_tokens(model)
-    metric = logit_diff(words["happy"], words["neutral"])
-    found = occlude_pixels(model, [steps.NAME] * 2, [[x] for x in happy], metric, fill=calm, max_rows=32, **QUIET)
+    metric = logit_diff(model.to_single_token(" happy"), model.to_single_token(" neutral"))
+    questions = ["name the emotions of the person in the picture."] * 2
+    found = occlude_pixels(model, questions, [[x] for x in happy], metric, fill=calm, max_rows=32, **QUIET)
     for person in found.values:
         row, column = divmod(int(person.argmax()), 8)
         assert row >= 4 and 2 <= column <= 5
     # Attribution at the tower's input agrees; what enters the decoder has been carried elsewhere by the tower.
-    sides = [steps.ask(model, steps.NAME, list(side)) for side in zip(*pairs, strict=True)]
+    sides = [model.prepare(text=questions, images=[[face] for face in side]) for side in (happy, calm)]
     tower = image_attribution(model, *sides, metric, "noising", site="vision.hook_embed")
     agreed = rank_agreement(tower, found).values
     assert float(agreed[:, 0].min()) > 0.3 and float(agreed[:, 1].max()) < 0.01

@@ -210,13 +210,13 @@ def test_without_scikit_learn_the_error_says_what_to_install(planted, monkeypatc
 
 
 def test_the_embedded_model_knows_the_emotion_of_people_held_out() -> None:
-    from veena_lens.app import steps
     from veena_lens.checkpoints.files import bundled_pairs
 
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     kept = [p for pair in bundled_pairs("development") for p in pair if pair[0].emotion in ("happy", "sad")]
     pictures = list({p.file: p for p in kept}.values())[:45]
-    inputs = steps.ask(model, steps.NAME, pictures)
+    question = "name the emotions of the person in the picture."
+    inputs = model.prepare(text=[question] * len(pictures), images=[[p.open()] for p in pictures])
     found = linear_probes(
         model, inputs, [p.emotion for p in pictures], [p.identity for p in pictures], layers=[0, 6], folds=3, **QUIET
     )

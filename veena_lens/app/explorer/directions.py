@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.app import steps
 from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.questions import LIST
 from veena_lens.circuits import head_intention, top_neurons
 from veena_lens.emotion import PairSet, TooFewPairs, directions_from, load_pairs, neuron_projections, select_pairs
 from veena_lens.emotion.methods import ROWS, batches, prepared
@@ -92,7 +92,7 @@ def pairs_of(session: Session, asked: DirectionAsked) -> tuple[PairSet, str]:
     if asked.emotion not in known:
         raise ValueError(f"No pairs of {asked.emotion!r}; there are: {', '.join(known)}.")
     chosen = pairs.select(emotion=asked.emotion)[: asked.n]
-    return (chosen.asked(steps.NAME) if asked.reading == LISTED else chosen), source
+    return (chosen.asked(LIST) if asked.reading == LISTED else chosen), source
 
 
 def settings(asked: DirectionAsked) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def direction_lines(direction: Direction, keeps_pairs: bool = False) -> list[str
     pairs = f"pairs = {direction.source}.select(emotion={json.dumps(asked.emotion)})[:{asked.n}]"
     lines = [
         f"model = HookedVLM.from_pretrained({json.dumps(asked.model)})",
-        pairs + (f".asked({json.dumps(steps.NAME)})" if asked.reading == LISTED else ""),
+        pairs + (f".asked({json.dumps(LIST)})" if asked.reading == LISTED else ""),
     ]
     if keeps_pairs:
         lines += [f"chosen = select_pairs(model, pairs, {read})", "directions = directions_from(chosen)"]

@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from PIL import Image, ImageDraw
 
-from veena_lens.app import steps
 from veena_lens.app.explorer import directions
 from veena_lens.app.explorer.directions import (
     FELT,
@@ -25,6 +24,7 @@ from veena_lens.app.explorer.directions import (
 from veena_lens.app.explorer.parts import Shared, code_box, export_box, program
 from veena_lens.app.explorer.pictures import thumbnails
 from veena_lens.app.explorer.state import Explorer, Session, told
+from veena_lens.app.questions import FEELING
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.circuits import max_activating_tokens, promoted_tokens
 
@@ -67,7 +67,10 @@ def exciting(explorer: Explorer, name: str, layer: int, neuron: int, k: int = 6)
     """The sample images whose tokens excite a neuron most, each once, the cell marked where it is one's."""
     pictures = [p for p in bundled_pictures("test") if p.context is None][:N_PICTURES]
     with explorer.using(name) as model:
-        batches = [steps.ask(model, steps.SAY, pictures[part]) for part in steps.chunks(len(pictures), 16)]
+        batches = [
+            model.prepare(text=[FEELING] * len(some), images=[[p.open()] for p in some])
+            for some in (pictures[start : start + 16] for start in range(0, len(pictures), 16))
+        ]
         found = max_activating_tokens(model, batches, layer, [neuron], k=8 * k)
     out: list[tuple[Image.Image, str]] = []
     seen: set[int] = set()
@@ -101,12 +104,12 @@ def neurons_code(direction: Direction, layer: int, neuron: int) -> str:
         f"print(promoted_tokens(model, {layer}, {neuron}, k={SHOWN}).meta.get('texts'))",
         "shown = [pair.emotional for pair in chosen.pairs]",
         "inputs = model.prepare(text=[e.prompt for e in shown], images=[[e.picture] for e in shown])",
-        f"print(drivers(model, inputs, {layer}, [{neuron}], k=5).meta['where'])",
+        f"print(max_activating_tokens(model, inputs, {layer}, [{neuron}], k=5).meta['where'])",
     ]
     body = [line.replace("'", '"') for line in body]
     imports = [
         *direction_imports(direction, "directions_from, neuron_projections, select_pairs"),
-        "from veena_lens.circuits import drivers, promoted_tokens, top_neurons",
+        "from veena_lens.circuits import max_activating_tokens, promoted_tokens, top_neurons",
     ]
     return program(imports, body)
 

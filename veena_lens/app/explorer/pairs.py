@@ -8,13 +8,13 @@ import gradio as gr
 import pandas as pd
 import torch
 
-from veena_lens.app import steps
 from veena_lens.app.explorer.directions import FELT
 from veena_lens.app.explorer.parts import Shared, code_box, export_box, program
 from veena_lens.app.explorer.patch import pair_names
 from veena_lens.app.explorer.pictures import thumbnails
 from veena_lens.app.explorer.state import Explorer, Session, told
 from veena_lens.app.explorer.steer import is_hit
+from veena_lens.app.questions import FEELING
 
 MOST = 6
 
@@ -27,7 +27,9 @@ def answered(explorer: Explorer, session: Session, name: str, emotion: str) -> p
         raise ValueError(f"No pairs of {emotion!r}; there are: {', '.join(FELT)}.")
     pictures: Any = [picture for _, pair in pairs for picture in (pair.emotional, pair.neutral)]
     with explorer.using(name) as model:
-        texts = model.generate(steps.ask(model, steps.SAY, pictures), max_new_tokens=16)
+        texts = model.generate(
+            model.prepare(text=[FEELING] * len(pictures), images=[[p.open()] for p in pictures]), max_new_tokens=16
+        )
     rows = []
     for i, (key, pair) in enumerate(pairs):
         said = [text.strip() for text in texts[2 * i : 2 * i + 2]]
@@ -53,7 +55,7 @@ def pairs_code(name: str, emotion: str) -> str:
         f'pairs = load_pairs().select(split="test", condition="none", emotion={emotion!r})[:{MOST}]',
         "for pair in pairs:",
         "    pictures = [[pair.emotional.open()], [pair.neutral.open()]]",
-        f"    inputs = model.prepare(text=[{steps.SAY!r}] * 2, images=pictures)",
+        f"    inputs = model.prepare(text=[{FEELING!r}] * 2, images=pictures)",
         "    texts = model.generate(inputs, max_new_tokens=16)",
         "    hits = [sample_hit(texts[0], pair.emotion), sample_hit(texts[1], 'neutral')]".replace("'", '"'),
         "    print(pair.identity, texts, hits)",

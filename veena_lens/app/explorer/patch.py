@@ -20,7 +20,7 @@ from veena_lens.app.explorer import look
 from veena_lens.app.explorer.parts import Shared, cells_slot, cells_value, code_box, export_box, program, view_value
 from veena_lens.app.explorer.pictures import Shown, open_upload, thumbnails
 from veena_lens.app.explorer.state import Explorer, Session, told
-from veena_lens.app.steps import NAME
+from veena_lens.app.questions import LIST
 from veena_lens.emotion import Pair, load_pairs
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -280,7 +280,7 @@ def build(shared: Shared) -> None:
             )
             thumbs = gr.HTML(elem_id="pair-thumbs", apply_default_css=False)
         with gr.Column(scale=3, min_width=320):
-            prompt = gr.Textbox(NAME, label="Question", elem_id="patch-prompt")
+            prompt = gr.Textbox(LIST, label="Question", elem_id="patch-prompt")
             with gr.Row():
                 right = gr.Textbox(
                     names[0].split(",")[0], label="Word that the first picture calls for", elem_id="right"

@@ -17,7 +17,6 @@ from typing import Any
 import gradio as gr
 import torch
 
-from veena_lens.app import steps
 from veena_lens.app.explorer import directions, own_pairs
 from veena_lens.app.explorer.directions import (
     BEGUN,
@@ -32,7 +31,7 @@ from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.parts import Shared, code_box, export_box, program
 from veena_lens.app.explorer.pictures import Shown, chosen, samples, thumbnails
 from veena_lens.app.explorer.state import Explorer, Session, by_name, told
-from veena_lens.app.steps import SAY
+from veena_lens.app.questions import FEELING
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.emotion import sample_hit
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
@@ -125,7 +124,7 @@ def steer(
     faces = [p for p in bundled_pictures("test") if p.emotion == "neutral" and p.context is None][:N_FACES]
     with explorer.using(name) as model:
         one = model.prepare(text=prompt, images=shown.image)
-        many = steps.ask(model, steps.SAY, faces)
+        many = model.prepare(text=[FEELING] * len(faces), images=[[face.open()] for face in faces])
         (before,) = model.generate(one, max_new_tokens=SAY_TOKENS)
         plain = model.generate(many, max_new_tokens=8)
         with model.intervene(circuit):
@@ -282,7 +281,7 @@ def build(shared: Shared) -> None:
                 upload = gr.File(
                     label="or your own", type="filepath", height=96, elem_classes="veena-drop", elem_id="steer-upload"
                 )
-            prompt = gr.Textbox(SAY, label="Question", elem_id="steer-prompt")
+            prompt = gr.Textbox(FEELING, label="Question", elem_id="steer-prompt")
             layer = gr.Slider(0, 7, 4, step=1, label="Layer", elem_id="layer")
             alpha = gr.Slider(-4, 8, 1, step=0.1, label="alpha: the direction, added (0: off)", elem_id="alpha")
             beta = gr.Slider(

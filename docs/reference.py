@@ -1,14 +1,17 @@
-"""Write docs/reference/*.md, one entry a public name; mkdocs calls it before every build, so no page is ever old.
+"""Write docs/reference/*.md, with one entry per public name; mkdocs calls it before every build, so no page is stale.
 
 The pages name objects only; mkdocstrings reads signatures and docstrings from the source.
 """
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "reference"
+# A link from a page to a source file. It works in the repository; the site does not contain the sources.
+SOURCE_LINK = re.compile(r"\[(`[^`\]]+`)\]\(\.\./[^)]+\)")
 # Page -> (title, one line about it, packages whose public names it lists, further objects of veena_lens).
 PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "model": (
@@ -16,13 +19,6 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         "Load, prepare, run, hook, cache, generate.",
         (),
         (
-            "model.model.HookedVLM",
-            "model.hooking.Hooking",
-            "model.intervening.Intervening",
-            "model.generation.Generation",
-            "model.attending.Attending",
-            "model.text.TextInterface",
-            "model.weights.StackedWeights",
             "inputs.MultimodalInputs",
             "inputs.Spans",
             "activation_cache.ActivationCache",
@@ -37,26 +33,26 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "interventions": ("Interventions", "Edits as data; `model.intervene` applies them.", ("interventions",), ()),
     "sweeps": (
         "Sweeps",
-        "Many patched or steered runs of one input, and what is measured in each.",
+        "Many patched or steered runs of one input, and the metrics measured in each.",
         ("sweeps",),
         ("sweeps.metrics",),
     ),
     "circuits": (
         "Circuits",
-        "Heads, neurons, lenses, attribution, knockout, occlusion, probes, and how sure it is.",
+        "Heads, neurons, lenses, attribution, knockout, occlusion, probes, and their statistics.",
         ("circuits",),
         (),
     ),
-    "emotion": ("Emotion", "Pairs, directions, words and wheels, methods and their rivals.", ("emotion",), ()),
+    "emotion": ("Emotion", "Pairs, directions, words and wheels, methods and their baselines.", ("emotion",), ()),
     "checkpoints": (
         "Checkpoints and adapters",
-        "Files, processors and the embedded models; how an architecture is mapped.",
+        "Files, processors and the embedded models; adapters for architectures.",
         ("checkpoints",),
-        ("checkpoints.verify.verify", "checkpoints.verify.Certificate", "weight_map.Adapter", "weight_map.WeightMap"),
+        ("verify.verify", "verify.Certificate", "weight_map.Adapter", "weight_map.WeightMap"),
     ),
     "plots": (
         "Figures and views",
-        "Static figures, figures to hover over, and the explorer's view.",
+        "Static figures, interactive figures, and the explorer's view.",
         ("plots", "app.view"),
         ("plots.interactive",),
     ),
@@ -64,25 +60,38 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
 
 
 def objects_of(package: str) -> list[str]:
-    """Where each public name of a package is defined, as veena_lens.module.name, in the order of modules."""
+    """Return where each public name of a package is defined, as veena_lens.module.name, in the order of modules."""
     module = import_module(f"veena_lens.{package}")
     found = [getattr(module, name) for name in module.__all__]
     return sorted({f"{it.__module__}.{it.__qualname__}" for it in found if hasattr(it, "__qualname__")})
 
 
+def parts_of_the_model() -> list[str]:
+    """Return HookedVLM and those of its base classes that are defined here."""
+    from veena_lens import HookedVLM
+
+    return [f"{c.__module__}.{c.__qualname__}" for c in HookedVLM.__mro__ if c.__module__.startswith("veena_lens.")]
+
+
 def page(name: str) -> str:
-    """The text of one page."""
+    """Return the text of one page."""
     title, about, packages, further = PAGES[name]
-    names = [path for package in packages for path in objects_of(package)]
+    names = parts_of_the_model() if name == "model" else []
+    names += [path for package in packages for path in objects_of(package)]
     names += [f"veena_lens.{path}" for path in further]
     return f"# {title}\n\n{about}\n\n" + "\n\n".join(f"::: {path}" for path in dict.fromkeys(names)) + "\n"
 
 
 def on_pre_build(config: object = None) -> None:
-    """mkdocs's event: write the pages."""
+    """Write the pages when mkdocs begins a build."""
     FOLDER.mkdir(exist_ok=True)
     for name in PAGES:
         (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
+
+
+def on_page_markdown(markdown: str, **event: object) -> str:
+    """Replace links to source files by their paths when mkdocs reads a page."""
+    return SOURCE_LINK.sub(r"\1", markdown)
 
 
 if __name__ == "__main__":

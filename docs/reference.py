@@ -24,7 +24,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
             "model.text.TextInterface",
             "model.weights.StackedWeights",
             "inputs.MultimodalInputs",
-            "inputs.Spans",
+            "spans.Spans",
             "activation_cache.ActivationCache",
             "activation_cache.MissingActivation",
             "scores.Scores",

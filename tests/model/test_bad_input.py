@@ -61,15 +61,15 @@ def test_padded_tokens_without_a_mask_are_refused(side: str, model: Any, text_mo
 
 def test_image_tokens_without_a_picture_are_refused(model: Any, raw: dict[str, Any], refuses: Any) -> None:
     del raw["pixel_values"]
-    refuses(lambda: model.forward_hf(**raw), "12 image tokens.*no picture")
-    refuses(lambda: model(torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN, 6]])), "2 image tokens.*no picture")
-    refuses(lambda: model.generate(torch.tensor([[5, IMAGE_TOKEN]]), return_type="tokens"), "no picture")
+    refuses(lambda: model.forward_hf(**raw), "12 image tokens.*no image")
+    refuses(lambda: model(torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN, 6]])), "2 image tokens.*no image")
+    refuses(lambda: model.generate(torch.tensor([[5, IMAGE_TOKEN]]), return_type="tokens"), "no image")
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_wrong_number_of_pictures_is_refused(n: int, model: Any, raw: dict[str, Any], refuses: Any) -> None:
     raw["pixel_values"] = raw["pixel_values"][:1].expand(n, -1, -1, -1)
-    refuses(lambda: model.forward_hf(**raw), rf"\[4, 8\] image tokens.*4.*{n} pictures")
+    refuses(lambda: model.forward_hf(**raw), rf"\[4, 8\] image tokens.*4.*{n} images")
 
 
 def test_image_tokens_that_are_no_whole_pictures_are_refused(model: Any, raw: dict[str, Any], refuses: Any) -> None:
@@ -80,7 +80,7 @@ def test_image_tokens_that_are_no_whole_pictures_are_refused(model: Any, raw: di
 
 def test_pictures_without_image_tokens_are_refused(model: Any, raw: dict[str, Any], refuses: Any) -> None:
     raw["input_ids"][raw["input_ids"] == IMAGE_TOKEN] = 5
-    refuses(lambda: model.forward_hf(**raw), "3 pictures")
+    refuses(lambda: model.forward_hf(**raw), "3 images")
 
 
 @pytest.mark.parametrize(
@@ -179,17 +179,12 @@ def test_residual_of_another_width_is_refused(model: Any, refuses: Any) -> None:
 
 def test_inputs_edited_by_hand_are_checked_again(model: Any, raw: dict[str, Any], refuses: Any) -> None:
     inputs = model.inputs_from_hf(**raw)
-    refuses(lambda: model(replace(inputs, pixel_values=None)), "no picture")
+    refuses(lambda: model(replace(inputs, pixel_values=None)), "no image")
     more = inputs.tokens.clone()
     more[0, -1] = IMAGE_TOKEN
     with pytest.raises(ValueError, match="13 image tokens"):
         model(replace(inputs, tokens=more))
-    fewer = replace(
-        inputs,
-        pixel_values=inputs.pixel_values[:2],
-        crop_rows=inputs.crop_rows[:2],
-        image_rows=inputs.image_rows[:2],
-    )
+    fewer = replace(inputs, pixel_values=inputs.pixel_values[:2])
     with pytest.raises(ValueError, match="8 features"):
         model(fewer)
 

@@ -25,8 +25,7 @@ from veena_lens.components.kv_cache import KVCache
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
-from veena_lens.images.layout import image_runs
-from veena_lens.images.packing import pack_features
+from veena_lens.images.layout import image_runs, layout_of, pack_features
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.attention_rows import Attending, AttentionRows
 from veena_lens.model.edits import Intervening
@@ -35,9 +34,9 @@ from veena_lens.model.generation import Generation, end_tokens
 from veena_lens.model.hooks import Hooking
 from veena_lens.model.text import TextInterface, bare_inputs, require_prompt_fits
 from veena_lens.model.weights import StackedWeights
+from veena_lens.vision import make_tower
 from veena_lens.vision.connector import TowerOutput, make_connector
 from veena_lens.vision.qwen import DeepstackMerger
-from veena_lens.vision.towers import make_tower
 
 Deepstack: TypeAlias = dict[int, Float[Tensor, "batch pos d_model"]]
 
@@ -63,7 +62,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
             self.vision = make_tower(cfg.vision)
             self.connector = make_connector(cfg.connector)
             self.hook_image_features = HookPoint()
-            if cfg.image_layout == "anyres":
+            if layout_of(cfg).has_newline:
                 self.image_newline = nn.Parameter(torch.zeros(cfg.d_model))
             if cfg.vision.deepstack_layers:
                 n = len(cfg.vision.deepstack_layers)
@@ -312,7 +311,7 @@ class HookedVLM(Intervening, Attending, Generation, StackedWeights, TextInterfac
         """What the tower makes of the images; None without images."""
         if inputs.pixel_values is None:
             return None
-        return self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device), inputs.picture_shapes)
+        return self.vision(inputs.pixel_values.to(self.vision.patch_embed.weight.device), inputs.crop_shapes)
 
     def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
         """What the tower and the connector make of the images, row after row; None without images."""

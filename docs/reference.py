@@ -20,7 +20,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         (),
         (
             "inputs.MultimodalInputs",
-            "inputs.Spans",
+            "spans.Spans",
             "activation_cache.ActivationCache",
             "activation_cache.MissingActivation",
             "scores.Scores",

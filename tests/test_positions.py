@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 from veena_lens.positions import WORDS, parse, position_mask
+from veena_lens.spans import StoredImage
 
 IMAGE, PAD = 99, 0
 row_parts = st.lists(st.sampled_from(["t", "i"]), min_size=1, max_size=6)
@@ -40,7 +41,7 @@ def make(rows: list[list[str]], side: str, n_answer: int = 0, per_image: int = 3
         position_ids=text_positions(mask),
         image_token_id=IMAGE,
         spans=find_spans(tokens, mask, IMAGE, lengths, answers),
-        grids=tuple(tuple((1, per_image) for _ in row) for row in lengths),
+        layouts=tuple(tuple(StoredImage(grid=(1, per_image)) for _ in row) for row in lengths),
     )
 
 

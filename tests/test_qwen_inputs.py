@@ -100,11 +100,11 @@ def test_chosen_rows_keep_their_own_pictures(rows: list[str], data: st.DataObjec
     owners = [] if inputs.crop_rows is None else inputs.crop_rows.tolist()
     pictures = [i for row in chosen for i, owner in enumerate(owners) if owner == row]
     if not pictures:
-        assert part.pixel_values is None and part.crop_grids is None and part.picture_lengths() is None
+        assert part.pixel_values is None and part.crop_grids is None and part.crop_lengths() is None
         return
     assert torch.equal(part.crop_grids, inputs.crop_grids[pictures])
     lengths = part.crop_grids.prod(-1).tolist()
-    assert part.picture_lengths() == lengths and part.picture_lengths(in_tokens=True) == [n // 4 for n in lengths]
+    assert part.crop_lengths() == lengths and part.crop_lengths(in_tokens=True) == [n // 4 for n in lengths]
     assert part.pixel_values.shape[1] == max(lengths), "padded no further than the longest that is left"
     for mine, theirs, n in zip(part.pixel_values, inputs.pixel_values[pictures], lengths, strict=True):
         assert torch.equal(mine[:n], theirs[:n])

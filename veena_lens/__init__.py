@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from veena_lens.activation_cache import ActivationCache
     from veena_lens.config import ConnectorConfig, HookedVLMConfig, RopeConfig, VisionConfig
-    from veena_lens.inputs import MultimodalInputs, Spans
+    from veena_lens.inputs import MultimodalInputs
     from veena_lens.model.model import HookedVLM
     from veena_lens.scores import Scores
+    from veena_lens.spans import Spans
     from veena_lens.weight_map import Adapter, WeightMap
 
 __version__ = "0.1.0"
@@ -22,7 +23,7 @@ _HOMES = {
     "HookedVLM": "veena_lens.model.model",
     "ActivationCache": "veena_lens.activation_cache",
     "MultimodalInputs": "veena_lens.inputs",
-    "Spans": "veena_lens.inputs",
+    "Spans": "veena_lens.spans",
     "Scores": "veena_lens.scores",
     "HookedVLMConfig": "veena_lens.config",
     "VisionConfig": "veena_lens.config",

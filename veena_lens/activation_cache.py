@@ -7,7 +7,6 @@ cache lacks. Vision activations have images on their first axis, so batch operat
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ from transformer_lens import utilities as tl
 from transformer_lens.utilities import Slice
 
 from veena_lens.hook_table import canonical, near_names, row_of
-from veena_lens.inputs import MultimodalInputs, Spans, raster_order, text_positions
+from veena_lens.images.dynamic import raster_order
+from veena_lens.input_files import PREFIX, describe_inputs, input_tensors, restore_inputs
+from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.residual_parts import ResidualParts
 from veena_lens.scores import opened
@@ -175,7 +176,7 @@ class ActivationCache(ResidualParts):
         axes = row_of(full).axis_names
         height, width = inputs.grids[row][image]
         if axes[0] == "crop":
-            return self._picture_grid(value, row, image, full)
+            return self._crop_grid(value, row, image, full)
         if axes[0] == "n_image_tokens":
             # Features stand in the order of the image tokens that they fill.
             order = inputs.image_mask.flatten().long().cumsum(0).view(inputs.shape) - 1
@@ -189,21 +190,21 @@ class ActivationCache(ResidualParts):
             return value[:, position, tokens].unflatten(-1, (height, width))
         return value[tokens].unflatten(0, (height, width))
 
-    def _picture_grid(self, value: Tensor, row: int, image: int, name: str) -> Tensor:
+    def _crop_grid(self, value: Tensor, row: int, image: int, name: str) -> Tensor:
         inputs = self._need_inputs("cache.image_grid")
         if inputs.crop_rows is None or inputs.crop_images is None:
             raise ValueError(f"{name}: these inputs hold no images.")
         mine = (inputs.crop_rows == row) & (inputs.crop_images == image)
-        picture = int(mine.nonzero().flatten()[0])
+        crop = int(mine.nonzero().flatten()[0])
         axes = row_of(name).axis_names
-        one = value[picture]
+        one = value[crop]
         if "query_pos" in axes:
             raise ValueError(f"{name}: a pattern of the tower has two grids; index it directly.")
         if inputs.crop_grids is not None:
             height, width = inputs.grids[row][image]
             if name.startswith("connector."):
                 return one[: height * width].unflatten(0, (height, width))
-            in_patches = tuple(int(n) for n in inputs.crop_grids[picture].tolist())
+            in_patches = tuple(int(n) for n in inputs.crop_grids[crop].tolist())
             return one[raster_order((in_patches[0], in_patches[1]), in_patches[0] // height).to(one.device)]
         side = int(one.shape[0] ** 0.5)
         extra = one.shape[0] - side * side  # CLIP's class token stands first
@@ -217,8 +218,8 @@ class ActivationCache(ResidualParts):
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
         about: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "format": "veena_lens.ActivationCache"}
         if self.inputs is not None:
-            about["inputs"] = _describe_inputs(self.inputs)
-            tensors |= _input_tensors(self.inputs)
+            about["inputs"] = describe_inputs(self.inputs)
+            tensors |= input_tensors(self.inputs)
         save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about)})
         return path
 
@@ -232,8 +233,8 @@ class ActivationCache(ResidualParts):
             if about.get("format") != "veena_lens.ActivationCache":
                 raise ValueError(f"{path} is a safetensors file, but no activation cache of veena_lens.")
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        inputs = _restore_inputs(about.get("inputs"), tensors)
-        kept = {n: v for n, v in tensors.items() if not n.startswith("inputs.")}
+        inputs = restore_inputs(about.get("inputs"), tensors)
+        kept = {n: v for n, v in tensors.items() if not n.startswith(PREFIX)}
         return cls(kept, model, has_batch_dim=about["has_batch_dim"], inputs=inputs)
 
     def __repr__(self) -> str:
@@ -249,77 +250,13 @@ class ActivationCache(ResidualParts):
 
 def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Tensor:
     """An activation of some images, padded no further than the longest of them."""
-    lengths = None if inputs is None else inputs.picture_lengths(in_tokens=name.startswith("connector."))
+    lengths = None if inputs is None else inputs.crop_lengths(in_tokens=name.startswith("connector."))
     if lengths is None or not len(value):
         return value
     for axis, what in enumerate(row_of(name).axis_names):
         if what in ("pos", "query_pos", "key_pos"):
             value = value.narrow(axis, 0, max(lengths))
     return value
-
-
-def _describe_inputs(inputs: MultimodalInputs) -> dict[str, Any]:
-    def pair(s: slice | None) -> list[int] | None:
-        return None if s is None else [s.start, s.stop]
-
-    return {
-        "image_token_id": inputs.image_token_id,
-        "video_token_id": inputs.video_token_id,
-        "pad_token_id": inputs.pad_token_id,
-        "grid_places": [[list(p) for p in row] for row in inputs.grid_places],
-        "token_tiles": [[list(t) for t in row] for row in inputs.token_tiles],
-        "grids": [[list(g) for g in row] for row in inputs.grids],
-        "spans": [
-            {"images": [pair(i) for i in s.images], "query": pair(s.query), "last": s.last, "answer": pair(s.answer)}
-            for s in inputs.spans
-        ],
-        "boxes": inputs.patch_boxes is not None,
-    }
-
-
-def _input_tensors(inputs: MultimodalInputs) -> dict[str, Tensor]:
-    out = {"inputs.tokens": inputs.tokens, "inputs.attention_mask": inputs.attention_mask}
-    out["inputs.position_ids"] = inputs.position_ids
-    for name in ("crop_rows", "crop_images", "crop_grids"):
-        if getattr(inputs, name) is not None:
-            out[f"inputs.{name}"] = getattr(inputs, name)
-    for row, boxes in enumerate(inputs.patch_boxes or ()):
-        out |= {f"inputs.boxes.{row}.{i}": b for i, b in enumerate(boxes) if b is not None}
-    return {k: v.detach().cpu().contiguous().clone() for k, v in out.items()}
-
-
-def _restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> MultimodalInputs | None:
-    if about is None:
-        return None
-
-    def cut(pair: list[int] | None) -> slice | None:
-        return None if pair is None else slice(*pair)
-
-    spans = tuple(
-        Spans([slice(*i) for i in s["images"]], slice(*s["query"]), s["last"], cut(s["answer"])) for s in about["spans"]
-    )
-    mask = tensors["inputs.attention_mask"]
-    boxes = None
-    if about["boxes"]:
-        boxes = tuple(
-            tuple(tensors.get(f"inputs.boxes.{row}.{i}") for i in range(len(s.images))) for row, s in enumerate(spans)
-        )
-    return MultimodalInputs(
-        tokens=tensors["inputs.tokens"],
-        attention_mask=mask,
-        position_ids=tensors.get("inputs.position_ids", text_positions(mask)),
-        image_token_id=about["image_token_id"],
-        video_token_id=about.get("video_token_id"),
-        pad_token_id=about["pad_token_id"],
-        grid_places=tuple(tuple(tuple(p) for p in row) for row in about["grid_places"]),
-        token_tiles=tuple(tuple(tuple(t) for t in row) for row in about.get("token_tiles", ())),
-        crop_rows=tensors.get("inputs.crop_rows"),
-        crop_images=tensors.get("inputs.crop_images"),
-        crop_grids=tensors.get("inputs.crop_grids"),
-        spans=spans,
-        grids=tuple(tuple((g[0], g[1]) for g in row) for row in about["grids"]),
-        patch_boxes=boxes,
-    )
 
 
 __all__ = ["ActivationCache", "MissingActivation"]

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Casts = Literal["hf", "none"]
-ImageLayout = Literal["fixed", "anyres", "dynamic", "tiles"]
 ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 
 
@@ -271,7 +270,7 @@ class HookedVLMConfig(TransformerConfig):
     sliding_rope: RopeConfig | None = None
     bidirectional_images: bool = False
     sliding_windows: tuple[int | None, ...] = ()
-    image_layout: ImageLayout = "fixed"
+    image_layout: str = "fixed"  # a row of `images.layout.LAYOUTS`
     image_pinpoints: tuple[tuple[int, int], ...] = ()  # any resolution: canvases (height, width) in pixels
     max_tiles: int = 0  # any resolution: larger grids are resampled to about so many tiles (0: never)
     tiles_single_images_only: bool = (
@@ -300,9 +299,7 @@ class HookedVLMConfig(TransformerConfig):
             raise ValueError(f"HookedVLMConfig: d_head={self.d_head} must be even for rotary positions.")
         if self.vision is not None and self.image_token_id is None:
             raise ValueError("HookedVLMConfig: a model with a vision tower needs image_token_id.")
-        if self.image_layout == "anyres" and not self.image_pinpoints:
-            raise ValueError("HookedVLMConfig: image_layout='anyres' needs image_pinpoints, its canvases.")
-        if self.image_layout == "anyres" and self.vision is not None:
+        if self.image_pinpoints and self.vision is not None:
             height, width = self.vision.grid
             if self.vision.n_features != height * width:
                 raise ValueError(

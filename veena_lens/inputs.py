@@ -6,59 +6,25 @@ for `[batch, pos]` tokens run with images unchanged. Plain data: a processor mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Spans:
-    """Where things lie in one row, as positions of the padded sequence.
-
-    `images`: a slice an image; `query`: the text after the last image (the whole prompt where there is none),
-    without the answer; `last`: the last prompt token; `answer`: the answer's tokens, None without one.
-    """
-
-    images: list[slice]
-    query: slice
-    last: int
-    answer: slice | None = None
-
-    def __repr__(self) -> str:
-        def show(s: slice) -> str:
-            return f"{s.start}:{s.stop}"
-
-        images = ", ".join(map(show, self.images))
-        answer = "" if self.answer is None else f", answer={show(self.answer)}"
-        return f"Spans(images=[{images}], query={show(self.query)}, last={self.last}{answer})"
+from veena_lens.spans import ImageRecord, Spans
 
 
 def text_positions(mask: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """Position of each token counted over real tokens only; pads get 0 (as Hugging Face's `generate` does)."""
+    """Return the position of each token, counted over real tokens only; pads get 0, as in Hugging Face's `generate`."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def to_merge_order(x: Int[Tensor, "height width"], merge: int) -> Int[Tensor, " patch"]:
-    """Values of a grid in the order in which images of any size have their patches: squares of `merge` x `merge`
-    patches row by row, and inside a square row by row."""
-    return rearrange(x, "(h a) (w b) -> (h w a b)", a=merge, b=merge)
-
-
-def raster_order(grid: tuple[int, int], merge: int) -> Int[Tensor, "height width"]:
-    """For every cell of a grid the place of its patch in that order."""
-    n = grid[0] * grid[1]
-    at = torch.empty(n, dtype=torch.long)
-    at[to_merge_order(torch.arange(n).view(*grid), merge)] = torch.arange(n)
-    return at.view(*grid)
-
-
 def is_any_of(tokens: Int[Tensor, "*axes"], ids: Sequence[int]) -> Bool[Tensor, "*axes"]:
-    """True where a token is one of `ids`."""
+    """Return True where a token is one of `ids`."""
     found = torch.zeros_like(tokens, dtype=torch.bool)
     for token in ids:
         found |= tokens == token
@@ -72,7 +38,15 @@ def find_spans(
     image_lengths: Sequence[Sequence[int]],
     answer_lengths: Sequence[int] | None = None,
 ) -> tuple[Spans, ...]:
-    """Spans of every row, given how many tokens each of its images fills (images may touch)."""
+    """Return the spans of every row.
+
+    Args:
+        tokens: the padded ids.
+        mask: True at real tokens.
+        image_tokens: the ids of tokens that images fill; None without images.
+        image_lengths: per row, how many tokens each image fills (images may touch).
+        answer_lengths: per row, how many tokens at its end are the answer; None without an answer.
+    """
     ids = () if image_tokens is None else (image_tokens,) if isinstance(image_tokens, int) else tuple(image_tokens)
     found = []
     for row in range(len(tokens)):
@@ -96,19 +70,17 @@ def find_spans(
 class MultimodalInputs:
     """A batch of prompts with images, ready for a model.
 
-    tokens: [batch pos] ids with every image expanded to its tokens. attention_mask: [batch pos], False on pads.
-    position_ids: [batch pos], or [3 batch pos] for multimodal rotary. pixel_values: what the tower reads,
-    [crop ...] (any size: [crop patch numbers], padded); crop_rows: the row that owns each crop; crop_images: which of
-    the row's images it belongs to; crop_grids: (height, width) in patches of each, where images have any size;
-    patch_mask: [crop patch], False at patches of the square that a smaller image does not have, None where all are
-    whole; image_rows: the row of each image. A crop is what the tower reads at once: an image, a tile of one (the whole
-    view first), or a frame or a pair of frames of a video, which counts as an image of its own.
-    extras: further tensors of a processor with one entry an image. grids: a row's (height, width) in tokens,
-    one an image; grid_places: which of an image's tokens are the cells of that grid, row by row (the others are a
-    class token, a whole view, newlines). token_tiles: the tile of each of an image's tokens (0 the whole view, -1 a
-    newline), where images have tiles. patch_boxes: a row's boxes, one [n_tokens 4] tensor an image: (left,
-    top, right, bottom) in pixels of the original image, or None where the original is not known.
-    end_token_ids: tokens that end an answer.
+    A crop is what the tower reads at once: an image, a tile of one (the whole view first), or a frame or a pair of
+    frames of a video, which counts as an image.
+
+    tokens: ids, with every image expanded to its tokens. attention_mask: False on pads. position_ids: [batch pos], or
+    [3 batch pos] for multimodal rotary positions. image_token_id, video_token_id: the tokens whose places images fill.
+    pad_token_id: the token at pads. pixel_values: what the tower reads, one entry per crop, row after row; crops of any
+    size are [crop patch numbers], padded. patch_mask: False at patches of the square that a smaller crop does not have;
+    None if all are whole. layouts: per row, one record per image, from which grids and owners of crops follow. spans:
+    where things lie in each row. patch_boxes: per row and image, (left, top, right, bottom) of each token in pixels of
+    the original image [n_tokens 4]; None where the original is not known. end_token_ids: tokens that end an answer.
+    tokenize: text to ids without special tokens, for answers.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -118,16 +90,9 @@ class MultimodalInputs:
     video_token_id: int | None = None
     pad_token_id: int = 0
     pixel_values: Float[Tensor, "crop ..."] | None = None
-    crop_rows: Int[Tensor, " crop"] | None = None
-    crop_images: Int[Tensor, " _"] | None = None
-    crop_grids: Int[Tensor, "crop 2"] | None = None
     patch_mask: Bool[Tensor, "crop patch"] | None = None
-    image_rows: Int[Tensor, " image"] | None = None
-    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    layouts: tuple[tuple[ImageRecord, ...], ...] = ()
     spans: tuple[Spans, ...] = ()
-    grids: tuple[tuple[tuple[int, int], ...], ...] = ()
-    grid_places: tuple[tuple[tuple[int, ...], ...], ...] = ()
-    token_tiles: tuple[tuple[tuple[int, ...], ...], ...] = ()
     patch_boxes: tuple[tuple[Any, ...], ...] | None = None
     end_token_ids: tuple[int, ...] = ()
     tokenize: Callable[[str], list[int]] | None = field(default=None, repr=False)
@@ -161,80 +126,114 @@ class MultimodalInputs:
         return len(self.tokens)
 
     def __getitem__(self, rows: Any) -> MultimodalInputs:
-        """The chosen rows with their images: an int (a batch of one), slice, list, or index or bool tensor."""
+        """Return the chosen rows with their images: an int (a batch of one), slice, list, or index or bool tensor."""
         if isinstance(rows, tuple):
             raise IndexError("MultimodalInputs is indexed by rows only; use .tokens to pick positions.")
         if isinstance(rows, int):
             rows = range(len(self))[rows]
             rows = slice(rows, rows + 1)
-        index = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows]
-        chosen = index.flatten().tolist()
-        on = self.tokens.device
-        index = torch.tensor(chosen, dtype=torch.long, device=on)
-        pictures, new_picture_rows = _belonging(self.crop_rows, chosen)
-        images, new_image_rows = _belonging(self.image_rows, chosen)
-        pixels, crop_grids = _take(self.pixel_values, pictures), _take(self.crop_grids, pictures)
-        if pixels is not None and crop_grids is not None:  # padded to the longest image that is left
-            pixels = pixels[:, : int(crop_grids.prod(-1).max())]
-        return replace(
+        chosen = torch.arange(len(self))[rows.cpu() if isinstance(rows, Tensor) else rows].flatten().tolist()
+        index = torch.tensor(chosen, dtype=torch.long, device=self.device)
+        crops = self._crops_of(chosen)
+        part = replace(
             self,
             tokens=self.tokens[index],
             attention_mask=self.attention_mask[index],
             position_ids=self.position_ids[..., index, :],
-            pixel_values=pixels,
-            crop_rows=new_picture_rows,
-            crop_images=_take(self.crop_images, pictures),
-            crop_grids=crop_grids,
-            patch_mask=_take(self.patch_mask, pictures),
-            image_rows=new_image_rows,
-            extras={k: v[images.to(v.device)] if images is not None else v for k, v in self.extras.items()},
+            pixel_values=_take(self.pixel_values, crops),
+            patch_mask=_take(self.patch_mask, crops),
+            layouts=tuple(self.layouts[i] for i in chosen) if self.layouts else (),
             spans=tuple(self.spans[i] for i in chosen),
-            grids=tuple(self.grids[i] for i in chosen),
-            grid_places=tuple(self.grid_places[i] for i in chosen) if self.grid_places else (),
-            token_tiles=tuple(self.token_tiles[i] for i in chosen) if self.token_tiles else (),
             patch_boxes=None if self.patch_boxes is None else tuple(self.patch_boxes[i] for i in chosen),
         )
+        if part.pixel_values is None or part.crop_grids is None:
+            return part
+        longest = int(part.crop_grids.prod(-1).max())  # pads beyond the longest crop that is left go
+        return replace(part, pixel_values=part.pixel_values[:, :longest])
+
+    def _crops_of(self, rows: Sequence[int]) -> list[int]:
+        """Return the indices of the crops that some rows own, in the order of these rows."""
+        numbers = [sum(image.n_crops for image in row) for row in self.layouts] or [0] * len(self)
+        return [i for row in rows for i in range(sum(numbers[:row]), sum(numbers[: row + 1]))]
 
     def to(self, device: torch.device | str) -> MultimodalInputs:
-        """The same inputs with every tensor on `device`."""
+        """Return the same inputs with every tensor on `device`."""
+        names = ("tokens", "attention_mask", "position_ids", "pixel_values", "patch_mask")
+        given = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: x.to(device) for name, x in given.items() if x is not None})
 
-        def move(x: Any) -> Any:
-            return x.to(device) if isinstance(x, Tensor) else x
+    # --- images ----------------------------------------------------------------------------------------
+    @cached_property
+    def grids(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Per row and image, (height, width) of its token grid."""
+        return tuple(tuple(image.grid for image in row) for row in self.layouts)
 
-        return replace(
-            self,
-            **{
-                name: move(getattr(self, name))
-                for name in (
-                    "tokens",
-                    "attention_mask",
-                    "position_ids",
-                    "pixel_values",
-                    "crop_rows",
-                    "crop_images",
-                    "crop_grids",
-                    "patch_mask",
-                    "image_rows",
-                )
-            },
-            extras={k: move(v) for k, v in self.extras.items()},
-        )
+    @cached_property
+    def grid_places(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Per row and image, which of its tokens are the cells of the grid, row by row.
 
-    # --- what the rows hold --------------------------------------------------------------------------
+        The others are a class token, a whole view, newlines.
+        """
+        return tuple(tuple(tuple(image.grid_places()) for image in row) for row in self.layouts)
+
+    @cached_property
+    def token_tiles(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Per row and image, the tile of each token (0 the whole view, -1 a newline); empty without tiles."""
+        found = [[image.token_crops() for image in row] for row in self.layouts]
+        if not any(found) or any(crops is None for row in found for crops in row):
+            return ()
+        return tuple(tuple(tuple(crops) for crops in row if crops is not None) for row in found)
+
+    @cached_property
+    def crop_rows(self) -> Int[Tensor, " crop"] | None:
+        """The row that owns each crop; None without images."""
+        return self._per_image(lambda row, number, image: [row] * image.n_crops)
+
+    @cached_property
+    def crop_images(self) -> Int[Tensor, " crop"] | None:
+        """Which of its row's images each crop belongs to; None without images."""
+        return self._per_image(lambda row, number, image: [number] * image.n_crops)
+
+    @cached_property
+    def crop_grids(self) -> Int[Tensor, "crop 2"] | None:
+        """(height, width) in patches of each crop, where images have any size; None where all have one."""
+        if any(image.patch_grid is None for row in self.layouts for image in row):
+            return None
+        return self._per_image(lambda row, number, image: [image.patch_grid])
+
+    @cached_property
+    def image_rows(self) -> Int[Tensor, " image"] | None:
+        """The row that owns each image; None without images."""
+        return self._per_image(lambda row, number, image: [row])
+
+    def _per_image(self, values: Callable[[int, int, ImageRecord], list[Any]]) -> Tensor | None:
+        """Return a tensor of values of all images, in reading order; None without images."""
+        images = [(row, number, image) for row, mine in enumerate(self.layouts) for number, image in enumerate(mine)]
+        found = [value for image in images for value in values(*image)]
+        return torch.tensor(found, device=self.device) if found else None
+
     @property
-    def picture_shapes(self) -> Tensor | None:
-        """What a tower must know of its images beside their pixels: grids of those of any size, or the patches that
+    def crop_shapes(self) -> Tensor | None:
+        """What a tower must know of its crops besides their pixels: the grids of those of any size, or the patches that
         smaller ones have; None where all are alike."""
         return self.patch_mask if self.crop_grids is None else self.crop_grids
 
+    def crop_lengths(self, in_tokens: bool = False) -> list[int] | None:
+        """Return the number of patches of each crop, or of tokens that it fills; None where crops are not padded."""
+        if self.crop_grids is None:
+            return None
+        if in_tokens:
+            return [height * width for row in self.grids for height, width in row]
+        return self.crop_grids.prod(-1).tolist()
+
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Tokens whose places images fill."""
+        """Ids of the tokens whose places images fill."""
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     @property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
-        """True at the tokens that images fill (an image token that a model says is text like any other)."""
+        """True at the tokens that images fill (an image token that a model generates is text like any other)."""
         mask = torch.zeros_like(self.attention_mask)
         for row, spans in enumerate(self.spans):
             for span in spans.images:
@@ -243,29 +242,25 @@ class MultimodalInputs:
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
-        """Real tokens a row."""
+        """Number of real tokens per row."""
         return self.attention_mask.sum(-1)
 
     @property
     def n_images(self) -> list[int]:
-        """Images a row."""
+        """Number of images per row."""
         return [len(s.images) for s in self.spans]
 
-    def picture_lengths(self, in_tokens: bool = False) -> list[int] | None:
-        """Patches of each image, or tokens that it fills; None where images are not padded."""
-        if self.crop_grids is None:
-            return None
-        if in_tokens:
-            return [height * width for row in self.grids for height, width in row]
-        return self.crop_grids.prod(-1).tolist()
-
+    # --- answers and padding ---------------------------------------------------------------------------
     def with_answer(self, answer: str | Sequence[str] | Sequence[Sequence[int]] | Tensor) -> MultimodalInputs:
-        """The same rows with an answer appended; `spans` gain `.answer`. One text serves every row.
+        """Return the same rows with an answer appended; `spans` gain `.answer`.
 
-        Token ids (a list a row, or a `[batch new]` tensor as `generate(return_type="tokens")` gives) are
-        appended up to their end token, pads at their end dropped; texts go through the tokenizer without
-        special tokens.
-        Raises: ValueError for a text without a tokenizer, or a number of answers other than that of rows.
+        Args:
+            answer: one text for all rows, one text per row, or token ids: a list per row, or a `[batch new]` tensor
+                as `generate(return_type="tokens")` gives. Ids are appended up to their end token, without the pads at
+                their end; texts go through the tokenizer without special tokens.
+
+        Raises:
+            ValueError: a text without a tokenizer, or a number of answers other than that of rows.
         """
         rows = self._answer_ids(answer)
         prompts = []
@@ -291,9 +286,10 @@ class MultimodalInputs:
         return replace(self, tokens=tokens, attention_mask=mask, position_ids=positions, spans=spans)
 
     def with_new_tokens(self, new: Int[Tensor, "batch new"]) -> MultimodalInputs:
-        """Every row lengthened by generated tokens as they are, pads of finished rows included.
+        """Return every row lengthened by generated tokens [batch new], the pads of finished rows included.
 
-        They join an answer that the inputs already have. Rows must end at the last position."""
+        They join an answer that the inputs already have. Rows must end at the last position.
+        """
         n_new = new.shape[1]
         # After the last token, not after the largest position: the frames of a long video may reach further.
         steps = self.position_ids[..., -1:] + 1 + torch.arange(n_new, device=new.device)
@@ -308,58 +304,47 @@ class MultimodalInputs:
         )
 
     def left_padded(self) -> MultimodalInputs:
-        """The same rows with their pads moved to the left; the inputs themselves where they are there already."""
+        """Return the same rows with their pads moved to the left; the inputs themselves if they are there already."""
         if bool(self.attention_mask[:, -1].all()):
             return self
         order = torch.argsort(self.attention_mask.long(), dim=-1, stable=True)
-        mask = self.attention_mask.gather(1, order)
-        shift = [int(order[i, -1]) for i in range(len(self))]
-        moved = []
-        for spans, last in zip(self.spans, shift, strict=True):
-            by = self.shape[1] - 1 - last
-
-            def move(s: slice, by: int = by) -> slice:
-                return slice(s.start + by, s.stop + by)
-
-            answer = None if spans.answer is None else move(spans.answer)
-            moved.append(Spans([move(i) for i in spans.images], move(spans.query), spans.last + by, answer))
-        positions = self.position_ids.gather(-1, order.expand(self.position_ids.shape))
+        last = self.shape[1] - 1
         return replace(
             self,
             tokens=self.tokens.gather(1, order),
-            attention_mask=mask,
-            position_ids=positions,
-            spans=tuple(moved),
+            attention_mask=self.attention_mask.gather(1, order),
+            position_ids=self.position_ids.gather(-1, order.expand(self.position_ids.shape)),
+            spans=tuple(spans.moved(last - int(order[row, -1])) for row, spans in enumerate(self.spans)),
         )
 
     def without_padding(self) -> MultimodalInputs:
-        """A single row without its pads. Raises: ValueError for a batch of several rows."""
+        """Return a single row without its pads.
+
+        Raises:
+            ValueError: the batch has several rows.
+        """
         if len(self) != 1:
             raise ValueError(f"without_padding takes one row, not a batch of {len(self)}.")
         moved = self.left_padded()
         pads = self.shape[1] - int(self.lengths[0])
-
-        def shift(s: slice) -> slice:
-            return slice(s.start - pads, s.stop - pads)
-
-        spans = moved.spans[0]
-        answer = None if spans.answer is None else shift(spans.answer)
         return replace(
             moved,
             tokens=moved.tokens[:, pads:],
             attention_mask=moved.attention_mask[:, pads:],
             position_ids=moved.position_ids[..., pads:],
-            spans=(Spans([shift(i) for i in spans.images], shift(spans.query), spans.last - pads, answer),),
+            spans=(moved.spans[0].moved(-pads),),
         )
 
     def grid_tokens(self, row: int, image: int = 0) -> Int[Tensor, "height width"]:
-        """Positions of one image's grid cells in the sequence.
+        """Return the positions of one image's grid cells in the sequence.
 
-        Raises: IndexError when the row has no such image."""
+        Raises:
+            IndexError: the row has no such image, or the image no whole grid.
+        """
         if not 0 <= row < len(self) or not 0 <= image < len(self.spans[row].images):
-            raise IndexError(f"No image {image} in row {row}; images a row: {self.n_images}.")
+            raise IndexError(f"No image {image} in row {row}; images per row: {self.n_images}.")
         height, width = self.grids[row][image]
-        cells = self.grid_places[row][image] if self.grid_places else range(height * width)
+        cells = self.grid_places[row][image]
         if len(cells) != height * width:
             raise IndexError(
                 "These images have no whole grid: the feature strategy drops a patch of a tower without a class token."
@@ -369,7 +354,7 @@ class MultimodalInputs:
         return places[list(cells)].reshape(height, width)
 
     def count_image_tokens(self, row: int, span: slice) -> int:
-        """Image tokens inside a span of a row."""
+        """Return the number of image tokens inside a span of a row."""
         return int(self.image_mask[row, span].sum())
 
     def _answer_ids(self, answer: Any) -> list[list[int]]:
@@ -379,12 +364,12 @@ class MultimodalInputs:
         if isinstance(answer, str):
             answer = [answer] * len(self)
         if len(answer) != len(self):
-            raise ValueError(f"{len(answer)} answers for {len(self)} rows; give one a row, or one text for all.")
+            raise ValueError(f"{len(answer)} answers for {len(self)} rows; give one per row, or one text for all.")
         rows = []
         for item in answer:
             if isinstance(item, str):
                 if self.tokenize is None:
-                    raise ValueError("with_answer: these inputs know no tokenizer; give token ids instead of text.")
+                    raise ValueError("with_answer: these inputs have no tokenizer; give token ids instead of text.")
                 rows.append(list(self.tokenize(item)))
             else:
                 ids = [int(i) for i in item]
@@ -409,22 +394,6 @@ class MultimodalInputs:
         return "\n".join(lines) + ")"
 
 
-def _belonging(owner: Tensor | None, rows: list[int]) -> tuple[Tensor | None, Tensor | None]:
-    """Indices of the images that the chosen rows own, in the rows' order, and their new owners."""
-    if owner is None:
-        return None, None
-    places, owners = [], []
-    for new, old in enumerate(rows):
-        mine = (owner == old).nonzero().flatten().tolist()
-        places += mine
-        owners += [new] * len(mine)
-    return (
-        torch.tensor(places, dtype=torch.long, device=owner.device),
-        torch.tensor(owners, dtype=torch.long, device=owner.device),
-    )
-
-
-def _take(x: Tensor | None, index: Tensor | None) -> Tensor | None:
-    if x is None or index is None:
-        return x
-    return x[index.to(x.device)] if len(index) else None
+def _take(x: Tensor | None, index: list[int]) -> Tensor | None:
+    """Return the chosen entries of a tensor of crops; None if there are none."""
+    return None if x is None or not index else x[torch.tensor(index, device=x.device)]

@@ -1,7 +1,7 @@
-"""The parity certificate: one checkpoint, here and in Hugging Face, compared on the same inputs.
+"""The parity certificate: one checkpoint, compared with Hugging Face's model on the same inputs.
 
-Logits with images, a left-padded batch, batch against single rows, decoding with and without a cache, and
-an edit of every hook point. The reference runs with sdpa, whose softmax stays in the dtype of the queries.
+It compares logits with images, a left-padded batch, the batch with its rows alone, and decoding with and without a
+cache, and edits every hook point. The reference runs with sdpa, whose softmax stays in the dtype of the queries.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from veena_lens.checkpoints.loading import Checkpoint, open_checkpoint
+from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import hooks_of, layer_of
-from veena_lens.images.packing import AMONG_SEVERAL, TILED, layout_of
-from veena_lens.images.tiles import tiles_as_hf
+from veena_lens.images.layout import layout_of
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
+from veena_lens.model.model import HookedVLM
 
 # Largest difference allowed, relative to the largest logit.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -34,7 +34,7 @@ STATEMENTS = ("What is a cat?", "Describe a day at the sea, in a few words and w
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One line of the certificate: a largest relative difference and what is allowed."""
+    """One line of the certificate: the largest relative difference, and what is allowed."""
 
     name: str
     error: float
@@ -48,7 +48,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """What `verify` found; prints as a table. `dead_hooks` names points whose edit changed nothing."""
+    """What `verify` found; it prints as a table. `dead_hooks` names the points whose edit changed nothing."""
 
     model: str
     architecture: str
@@ -84,17 +84,25 @@ class Certificate:
 
 @torch.no_grad()
 def verify(
-    model: Any,
+    model: HookedVLM,
     path: str,
     *,
     dtype: torch.dtype | None = None,
     images: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> Certificate:
-    """Compare a loaded model with Hugging Face's own of the same checkpoint (name, folder or hub id).
+    """Compare a loaded model with Hugging Face's model of the same checkpoint.
 
-    dtype: None takes the model's. images: two images or more for the probes instead of drawn ones.
-    Raises: ValueError for a model of another dtype, or one that does not round as Hugging Face does."""
+    Args:
+        model: the loaded model.
+        path: the checkpoint's name, folder or hub id.
+        dtype: of the comparison; None takes the model's.
+        images: two images or more to compare on, instead of drawn ones.
+        progress: whether to show a progress bar over the hook points.
+
+    Raises:
+        ValueError: the model has another dtype, or does not round as Hugging Face does.
+    """
     import transformers
 
     dtype = dtype or model.cfg.dtype
@@ -124,7 +132,7 @@ def verify(
 
 
 def load_reference(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) -> Any:
-    """Hugging Face's model of a checkpoint, ready to compare with."""
+    """Return Hugging Face's model of a checkpoint, ready to compare with."""
     import transformers
 
     kind = transformers.AutoModelForCausalLM
@@ -138,31 +146,36 @@ def load_reference(checkpoint: Checkpoint, dtype: torch.dtype, device: Any) -> A
     return theirs.to(device).eval()
 
 
-def probe(model: Any, images: Sequence[Any] | None = None) -> MultimodalInputs:
-    """A left-padded batch: two rows of unequal length, with images where the model takes them."""
-    has_pictures = model.cfg.vision is not None
-    if model.processor is None or (has_pictures and not hasattr(model.processor, "image_processor")):
+def probe(model: HookedVLM, images: Sequence[Any] | None = None) -> MultimodalInputs:
+    """Return a left-padded batch: two rows of unequal length, with images if the model takes them.
+
+    Args:
+        model: the model to probe.
+        images: two images or more; None draws them.
+    """
+    takes_images = model.cfg.vision is not None
+    if model.processor is None or (takes_images and not hasattr(model.processor, "image_processor")):
         return _drawn_tokens(model)
-    texts = list(QUESTIONS if has_pictures else STATEMENTS)
+    texts = list(QUESTIONS if takes_images else STATEMENTS)
     chat = any(getattr(p, "chat_template", None) for p in (model.processor, model.tokenizer))
-    pictures: list[list[Any]] | None = None
-    if has_pictures:
-        given = list(images) if images is not None else _drawn_pictures()
+    rows: list[list[Any]] | None = None
+    if takes_images:
+        given = list(images) if images is not None else _drawn_images()
         if len(given) < 2:
             raise ValueError(f"verify needs two images or more, not {len(given)}.")
-        pictures = [[given[0]], given[1:]]
+        rows = [[given[0]], given[1:]]
         if not chat:
-            texts = [_placeholders(model.processor, len(p)) + t for t, p in zip(texts, pictures, strict=True)]
-    return model.prepare(texts, pictures, chat=chat)
+            texts = [_placeholders(model.processor, len(p)) + t for t, p in zip(texts, rows, strict=True)]
+    return model.prepare(texts, rows, chat=chat)
 
 
 def _placeholders(processor: Any, n: int) -> str:
-    """Image tokens of a raw prompt, numbered: Hugging Face's Qwen models take images that touch for one."""
+    """Return the image tokens of a raw prompt, numbered: Hugging Face's Qwen models take images that touch for one."""
     return "".join(f"{i + 1}: {processor.image_token} " for i in range(n))
 
 
-def _drawn_pictures() -> list[Any]:
-    """Three images of unequal shape, noise on a gradient."""
+def _drawn_images() -> list[Any]:
+    """Return three images of unequal shape, noise on a gradient."""
     from PIL import Image
 
     out = []
@@ -174,11 +187,11 @@ def _drawn_pictures() -> list[Any]:
     return out
 
 
-def _drawn_tokens(model: Any) -> MultimodalInputs:
-    """The same for a checkpoint without processor: drawn token ids and pixels."""
+def _drawn_tokens(model: HookedVLM) -> MultimodalInputs:
+    """Return the batch of `probe` for a checkpoint without a processor: drawn token ids and pixels."""
     cfg, generator = model.cfg, torch.Generator().manual_seed(0)
     counts, texts = ((1, 2), ((3, 5), (2, 9))) if cfg.vision is not None else ((0, 0), ((3, 5), (2, 9)))
-    given, lengths = _drawn_pixels(cfg, counts, generator) if cfg.vision is not None else ({}, [])
+    given, lengths = layout_of(cfg).draw(counts, generator) if cfg.vision is not None else ({}, [])
     rows, high, left = [], min(cfg.d_vocab, *cfg.image_token_ids, cfg.d_vocab), iter(lengths)
     for n_images, (before, after) in zip(counts, texts, strict=True):
         parts = [torch.randint(3, high, (before,), generator=generator)]
@@ -196,32 +209,8 @@ def _drawn_tokens(model: Any) -> MultimodalInputs:
     )
 
 
-def _drawn_pixels(cfg: Any, counts: Sequence[int], generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
-    """Noise as a processor of this image layout gives images (`counts` of them a row), and the tokens that each
-    fills."""
-    vision, n = cfg.vision, sum(counts)
-    if cfg.image_layout == "dynamic":
-        sides = torch.randint(1, 5, (n, 2), generator=generator) * vision.merge_size
-        grids = torch.cat([torch.ones(n, 1, dtype=torch.long), sides], 1)
-        pixels = torch.randn(int(grids.prod(-1).sum()), vision.patch_width, generator=generator)
-        lengths = (grids.prod(-1) // vision.merge_size**2).tolist()
-        return {"pixel_values": pixels, "image_grid_thw": grids}, lengths
-    shape = (vision.n_channels, vision.image_size, vision.image_size)
-    if cfg.image_layout == "anyres":
-        sizes = torch.randint(1, 3 * vision.image_size, (n, 2), generator=generator)
-        kinds = [AMONG_SEVERAL if cfg.tiles_single_images_only and c > 1 else TILED for c in counts for _ in range(c)]
-        layouts = [layout_of(cfg, size, kind) for size, kind in zip(sizes.tolist(), kinds, strict=True)]
-        pixels = torch.randn(n, max(layout.n_tiles for layout in layouts), *shape, generator=generator)
-        given = {"pixel_values": pixels, "image_sizes": sizes}
-        if cfg.tiles_single_images_only:
-            given["batch_num_images"] = torch.tensor(counts)
-        return given, [layout.n_tokens for layout in layouts]
-    pixels = torch.randn(n, *shape, generator=generator)
-    return {"pixel_values": pixels[None] if cfg.image_layout == "tiles" else pixels}, [vision.n_features] * n
-
-
 def alone(row: MultimodalInputs) -> MultimodalInputs:
-    """One row of a batch without its pads."""
+    """Return one row of a batch without its pads."""
     keep = row.attention_mask[0]
     tokens, mask = row.tokens[:, keep], row.attention_mask[:, keep]
     lengths = [row.count_image_tokens(0, span) for span in row.spans[0].images]
@@ -229,73 +218,65 @@ def alone(row: MultimodalInputs) -> MultimodalInputs:
     return replace(row, tokens=tokens, attention_mask=mask, position_ids=row.position_ids[..., keep], spans=spans)
 
 
-def as_hf(inputs: MultimodalInputs, dtype: torch.dtype, types: bool = False) -> dict[str, Tensor]:
-    """The tensors that Hugging Face's model takes for the same inputs; `types`: it reads which tokens are images'."""
+def as_hf(cfg: HookedVLMConfig, inputs: MultimodalInputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors that Hugging Face's model takes for the same inputs.
+
+    Args:
+        cfg: the model's configuration.
+        inputs: what our model runs on.
+        dtype: of the pixels.
+    """
     given = dict(input_ids=inputs.tokens, attention_mask=inputs.attention_mask.long(), position_ids=inputs.position_ids)
     if inputs.pixel_values is None:
         return given
-    pixels = inputs.pixel_values.to(dtype)
-    if inputs.crop_grids is not None:
-        grids = inputs.crop_grids
-        given["pixel_values"] = torch.cat([x[: h * w] for x, (h, w) in zip(pixels, grids.tolist(), strict=True)])
-        given["image_grid_thw"] = torch.cat([torch.ones_like(grids[:, :1]), grids], 1)
-        given["mm_token_type_ids"] = inputs.image_mask.long()
-    elif "image_sizes" in inputs.extras:
-        assert inputs.crop_rows is not None and inputs.crop_images is not None
-        owners = torch.stack([inputs.crop_rows, inputs.crop_images], 1)
-        _, counts = owners.unique_consecutive(dim=0, return_counts=True)
-        given["pixel_values"] = pad_sequence(list(pixels.split(counts.tolist())), batch_first=True)
-        given["image_sizes"] = inputs.extras["image_sizes"]
-        if bool((inputs.extras["image_kinds"] != TILED).any()):
-            given["batch_num_images"] = torch.tensor([n for n in inputs.n_images if n])
-    elif "tile_grids" in inputs.extras:
-        given |= tiles_as_hf(inputs, pixels)
-    else:
-        given["pixel_values"] = pixels
-        if types:
-            given["token_type_ids"] = inputs.image_mask.long()
+    given |= layout_of(cfg).as_hf(inputs, inputs.pixel_values.to(dtype))
+    if cfg.bidirectional_images:
+        given["token_type_ids"] = inputs.image_mask.long()
     return given
 
 
 def relative_difference(ours: Float[Tensor, "*any"], theirs: Float[Tensor, "*any"]) -> float:
-    """max |a - b| / max |b|."""
+    """Return max |a - b| / max |b|."""
     a, b = ours.double(), theirs.double().to(ours.device)
     return float((a - b).abs().max() / b.abs().max())
 
 
 def _largest(errors: Sequence[float]) -> float:
-    """Their maximum; a NaN stays one (the built-in `max` may lose it)."""
+    """Return the maximum; a NaN remains one (the built-in `max` may lose it)."""
     return float(torch.tensor(errors, dtype=torch.float64).max())
 
 
 def _logits(
-    model: Any, theirs: Any, batch: MultimodalInputs, rows: Sequence[MultimodalInputs], dtype: torch.dtype
+    model: HookedVLM, theirs: Any, batch: MultimodalInputs, rows: Sequence[MultimodalInputs], dtype: torch.dtype
 ) -> Iterator[Check]:
-    """Single rows and the padded batch against Hugging Face, and against each other."""
-    exact, loose, types = TOLERANCE[dtype], TOLERANCE_OTHER_SHAPES[dtype], model.cfg.bidirectional_images
-    what = "logits with pictures" if batch.pixel_values is not None else "logits"
+    """Compare single rows and the padded batch with Hugging Face, and with each other."""
+    exact, loose = TOLERANCE[dtype], TOLERANCE_OTHER_SHAPES[dtype]
+    what = "logits with images" if batch.pixel_values is not None else "logits"
     single = [model(row) for row in rows]
     errors = [
-        relative_difference(a, theirs(**as_hf(row, dtype, types)).logits) for a, row in zip(single, rows, strict=True)
+        relative_difference(ours, theirs(**as_hf(model.cfg, row, dtype)).logits)
+        for ours, row in zip(single, rows, strict=True)
     ]
     yield Check(name=f"{what}, against Hugging Face", error=_largest(errors), allowed=exact)
     padded, keep = model(batch), batch.attention_mask
-    reference = theirs(**as_hf(batch, dtype, types)).logits
+    reference = theirs(**as_hf(model.cfg, batch, dtype)).logits
     error = relative_difference(padded[keep], reference[keep.to(reference.device)])
     yield Check(name="left-padded batch, against Hugging Face", error=error, allowed=exact)
     errors = [relative_difference(padded[i, keep[i]], single[i][0]) for i in range(len(rows))]
     yield Check(name="row of a padded batch, against the row alone", error=_largest(errors), allowed=loose)
 
 
-def _decoding(model: Any, theirs: Any, batch: MultimodalInputs, dtype: torch.dtype) -> Iterator[Check]:
-    """Greedy tokens, ours with a cache and Hugging Face's, judged by our logits without a cache: how far below
-    the best token each chosen one lies. 0 unless two tokens are as good as equal."""
+def _decoding(model: HookedVLM, theirs: Any, batch: MultimodalInputs, dtype: torch.dtype) -> Iterator[Check]:
+    """Compare greedy tokens, ours with a cache and Hugging Face's, by our logits without a cache.
+
+    The error is how far below the best token each chosen one lies: 0 unless two tokens are nearly equal.
+    """
     n_new = min(N_NEW, model.cfg.n_ctx - batch.shape[1])
     if n_new < 1:
         return
-    plain = dict(eos_token_id=[], repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0)
+    plain: dict[str, Any] = dict(eos_token_id=[], repetition_penalty=1.0, no_repeat_ngram_size=0, min_new_tokens=0)
     cached = model.generate(batch, max_new_tokens=n_new, return_type="tokens", **plain)
-    given = as_hf(batch, dtype, model.cfg.bidirectional_images)
+    given = as_hf(model.cfg, batch, dtype)
     del given["position_ids"]  # its generate counts them itself, as ours does
     whole = theirs.generate(**given, max_new_tokens=n_new, pad_token_id=batch.pad_token_id)
     reference = whole[:, batch.shape[1] :].to(cached.device)
@@ -311,8 +292,8 @@ def _decoding(model: Any, theirs: Any, batch: MultimodalInputs, dtype: torch.dty
     )
 
 
-def _shortfall(model: Any, batch: MultimodalInputs, new: Int[Tensor, "batch new"]) -> float:
-    """The largest distance of a chosen token's logit below the best one, relative to the largest logit."""
+def _shortfall(model: HookedVLM, batch: MultimodalInputs, new: Int[Tensor, "batch new"]) -> float:
+    """Return the largest distance of a chosen token's logit below the best one, relative to the largest logit."""
     logits = model(batch.with_new_tokens(new))[:, batch.shape[1] - 1 : -1].double()
     chosen = logits.gather(-1, new.to(logits.device)[..., None])[..., 0]
     return float((logits.amax(-1) - chosen).max() / logits.abs().max())
@@ -320,11 +301,19 @@ def _shortfall(model: Any, batch: MultimodalInputs, new: Int[Tensor, "batch new"
 
 # --- hook points ------------------------------------------------------------------------------------------
 @torch.no_grad()
-def dead_hooks(model: Any, inputs: MultimodalInputs, tolerance: float, progress: bool = True) -> tuple[str, ...]:
-    """Names of hook points where noise as large as the value leaves every logit as it was.
+def dead_hooks(model: HookedVLM, inputs: MultimodalInputs, tolerance: float, progress: bool = True) -> tuple[str, ...]:
+    """Return the names of hook points where noise as large as the value leaves every logit unchanged.
 
-    Edits of block l start from the residual that enters it, which spares the tower and earlier blocks."""
-    names = [n for n in hooks_of(model.cfg) if inputs.pixel_values is not None or not _belongs_to_pictures(n)]
+    Edits of block l start from the residual that enters it, which spares the tower and earlier blocks.
+
+    Args:
+        model: the model.
+        inputs: what it runs on.
+        tolerance: relative differences up to ten times this may be rounding, and are compared with an edit that
+            changes no number.
+        progress: whether to show a progress bar.
+    """
+    names = [n for n in hooks_of(model.cfg) if inputs.pixel_values is not None or not _belongs_to_images(n)]
     logits, cache = model.run_with_cache(
         inputs, names_filter=lambda name: name.startswith("blocks.") and name.endswith("hook_resid_pre")
     )
@@ -349,19 +338,19 @@ def dead_hooks(model: Any, inputs: MultimodalInputs, tolerance: float, progress:
     return tuple(dead)
 
 
-def _belongs_to_pictures(name: str) -> bool:
+def _belongs_to_images(name: str) -> bool:
     return name.startswith(("vision.", "connector.", "deepstack.")) or name == "hook_image_features"
 
 
 def _with_noise(name: str, value: Float[Tensor, "*any"], hook: Any) -> Float[Tensor, "*any"]:
-    """The value with noise of its own size; a denominator stays positive, masked scores stay masked."""
+    """Return the value with noise of its own size; a denominator stays positive, masked scores stay masked."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(value.shape, generator=generator).to(value)
     if name.endswith("hook_scale"):
         return value * (1 + noise)
     finite = value > torch.finfo(value.dtype).min / 2
     size = value[finite].float().pow(2).mean().sqrt().to(value)
-    size = torch.where(size > 0, size, torch.ones_like(size))  # what happens to be 0 must be heard as well
+    size = torch.where(size > 0, size, torch.ones_like(size))  # a value that happens to be 0 must act as well
     return torch.where(finite, value + (2 * noise - 1) * size, value)
 
 
@@ -370,4 +359,4 @@ def _shown(names: Sequence[str], progress: bool) -> Any:
         return names
     from tqdm.auto import tqdm
 
-    return tqdm(names, desc="hook points", leave=False, disable=None)  # None: only where somebody looks
+    return tqdm(names, desc="hook points", leave=False, disable=None)  # None: only in a terminal

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veena_lens.config import HookedVLMConfig, ImageLayout
+    from veena_lens.config import HookedVLMConfig
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Adapter:
     architecture: str
     read_config: Callable[[Any], HookedVLMConfig]
     weight_map: Callable[[HookedVLMConfig], WeightMap]
-    image_layout: ImageLayout | None = None  # None: text only
+    image_layout: str | None = None  # None: text only
     renames: tuple[tuple[str, str], ...] = ()
     harmless: tuple[str, ...] = HARMLESS_KEYS
     hub_ids: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from tests.parity.test_generate import never_ends
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import load_processor
 from veena_lens.checkpoints.image_only import ImageOnlyLlavaOnevisionProcessor
-from veena_lens.images.packing import layouts_of, pack_features
+from veena_lens.images.layout import pack_features
 
 CASE = ONEVISION_BY_NAME["onevision-resampled"]  # grids of more than two tiles are resampled
 A, B, C = picture(75, 50, 1), picture(90, 110, 2), picture(20, 31, 3)
@@ -95,7 +95,7 @@ def test_tokens_tiles_and_logits_equal_the_processor_and_hugging_face(
     assert inputs.n_images == again.n_images == [len(i) for i in images] and inputs.grids == again.grids
     if any(images):
         assert torch.equal(inputs.pixel_values, again.pixel_values)
-        assert all(torch.equal(inputs.extras[k], again.extras[k]) for k in ("image_sizes", "image_kinds"))
+        assert inputs.layouts == again.layouts
     with torch.no_grad():
         logits = hf(**expected, position_ids=inputs.position_ids).logits
         assert relative_error(model(inputs), logits, expected["attention_mask"]) < 1e-9
@@ -108,7 +108,7 @@ def test_tokens_tiles_and_logits_equal_the_processor_and_hugging_face(
 def test_boxes_tile_the_picture_whether_it_is_cut_or_padded(loaded: Any) -> None:
     _, model = loaded
     inputs = model.prepare([FEEL, FEEL], [[B], [A, C]])
-    layouts: Any = layouts_of(model.cfg, inputs)
+    layouts: Any = [image for row in inputs.layouts for image in row]
     assert layouts[0].kept == (16, 14) and inputs.grids == (((6, 5),), ((4, 4), (4, 4))), "the first is resampled"
     for row, image, (width, height) in [(0, 0, B.size), (1, 0, A.size), (1, 1, C.size)]:
         boxes, cells = inputs.patch_boxes[row][image], inputs.grids[row][image]
@@ -171,14 +171,14 @@ def test_pictures_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=told):
             model.inputs_from_hf(**given)
 
-    refused(r"batch_num_images \[2, 2\] must add up to the 3 pictures", batch_num_images=torch.tensor([2, 2]))
+    refused(r"batch_num_images \[2, 2\] must add up to the 3 images", batch_num_images=torch.tensor([2, 2]))
     refused("needs 7 tiles; pixel_values hold 3.*or batch_num_images was left out", batch_num_images=None)
     tiled = raw_inputs(ONEVISION_BY_NAME["onevision-all-in-tiles"]) | {"pixel_values_videos": None}
     refused("and pass on its batch_num_images", **tiled | {"batch_num_images": torch.tensor([1, 2])})
     refused("pixel_values_videos must be .videos frames channel", pixel_values_videos=raw["pixel_values_videos"][0])
-    refused(r"video tokens; the 0 pictures given as videos fill \[\]", pixel_values_videos=None)
+    refused(r"video tokens; the 0 videos given fill \[\]", pixel_values_videos=None)
     frames = raw["pixel_values_videos"]
-    refused(r"the 2 pictures given as videos fill \[4, 4\]", pixel_values_videos=frames[:, [0, 1, 0]])
+    refused(r"the 2 videos given fill \[4, 4\]", pixel_values_videos=frames[:, [0, 1, 0]])
     refused("image_sizes", image_sizes=None)
     refused("unknown keys .'image_grid_thw'", image_grid_thw=torch.tensor([[1, 2, 2]]))
     with pytest.raises(ValueError, match="video token '<video>'"):

@@ -13,6 +13,8 @@ from tests.checkpoints.tiny import picture
 from tests.onevision_cases import ONEVISION_BY_NAME
 from veena_lens import HookedVLM, cli
 from veena_lens.hook_table import hooks_of
+from veena_lens.images.anyres import OneCropImage
+from veena_lens.images.canvas import AnyresImage
 from veena_lens.verify import probe, verify
 
 
@@ -35,7 +37,7 @@ def test_certificate_passes_on_a_true_checkpoint(
     certificate = verify(model, str(folder), progress=False)
     assert certificate.passed, str(certificate)
     assert certificate.n_hooks == len(hooks_of(model.cfg)) and not certificate.dead_hooks
-    assert len(certificate.checks) == 5 and certificate.checks[0].name.startswith("logits with pictures")
+    assert len(certificate.checks) == 5 and certificate.checks[0].name.startswith("logits with images")
 
 
 def test_certificate_fails_on_another_newline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +53,10 @@ def test_certificate_fails_on_another_newline(tmp_path: Path, monkeypatch: pytes
 def test_probe_has_a_picture_in_tiles_and_two_of_one_tile(tmp_path: Path) -> None:
     _, folder = tiny_onevision.save(ONEVISION_BY_NAME["onevision-plain"], tmp_path)
     inputs = probe(HookedVLM.from_pretrained(folder), [picture(60, 60), picture(90, 20), picture(9, 30)])
-    assert inputs.n_images == [1, 2] and inputs.extras["image_kinds"].tolist() == [0, 1, 1]
+    assert inputs.n_images == [1, 2] and [[type(image) for image in row] for row in inputs.layouts] == [
+        [AnyresImage],
+        [OneCropImage, OneCropImage],
+    ]
 
 
 def test_inspect_describes_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from tests.cases import BY_NAME, IMAGE_TOKEN, hf_config
 from tests.checkpoints import tiny
 from veena_lens.checkpoints import find_adapter, inputs_from_hf, prepare
-from veena_lens.images.files import patch_boxes
+from veena_lens.images.fixed import patch_boxes
 
 CASE = BY_NAME["image-28-patch-7"]  # 16 image tokens
 CFG = find_adapter("LlavaForConditionalGeneration").read_config(hf_config(CASE))

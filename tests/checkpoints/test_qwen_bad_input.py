@@ -47,21 +47,21 @@ def processor(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         (dict(text="the <|image_pad|> is happy"), r"The text holds the image token '<\|image_pad\|>'.*chat=False"),
         (dict(text="the <|image_pad|> is happy", images=A), "The text holds the image token"),
-        (dict(text="the <|video_pad|> is happy"), "Row 0 holds the video token '.*': .*frames as pictures"),
+        (dict(text="the <|video_pad|> is happy"), "Row 0 holds the video token '.*': .*frames as images"),
         (dict(text="<|video_pad|>", images=A, chat=False), "Row 0 holds the video token"),
-        (dict(text="<|image_pad|> is happy", chat=False), "Row 0 has 1 image placeholders .*and 0 pictures: give a"),
-        (dict(text="is happy", images=A, chat=False), "Row 0 has 0 image placeholders .*and 1 pictures: put one"),
-        (dict(text=["what", "<|image_pad|>"], images=[None, [A, B]], chat=False), "Row 1 has 1 .*and 2 pictures"),
+        (dict(text="<|image_pad|> is happy", chat=False), "Row 0 has 1 image placeholders .*and 0 images: give a"),
+        (dict(text="is happy", images=A, chat=False), "Row 0 has 0 image placeholders .*and 1 images: put one"),
+        (dict(text=["what", "<|image_pad|>"], images=[None, [A, B]], chat=False), "Row 1 has 1 .*and 2 images"),
         (dict(text=["what", "who"], images=[A]), "1 entries of images for 2 prompts"),
-        (dict(messages=message("what", 1)), "Row 0 has 1 image placeholders .*0 pictures"),
-        (dict(messages=message("what", 2), images=A), "Row 0 has 2 image placeholders .*1 pictures"),
-        (dict(messages=message("what", 1), images=[A, B]), "Row 0 has 1 image placeholders .*2 pictures"),
-        (dict(messages=message("the <|image_pad|>", 1), images=A), "Row 0 has 2 image placeholders .*1 pictures"),
+        (dict(messages=message("what", 1)), "Row 0 has 1 image placeholders .*0 images"),
+        (dict(messages=message("what", 2), images=A), "Row 0 has 2 image placeholders .*1 images"),
+        (dict(messages=message("what", 1), images=[A, B]), "Row 0 has 1 image placeholders .*2 images"),
+        (dict(messages=message("the <|image_pad|>", 1), images=A), "Row 0 has 2 image placeholders .*1 images"),
         (dict(messages=message("the <|video_pad|>", 1), images=A), "Row 0 holds the video token"),
         (dict(messages=[{"role": "user", "content": [{"type": "video"}]}]), "part of type 'video'; 'image' and 'text'"),
         (dict(text="what " * 600), "longest prompt has 6[0-9]{2} tokens; the model's context is 512"),
-        (dict(text=[FEEL, FEEL], images=[A, Image.new("RGB", (201, 1))]), "pictures of 201 x 1 pixels: .*aspect ratio"),
-        (dict(text=FEEL, images=[A, Image.new("RGB", (3, 700))]), "pictures of 40 x 30, 3 x 700 pixels: .*aspect"),
+        (dict(text=[FEEL, FEEL], images=[A, Image.new("RGB", (201, 1))]), "images of 201 x 1 pixels: .*aspect ratio"),
+        (dict(text=FEEL, images=[A, Image.new("RGB", (3, 700))]), "images of 40 x 30, 3 x 700 pixels: .*aspect"),
     ],
 )  # fmt: skip
 def test_prompts_and_pictures_that_do_not_match_are_refused(
@@ -86,9 +86,9 @@ def test_tokenizer_alone_takes_no_pictures(kind: str, processor: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (dict(patch_size=2), r"\(Qwen2VLImageProcessor\w*\) has patch_size=2, the model's tower 4: .*another"),
-        (dict(merge_size=1), "has merge_size=1, the model's tower 2"),
-        (dict(temporal_patch_size=1), "has temporal_patch_size=1, the model's tower 2"),
+        (dict(patch_size=2), r"\(Qwen2VLImageProcessor\w*\) has patch_size=2, but the model's vision .* 4. Use"),
+        (dict(merge_size=1), "has merge_size=1, but the model's vision tower expects 2"),
+        (dict(temporal_patch_size=1), "has temporal_patch_size=1, but the model's vision tower expects 2"),
     ],
 )  # fmt: skip
 def test_processor_of_another_tower_is_refused(settings: dict[str, int], told: str, kind: str, tmp_path: Path) -> None:
@@ -101,10 +101,10 @@ def test_processor_of_another_tower_is_refused(settings: dict[str, int], told: s
 
 def test_processor_of_the_other_family_is_refused(kind: str, processor: Any) -> None:
     llava = tiny.llava_processor(LLAVA)
-    with pytest.raises(ValueError, match=f"image token '<image>' has id {IMAGE_TOKEN}, the model's is {IMAGE}"):
+    with pytest.raises(ValueError, match=f"image token '<image>' has id {IMAGE_TOKEN}, but the model's is {IMAGE}"):
         prepare(llava, CFG[kind], FEEL, A)
     with pytest.raises(
-        ValueError, match=rf"image token '<\|image_pad\|>' has id {IMAGE}, the model's is {IMAGE_TOKEN}"
+        ValueError, match=rf"image token '<\|image_pad\|>' has id {IMAGE}, but the model's is {IMAGE_TOKEN}"
     ):
         prepare(processor, LLAVA_CFG, FEEL, A)
 
@@ -113,9 +113,9 @@ def test_processor_of_the_other_family_is_refused_though_the_image_token_be_the_
     from dataclasses import replace
 
     llava = tiny.llava_processor(LLAVA)
-    with pytest.raises(ValueError, match="has patch_size=None, the model's tower 4"):
+    with pytest.raises(ValueError, match="has patch_size=None, but the model's vision tower expects 4"):
         prepare(llava, replace(CFG[kind], image_token_id=IMAGE_TOKEN), FEEL, A)
-    with pytest.raises(ValueError, match=r"pixel_values must be floats \[images 3 28 28\], not .* \[80, 96\]"):
+    with pytest.raises(ValueError, match=r"pixel_values must be floats \[crops 3 28 28\], not .* \[80, 96\]"):
         prepare(processor, replace(LLAVA_CFG, image_token_id=IMAGE), FEEL, A)
 
 
@@ -146,7 +146,7 @@ def ids(*parts: list[int]) -> dict[str, Tensor | None]:
     ("change", "told"),
     [
         (dict(pixel_values=None), r"image_grid_thw came without pixel_values"),
-        (dict(pixel_values=None, image_grid_thw=None), r"holds 6 image tokens \(id 120, 121\) but no picture"),
+        (dict(pixel_values=None, image_grid_thw=None), r"holds 6 image tokens \(id 120, 121\) but no image"),
         (dict(image_grid_thw=None), "pixel_values came without image_grid_thw, the .* of each image"),
         (dict(pixel_values=torch.zeros(24, 95)), r"\[patches 96\] \(3 channels, 2 frames, 4 x 4 pixels\), not .*95"),
         (dict(pixel_values=torch.zeros(24, 48)), r"\[24, 48\]. Processor and checkpoint do not match \(patch_size"),
@@ -216,7 +216,7 @@ SECONDS = dict(pixel_values_videos=torch.zeros(24, 96), video_grid_thw=torch.ten
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [
-        (torch.tensor([1.0, 1.0]), "1 videos have 2 times a picture; give one a video"),
+        (torch.tensor([1.0, 1.0]), "second_per_grid_ts holds 2 times for 1 videos; give one per video"),
         (torch.tensor([0.0]), r"second_per_grid_ts=\[0.0\] must hold the seconds .* all positive"),
         ([-1.0], r"second_per_grid_ts=\[-1.0\] must hold"),
         ([float("nan")], r"second_per_grid_ts=\[nan\] must hold"),
@@ -304,7 +304,5 @@ def test_inputs_prepared_for_another_family_are_refused(which: str) -> None:
         with pytest.raises(ValueError, match="prepared for another model"):
             model(inputs)
     other = native_model(QWEN_BY_NAME[f"{which}-patch-2-grey"])
-    with pytest.raises(
-        ValueError, match=r"prepared for another model: .* \[1, 24, 96\], .* takes \[images patches 8\]"
-    ):
+    with pytest.raises(ValueError, match=r"prepared for another model: .* \[1, 24, 96\], .* takes \[crops patches 8\]"):
         other(theirs[0])

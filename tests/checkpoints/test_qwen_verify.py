@@ -77,7 +77,7 @@ def test_certificate_passes_on_a_true_checkpoint(
     certificate = verify(model, str(folder), progress=False)
     assert certificate.passed, str(certificate)
     assert certificate.n_hooks == len(hooks_of(model.cfg)) and not certificate.dead_hooks
-    assert len(certificate.checks) == 5 and certificate.checks[0].name.startswith("logits with pictures")
+    assert len(certificate.checks) == 5 and certificate.checks[0].name.startswith("logits with images")
     assert not [n for n, h in model.hook_dict.items() if h._forward_hooks], "hooks are left"
 
 

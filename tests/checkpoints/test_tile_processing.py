@@ -179,16 +179,16 @@ def test_processor_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> No
     if kind == "smolvlm":
         with pytest.raises(ValueError, match="Row 0 holds the video token '<video>'"):
             model.prepare("<video> what", chat=False)
-    with pytest.raises(ValueError, match="chat template places it for each picture"):
+    with pytest.raises(ValueError, match="chat template places it for each image"):
         model.prepare("<image> what", A)
-    with pytest.raises(ValueError, match="1 image placeholders .* and 2 pictures"):
+    with pytest.raises(ValueError, match="1 image placeholders .* and 2 images"):
         model.prepare("<image> what", [A, B], chat=False)
     processor.image_processor.max_image_size = {"longest_edge": 32}
-    with pytest.raises(ValueError, match="max_image_size=32, the model's tower 16"):
+    with pytest.raises(ValueError, match="max_image_size is 32, but the model's vision tower expects 16"):
         model.prepare(FEEL, A)
     processor.image_processor.max_image_size = {"longest_edge": 16}
     processor.image_seq_len = 9
-    with pytest.raises(ValueError, match="image_seq_len=9, the model's tower 4"):
+    with pytest.raises(ValueError, match="image_seq_len is 9, but the model's vision tower expects 4"):
         model.prepare(FEEL, A)
     processor.image_seq_len = 4
     blind = tiny_tiles.tokenizer_of()

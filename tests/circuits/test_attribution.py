@@ -11,7 +11,6 @@ import torch
 from tests.cases import BY_NAME
 from tests.circuits.runs import KINDS, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
 from veena_lens.circuits.attribution import attribution_patching, check_attribution, image_attribution
-from veena_lens.images.packing import layout_of
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -214,7 +213,7 @@ def test_a_patch_that_differs_alone_has_all_of_the_map_at_the_tower(name: str, m
     if name in (LLAVA, NEXT):
         tile, side = 0, 2
         if name == NEXT:
-            layout = layout_of(model.cfg, clean.extras["image_sizes"][0].tolist())
+            layout: Any = clean.layouts[0][0]
             down, right = y + layout.pad[0], x + layout.pad[1]
             tile, y_in, x_in = 1 + down // side * layout.tiles[1] + right // side, down % side, right % side
         else:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.cases import native_model, raw_inputs
 from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens.components.masks import AreaMask, attend_in_areas
-from veena_lens.images.dynamic import patch_places, window_numbers
+from veena_lens.vision.qwen import patch_places, window_numbers
 
 
 @given(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.cases import BY_NAME, native_model, raw_inputs
 from tests.tile_cases import FAKE, IMAGE, TILE_BY_NAME, WHOLE, TileCase
-from veena_lens.images.tiles import tile_grids, tiles_as_hf
+from veena_lens.images.tiles import TilesLayout, tile_grids
 
 SIZE = 4
 CUT = st.tuples(st.integers(1, 4), st.integers(1, 4)).filter(lambda x: x != (1, 1)) | st.just((0, 0))
@@ -72,11 +72,11 @@ def spoiled(raw: dict[str, Any], **changes: Callable[[Any], Any]) -> dict[str, A
         (dict(pixel_values=lambda x: x[:, :2], pixel_attention_mask=NONE), "stand for 5 tiles, and 4 were given"),
         (dict(pixel_values=torch.ones_like, pixel_attention_mask=NONE), "stand for 5 tiles, and 9 were given"),
         (dict(pixel_values=lambda x: x * 0), "stand for 5 tiles, and 0 were given"),
-        (dict(pixel_values=NONE), "holds 20 image tokens.*no picture was given"),
+        (dict(pixel_values=NONE), "holds 20 image tokens.*no image was given"),
         (dict(pixel_attention_mask=lambda x: x[:, :2]), "pixel_attention_mask .* does not fit pixel_values"),
-        (dict(pixel_attention_mask=lambda x: x.flip(-1, -2)), "no picture at the top left of tiles \\[4\\]"),
+        (dict(pixel_attention_mask=lambda x: x.flip(-1, -2)), "no image at the top left of tiles \\[4\\]"),
         (dict(pixel_attention_mask=lambda x: x * 0), "at the top left of tiles \\[0, 1, 2, 3, 4\\]"),
-        (dict(input_ids=lambda x: torch.where(x == WHOLE, IMAGE, x)), "A run of 5 image tokens is no whole number"),
+        (dict(input_ids=lambda x: torch.where(x == WHOLE, IMAGE, x)), "A run of 5 image tokens is not a whole number"),
         (dict(input_ids=lambda x: torch.where(x == FAKE, IMAGE, x)), "each fills 4 in this model"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
@@ -108,7 +108,7 @@ def test_tensors_of_inputs_are_the_processors_again(name: str) -> None:
     raw = raw_inputs(TILE_BY_NAME[name])
     inputs = native_model(TILE_BY_NAME[name]).inputs_from_hf(**raw)
     assert inputs.pixel_values is not None
-    again = tiles_as_hf(inputs, inputs.pixel_values)
+    again = TilesLayout(native_model(TILE_BY_NAME[name]).cfg).as_hf(inputs, inputs.pixel_values)
     assert torch.equal(again["pixel_values"], raw["pixel_values"])
     patches = again.get("pixel_attention_mask")
     assert (patches is None) == (inputs.patch_mask is None) == ("smaller" not in name)

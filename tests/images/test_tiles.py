@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from veena_lens.images.tiles import TileLayout, reading_order, tower_order
+from veena_lens.images.tiles import TiledImage, reading_order, tower_order
 from veena_lens.vision.clip import fraction_positions
 
 SHAPES = [(0, 0), (1, 2), (3, 1), (2, 3)]
@@ -14,15 +14,15 @@ SHAPES = [(0, 0), (1, 2), (3, 1), (2, 3)]
 @pytest.mark.parametrize("tiles", SHAPES, ids=str)
 def test_grid_goes_through_the_tiles_and_covers_the_picture(tiles: tuple[int, int]) -> None:
     side, (height, width) = 2, (30, 50)
-    layout = TileLayout(tiles=tiles, side=side)
+    layout = TiledImage(tiles=tiles, side=side)
     rows, columns = layout.grid
     assert (rows, columns) == (max(tiles[0], 1) * side, max(tiles[1], 1) * side)
-    places, of_tile, boxes = layout.grid_places(), layout.token_tiles(), layout.boxes((height, width))
-    assert len(of_tile) == len(boxes) == layout.n_tokens == layout.n_tiles * side**2
+    places, of_tile, boxes = layout.grid_places(), layout.token_crops(), layout.boxes((height, width))
+    assert len(of_tile) == len(boxes) == layout.n_tokens == layout.n_crops * side**2
     assert len(set(places)) == rows * columns and not boxes.isnan().any()
     for cell, place in enumerate(places):
         y, x = divmod(cell, columns)
-        tile = 0 if layout.n_tiles == 1 else 1 + y // side * tiles[1] + x // side
+        tile = 0 if layout.n_crops == 1 else 1 + y // side * tiles[1] + x // side
         assert of_tile[place] == tile
         expected = [x / columns * width, y / rows * height, (x + 1) / columns * width, (y + 1) / rows * height]
         torch.testing.assert_close(boxes[place], torch.tensor(expected))
@@ -33,24 +33,24 @@ def test_grid_goes_through_the_tiles_and_covers_the_picture(tiles: tuple[int, in
 @pytest.mark.parametrize("tiles", SHAPES, ids=str)
 def test_every_patch_of_a_tile_lies_in_the_cell_whose_token_reads_it(tiles: tuple[int, int]) -> None:
     side, merge = 2, 3
-    layout = TileLayout(tiles=tiles, side=side)
-    cells = layout.patch_cells(merge)
-    assert cells.shape == (layout.n_tiles, side * merge, side * merge)
-    of_tile, places = layout.token_tiles(), layout.grid_places()
+    layout = TiledImage(tiles=tiles, side=side, merge=merge)
+    cells = layout.patch_cells().unflatten(1, (side * merge, side * merge))
+    assert cells.shape == (layout.n_crops, side * merge, side * merge)
+    of_tile, places = layout.token_crops(), layout.grid_places()
     for cell, place in enumerate(places):
         offset = place - of_tile.index(of_tile[place])  # among the tokens of its tile
         y, x = divmod(offset, side)
         mine = cells[of_tile[place], y * merge : (y + 1) * merge, x * merge : (x + 1) * merge]
         assert (mine == cell).all() and (cells == cell).sum() == merge**2
-    assert (cells[0] == -1).all() == (layout.n_tiles > 1)
+    assert (cells[0] == -1).all() == (layout.n_crops > 1)
 
 
 def test_the_text_reads_the_whole_view_after_its_tiles() -> None:
-    grids = torch.tensor([[0, 0], [1, 2], [0, 0], [2, 1]])
-    assert reading_order(grids).tolist() == [0, 2, 3, 1, 4, 6, 7, 5]
+    images = [TiledImage(tiles=tiles, side=2) for tiles in ((0, 0), (1, 2), (0, 0), (2, 1))]
+    assert reading_order(images).tolist() == [0, 2, 3, 1, 4, 6, 7, 5]
     given = torch.arange(8) * 10
-    assert torch.equal(given[tower_order(grids)][reading_order(grids)], given)
-    assert reading_order(grids[:0]).tolist() == []
+    assert torch.equal(given[tower_order(images)][reading_order(images)], given)
+    assert reading_order([]).tolist() == []
 
 
 def test_positions_of_a_whole_picture_are_its_own_places() -> None:

@@ -69,7 +69,7 @@ def test_image_tokens_without_a_picture_are_refused(model: Any, raw: dict[str, A
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_wrong_number_of_pictures_is_refused(n: int, model: Any, raw: dict[str, Any], refuses: Any) -> None:
     raw["pixel_values"] = raw["pixel_values"][:1].expand(n, -1, -1, -1)
-    refuses(lambda: model.forward_hf(**raw), rf"\[4, 8\] image tokens.*4.*{n} pictures")
+    refuses(lambda: model.forward_hf(**raw), rf"\[4, 8\] image tokens.*4.*{n} images")
 
 
 def test_image_tokens_that_are_no_whole_pictures_are_refused(model: Any, raw: dict[str, Any], refuses: Any) -> None:
@@ -80,7 +80,7 @@ def test_image_tokens_that_are_no_whole_pictures_are_refused(model: Any, raw: di
 
 def test_pictures_without_image_tokens_are_refused(model: Any, raw: dict[str, Any], refuses: Any) -> None:
     raw["input_ids"][raw["input_ids"] == IMAGE_TOKEN] = 5
-    refuses(lambda: model.forward_hf(**raw), "3 pictures")
+    refuses(lambda: model.forward_hf(**raw), "3 images")
 
 
 @pytest.mark.parametrize(
@@ -184,12 +184,7 @@ def test_inputs_edited_by_hand_are_checked_again(model: Any, raw: dict[str, Any]
     more[0, -1] = IMAGE_TOKEN
     with pytest.raises(ValueError, match="13 image tokens"):
         model(replace(inputs, tokens=more))
-    fewer = replace(
-        inputs,
-        pixel_values=inputs.pixel_values[:2],
-        crop_rows=inputs.crop_rows[:2],
-        image_rows=inputs.image_rows[:2],
-    )
+    fewer = replace(inputs, pixel_values=inputs.pixel_values[:2])
     with pytest.raises(ValueError, match="8 features"):
         model(fewer)
 

@@ -14,7 +14,6 @@ from transformer_lens import patching
 from tests.cases import counted, hf_model, native_model, raw_inputs, relative_error
 from tests.onevision_cases import ONEVISION_BY_NAME
 from veena_lens import ActivationCache
-from veena_lens.images.packing import layouts_of
 from veena_lens.interventions import Ablate, BoostAttention, Steer, Tile
 
 RESAMPLED, MIXED = "onevision-resampled", "onevision-image-and-video"
@@ -89,7 +88,7 @@ def test_grids_of_features_are_what_the_text_reads_at_their_cells(tmp_path: Path
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
     again = ActivationCache.load(cache.save(tmp_path / "cache"))
-    layouts = iter(layouts_of(model.cfg, inputs))
+    layouts = iter([image for row in inputs.layouts for image in row])
     for row, spans in enumerate(inputs.spans):
         for image, span in enumerate(spans.images):
             layout: Any = next(layouts)

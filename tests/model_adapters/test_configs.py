@@ -18,7 +18,7 @@ from tests.tile_cases import TILE_CASES
 from veena_lens.checkpoints.filling import parameter_shapes, require_fit
 from veena_lens.checkpoints.registry import find_adapter
 from veena_lens.config import HookedVLMConfig
-from veena_lens.images.packing import layout_of
+from veena_lens.images.anyres import image_in_tiles
 from veena_lens.model.model import HookedVLM
 
 
@@ -129,7 +129,7 @@ def test_onevision_of_the_hub_has_its_numbers() -> None:
     assert (cfg.vision.grid, cfg.vision.n_features, cfg.vision.has_pooling_head) == ((27, 27), 729, False)
     assert (len(cfg.image_pinpoints), cfg.max_tiles, cfg.tiles_single_images_only) == (36, 9, True)
     # Tokens as published: the whole view, and a grid of at most about nine tiles with a newline a row.
-    assert [layout_of(cfg, size).n_tokens for size in ((100, 100), (600, 800))] == [1485, 4725]
+    assert [image_in_tiles(cfg, size).n_tokens for size in ((100, 100), (600, 800))] == [1485, 4725]
 
 
 def test_tiled_models_of_the_hub_have_their_numbers() -> None:

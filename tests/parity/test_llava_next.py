@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.cases import IMAGE_TOKEN, PAD, TEXT, TOWER, relative_error
 from veena_lens import HookedVLM
-from veena_lens.images.packing import layout_of
+from veena_lens.images.anyres import image_in_tiles
 
 PINS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
 DECODERS = {
@@ -48,7 +48,7 @@ def batch(model: HookedVLM, sizes: list[list[tuple[int, int]]], seed: int = 0) -
     for pictures in sizes:
         row = [rng.randint(2, 100) for _ in range(rng.randint(1, 5))]
         for size in pictures:
-            layouts.append(layout_of(model.cfg, size))
+            layouts.append(image_in_tiles(model.cfg, size))
             row += [IMAGE_TOKEN] * layouts[-1].n_tokens + [rng.randint(2, 100) for _ in range(rng.randint(1, 6))]
         rows.append(row)
     length = max(map(len, rows))
@@ -56,11 +56,11 @@ def batch(model: HookedVLM, sizes: list[list[tuple[int, int]]], seed: int = 0) -
     mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
     out = {"input_ids": ids, "attention_mask": mask}
     if layouts:
-        most = max(layout.n_tiles for layout in layouts)
+        most = max(layout.n_crops for layout in layouts)
         pixels = torch.zeros(len(layouts), most, 3, 28, 28, dtype=torch.float64)
         for i, layout in enumerate(layouts):
-            pixels[i, : layout.n_tiles] = torch.randn(layout.n_tiles, 3, 28, 28, dtype=torch.float64)
-        out |= {"pixel_values": pixels, "image_sizes": torch.tensor([layout.picture for layout in layouts])}
+            pixels[i, : layout.n_crops] = torch.randn(layout.n_crops, 3, 28, 28, dtype=torch.float64)
+        out |= {"pixel_values": pixels, "image_sizes": torch.tensor([layout.size for layout in layouts])}
     return out
 
 
@@ -116,7 +116,7 @@ def test_an_image_grid_leaves_out_the_whole_view_and_the_newlines() -> None:
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
     for row, image, size in [(0, 0, (40, 75)), (1, 0, (90, 30)), (1, 1, (300, 299))]:
-        layout = layout_of(model.cfg, size)
+        layout = image_in_tiles(model.cfg, size)
         grid = cache.image_grid("resid_post", 1, row=row, image=image)
         span = inputs.spans[row].images[image]
         assert grid.shape[:2] == (layout.rows, layout.cols) == inputs.grids[row][image]
@@ -130,7 +130,7 @@ def test_an_image_grid_leaves_out_the_whole_view_and_the_newlines() -> None:
 @pytest.mark.parametrize("size", [*SIZES, (600, 800)], ids=str)
 def test_boxes_of_the_grid_tile_the_picture(size: tuple[int, int]) -> None:
     _, model = build("llama")
-    layout = layout_of(model.cfg, size)
+    layout = image_in_tiles(model.cfg, size)
     boxes = layout.boxes()
     height, width = size
     assert boxes.shape == (layout.n_tokens, 4) and int(boxes[:, 0].isnan().sum()) == layout.rows
@@ -161,7 +161,7 @@ def test_pictures_that_do_not_fit_are_refused() -> None:
         model.inputs_from_hf(**{k: v for k, v in raw.items() if k != "image_sizes"})
     with pytest.raises(ValueError, match="tiles"):
         model.inputs_from_hf(**{**raw, "pixel_values": raw["pixel_values"][:, :2]})
-    with pytest.raises(ValueError, match="pictures"):
+    with pytest.raises(ValueError, match="images"):
         model.inputs_from_hf(**{**raw, "image_sizes": torch.tensor([[28, 28]])})
 
 
@@ -172,7 +172,7 @@ def test_the_processor_and_the_packing_count_the_same_tokens(tiny_next_processor
     model.processor, model.tokenizer = tiny_next_processor, tiny_next_processor.tokenizer
     for height, width in [(40, 75), (90, 30), (28, 28), (13, 200)]:
         inputs = model.prepare(text="<image> w5", images=Image.new("RGB", (width, height), "red"), chat=False)
-        layout = layout_of(model.cfg, (height, width))
+        layout = image_in_tiles(model.cfg, (height, width))
         assert inputs.count_image_tokens(0, inputs.spans[0].images[0]) == layout.n_tokens
         assert torch.equal(inputs.patch_boxes[0][0].nan_to_num(-1), layout.boxes().nan_to_num(-1))
     both = model.prepare(

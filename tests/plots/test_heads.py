@@ -14,7 +14,7 @@ from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from tests.parity.test_llava_next import batch, build
 from veena_lens import HookedVLM, plots
 from veena_lens.circuits import attention_difference, attention_sinks, bootstrap, image_attention, mask_sinks
-from veena_lens.images.packing import layout_of
+from veena_lens.images.anyres import image_in_tiles
 from veena_lens.plots import interactive
 from veena_lens.plots.heads import head_maps
 from veena_lens.scores import Scores
@@ -130,7 +130,7 @@ def test_every_map_can_have_a_scale_of_its_own(seen) -> None:
 def test_tiles_are_shown_where_they_lie_and_the_whole_view_apart() -> None:
     model = HookedVLM.from_hf(build("llama")[0])
     inputs = model.inputs_from_hf(**batch(model, [[(40, 75)]]))
-    inputs = replace(inputs, patch_boxes=((layout_of(model.cfg, (40, 75)).boxes(),),))
+    inputs = replace(inputs, patch_boxes=((image_in_tiles(model.cfg, (40, 75)).boxes(),),))
     attention = model.attention(inputs, keys="all", layers=[0])
     grid, whole = (head_maps(attention, inputs, grid=view) for view in ("grid", "whole"))
     assert grid.maps.shape[1:] == inputs.grids[0][0] and whole.maps.shape[1:] == (2, 2)

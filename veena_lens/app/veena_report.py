@@ -13,7 +13,7 @@ from veena_lens.circuits import direct_attribution_map
 from veena_lens.emotion.locate.tracing import show_run
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.emotion.pipeline import VeenaRun
-from veena_lens.images.files import open_picture
+from veena_lens.images.files import open_image
 
 TONES: dict[str, Tone] = {"hit": "good", "miss": "bad", "key": "good"}
 SHOWN_HEADS = 8
@@ -113,7 +113,7 @@ def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
     for _, (example, condition, i), _ in shown:
         said = [str(run.test.texts[condition][n][i]).strip() for n in names]
         marks = ["hit" if float(run.test.hits[condition][n][i]) else "miss" for n in names]
-        picture = Thumbnail(open_picture(example.picture), f"picture of {example.emotion}")
+        picture = Thumbnail(open_image(example.picture), f"picture of {example.emotion}")
         told = f"{example.context} ({example.context_emotion}, {example.context_strength})"
         rows.append([picture, example.emotion, told, *[x for pair in zip(said, marks, strict=True) for x in pair]])
     columns = ["picture", "shows", "context", *[x for n in names for x in (_shown(n), "")]]
@@ -237,7 +237,7 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
         maps = [found.select(layer=a, head=h).values.reshape(found.shape[-2:]) for a, h in shown]
         boxes = None if clean.patch_boxes is None else clean.patch_boxes[0][0]
         figure = plots.overlays(
-            open_picture(pair.emotional.picture), _stack(maps), titles=[f"L{a}H{h}" for a, h in shown],
+            open_image(pair.emotional.picture), _stack(maps), titles=[f"L{a}H{h}" for a, h in shown],
             patch_boxes=boxes, title=f"Where the push towards {pair.emotion} comes from", name="push",
         )  # fmt: skip
         report.figure(figure, alt=f"maps of the push of {len(shown)} heads over the picture of a person")

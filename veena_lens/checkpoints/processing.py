@@ -1,6 +1,6 @@
-"""Text and images to inputs, through the checkpoint's own processor; nothing model-specific is known above.
+"""Text and images to inputs, through the checkpoint's own processor.
 
-Rows are processed one by one and padded here, on the left, so that a row of a batch is the row alone and the
+Rows are processed one by one and padded here, on the left, so that a row of a batch equals the row alone and the
 user's tokenizer keeps its settings. What does not match is refused before any computing.
 """
 
@@ -15,11 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from veena_lens.checkpoints.prompts import Prompt, prompts_of
-from veena_lens.config import HookedVLMConfig, VisionConfig
-from veena_lens.images.anyres import cell_boxes
-from veena_lens.images.files import patch_boxes
-from veena_lens.images.layout import arrange_images
-from veena_lens.images.packing import layouts_of, tile_layouts
+from veena_lens.config import HookedVLMConfig
+from veena_lens.images.layout import arrange_images, layout_of, pixel_boxes
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 
 
@@ -33,36 +30,44 @@ def prepare(
     answer: Any = None,
     messages: Any = None,
 ) -> MultimodalInputs:
-    """Inputs of one prompt or several; see `HookedVLM.prepare`.
+    """Return the inputs of one prompt or several.
 
-    Raises: ValueError, TypeError or FileNotFoundError naming what does not match, before any computing."""
+    Args:
+        processor: the checkpoint's own processor, or tokenizer for text models.
+        cfg: the model's configuration.
+        text: a prompt or a list of prompts.
+        images: for one prompt an image (PIL or path) or several; for a list one entry per prompt, each an image or a
+            list of images.
+        chat: whether the prompt is wrapped in the chat template.
+        answer: a lead-in or teacher-forced answer; see `MultimodalInputs.with_answer`.
+        messages: a conversation, or several, in Hugging Face's format instead of text.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: naming what does not match, before any computing.
+    """
     if processor is None:
         raise ValueError("This checkpoint has no tokenizer or processor; use inputs_from_hf or token ids.")
     tokenizer = getattr(processor, "tokenizer", processor)
-    takes_pictures = cfg.vision is not None and hasattr(processor, "image_processor")
-    image_token = processor.image_token if takes_pictures else None
-    if takes_pictures:
+    takes_images = cfg.vision is not None and hasattr(processor, "image_processor")
+    image_token = processor.image_token if takes_images else None
+    if takes_images:
         require_own_processor(processor, cfg)
     prompts = prompts_of(processor, image_token, text, images, chat, messages)
-    rows = [_process(processor, tokenizer, prompt, cfg.tiles_single_images_only) for prompt in prompts]
+    rows = [_process(processor, tokenizer, prompt, cfg) for prompt in prompts]
     pad = pad_token_of(tokenizer, cfg)
     tokens, mask = _left_pad([r["input_ids"][0] for r in rows], pad)
     longest = int(mask.sum(-1).max())
     if longest > cfg.n_ctx:
         raise ValueError(f"The longest prompt has {longest} tokens; the model's context is {cfg.n_ctx}. Shorten it.")
-    pixels = _pad_tiles([r["pixel_values"] for r in rows if "pixel_values" in r])
-    extras = {}
-    for key in layout_keys(cfg):
-        found = [torch.as_tensor(r[key]) for r in rows if key in r]
-        if found:
-            extras[key] = _pad_tiles(found) if cfg.image_layout == "tiles" else torch.cat(found)
+    pixels = _joined([r["pixel_values"] for r in rows if "pixel_values" in r])
+    found = {key: _joined([torch.as_tensor(r[key]) for r in rows if key in r]) for key in _layout_keys(cfg)}
+    extras = {key: value for key, value in found.items() if value is not None}
     inputs = assemble(cfg, tokens, mask, None, pad, pixels, extras)
-    _require_pictures(inputs, prompts)
-    inputs = replace(
-        inputs,
-        patch_boxes=_boxes(processor, cfg, prompts, inputs),
-        tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]),
-    )
+    _require_images(inputs, prompts)
+    if takes_images:
+        sizes = [[(image.height, image.width) for image in prompt.images] for prompt in prompts]
+        inputs = replace(inputs, patch_boxes=pixel_boxes(inputs, sizes, processor.image_processor))
+    inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
     return inputs if answer is None else _with_answer(inputs, answer, cfg)
 
 
@@ -73,25 +78,23 @@ def _with_answer(inputs: MultimodalInputs, answer: Any, cfg: HookedVLMConfig) ->
     return out
 
 
-def _process(processor: Any, tokenizer: Any, prompt: Prompt, tiles_single_images_only: bool) -> Any:
-    """The processor's tensors for one row, without padding."""
+def _process(processor: Any, tokenizer: Any, prompt: Prompt, cfg: HookedVLMConfig) -> Any:
+    """Return the processor's tensors for one row, without padding."""
     # A template that writes the BOS token itself must not get a second one from the tokenizer.
     bos = tokenizer.bos_token
     special = not (bos and prompt.text.startswith(bos))
     if processor is tokenizer:
         return tokenizer([prompt.text], return_tensors="pt", add_special_tokens=special)
-    pictures: Any = list(prompt.images) or None
-    if pictures and tiles_single_images_only:  # a flat list would be prompts of one image each
-        pictures = [pictures]
+    images = layout_of(cfg).ask(list(prompt.images)) or None
     try:
-        return processor(text=[prompt.text], images=pictures, return_tensors="pt", add_special_tokens=special)
+        return processor(text=[prompt.text], images=images, return_tensors="pt", add_special_tokens=special)
     except ValueError as error:
         sizes = ", ".join(f"{image.width} x {image.height}" for image in prompt.images) or "none"
         raise ValueError(f"The processor refuses a prompt with images of {sizes} pixels: {error}") from error
 
 
-def _require_pictures(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> None:
-    """Raises: ValueError where the tokens of tiles do not tell which of them belong to one image."""
+def _require_images(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> None:
+    """Raises: ValueError where the tokens of tiles do not say which of them belong to one image."""
     for row, (prompt, found) in enumerate(zip(prompts, inputs.n_images, strict=True)):
         if inputs.token_tiles and found != len(prompt.images):
             raise ValueError(
@@ -102,15 +105,18 @@ def _require_pictures(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> No
 
 
 def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
-    """Raises: ValueError for a processor of another checkpoint: its patches or its image token are not the model's."""
-    assert cfg.vision is not None
-    # Where a prompt's placeholder is not the token that images fill, the processor tells both.
+    """Check that a processor is that of the model's checkpoint.
+
+    Raises:
+        ValueError: its crops or its image token are not the model's.
+    """
+    # Where a prompt's placeholder is not the token that images fill, the processor names both.
     own = [processor.tokenizer.convert_tokens_to_ids(processor.image_token)]
     own = list(getattr(processor, "image_token_ids", own))
     if cfg.image_token_id not in own:
         raise ValueError(
-            f"The processor's image token {processor.image_token!r} has id {own[0]}, the model's is "
-            f"{cfg.image_token_id}: it belongs to another checkpoint."
+            f"The processor's image token {processor.image_token!r} has id {own[0]}, but the model's is "
+            f"{cfg.image_token_id}. Use the processor of this checkpoint."
         )
     if getattr(processor.image_processor, "do_pan_and_scan", None):
         raise ValueError(
@@ -118,38 +124,17 @@ def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
             "processor.image_processor.do_pan_and_scan = False, or give the processor's own tensors to inputs_from_hf, "
             "where every crop counts as an image."
         )
-    if cfg.image_layout == "tiles":
-        _require_own_tiles(processor, cfg.vision)
-    if cfg.image_layout != "dynamic":
-        return
-    for name in ("patch_size", "merge_size", "temporal_patch_size"):
-        found, wanted = getattr(processor.image_processor, name, None), getattr(cfg.vision, name)
-        if found != wanted:
-            raise ValueError(
-                f"The processor ({type(processor.image_processor).__name__}) has {name}={found}, the model's tower "
-                f"{wanted}: it belongs to another checkpoint."
-            )
+    layout_of(cfg).require_processor(processor)
 
 
-def _require_own_tiles(processor: Any, vision: VisionConfig) -> None:
-    """Raises: ValueError for a processor whose tiles have another size, or another number of tokens."""
-    side = processor.image_processor.max_image_size["longest_edge"]
-    for name, found, wanted in (
-        ("max_image_size", side, vision.image_size),
-        ("image_seq_len", processor.image_seq_len, vision.n_features),
-    ):
-        if found != wanted:
-            raise ValueError(f"The processor has {name}={found}, the model's tower {wanted}: it belongs to another.")
-
-
-def _pad_tiles(pixels: Sequence[Tensor]) -> Tensor | None:
-    """Pixels of all rows; images of fewer tiles get empty ones, as the processor gives within a row."""
-    if not pixels:
+def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Join the tensors of all rows; images of fewer tiles get empty ones, as the processor gives within a row."""
+    if not tensors:
         return None
-    if pixels[0].ndim >= 4 and len({p.shape[1:] for p in pixels}) > 1:
-        most = max(p.shape[1] for p in pixels)
-        pixels = [torch.cat([p, p.new_zeros(len(p), most - p.shape[1], *p.shape[2:])], 1) for p in pixels]
-    return torch.cat(list(pixels))
+    if tensors[0].ndim >= 4 and len({t.shape[1:] for t in tensors}) > 1:
+        most = max(t.shape[1] for t in tensors)
+        tensors = [torch.cat([t, t.new_zeros(len(t), most - t.shape[1], *t.shape[2:])], 1) for t in tensors]
+    return torch.cat(list(tensors))
 
 
 def _left_pad(rows: Sequence[Int[Tensor, " _"]], pad: int) -> tuple[Tensor, Tensor]:
@@ -163,64 +148,35 @@ def _left_pad(rows: Sequence[Int[Tensor, " _"]], pad: int) -> tuple[Tensor, Tens
 
 
 def pad_token_of(tokenizer: Any, cfg: HookedVLMConfig) -> int:
-    """The token that pads: the tokenizer's, else the configuration's, else the end of text, else 0."""
+    """Return the id of the pad token: the tokenizer's, else the configuration's, else the end of text, else 0."""
     for found in (getattr(tokenizer, "pad_token_id", None), cfg.pad_token_id, getattr(tokenizer, "eos_token_id", None)):
         if found is not None:
             return int(found)
     return 0
 
 
-def _boxes(
-    processor: Any, cfg: HookedVLMConfig, prompts: Sequence[Prompt], inputs: MultimodalInputs
-) -> tuple[tuple[Tensor, ...], ...] | None:
-    """Pixel boxes of every image token of every row."""
-    vision = cfg.vision
-    if vision is None or not hasattr(processor, "image_processor"):
-        return None
-    out, layouts, tiled = [], iter(layouts_of(cfg, inputs)), iter(tile_layouts(cfg, inputs))
-    for prompt, mine_grids in zip(prompts, inputs.grids, strict=True):
-        mine = []
-        for image, grid in zip(prompt.images, mine_grids, strict=True):
-            if cfg.image_layout == "tiles":
-                mine.append(next(tiled).boxes((image.height, image.width)))
-                continue
-            if cfg.image_layout == "anyres":
-                mine.append(next(layouts).boxes())
-                continue
-            if cfg.image_layout == "dynamic":
-                mine.append(cell_boxes(image.size, grid))
-                continue
-            side = vision.patch_size * vision.merge_size
-            boxes = patch_boxes(image.size, processor.image_processor, side, vision.token_grid)
-            if vision.has_class_token:  # it looks at the whole image
-                boxes = torch.cat([torch.tensor([[0.0, 0.0, *map(float, image.size)]]), boxes])
-            mine.append(boxes[len(boxes) - vision.n_features :])
-        out.append(tuple(mine))
-    return tuple(out)
-
-
 KNOWN_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
-IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # what the tokens say themselves
+IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # the tokens say the same
 
 
-def layout_keys(cfg: HookedVLMConfig) -> tuple[str, ...]:
-    """What an image layout reads besides."""
-    if cfg.image_layout == "dynamic":
-        times = () if cfg.positions_per_second is None else ("second_per_grid_ts",)
-        return "image_grid_thw", "pixel_values_videos", "video_grid_thw", *times
-    if cfg.image_layout == "tiles":
-        return ("pixel_attention_mask",)
-    if cfg.image_layout != "anyres":
-        return ()
-    videos = () if cfg.video_token_id is None else ("pixel_values_videos",)
-    return "image_sizes", *(("batch_num_images",) if cfg.tiles_single_images_only else ()), *videos
+def _layout_keys(cfg: HookedVLMConfig) -> tuple[str, ...]:
+    """Return the names of the tensors that a model's image layout reads besides pixel_values."""
+    return () if cfg.vision is None else layout_of(cfg).keys
 
 
 def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) -> MultimodalInputs:
-    """A processor's tensors as inputs: padding side and positions are kept, else 0 .. S - 1 as Hugging Face sets.
+    """Return a processor's tensors as inputs.
 
-    Raises: ValueError for unknown keys, padding without a mask, or images that do not match the tokens."""
-    known = (*KNOWN_KEYS, *layout_keys(cfg))
+    Args:
+        cfg: the model's configuration.
+        tokenizer: names the pad token, and tokenizes answers; None without one.
+        outputs: what the processor gave, by name. The padding side is kept, and so are position_ids; without them
+            positions are 0 .. S - 1 as Hugging Face sets them, or follow from the images.
+
+    Raises:
+        ValueError: unknown keys, padding without a mask, or images that do not match the tokens.
+    """
+    known = (*KNOWN_KEYS, *_layout_keys(cfg))
     unknown = sorted(set(outputs) - set(known) - set(IGNORED_KEYS))
     if unknown:
         raise ValueError(
@@ -249,9 +205,11 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
 
 
 def _fitting(cfg: HookedVLMConfig, position_ids: Any, tokens: Tensor) -> Tensor:
-    """Given positions as [batch pos], or [3 batch pos] for three streams (a fourth, of text positions, may lead).
+    """Return given positions as [batch pos], or [3 batch pos] for three streams (a fourth, of the text, may lead).
 
-    Raises: ValueError for another shape, or streams that the model does not have."""
+    Raises:
+        ValueError: another shape, or streams that the model does not have.
+    """
     positions = torch.as_tensor(position_ids).long().to(tokens.device)
     shape = list(positions.shape)
     if positions.ndim == 1:
@@ -269,16 +227,22 @@ def _fitting(cfg: HookedVLMConfig, position_ids: Any, tokens: Tensor) -> Tensor:
 
 
 def require_types(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, outputs: Mapping[str, Any]) -> None:
-    """What a processor says of its tokens (1 image, 2 video, else 0) must be what the tokens say: we read these,
-    Hugging Face the types. Raises: ValueError where they differ, or lack and Hugging Face would go without."""
+    """Check that a processor's types of tokens (1 image, 2 video, else 0) agree with the tokens.
+
+    This package reads the tokens, Hugging Face the types.
+
+    Raises:
+        ValueError: they differ, or are missing where Hugging Face would go on without them.
+    """
     name = "token_type_ids" if cfg.bidirectional_images else "mm_token_type_ids"
     types = outputs.get(name)
     if types is None and cfg.bidirectional_images and outputs.get("pixel_values") is not None:
         raise ValueError(
             "token_type_ids are missing (1 at image tokens, else 0; the processor gives them): without them Hugging "
-            "Face lets an image's tokens read earlier ones alone, and the model was trained with both directions."
+            "Face lets an image's tokens read only earlier ones, and the model was trained with both directions."
         )
-    if types is None or not (cfg.image_layout == "dynamic" or cfg.bidirectional_images):
+    are_read = cfg.bidirectional_images or (cfg.vision is not None and layout_of(cfg).reads_token_types)
+    if types is None or not are_read:
         return
     types = torch.as_tensor(types).to(tokens.device)
     if types.shape != tokens.shape:
@@ -296,9 +260,11 @@ def require_types(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, outputs: M
 
 
 def require_mask(cfg: HookedVLMConfig, tokenizer: Any, tokens: Tensor, mask: Any) -> Tensor:
-    """The mask as booleans; all True without one, if no row begins or ends with a pad token.
+    """Return the mask as booleans; all True without one, if no row begins or ends with a pad token.
 
-    Raises: ValueError for padding without a mask, a mask of another shape, or a row without a real token."""
+    Raises:
+        ValueError: padding without a mask, a mask of another shape, or a row without a real token.
+    """
     if mask is None:
         pads = {getattr(tokenizer, "pad_token_id", None), cfg.pad_token_id} - {None}
         for pad in pads:
@@ -327,10 +293,20 @@ def assemble(
     pixel_values: Any,
     extras: Mapping[str, Any] | None = None,
 ) -> MultimodalInputs:
-    """Inputs with spans and grids, images checked against the image tokens.
+    """Return inputs with spans and layouts, the images checked against the image tokens.
 
-    positions: None counts real tokens; where images have places of their own in three streams, those.
-    Raises: ValueError when their numbers or sizes do not fit."""
+    Args:
+        cfg: the model's configuration.
+        tokens: ids, with every image expanded to its tokens.
+        mask: True at real tokens.
+        positions: position ids; None counts real tokens, or follows the images where they decide.
+        pad: the id of the pad token.
+        pixel_values: the processor's; None without images.
+        extras: the processor's further tensors by name.
+
+    Raises:
+        ValueError: numbers or sizes do not fit.
+    """
     n = len(tokens)
     counted = text_positions(mask) if positions is None else positions
     if cfg.vision is None:
@@ -341,12 +317,13 @@ def assemble(
             attention_mask=mask,
             position_ids=counted,
             pad_token_id=pad,
+            layouts=((),) * n,
             spans=find_spans(tokens, mask, None, [[]] * n),
-            grids=((),) * n,
         )
-    images = arrange_images(cfg, tokens, mask, pixel_values, extras or {})
-    if positions is None and images.positions is not None:
-        counted = images.positions
+    arranged = arrange_images(cfg, tokens, mask, pixel_values, extras or {})
+    if positions is None and arranged.position_ids is not None:
+        counted = arranged.position_ids
+    lengths = [[image.n_tokens for image in row] for row in arranged.images]
     return MultimodalInputs(
         tokens=tokens,
         attention_mask=mask,
@@ -354,15 +331,8 @@ def assemble(
         image_token_id=cfg.image_token_id,
         video_token_id=cfg.video_token_id,
         pad_token_id=pad,
-        pixel_values=images.pixels,
-        crop_rows=images.crop_rows,
-        crop_images=images.crop_images,
-        crop_grids=images.crop_grids,
-        patch_mask=images.patch_mask,
-        image_rows=images.image_rows,
-        extras=images.extras,
-        spans=find_spans(tokens, mask, cfg.image_token_ids, images.lengths),
-        grids=images.grids,
-        grid_places=images.places,
-        token_tiles=images.tiles,
+        pixel_values=arranged.pixels,
+        patch_mask=arranged.patch_mask,
+        layouts=arranged.images,
+        spans=find_spans(tokens, mask, cfg.image_token_ids, lengths),
     )

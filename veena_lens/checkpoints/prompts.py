@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from veena_lens.images.files import open_picture
+from veena_lens.images.files import open_image
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def prompts_of(
                 f"Row {i} has {n} image placeholders ({image_token!r}) and {len(pictures)} images: "
                 + ("give an image for each." if n > len(pictures) else "put one placeholder for each image.")
             )
-    return [Prompt(found, tuple(open_picture(p) for p in pictures)) for found, pictures in rows]
+    return [Prompt(found, tuple(open_image(p) for p in pictures)) for found, pictures in rows]
 
 
 def _row(processor: Any, image_token: str | None, text: str, pictures: list[Any], chat: bool) -> tuple[str, list[Any]]:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veena_lens.hook_table import layer_of, row_of
-from veena_lens.images.packing import layouts_of, tile_layouts
+from veena_lens.images.layout import arranged_image
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.sweeps.measuring import Entering, Measure, bare, entering_layers, padded
 
@@ -65,28 +65,10 @@ def patches_of(who: str, cfg: Any, inputs: MultimodalInputs, row: int, image: in
 
 
 def _at_tower(cfg: Any, inputs: MultimodalInputs, row: int, image: int, grid: tuple[int, int]) -> Patches:
-    """Patches as the tower takes them in."""
-    vision, n = cfg.vision, grid[0] * grid[1]
-    first = int(vision.has_class_token)  # stands before the patches
-    if cfg.image_layout == "dynamic":  # squares of patches, one a token
-        places = torch.arange(n * vision.merge_size**2)
-        return Patches(grid, places, places // vision.merge_size**2, torch.zeros_like(places))
-    owner = int((inputs.image_rows == row).nonzero().flatten()[image]) if inputs.image_rows is not None else 0
-    if cfg.image_layout == "tiles":
-        cells = tile_layouts(cfg, inputs)[owner].patch_cells(vision.merge_size).flatten(1)
-        tile, place = torch.meshgrid(*(torch.arange(n) for n in cells.shape), indexing="ij")
-        return Patches(grid, place.flatten(), cells.flatten(), tile.flatten())
-    if vision.merge_size > 1 and cfg.image_layout == "fixed":  # patches row by row, squares of them one token
-        rows, columns = (torch.arange(side) // vision.merge_size for side in vision.grid)
-        cells = (rows[:, None] * grid[1] + columns).flatten()
-        return Patches(grid, torch.arange(len(cells)) + first, cells, torch.zeros_like(cells))
-    if cfg.image_layout != "anyres":
-        return Patches(grid, torch.arange(n) + first, torch.arange(n), torch.zeros(n, dtype=torch.long))
-    layout = layouts_of(cfg, inputs)[owner]
-    side = layout.base
-    tile = torch.arange(layout.n_tiles).repeat_interleave(side * side)
-    places = torch.arange(side * side).repeat(layout.n_tiles) + first
-    return Patches(grid, places, layout.patch_cells().flatten(), tile)
+    """Return patches as the tower takes them in; a class token stands before them."""
+    cells = arranged_image(inputs, row, image).patch_cells()
+    crop, patch = torch.meshgrid(*(torch.arange(n) for n in cells.shape), indexing="ij")
+    return Patches(grid, patch.flatten() + int(cfg.vision.has_class_token), cells.flatten(), crop.flatten())
 
 
 def batch_places(inputs: MultimodalInputs, patches: Sequence[Patches], image: int) -> Places:

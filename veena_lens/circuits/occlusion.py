@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageFilter, ImageStat
 from torch import Tensor
 
-from veena_lens.images.files import open_picture
+from veena_lens.images.files import open_image
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.scores import Scores
 from veena_lens.sweeps.engine import bar
@@ -287,7 +287,7 @@ def _prompts(who: str, text: str | Sequence[str], images: Any) -> tuple[list[str
     if len(given) != len(texts) or images is None:
         raise ValueError(f"{who}: {len(texts)} prompts and images for {len(given)}; give each prompt its images.")
     listed = [list(x) if isinstance(x, (list, tuple)) else [x] for x in given]
-    return texts, [[open_picture(x) for x in mine] for mine in listed]
+    return texts, [[open_image(x) for x in mine] for mine in listed]
 
 
 def _covers(who: str, fill: Any, pictures: Sequence[Sequence[Image.Image]], image: int) -> list[Image.Image]:
@@ -302,7 +302,7 @@ def _covers(who: str, fill: Any, pictures: Sequence[Sequence[Image.Image]], imag
     for one, mine in zip(fills, pictures, strict=True):
         picture = mine[image]
         if isinstance(one, (Image.Image, Path)) or (isinstance(one, str) and one not in FILLS and Path(one).is_file()):
-            other = open_picture(one)
+            other = open_image(one)
             out.append(other if other.size == picture.size else other.resize(picture.size, Image.Resampling.BICUBIC))
         elif one == "grey":
             out.append(Image.new("RGB", picture.size, GREY))

@@ -1,223 +1,339 @@
-"""Any-resolution pictures (LLaVA-NeXT, LLaVA-OneVision): a whole view and a grid of tiles as one run of tokens.
+"""Images of any resolution, cut into tiles that fill one run of tokens (LLaVA-NeXT, LLaVA-OneVision).
 
-The picture is fitted into the best of several canvases; tile 0 is the whole picture squeezed to one tile, the
-others cut the canvas row by row. Features of the canvas lose its letterbox ("unpadding"), a large grid of them may
-be resampled to a smaller one, every row ends with a newline vector, and the whole view's features stand first.
-Pure functions of sizes.
+A processor gives the crops of every image, padded to the most of any, with the images' original sizes. LLaVA-OneVision
+cuts an image into tiles only if it is alone in its prompt: one among several is padded to a square and is one crop, as
+is each frame of a video; the processor says how many images each prompt has. Images and videos may alternate in a row,
+so tokens are walked in reading order and take the next image or video of their own kind.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-Size = tuple[int, int]  # (height, width)
-SHRINK_FROM = 1.1  # grids that are longer by less, on the geometric mean of their sides, stay as they are
+from veena_lens.config import HookedVLMConfig, VisionConfig
+from veena_lens.images.base import ArrangedBatch, Size, cell_boxes, crop_shape, has_crops, require_pixels
+from veena_lens.images.canvas import AnyresImage, anyres_image, resampled_grid
+from veena_lens.inputs import MultimodalInputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnyresLayout:
-    """Where a picture's tokens come from. `base` is the side of the whole view in tokens, `canvas` is in pixels,
-    `tiles` in tiles; `pad` are the features cut from (top, left), `kept` those that are left in (rows, columns), and
-    `rows` x `cols` the grid that they are resampled to (the same where it is small enough)."""
+class OneCropImage:
+    """An image that is one crop in a model that cuts others: one of several images of a prompt, or a video's frame.
 
-    picture: Size
-    canvas: Size
-    tiles: Size
+    size: (height, width) of the original image in pixels. base: side of the tower's grid. side: that of the grid of
+    tokens. has_newline: whether a newline vector ends it. is_padded: padded to a square (else squeezed into one).
+    """
+
+    size: Size
     base: int
-    pad: Size
-    kept: Size
-    rows: int
-    cols: int
-    patch_size: int
+    side: int
+    has_newline: bool
+    is_padded: bool
 
     @property
-    def n_tiles(self) -> int:
-        """Tiles that the tower sees, the whole view included."""
-        return 1 + self.tiles[0] * self.tiles[1]
+    def n_crops(self) -> int:
+        return 1
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the sequence: whole view, grid, and a newline a row."""
-        return self.base**2 + self.rows * (self.cols + 1)
+        """Tokens in the sequence: the grid, and a newline where it has one."""
+        return self.side**2 + self.has_newline
 
     @property
-    def is_resampled(self) -> bool:
-        """True where a token of the grid is a mean of several features."""
-        return self.kept != (self.rows, self.cols)
+    def grid(self) -> Size:
+        """(height, width) in tokens."""
+        return self.side, self.side
+
+    @property
+    def patch_grid(self) -> None:
+        return None
 
     def grid_places(self) -> list[int]:
-        """Offsets of the grid's tokens among the picture's, row by row, newlines left out."""
-        return [self.base**2 + r * (self.cols + 1) + c for r in range(self.rows) for c in range(self.cols)]
+        return list(range(self.side**2))
 
-    def token_tiles(self) -> list[int]:
-        """The tile in which every token's centre lies: 0 the whole view, 1 .. row by row, -1 a newline."""
-        tiles = [0] * self.base**2 + [-1] * (self.n_tokens - self.base**2)
-        for place, i in zip(self.grid_places(), range(self.rows * self.cols), strict=True):
-            y, x = divmod(i, self.cols)
-            at = (self._centre(y, 0) + self.pad[0], self._centre(x, 1) + self.pad[1])
-            tiles[place] = 1 + at[0] // self.base * self.tiles[1] + at[1] // self.base
-        return tiles
+    def token_crops(self) -> list[int]:
+        """Return 0 for every token of the grid, -1 for the newline."""
+        return [0] * self.side**2 + [-1] * self.has_newline
 
-    def tile_starts(self) -> list[int]:
-        """Of each tile the offset of the first token that reads any of it; `n_tokens` where none does.
+    def crop_starts(self) -> list[int]:
+        return [0]
 
-        A token of a resampled grid reads its neighbours too, and so tiles in which it does not lie."""
-        starts = [0] + [self.n_tokens] * (self.n_tiles - 1)
-        rows, cols = (self._first_readers(axis) for axis in (0, 1))
-        for y, row in enumerate(rows):
-            for x, col in enumerate(cols):
-                if row is not None and col is not None:
-                    starts[1 + y * self.tiles[1] + x] = self.base**2 + row * (self.cols + 1) + col
-        return starts
+    def patch_cells(self) -> Int[Tensor, "crop patch"]:
+        """Return the cell of the grid in which each patch's centre lies."""
+        at = (2 * torch.arange(self.base) + 1) * self.side // (2 * self.base)
+        return (at[:, None] * self.side + at).flatten()[None]
 
-    def patch_cells(self) -> Int[Tensor, "tile row column"]:
-        """The cell of the grid in which every patch of every tile lies; -1 for the whole view and the letterbox."""
-        cells = torch.full((self.n_tiles, self.base, self.base), -1)
-        y, x = torch.meshgrid(torch.arange(self.kept[0]), torch.arange(self.kept[1]), indexing="ij")
-        row, column = ((2 * y + 1) * self.rows // (2 * self.kept[0]), (2 * x + 1) * self.cols // (2 * self.kept[1]))
-        y, x = y + self.pad[0], x + self.pad[1]
-        cells[1 + y // self.base * self.tiles[1] + x // self.base, y % self.base, x % self.base] = (
-            row * self.cols + column
-        )
-        return cells
+    def boxes(self, size: Size | None = None, image_processor: Any = None) -> Float[Tensor, "n_tokens 4"]:
+        """Return the pixel box of each token: cells in the padding are cut to nothing, a newline has none (NaN).
 
-    def boxes(self) -> Float[Tensor, "n_tokens 4"]:
-        """(left, top, right, bottom) of every token in pixels of the original picture; newlines have none (NaN)."""
-        height, width = self.picture
+        Both arguments are known from the layout.
+        """
+        height, width = self.size
         out = torch.full((self.n_tokens, 4), float("nan"))
-        out[: self.base**2] = cell_boxes((width, height), (self.base, self.base))
-        scale = min(self.canvas[1] / width, self.canvas[0] / height)
-        fitted = fitted_size(self.picture, self.canvas)
-        top, left = (self.canvas[0] - fitted[0]) // 2, (self.canvas[1] - fitted[1]) // 2
-        kept = (self.kept[1] * self.patch_size, self.kept[0] * self.patch_size)
-        boxes = cell_boxes(kept, (self.rows, self.cols))
-        boxes += torch.tensor([self.pad[1], self.pad[0]] * 2) * self.patch_size - torch.tensor([left, top] * 2)
-        limit = torch.tensor([width, height] * 2, dtype=boxes.dtype)
-        out[self.grid_places()] = (boxes / scale).clamp(min=0).minimum(limit)
+        n = self.side**2
+        if not self.is_padded:
+            out[:n] = cell_boxes((width, height), self.grid)
+            return out
+        longest = max(height, width)
+        boxes = cell_boxes((longest, longest), self.grid)
+        boxes -= torch.tensor([(longest - width) // 2, (longest - height) // 2] * 2)
+        out[:n] = boxes.clamp(min=0).minimum(torch.tensor([width, height] * 2, dtype=boxes.dtype))
         return out
 
-    def _centre(self, cell: int, axis: int) -> int:
-        """The kept row (axis 0) or column in which a cell's centre lies."""
-        return (2 * cell + 1) * self.kept[axis] // (2 * (self.rows, self.cols)[axis])
-
-    def _first_readers(self, axis: int) -> list[int | None]:
-        """Of each row (axis 0) or column of tiles the first row or column of tokens that reads any of it."""
-        found: list[int | None] = [None] * self.tiles[axis]
-        size, n = self.kept[axis], (self.rows, self.cols)[axis]
-        for cell in range(n):
-            first = last = cell
-            if self.is_resampled:  # bilinearly, between the two nearest
-                first = math.floor(max((cell + 0.5) * size / n - 0.5, 0.0))
-                last = min(first + 1, size - 1)
-            for at in (first, last):
-                tile = (at + self.pad[axis]) // self.base
-                found[tile] = cell if found[tile] is None else found[tile]
-        return found
+    def pack(
+        self, features: Float[Tensor, "one pos d_model"], newline: Float[Tensor, " d_model"]
+    ) -> Float[Tensor, "n_tokens d_model"]:
+        """Return the features of the crop as the text reads them."""
+        out = features[0]
+        if self.side != self.base:
+            grid = features.unflatten(1, (self.base, self.base))
+            out = resampled_grid(grid, self.grid)[0].flatten(0, 1)
+        return torch.cat([out, newline.to(out)[None]]) if self.has_newline else out
 
 
-def cell_boxes(size: tuple[int, int], grid: Size) -> Float[Tensor, "n_tokens 4"]:
-    """(left, top, right, bottom) of the cells of a grid that covers a whole picture, row by row.
-
-    size: (width, height) of the picture; grid: (height, width)."""
-    (width, height), (rows, cols) = size, grid
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    y, x = y.flatten().float(), x.flatten().float()
-    step_y, step_x = height / max(rows, 1), width / max(cols, 1)
-    return torch.stack([x * step_x, y * step_y, (x + 1) * step_x, (y + 1) * step_y], -1)
+CutImage: TypeAlias = AnyresImage | OneCropImage
 
 
-def best_canvas(picture: Size, pinpoints: Sequence[Size]) -> Size:
-    """The canvas that keeps most of the picture's pixels, and among those wastes least."""
-    height, width = picture
-    best, kept, waste = pinpoints[0], -1, math.inf
-    for canvas in pinpoints:
-        scale = min(canvas[1] / width, canvas[0] / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        wasted = canvas[0] * canvas[1] - effective
-        if effective > kept or (effective == kept and wasted < waste):
-            best, kept, waste = canvas, effective, wasted
-    return best
+def image_among_several(size: Size, base: int) -> OneCropImage:
+    """Return the record of an image that shares its prompt with others."""
+    return OneCropImage(size=size, base=base, side=base, has_newline=True, is_padded=True)
 
 
-def fitted_size(picture: Size, canvas: Size) -> Size:
-    """Size of the picture resized into a canvas with its aspect ratio kept."""
-    height, width = picture
-    by_width, by_height = canvas[1] / width, canvas[0] / height
-    if by_width < by_height:
-        return min(math.ceil(height * by_width), canvas[0]), canvas[1]
-    return canvas[0], min(math.ceil(width * by_height), canvas[1])
+def video_frame(size: Size, base: int, is_last: bool) -> OneCropImage:
+    """Return the record of a video's frame: its grid is halved, and a newline ends the last."""
+    return OneCropImage(size=size, base=base, side=math.ceil(base / 2), has_newline=is_last, is_padded=False)
 
 
-def anyres_layout(
-    picture: Size, pinpoints: Sequence[Size], tile_size: int, patch_size: int, max_tiles: int = 0
-) -> AnyresLayout:
-    """The layout of one picture. The rounding to seven digits decides token counts: it is the checkpoints' own.
-
-    max_tiles: a grid with clearly more features than so many tiles have is resampled to about their number (0: never).
-    Raises: ValueError for a picture without pixels, or one so narrow that nothing is left of it."""
-    height, width = picture
-    if height < 1 or width < 1:
-        raise ValueError(f"A picture of {width} x {height} pixels has nothing to show.")
-    canvas = best_canvas(picture, pinpoints)
-    tiles = (math.ceil(canvas[0] / tile_size), math.ceil(canvas[1] / tile_size))
-    base = tile_size // patch_size
-    rows, cols = tiles[0] * base, tiles[1] * base
-    pad_y = pad_x = 0
-    if width / height > cols / rows:
-        pad_y = (rows - int(round(height * (cols / width), 7))) // 2
-    else:
-        pad_x = (cols - int(round(width * (rows / height), 7))) // 2
-    kept = (rows - 2 * pad_y, cols - 2 * pad_x)
-    grid = _resampled_size(kept, max_tiles * base**2)
-    if kept[0] * kept[1] and not grid[0] * grid[1]:
-        raise ValueError(
-            f"A picture of {width} x {height} pixels leaves {kept[1]} x {kept[0]} features, which resampled to "
-            f"{max_tiles} tiles have no {'row' if not grid[0] else 'column'} left. Give it a less extreme shape."
-        )
-    return AnyresLayout(
-        picture=picture,
-        canvas=canvas,
-        tiles=tiles,
-        base=base,
-        pad=(pad_y, pad_x),
-        kept=kept,
-        rows=grid[0],
-        cols=grid[1],
-        patch_size=patch_size,
+def image_in_tiles(cfg: HookedVLMConfig, size: Sequence[int]) -> AnyresImage:
+    """Return the record of an image of (height, width) pixels that a model cuts into tiles."""
+    assert cfg.vision is not None
+    height, width = (int(s) for s in size)
+    return anyres_image(
+        (height, width), cfg.image_pinpoints, cfg.vision.image_size, cfg.vision.patch_size, cfg.max_tiles
     )
 
 
-def _resampled_size(kept: Size, most: int) -> Size:
-    """The grid that features are resampled to, where there are clearly more than `most` (0: any number)."""
-    ratio = math.sqrt(kept[0] * kept[1] / most) if most else 0.0
-    return (int(kept[0] // ratio), int(kept[1] // ratio)) if ratio > SHRINK_FROM else kept
+@dataclass(frozen=True, eq=False)
+class _Crops:
+    """The crops of an image or a frame [crop channel height width], and its record."""
+
+    pixels: Tensor
+    image: CutImage
 
 
-def pack(
-    features: Float[Tensor, "tile pos d_model"], layout: AnyresLayout, newline: Float[Tensor, " d_model"]
-) -> Float[Tensor, "n_tokens d_model"]:
-    """Features of a picture's tiles as the sequence reads them: whole view, then rows with a newline each."""
-    base, rest = features[0], features[1:]
-    g, (ny, nx) = layout.base, layout.tiles
-    canvas = rest.view(ny, nx, g, g, -1).transpose(1, 2).reshape(ny * g, nx * g, -1)
-    y, x = layout.pad
-    grid = canvas[y : y + layout.kept[0], x : x + layout.kept[1]]
-    if layout.is_resampled:
-        grid = resampled_grid(grid[None], (layout.rows, layout.cols))[0]
-    ends = newline.to(grid).expand(layout.rows, 1, -1)
-    return torch.cat([base, torch.cat([grid, ends], 1).flatten(0, 1)])
+@dataclass(frozen=True, eq=False)
+class AnyresLayout:
+    """Images are cut into tiles that fill one run of tokens, or are one crop each.
+
+    Raises:
+        ValueError: the configuration names no canvases.
+    """
+
+    cfg: HookedVLMConfig
+
+    has_newline = True
+    reads_token_types = False
+
+    def __post_init__(self) -> None:
+        if not self.cfg.image_pinpoints:
+            raise ValueError("HookedVLMConfig: image_layout='anyres' needs image_pinpoints, its canvases.")
+
+    @property
+    def vision(self) -> VisionConfig:
+        assert self.cfg.vision is not None
+        return self.cfg.vision
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        numbers = ("batch_num_images",) if self.cfg.tiles_single_images_only else ()
+        return ("image_sizes", *numbers, *self.image_keys)
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        return () if self.cfg.video_token_id is None else ("pixel_values_videos",)
+
+    def ask(self, images: list[Any]) -> list[Any]:
+        """Nest the images where a flat list would be prompts of one image each."""
+        return [images] if images and self.cfg.tiles_single_images_only else images
+
+    def require_processor(self, processor: Any) -> None:
+        """Accept every processor: what it makes is checked by `arrange`."""
+
+    def arrange(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"],
+        pixel_values: Any,
+        extras: Mapping[str, Any],
+    ) -> ArrangedBatch:
+        """Take images, and frames of videos, in the order in which the text reads them."""
+        waiting = {self.cfg.image_token_id: [[image] for image in self._images(pixel_values, extras)]}
+        if self.cfg.video_token_id is not None:
+            waiting[self.cfg.video_token_id] = self._videos(extras.get("pixel_values_videos"))
+        rows = _in_reading_order(self.cfg, tokens, mask, waiting)
+        pixels = torch.cat([crops.pixels for row in rows for crops in row])
+        require_pixels(self.vision, pixels)
+        return ArrangedBatch(pixels=pixels, images=tuple(tuple(crops.image for crops in row) for row in rows))
+
+    def pack(
+        self,
+        features: Float[Tensor, "crop pos d_model"],
+        images: Sequence[CutImage],
+        newline: Float[Tensor, " d_model"] | None,
+    ) -> Float[Tensor, "n_image_tokens d_model"]:
+        assert newline is not None
+        crops = features.split([image.n_crops for image in images])
+        return torch.cat([image.pack(mine, newline) for mine, image in zip(crops, images, strict=True)])
+
+    def expects(self) -> str:
+        return f"[crops {' '.join(map(str, crop_shape(self.vision)))}]"
+
+    def fits(self, inputs: MultimodalInputs) -> bool:
+        return has_crops(inputs, (AnyresImage, OneCropImage), crop_shape(self.vision))
+
+    def as_hf(self, inputs: MultimodalInputs, pixels: Float[Tensor, "crop ..."]) -> dict[str, Tensor]:
+        """Return the crops of each image, padded to the most of any, and the original sizes."""
+        images: list[Any] = [image for row in inputs.layouts for image in row]
+        crops = pixels.split([image.n_crops for image in images])
+        given = {
+            "pixel_values": pad_sequence(list(crops), batch_first=True),
+            "image_sizes": torch.tensor([image.size for image in images], device=pixels.device),
+        }
+        if any(isinstance(image, OneCropImage) for image in images):
+            given["batch_num_images"] = torch.tensor([n for n in inputs.n_images if n])
+        return given
+
+    def draw(self, counts: Sequence[int], generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
+        n = sum(counts)
+        sizes = torch.randint(1, 3 * self.vision.image_size, (n, 2), generator=generator)
+        several = [self.cfg.tiles_single_images_only and count > 1 for count in counts for _ in range(count)]
+        images = [self._image(size, among) for size, among in zip(sizes.tolist(), several, strict=True)]
+        most = max(image.n_crops for image in images)
+        pixels = torch.randn(n, most, *crop_shape(self.vision), generator=generator)
+        given = {"pixel_values": pixels, "image_sizes": sizes}
+        if self.cfg.tiles_single_images_only:
+            given["batch_num_images"] = torch.tensor(counts)
+        return given, [image.n_tokens for image in images]
+
+    def _image(self, size: Sequence[int], is_among_several: bool) -> CutImage:
+        """Return the record of an image of (height, width) pixels."""
+        if is_among_several:
+            return image_among_several((int(size[0]), int(size[1])), self.vision.grid[0])
+        return image_in_tiles(self.cfg, size)
+
+    def _images(self, pixel_values: Any, extras: Mapping[str, Any]) -> list[_Crops]:
+        """Return the images of a processor, without the crops that pad them.
+
+        Raises:
+            ValueError: sizes or numbers of images do not fit the pixels.
+        """
+        if pixel_values is None:
+            return []
+        pixels, sizes = torch.as_tensor(pixel_values), extras.get("image_sizes")
+        if sizes is None:
+            raise ValueError("Any-resolution images need image_sizes, (height, width) of each original image.")
+        sizes = torch.as_tensor(sizes).long().reshape(-1, 2)
+        if pixels.ndim != 5 or len(pixels) != len(sizes):
+            raise ValueError(
+                f"pixel_values must be [images tiles channel height width] for {len(sizes)} image_sizes, not "
+                f"{list(pixels.shape)}; the checkpoint's own processor makes them so."
+            )
+        several = _are_among_several(extras.get("batch_num_images"), len(sizes))
+        found = []
+        for crops, size, among in zip(pixels, sizes.tolist(), several, strict=True):
+            image = self._image(size, among)
+            if image.n_crops > len(crops):
+                raise ValueError(
+                    f"An image of {size[1]} x {size[0]} pixels needs {image.n_crops} tiles; pixel_values hold "
+                    f"{len(crops)}. Processor and checkpoint do not match (image_grid_pinpoints)"
+                    + (", or batch_num_images was left out." if self.cfg.tiles_single_images_only else ".")
+                )
+            found.append(_Crops(crops[: image.n_crops], image))
+        return found
+
+    def _videos(self, pixel_values: Any) -> list[list[_Crops]]:
+        """Return the frames of each video; their original size is not known, and the tower's stands for it.
+
+        Raises:
+            ValueError: the pixels have another shape.
+        """
+        if pixel_values is None:
+            return []
+        pixels = torch.as_tensor(pixel_values)
+        if pixels.ndim != 5 or not pixels.shape[1]:
+            raise ValueError(
+                f"pixel_values_videos must be [videos frames channel height width], not {list(pixels.shape)}; videos "
+                "of one batch have the same number of frames."
+            )
+        size, n = (self.vision.image_size, self.vision.image_size), pixels.shape[1]
+        frames = [video_frame(size, self.vision.grid[0], is_last=i == n - 1) for i in range(n)]
+        return [[_Crops(video[i : i + 1], frame) for i, frame in enumerate(frames)] for video in pixels]
 
 
-def resampled_grid(
-    grids: Float[Tensor, "n height width d_model"], size: Size
-) -> Float[Tensor, "n new_height new_width d_model"]:
-    """Grids of features at another size, bilinearly between cell centres, without smoothing first."""
-    channels_first = grids.permute(0, 3, 1, 2).contiguous()  # the kernel that Hugging Face's layout in memory meets
-    return F.interpolate(channels_first, size, mode="bilinear").permute(0, 2, 3, 1)
+def _are_among_several(batch_num_images: Any, n_images: int) -> list[bool]:
+    """Return whether each image shares its prompt with others; without their numbers all are cut into tiles.
+
+    Raises:
+        ValueError: the numbers do not add up to that of the images.
+    """
+    if batch_num_images is None:
+        return [False] * n_images
+    counts = torch.as_tensor(batch_num_images).flatten().tolist()
+    if sum(counts) != n_images or min(counts, default=0) < 0:
+        raise ValueError(
+            f"batch_num_images {counts} must add up to the {n_images} images of pixel_values: the number of each "
+            "prompt's images."
+        )
+    return [n != 1 for n in counts for _ in range(n)]
+
+
+def _in_reading_order(
+    cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, waiting: Mapping[int | None, list[list[_Crops]]]
+) -> list[list[_Crops]]:
+    """Return the images and frames of each row; `waiting` holds those of each token id, and is used up.
+
+    Raises:
+        ValueError: they do not fill the image tokens.
+    """
+    given = {token: [sum(part.image.n_tokens for part in whole) for whole in mine] for token, mine in waiting.items()}
+    rows = []
+    for row, keep in zip(tokens, mask, strict=True):
+        found, left, kind = [], 0, None
+        for token in (t for t in row[keep].tolist() if t in waiting):
+            if not left:
+                if not waiting[token]:
+                    _refuse(cfg, tokens, mask, given)
+                whole, kind = waiting[token].pop(0), token
+                left = sum(part.image.n_tokens for part in whole)
+                found += whole
+            if token != kind:
+                _refuse(cfg, tokens, mask, given)
+            left -= 1
+        if left:
+            _refuse(cfg, tokens, mask, given)
+        rows.append(found)
+    if any(waiting.values()):
+        _refuse(cfg, tokens, mask, given)
+    return rows
+
+
+def _refuse(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, given: Mapping[int | None, Sequence[int]]) -> NoReturn:
+    """Raises: ValueError naming the image tokens of each row and what the images fill."""
+    parts = []
+    for token, filled in given.items():
+        kind = "video" if token == cfg.video_token_id else "image"
+        counts = ((tokens == token) & mask).sum(-1).tolist()
+        if filled or any(counts):
+            parts.append(f"Rows hold {counts} {kind} tokens; the {len(filled)} {kind}s given fill {filled}")
+    raise ValueError(
+        f"{'. '.join(parts)}. Use the checkpoint's own processor, one image for each placeholder"
+        + (", and pass on its batch_num_images." if cfg.tiles_single_images_only else ".")
+    )

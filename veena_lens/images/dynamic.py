@@ -1,120 +1,213 @@
-"""Pictures of any size (Qwen): which patches fill which run of tokens.
+"""Images of any size: each is one crop of as many patches as its size gives (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
 
 A processor gives the patches of all images in one tensor and those of all videos in another, with a grid
 (time, height, width in patches) each. Images and videos may alternate in a row, so tokens are walked in reading
-order and each run of one kind takes the next grids of that kind.
-
-Positions of patches in pictures of any size, and of their tokens in the text (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+order and each run of one kind takes the next grids of that kind. Every frame (or pair of frames) of a video is a crop
+and counts as an image.
 
 Patches come square by square: a square of `merge` x `merge` patches lies together, since one token reads it, and
-the squares follow row by row. Pure functions of grids.
+the squares follow row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from veena_lens.components.rotary import RotaryTables
-from veena_lens.config import VisionConfig
-from veena_lens.inputs import to_merge_order
+from veena_lens.config import HookedVLMConfig, VisionConfig
+from veena_lens.images.base import ArrangedBatch, Size, cell_boxes
+from veena_lens.inputs import MultimodalInputs
 
-Grid: TypeAlias = tuple[int, int]  # (height, width) in patches
+
+def to_merge_order(x: Int[Tensor, "height width"], merge: int) -> Int[Tensor, " patch"]:
+    """Return the values of a grid in the order of the patches: squares of `merge` x `merge` patches row by row, and
+    inside a square row by row."""
+    return rearrange(x, "(h a) (w b) -> (h w a b)", a=merge, b=merge)
+
+
+def raster_order(grid: Size, merge: int) -> Int[Tensor, "height width"]:
+    """Return, for every cell of a grid, the place of its patch in that order."""
+    n = grid[0] * grid[1]
+    at = torch.empty(n, dtype=torch.long)
+    at[to_merge_order(torch.arange(n).view(*grid), merge)] = torch.arange(n)
+    return at.view(*grid)
 
 
 @dataclass(frozen=True)
-class Group:
-    """Image tokens that lie together: the first of them among its row's real tokens, the place in time of each picture
-    and (height, width) of all in tokens."""
+class DynamicImage:
+    """An image, or what counts as one of a video: `patch_grid` is (height, width) in patches, `merge` of them per side
+    make one token."""
 
-    start: int
-    times: tuple[int, ...]
-    grid: Grid
+    patch_grid: Size
+    merge: int
 
+    @property
+    def n_crops(self) -> int:
+        return 1
 
-def patch_places(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
-    """(row, column) of every patch, in the order of the patches."""
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    return torch.stack([to_merge_order(rows, merge), to_merge_order(columns, merge)], -1)
+    @property
+    def grid(self) -> Size:
+        """(height, width) in tokens."""
+        return self.patch_grid[0] // self.merge, self.patch_grid[1] // self.merge
 
+    @property
+    def n_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
 
-def window_numbers(
-    places: Int[Tensor, "crop patch 2"], widths: Int[Tensor, " crop"], side: int
-) -> Int[Tensor, "crop patch"]:
-    """The window of every patch, counted row by row from the top left; windows have `side` patches a side, those at the
-    right and the bottom fewer. `widths` are the pictures' own, in patches."""
-    rows, columns = (places // side).unbind(-1)
-    return rows * ((widths + side - 1) // side)[:, None] + columns
+    def grid_places(self) -> range:
+        return range(self.n_tokens)
 
+    def token_crops(self) -> None:
+        return None
 
-def axial_tables(
-    places: Int[Tensor, "crop patch 2"], theta: float, d_head: int, dtype: torch.dtype = torch.float32
-) -> RotaryTables:
-    """(cos, sin) of rotary positions over rows and columns: half of the planes turn with each."""
-    exponents = torch.arange(0, d_head // 2, 2, dtype=torch.float32) / (d_head // 2)
-    frequencies = (1.0 / theta**exponents).to(places.device)
-    angles = rearrange(places[..., None].to(dtype) * frequencies, "n p xy f -> n p (xy f)")
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+    def crop_starts(self) -> tuple[int, ...]:
+        return (0,)
 
+    def patch_cells(self) -> Int[Tensor, "crop patch"]:
+        """Return the cell of each patch: those of a square follow one another."""
+        return (torch.arange(self.patch_grid[0] * self.patch_grid[1]) // self.merge**2)[None]
 
-def resampled(table: Float[Tensor, "side_squared d_model"], grid: Grid, merge: int) -> Float[Tensor, "patch d_model"]:
-    """A square table of position embeddings resampled to a grid, corner on corner, bilinearly.
-
-    The weights are float32 whatever the table's dtype, as in Hugging Face."""
-    side = int(table.shape[0] ** 0.5)
-
-    def axis(n: int) -> tuple[Tensor, Tensor]:
-        where = torch.arange(n, dtype=torch.float32, device=table.device) * (side - 1) / max(n - 1, 1)
-        low = where.floor()
-        offsets = torch.arange(2, device=table.device)
-        weights = (1 - (where[:, None] - low[:, None] - offsets).abs()).clamp(min=0)
-        return (low.long()[:, None] + offsets).clamp(0, side - 1), weights
-
-    (rows, row_weights), (columns, column_weights) = axis(grid[0]), axis(grid[1])
-    index = (rows[:, None, :, None] * side + columns[None, :, None, :]).flatten(2)
-    weights = (row_weights[:, None, :, None] * column_weights[None, :, None, :]).flatten(2)
-    order = to_merge_order(torch.arange(grid[0] * grid[1]).view(*grid), merge).to(table.device)
-    index, weights = (x.flatten(0, 1)[order] for x in (index, weights))
-    return (table[index] * weights[..., None]).sum(1)
-
-
-def multimodal_positions(
-    mask: Bool[Tensor, "batch pos"], groups: Sequence[Sequence[Group]]
-) -> Int[Tensor, "streams batch pos"]:
-    """Position of every token in three streams (time, height, width); pads get 0.
-
-    Text advances all streams together. A group of h x w image tokens a picture starts where the text stopped and
-    counts its times, rows and columns; the text goes on after max(h, w) further positions, whatever its times are."""
-    positions = torch.zeros(3, *mask.shape, dtype=torch.long)
-    for row, mine in enumerate(groups):
-        real = mask[row].nonzero().flatten().cpu()
-        parts, token, position = [], 0, 0
-        for group in mine:
-            h, w = group.grid
-            parts.append((torch.arange(group.start - token) + position).expand(3, -1))
-            position += group.start - token
-            times = torch.tensor(group.times)
-            parts.append(torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T + position)
-            position, token = position + max(h, w), group.start + len(times) * h * w
-        parts.append((torch.arange(len(real) - token) + position).expand(3, -1))
-        positions[:, row, real] = torch.cat(parts, 1)
-    return positions.to(mask.device)
+    def boxes(self, size: Size, image_processor: Any = None) -> Float[Tensor, "n_tokens 4"]:
+        """Return the pixel box of each token: the grid covers the whole image of (height, width)."""
+        return cell_boxes((size[1], size[0]), self.grid)
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """A processor's patches of one kind. `frames_apart`: each frame of a video has a run of tokens of its own.
-    `steps`: positions in time from one picture of a video to its next, one number a video; None for 1."""
+class DynamicLayout:
+    """Images have any size; their grids decide how many tokens they fill, and the positions of these."""
 
-    kind: str  # "image" or "video"
+    cfg: HookedVLMConfig
+
+    has_newline = False
+    reads_token_types = True
+
+    @property
+    def vision(self) -> VisionConfig:
+        assert self.cfg.vision is not None
+        return self.cfg.vision
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        times = () if self.cfg.positions_per_second is None else ("second_per_grid_ts",)
+        return (*self.image_keys, *times)
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        return "image_grid_thw", "pixel_values_videos", "video_grid_thw"
+
+    def ask(self, images: list[Any]) -> list[Any]:
+        return images
+
+    def require_processor(self, processor: Any) -> None:
+        for name in ("patch_size", "merge_size", "temporal_patch_size"):
+            found, wanted = getattr(processor.image_processor, name, None), getattr(self.vision, name)
+            if found != wanted:
+                raise ValueError(
+                    f"The processor ({type(processor.image_processor).__name__}) has {name}={found}, but the model's "
+                    f"vision tower expects {wanted}. Use the processor of this checkpoint."
+                )
+
+    def arrange(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        mask: Bool[Tensor, "batch pos"],
+        pixel_values: Any,
+        extras: Mapping[str, Any],
+    ) -> ArrangedBatch:
+        """Match runs of tokens with grids; positions of all tokens follow from where they lie."""
+        images = Source("image", self.cfg.image_token_id, pixel_values, extras.get("image_grid_thw"), False)
+        videos = Source(
+            "video",
+            self.cfg.video_token_id,
+            extras.get("pixel_values_videos"),
+            extras.get("video_grid_thw"),
+            self.cfg.frames_as_images,
+            self._steps(extras),
+        )
+        rows = match_tokens(self.vision, tokens, mask, [images, videos])
+        crops = [[crop for placed in row for crop in placed.run.crops] for row in rows]
+        return ArrangedBatch(
+            pixels=pad_sequence([crop.patches for row in crops for crop in row], batch_first=True),
+            images=tuple(tuple(crop.image for crop in row) for row in crops),
+            position_ids=multimodal_positions(mask, rows),
+        )
+
+    def pack(
+        self,
+        features: Float[Tensor, "crop pos d_model"],
+        images: Sequence[DynamicImage],
+        newline: Float[Tensor, " d_model"] | None,
+    ) -> Float[Tensor, "n_image_tokens d_model"]:
+        """Drop the padding: crops are padded to the longest of the batch."""
+        return torch.cat([x[: image.n_tokens] for x, image in zip(features, images, strict=True)])
+
+    def expects(self) -> str:
+        merge = self.vision.merge_size
+        return f"[crops patches {self.vision.patch_width}], {merge} x {merge} patches per token"
+
+    def fits(self, inputs: MultimodalInputs) -> bool:
+        assert inputs.pixel_values is not None
+        merge = self.vision.merge_size
+        own = all(isinstance(image, DynamicImage) and image.merge == merge for row in inputs.layouts for image in row)
+        return own and tuple(inputs.pixel_values.shape[2:]) == (self.vision.patch_width,)
+
+    def as_hf(self, inputs: MultimodalInputs, pixels: Float[Tensor, "crop ..."]) -> dict[str, Tensor]:
+        assert inputs.crop_grids is not None
+        grids = inputs.crop_grids
+        return {
+            "pixel_values": torch.cat([x[: h * w] for x, (h, w) in zip(pixels, grids.tolist(), strict=True)]),
+            "image_grid_thw": torch.cat([torch.ones_like(grids[:, :1]), grids], 1),
+            "mm_token_type_ids": inputs.image_mask.long(),
+        }
+
+    def draw(self, counts: Sequence[int], generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
+        n, merge = sum(counts), self.vision.merge_size
+        sides = torch.randint(1, 5, (n, 2), generator=generator) * merge
+        grids = torch.cat([torch.ones(n, 1, dtype=torch.long), sides], 1)
+        pixels = torch.randn(int(grids.prod(-1).sum()), self.vision.patch_width, generator=generator)
+        return {"pixel_values": pixels, "image_grid_thw": grids}, (grids.prod(-1) // merge**2).tolist()
+
+    def _steps(self, extras: Mapping[str, Any]) -> list[Any] | None:
+        """Return the positions in time from one crop of each video to its next; None where crops are counted.
+
+        Without `second_per_grid_ts` every crop stands for a second, as Hugging Face takes it.
+
+        Raises:
+            ValueError: times are not positive numbers.
+        """
+        rate = self.cfg.positions_per_second
+        if rate is None or extras.get("video_grid_thw") is None:
+            return None
+        seconds = extras.get("second_per_grid_ts")
+        if seconds is None:
+            return [rate] * len(extras["video_grid_thw"])
+        times = torch.as_tensor(seconds)
+        if times.ndim != 1 or not bool((times.isfinite() & (times > 0)).all()):
+            raise ValueError(
+                f"second_per_grid_ts={times.tolist()} must hold the seconds that one crop of each video stands for "
+                "(temporal_patch_size / frames per second), all positive."
+            )
+        return [rate * s for s in seconds]
+
+
+# --- runs of tokens and their crops ------------------------------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A processor's patches of one kind.
+
+    kind: "image" or "video". frames_apart: each crop of a video has its own run of tokens. steps: positions in time
+    from one crop of a video to its next, one number per video; None for 1.
+    """
+
+    kind: str
     token_id: int | None
     pixels: Any
     grids: Any
@@ -123,97 +216,101 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
-    """One picture: its patches [patch numbers], and (height, width) in patches."""
+class Crop:
+    """One crop: its patches [patch numbers], and its record."""
 
     patches: Tensor
-    grid: tuple[int, int]
+    image: DynamicImage
 
 
 @dataclass(frozen=True, eq=False)
-class Clip:
-    """An image, or the frames of a video that share a run of tokens."""
+class CropRun:
+    """Crops that share a run of tokens: an image, or the crops of a video.
 
-    frames: list[Frame]
-    merge: int
-    step: Any = 1  # a number, or one in a tensor: rounding follows its dtype
+    step: positions in time from one crop to the next, a number or one in a tensor (rounding follows its dtype).
+    """
+
+    crops: list[Crop]
+    step: Any = 1
 
     @property
     def times(self) -> tuple[int, ...]:
-        """The place in time of each picture, in whole positions (rounded down)."""
-        return tuple((torch.arange(len(self.frames)) * self.step).long().tolist())
+        """The place in time of each crop, in whole positions (rounded down)."""
+        return tuple((torch.arange(len(self.crops)) * self.step).long().tolist())
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """(time, height, width) in tokens."""
-        height, width = self.frames[0].grid
-        return len(self.frames), height // self.merge, width // self.merge
+    def grid(self) -> Size:
+        """(height, width) in tokens, of each crop."""
+        return self.crops[0].image.grid
 
     @property
     def n_tokens(self) -> int:
-        t, h, w = self.grid
-        return t * h * w
+        return len(self.crops) * self.crops[0].image.n_tokens
 
 
 @dataclass(frozen=True, eq=False)
-class Match:
-    """Row by row: the pictures in reading order, and where their groups of tokens stand among the real tokens."""
+class PlacedRun:
+    """A run, and the place of its first token among its row's real tokens."""
 
-    frames: list[list[Frame]]
-    groups: list[list[Group]]
+    start: int
+    run: CropRun
 
 
-def match_tokens(vision: VisionConfig, tokens: Tensor, mask: Tensor, sources: Sequence[Source]) -> Match:
-    """The pictures that the tokens of a batch [batch pos] stand for.
+def match_tokens(
+    vision: VisionConfig, tokens: Tensor, mask: Tensor, sources: Sequence[Source]
+) -> list[list[PlacedRun]]:
+    """Return the runs that the tokens of each row [batch pos] stand for, in reading order.
 
-    Raises: ValueError when patches, grids and tokens do not fit."""
-    by_id = {source.token_id: list(clips(vision, source)) for source in sources}
+    Raises:
+        ValueError: patches, grids and tokens do not fit.
+    """
+    by_id = {source.token_id: list(crop_runs(vision, source)) for source in sources}
     names = {source.token_id: source.kind for source in sources}
     given = {token: len(mine) for token, mine in by_id.items()}
-    match = Match([], [])
+    rows = []
     for row, keep in zip(tokens, mask, strict=True):
-        frames, groups, at = [], [], 0
-        for token, run in groupby(row[keep].tolist()):
-            length = len(list(run))
+        placed, at = [], 0
+        for token, same in groupby(row[keep].tolist()):
+            length = len(list(same))
             if token in by_id:
                 start, end = at, at + length
                 while start < end:
-                    clip = by_id[token].pop(0) if by_id[token] else None
-                    if clip is None or start + clip.n_tokens > end:
-                        _refuse_run(names[token], length, clip, given[token])
-                    frames += clip.frames
-                    groups.append(Group(start, clip.times, clip.grid[1:]))
-                    start += clip.n_tokens
+                    run = by_id[token].pop(0) if by_id[token] else None
+                    if run is None or start + run.n_tokens > end:
+                        _refuse_run(names[token], length, run, given[token])
+                    placed.append(PlacedRun(start, run))
+                    start += run.n_tokens
             at += length
-        match.frames.append(frames)
-        match.groups.append(groups)
+        rows.append(placed)
     for token, left in by_id.items():
         if left:
             raise ValueError(
                 f"{len(left)} of {given[token]} {names[token]} grids have no tokens in the prompt: put one placeholder "
                 f"for each {names[token]}."
             )
-    return match
+    return rows
 
 
-def _refuse_run(kind: str, length: int, clip: Clip | None, given: int) -> NoReturn:
-    if clip is None:
+def _refuse_run(kind: str, length: int, run: CropRun | None, given: int) -> NoReturn:
+    if run is None:
         raise ValueError(
             f"The prompt holds more {kind} tokens than the {given} {kind}s given fill: a run of {length} is left over. "
-            f"Give a {kind} for each placeholder, through the checkpoint's own processor."
+            f"Give one {kind} for each placeholder, through the checkpoint's own processor."
         )
-    t, h, w = clip.grid
+    t, (h, w) = len(run.crops), run.grid
     raise ValueError(
-        f"A run of {length} {kind} tokens meets a grid of {t} x {h} x {w} = {clip.n_tokens} tokens. Processor and "
+        f"A run of {length} {kind} tokens meets a grid of {t} x {h} x {w} = {run.n_tokens} tokens. Processor and "
         "checkpoint do not match (merge_size, patch_size), or the prompt was not made by the processor."
     )
 
 
-def clips(vision: VisionConfig, source: Source) -> Iterator[Clip]:
-    """The images or videos of a source, their patches cut out.
+def crop_runs(vision: VisionConfig, source: Source) -> Iterator[CropRun]:
+    """Yield the images or videos of a source, their patches cut out.
 
-    Raises: ValueError for patches without grids or grids without patches, or patches of another number or width than
-    the grids and the tower say."""
+    Raises:
+        ValueError: patches came without grids or grids without patches, or patches have another number or width than
+            grids and tower say.
+    """
     keys = ("pixel_values", "image_grid_thw") if source.kind == "image" else ("pixel_values_videos", "video_grid_thw")
     if source.pixels is None and source.grids is None:
         return
@@ -244,13 +341,39 @@ def clips(vision: VisionConfig, source: Source) -> Iterator[Clip]:
         raise ValueError(f"{keys[1]} {grids.tolist()} asks for {wanted} patches; {keys[0]} holds {len(pixels)}.")
     if source.steps is not None and len(source.steps) != len(grids):
         raise ValueError(
-            f"{len(grids)} {source.kind}s have {len(source.steps)} times a picture; give one a {source.kind}."
+            f"second_per_grid_ts holds {len(source.steps)} times for {len(grids)} {source.kind}s; give one per "
+            f"{source.kind}."
         )
     at = 0
     for i, (t, h, w) in enumerate(grids.tolist()):
-        frames = [Frame(pixels[at + j * h * w : at + (j + 1) * h * w], (h, w)) for j in range(t)]
+        image = DynamicImage((h, w), merge)
+        crops = [Crop(pixels[at + j * h * w : at + (j + 1) * h * w], image) for j in range(t)]
         at += t * h * w
         if source.frames_apart:
-            yield from (Clip([frame], merge) for frame in frames)
+            yield from (CropRun([crop]) for crop in crops)
         else:
-            yield Clip(frames, merge, 1 if source.steps is None else source.steps[i])
+            yield CropRun(crops, 1 if source.steps is None else source.steps[i])
+
+
+def multimodal_positions(
+    mask: Bool[Tensor, "batch pos"], rows: Sequence[Sequence[PlacedRun]]
+) -> Int[Tensor, "streams batch pos"]:
+    """Return the position of every token in three streams (time, height, width); pads get 0.
+
+    Text advances all streams together. A run of h x w image tokens per crop starts where the text stopped and counts
+    its times, rows and columns; the text goes on after max(h, w) further positions, whatever its times are.
+    """
+    positions = torch.zeros(3, *mask.shape, dtype=torch.long)
+    for row, mine in enumerate(rows):
+        real = mask[row].nonzero().flatten().cpu()
+        parts, token, position = [], 0, 0
+        for placed in mine:
+            h, w = placed.run.grid
+            parts.append((torch.arange(placed.start - token) + position).expand(3, -1))
+            position += placed.start - token
+            times = torch.tensor(placed.run.times)
+            parts.append(torch.cartesian_prod(times, torch.arange(h), torch.arange(w)).T + position)
+            position, token = position + max(h, w), placed.start + len(times) * h * w
+        parts.append((torch.arange(len(real) - token) + position).expand(3, -1))
+        positions[:, row, real] = torch.cat(parts, 1)
+    return positions.to(mask.device)

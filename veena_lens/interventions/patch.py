@@ -213,7 +213,7 @@ class Ablate:
         if cache.inputs is None:
             raise ValueError("Ablate: the reference cache has no inputs, so its positions are not known.")
         if axes[0] == "crop":
-            lengths = cache.inputs.picture_lengths(in_tokens=self.name.startswith("connector."))
+            lengths = cache.inputs.crop_lengths(in_tokens=self.name.startswith("connector."))
             real = value if lengths is None else [one[:n] for one, n in zip(value, lengths, strict=True)]
             return torch.cat(list(real)).mean(0)
         chosen = position_mask(cache.inputs, self.positions).to(value.device)

@@ -25,8 +25,7 @@ from torch import Tensor
 from veena_lens.components.block import Block
 from veena_lens.components.context import Context
 from veena_lens.components.kv_cache import KVCache, SharedPrefix
-from veena_lens.images.layout import image_runs
-from veena_lens.images.packing import pack_features
+from veena_lens.images.layout import image_runs, pack_features
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.edits import attention_bias, running
 from veena_lens.model.span import PassSpan
@@ -170,7 +169,7 @@ def run_tower(model: HookedVLM, inputs: MultimodalInputs) -> TowerOutput | None:
     """Encode the images with the vision tower. Returns None if there are no images."""
     if inputs.pixel_values is None:
         return None
-    return model.vision(inputs.pixel_values.to(model.vision.patch_embed.weight.device), inputs.picture_shapes)
+    return model.vision(inputs.pixel_values.to(model.vision.patch_embed.weight.device), inputs.crop_shapes)
 
 
 def connect(model: HookedVLM, seen: TowerOutput, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"]:

@@ -22,6 +22,7 @@ from veena_lens.components.block import Block, Embed, Unembed
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
+from veena_lens.images.layout import layout_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.attention_rows import Attending
 from veena_lens.model.edits import EditStack, Frame, intervene
@@ -44,9 +45,9 @@ from veena_lens.model.hooks import Hooking
 from veena_lens.model.span import PassSpan
 from veena_lens.model.text import TextInterface, as_inputs, inputs_of_residual
 from veena_lens.model.weights import StackedWeights
+from veena_lens.vision import make_tower
 from veena_lens.vision.connector import make_connector
 from veena_lens.vision.qwen import DeepstackMerger
-from veena_lens.vision.towers import make_tower
 
 
 class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
@@ -69,7 +70,7 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
             self.vision = make_tower(cfg.vision)
             self.connector = make_connector(cfg.connector)
             self.hook_image_features = HookPoint()
-            if cfg.image_layout == "anyres":
+            if layout_of(cfg).has_newline:
                 self.image_newline = nn.Parameter(torch.zeros(cfg.d_model))
             if cfg.vision.deepstack_layers:
                 n = len(cfg.vision.deepstack_layers)

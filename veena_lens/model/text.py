@@ -17,6 +17,7 @@ from torch import Tensor
 
 from veena_lens import checkpoints
 from veena_lens.config import HookedVLMConfig
+from veena_lens.images.layout import require_own_images
 from veena_lens.inputs import MultimodalInputs, is_any_of, text_positions
 
 if TYPE_CHECKING:
@@ -110,34 +111,13 @@ def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
         n = int(inputs.image_mask.sum())
         raise ValueError(f"The prompt holds {n} image tokens (ids {_ids(cfg)}) but no image was given.")
     if inputs.pixel_values is not None and cfg.vision is None:
-        raise ValueError("Pictures were given to a model without a vision tower.")
+        raise ValueError("Images were given to a model without a vision tower.")
     _require_placeholders(cfg, inputs)
-    _require_own_pictures(cfg, inputs)
+    require_own_images(cfg, inputs)
     text = inputs.tokens[inputs.attention_mask & ~is_any_of(inputs.tokens, cfg.image_token_ids)]
     if len(text) and (int(text.max()) >= cfg.d_vocab or int(text.min()) < 0):
         bad = text[(text >= cfg.d_vocab) | (text < 0)][0]
         raise ValueError(f"Token id {int(bad)} is outside the vocabulary of {cfg.d_vocab}.")
-
-
-def _require_own_pictures(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for images that were prepared for a model of another tower."""
-    if inputs.pixel_values is None or cfg.vision is None:
-        return
-    vision, found = cfg.vision, list(inputs.pixel_values.shape)
-    if vision.takes_any_size:
-        wanted = f"[pictures patches {vision.patch_width}], {vision.merge_size} x {vision.merge_size} patches a token"
-        cells = [] if inputs.crop_grids is None else (inputs.crop_grids // vision.merge_size).tolist()
-        fits = found[2:] == [vision.patch_width] and cells == [list(grid) for row in inputs.grids for grid in row]
-    else:
-        size = [vision.n_channels, vision.image_size, vision.image_size]
-        wanted = f"[pictures {' '.join(map(str, size))}]"
-        of_layout = [("anyres", "image_sizes"), ("tiles", "tile_grids")]
-        fits = found[1:] == size and all((key in inputs.extras) == (cfg.image_layout == x) for x, key in of_layout)
-    if not fits:
-        raise ValueError(
-            f"The inputs were prepared for another model: their images are {found}, this model takes {wanted}. "
-            "Prepare them with this model's own prepare or inputs_from_hf."
-        )
 
 
 def _ids(cfg: HookedVLMConfig) -> str:

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from veena_lens.hook_table import hooks_of, require_hook, row_of
-from veena_lens.images.layout import reached_from
-from veena_lens.images.packing import layouts_of
+from veena_lens.images.layout import arranged_image, reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import HEAD_AXES, require_unit
 from veena_lens.positions import Tile, position_mask
@@ -301,21 +300,13 @@ def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
     return (sizes if in_tower else sizes // cfg.vision.merge_size**2).tolist()
 
 
-def first_tokens(cfg: Any, inputs: MultimodalInputs) -> list[int]:
-    """Of each image the first position of the text that reads it; the last position for a tile that none reads."""
-    assert inputs.crop_images is not None
-    layouts = layouts_of(cfg, inputs)
-    found, before = [], [0] * len(inputs.spans[0].images)
-    for image in inputs.crop_images.tolist():
-        span = inputs.spans[0].images[image]
+def first_tokens(inputs: MultimodalInputs) -> list[int]:
+    """Return, for each crop, the first position of the text that reads it; the last position if none does."""
+    found = []
+    for image, span in enumerate(inputs.spans[0].images):
         tokens = (inputs.image_mask[0, span].nonzero().flatten() + span.start).tolist()
-        tile, before[image] = before[image], before[image] + 1
-        if layouts:  # a resampled grid reads a tile before the first token that lies in it
-            start = layouts[image].tile_starts()[tile]
-        else:
-            tiles = inputs.token_tiles[0][image] if inputs.token_tiles else [0] * len(tokens)
-            start = tiles.index(tile) if tile in tiles else len(tokens)
-        found.append(tokens[start] if start < len(tokens) else inputs.shape[1] - 1)
+        starts = arranged_image(inputs, 0, image).crop_starts()
+        found += [tokens[start] if start < len(tokens) else inputs.shape[1] - 1 for start in starts]
     return found
 
 
@@ -344,7 +335,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
             f"positions={positions!r} name tokens of the text; {name} lies on images: give 'all', 'each', numbers "
             "or a slice of its own positions, or patch hook_image_features, what the decoder reads."
         )
-    first = reached[first_tokens(cfg, inputs)].tolist()
+    first = reached[first_tokens(inputs)].tolist()
     places, pictures, starts = [], [], []
     for picture, size in enumerate(sizes_at(cfg, inputs, name)):
         every = list(range(size))

@@ -151,7 +151,7 @@ class _Again:
         inner_after = [self._of(known.kept[layer], past, total) for layer in model_layers]
         if not past:
             return after, inner_after
-        shapes = inputs.picture_shapes
+        shapes = inputs.crop_shapes
         _, joined = self._entries(EMBEDDING)
         resid, context = None, None
         if joined:

@@ -1,15 +1,9 @@
 """CLIP and SigLIP towers: patches, positions, blocks; features are residual streams of chosen depth.
 
 SigLIP differs from CLIP by a bias on the patches, no class token and no norm before the blocks. Some models norm the
-features after the blocks, take crops that fill a part of the square only, or join squares of patches into one
-feature. Weights that never reach the features (later blocks, a last norm that is not applied, SigLIP's pooling head)
-are kept, without hooks, so that a model can be exported whole.
-
-Positions of patches by the share of a crop's height and width at which they lie (Idefics3).
-
-A square table of positions is read at floor(side * share): a crop that fills only a part of the square that it is
-padded to still spreads over the whole table. The rounding of the shares to float32, which now and then puts a patch
-into the bucket before its own, is the checkpoints' own.
+features after the blocks, take crops that fill only a part of the square, or join squares of patches into one feature.
+Weights that never reach the features (later blocks, a last norm that is not applied, SigLIP's pooling head) are kept,
+without hooks, so that a model can be exported whole.
 """
 
 from __future__ import annotations
@@ -35,9 +29,16 @@ ALMOST_ONE = 1.0 - 1e-6  # the last share that still falls into the last bucket
 
 
 def fraction_positions(real: Bool[Tensor, "crop height width"], side: int) -> Int[Tensor, "crop patch"]:
-    """Row of the table of side * side positions for every patch, patches of padding getting row 0.
+    """Return the row of the table of side * side positions for every patch; patches of padding get row 0 (Idefics3).
 
-    real: True at the patches that a crop has; its first column and row tell its height and width."""
+    The table is read at floor(side * share), the share of the crop's height and width at which a patch lies: a crop
+    that fills only a part of its square still spreads over the whole table. The rounding of the shares to float32,
+    which sometimes puts a patch into the bucket before its own, is the checkpoints' own.
+
+    Args:
+        real: True at the patches that a crop has; its first column and row give its height and width.
+        side: patches per side of the square.
+    """
     edges = torch.arange(1 / side, 1.0, 1 / side, device=real.device)
 
     def buckets(n_real: Int[Tensor, " crop"], length: int) -> Int[Tensor, "crop length"]:
@@ -52,7 +53,7 @@ def fraction_positions(real: Bool[Tensor, "crop height width"], side: int) -> In
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to vectors, row by row."""
+    """Map non-overlapping patches to vectors, row by row."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -67,7 +68,7 @@ class PatchEmbed(nn.Module):
 
 
 class PoolingHead(nn.Module):
-    """Parameters of SigLIP's attention pooling under Hugging Face's own names; never run."""
+    """Hold the parameters of SigLIP's attention pooling under Hugging Face's own names; it never runs."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class PoolingHead(nn.Module):
 
 
 class Unused(nn.Module):
-    """What a checkpoint's tower holds past the features."""
+    """Hold what a checkpoint's tower has past the features."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class Unused(nn.Module):
 
 
 class ClipTower(nn.Module):
-    """Pictures -> features [crop pos d_features]; the widths of several feature layers are joined."""
+    """Map crops to features [crop pos d_features]; several feature layers are joined along the width."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class ClipTower(nn.Module):
         pixels: Float[Tensor, "crop channel height width"],
         real: Bool[Tensor, "crop pos"] | None = None,
     ) -> TowerOutput:
-        """`real` is False at the patches that a crop smaller than its square does not have."""
+        """Return the features of crops; `real` is False at the patches that a smaller crop does not have."""
         resid, kept = self.embed(pixels, real), {}
         context = self.context(real, resid.shape[1], resid.device)
         for layer in range(self.cfg.n_layers):
@@ -119,13 +120,13 @@ class ClipTower(nn.Module):
         return self.leave(resid, kept)
 
     def context(self, real: Bool[Tensor, "crop pos"] | None, length: int, device: torch.device) -> Context:
-        """What the blocks share: every patch of a crop is read by every other."""
+        """Return what the blocks share: every patch of a crop attends to every other."""
         return Context(key_mask=None if real is None else real.to(device), n_new=length, is_causal=False)
 
     def step(
         self, layer: int, resid: Float[Tensor, "crop pos d_model"], context: Context, kept: dict[int, Tensor]
     ) -> Float[Tensor, "crop pos d_model"]:
-        """The residual after one block; what enters it goes into `kept` where it is a feature."""
+        """Return the residual after one block, and keep what enters it in `kept` if it is a feature."""
         block: Any = self.blocks[layer]
         resid = block.hook_resid_pre(resid)
         if layer in self.cfg.feature_layers:
@@ -133,7 +134,7 @@ class ClipTower(nn.Module):
         return block.rest(resid, context)
 
     def leave(self, resid: Float[Tensor, "crop pos d_model"], kept: Mapping[int, Tensor]) -> TowerOutput:
-        """The features: streams of the chosen depths side by side; patches of a square joined, or averaged."""
+        """Return the features: streams of the chosen depths side by side, patches of a square joined or averaged."""
         streams = {**kept, self.cfg.n_layers: resid}
         chosen = torch.cat([streams[i] for i in self.cfg.feature_layers], -1)
         if self.ln_post is not None:
@@ -147,7 +148,7 @@ class ClipTower(nn.Module):
         return TowerOutput(chosen[:, 1:] if self.cfg.drop_class_token else chosen)
 
     def kept_names(self) -> dict[int, str]:
-        """The hook that hears each value of `kept`."""
+        """Return the name of the hook point of each value of `kept`."""
         return {i: f"vision.blocks.{i}.hook_resid_pre" for i in self.cfg.feature_layers if i < self.cfg.n_layers}
 
     def embed(
@@ -155,7 +156,7 @@ class ClipTower(nn.Module):
         pixels: Float[Tensor, "crop channel height width"],
         real: Bool[Tensor, "crop pos"] | None = None,
     ) -> Float[Tensor, "crop pos d_model"]:
-        """The residual stream that enters block 0."""
+        """Return the residual stream that enters block 0."""
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype))
         if self.cfg.has_class_token:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
@@ -164,13 +165,13 @@ class ClipTower(nn.Module):
         if self.cfg.positions_by_fraction:
             positions = self.pos_embed(self._fractions(real, x.device))
         if self.hook_pos_embed._forward_hooks or self.hook_pos_embed._backward_hooks:
-            # A copy a crop: the weight itself must not be reached by an edit in place.
+            # One copy per crop: the weight itself must not be reached by an edit in place.
             positions = self.hook_pos_embed(positions.expand(len(x), -1, -1).clone())
         x = x + positions
         return x if self.ln_pre is None else self.ln_pre(x)
 
     def _fractions(self, real: Bool[Tensor, "crop pos"] | None, device: torch.device) -> Int[Tensor, "#crop pos"]:
-        """Places in the table of positions, one row for all crops where they are whole."""
+        """Return places in the table of positions, one row for all crops where they are whole."""
         height, width = self.cfg.grid
         if real is None:
             real = torch.ones(1, height * width, dtype=torch.bool)

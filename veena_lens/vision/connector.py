@@ -1,7 +1,4 @@
-"""Projectors from the tower to the decoder: two linear maps with an activation in between, one, or a norm and one.
-
-What a tower hands on.
-"""
+"""The output of a tower, and the connectors that map it to the decoder's width."""
 
 from __future__ import annotations
 
@@ -20,14 +17,14 @@ from veena_lens.config import ConnectorConfig
 
 @dataclass(frozen=True, eq=False)
 class TowerOutput:
-    """Features [crop pos d_features], and the outputs of the inner layers that the decoder reads besides."""
+    """Features of the crops, and the outputs of the inner layers that the decoder reads besides them."""
 
     features: Float[Tensor, "crop pos d_features"]
     inner: tuple[Float[Tensor, "crop patch d_model"], ...] = ()
 
 
 class Connector(nn.Module):
-    """Features of the tower -> the decoder's width, through a hidden layer."""
+    """Map features to the decoder's width by two linear maps with an activation in between."""
 
     def __init__(self, cfg: ConnectorConfig) -> None:
         super().__init__()
@@ -42,7 +39,7 @@ class Connector(nn.Module):
 
 
 class LinearConnector(nn.Module):
-    """Features of the tower -> the decoder's width, by one linear map."""
+    """Map features to the decoder's width by one linear map."""
 
     def __init__(self, cfg: ConnectorConfig) -> None:
         super().__init__()
@@ -54,7 +51,7 @@ class LinearConnector(nn.Module):
 
 
 class NormedConnector(nn.Module):
-    """Features of the tower -> the decoder's width: norm(x) @ weight, the weight [d_in d_out] as it is stored."""
+    """Map features to the decoder's width by norm(x) @ weight; the weight is stored as [d_in d_out]."""
 
     def __init__(self, cfg: ConnectorConfig) -> None:
         super().__init__()
@@ -74,5 +71,5 @@ CONNECTORS: dict[str, Callable[[ConnectorConfig], nn.Module]] = {
 
 
 def make_connector(cfg: ConnectorConfig) -> nn.Module:
-    """The connector that a configuration asks for, with random weights."""
+    """Return the connector that a configuration asks for, with random weights."""
     return CONNECTORS[cfg.kind](cfg)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.images.anyres import cell_boxes
-from veena_lens.inputs import MultimodalInputs, Spans
+from veena_lens.images.base import cell_boxes
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.spans import Spans, StoredImage
 
 SIDE, TILES, LAYERS, HEADS, KV_HEADS, WIDTH = 24, 4, 32, 32, 8, 4
 BEFORE, QUERY, ANSWER = 5, 30, 25
@@ -27,15 +28,19 @@ def large_inputs() -> MultimodalInputs:
     spans = Spans([slice(BEFORE, BEFORE + N_IMAGE)], slice(BEFORE + N_IMAGE, end), end - 1, slice(end, end + ANSWER))
     n = SIDE * SIDE
     whole, tiles = cell_boxes((SIZE, SIZE), (SIDE, SIDE)), cell_boxes((SIZE, SIZE), (2 * SIDE, 2 * SIDE))
+    image = StoredImage(
+        grid=(2 * SIDE, 2 * SIDE),
+        n_crops=5,
+        places=tuple(range(n, 5 * n)),
+        crops=(0,) * n + tuple(1 + i // n for i in range(4 * n)),
+    )
     return MultimodalInputs(
         tokens=tokens,
         attention_mask=torch.ones_like(tokens, dtype=torch.bool),
         position_ids=torch.arange(length)[None],
         image_token_id=7,
+        layouts=((image,),),
         spans=(spans,),
-        grids=(((2 * SIDE, 2 * SIDE),),),
-        grid_places=((tuple(range(n, 5 * n)),),),
-        token_tiles=(((0,) * n + tuple(1 + i // n for i in range(4 * n)),),),
         patch_boxes=((torch.cat([whole, tiles]),),),
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.images.anyres import cell_boxes
-from veena_lens.inputs import MultimodalInputs, Spans
+from veena_lens.images.base import cell_boxes
+from veena_lens.inputs import MultimodalInputs
+from veena_lens.spans import Spans, StoredImage
 
 LAYERS, HEADS, LENGTH = 2, 3, 24
 IMAGE = slice(2, 18)  # 4 x 4 cells
@@ -24,7 +25,7 @@ def sinking_cache(seed: int = 0) -> ActivationCache:
         position_ids=torch.arange(LENGTH)[None],
         image_token_id=5,
         spans=(Spans([IMAGE], slice(18, LENGTH), LENGTH - 1),),
-        grids=(((4, 4),),),
+        layouts=((StoredImage(grid=(4, 4)),),),
         patch_boxes=((cell_boxes((96, 96), (4, 4)),),),
     )
     kept = {}

@@ -156,7 +156,7 @@ def test_a_rows_noise_is_the_same_in_any_batch_and_spares_the_padding(name: str,
     together = with_noise(model, inputs, 700, 1)
     for row in range(len(inputs)):
         assert torch.equal(with_noise(model, inputs[row], 700, 1).pixel_values, together[row].pixel_values)
-    sizes = inputs.picture_lengths()
+    sizes = inputs.crop_lengths()
     if sizes is not None:
         for picture, n in enumerate(sizes):
             assert torch.equal(together.pixel_values[picture, n:], inputs.pixel_values[picture, n:])

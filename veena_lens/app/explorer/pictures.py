@@ -13,7 +13,7 @@ from PIL import Image
 from veena_lens.app.explorer.state import Limits
 from veena_lens.app.view.panels import data_url
 from veena_lens.checkpoints.files import Picture, bundled_pictures
-from veena_lens.images.files import open_picture
+from veena_lens.images.files import open_image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,12 +56,12 @@ def open_upload(path: str, limits: Limits) -> Shown:
     try:
         with Image.open(file) as header:
             pixels = header.width * header.height
-    except Exception:  # whatever a decoder says of broken bytes; open_picture tells it in our words
+    except Exception:  # whatever a decoder says of broken bytes; open_image tells it in our words
         pixels = 0
     if pixels > limits.pixels:
         raise ValueError(f"{file.name} has {pixels:,} pixels; the limit here is {limits.pixels:,}. Shrink it first.")
     try:
-        image = open_picture(file)
+        image = open_image(file)
     except (ValueError, FileNotFoundError) as error:
         reason = str(error).replace(str(file), file.name)
         raise ValueError(f"{reason} Give a PNG, JPEG or WebP.") from error

@@ -14,7 +14,7 @@ from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view.panels import Panel, lens_of, norms_of, panels_of, resid_names, words_of
 from veena_lens.app.view.rows import CachedRows, Rows, cached_sinks, sink_queries
 from veena_lens.circuits import attention_sinks
-from veena_lens.images.files import open_picture
+from veena_lens.images.files import open_image
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.plots import theme
 
@@ -26,14 +26,14 @@ def prepared(model: Any, source: Any, pictures: Any) -> tuple[MultimodalInputs, 
     if isinstance(source, MultimodalInputs):
         if len(source) != 1:
             raise ValueError(f"A view shows one row; these inputs have {len(source)}. Choose one: inputs[0].")
-        return model.as_inputs(source), None if pictures is None else [open_picture(p) for p in pictures]
+        return model.as_inputs(source), None if pictures is None else [open_image(p) for p in pictures]
     try:
         shown, prompt = source
     except (TypeError, ValueError):
         raise ValueError(
             f"from_run takes prepared inputs, or (image or images, prompt), not {type(source).__name__}."
         ) from None
-    found = [open_picture(p) for p in (shown if isinstance(shown, (list, tuple)) else [shown])]
+    found = [open_image(p) for p in (shown if isinstance(shown, (list, tuple)) else [shown])]
     return model.prepare(text=prompt, images=found), found
 
 
@@ -46,7 +46,7 @@ def twin_of(
     if isinstance(other, MultimodalInputs):
         twin, found = prepared(model, other, pictures)
     else:
-        found = [open_picture(p) for p in (other if isinstance(other, (list, tuple)) else [other])]
+        found = [open_image(p) for p in (other if isinstance(other, (list, tuple)) else [other])]
         twin = _asked_again(model, inputs, found) if prompt is None else model.prepare(text=prompt, images=found)
     answer = inputs.spans[0].answer
     if answer is not None and twin.spans[0].answer is None:

@@ -133,7 +133,7 @@ def with_noise(model: Any, inputs: MultimodalInputs, step: int, seed: int = 0) -
     kept = float((1 - beta)[: step + 1].prod())
     generators = [torch.Generator().manual_seed(seed) for _ in range(len(inputs))]
     pixels = inputs.pixel_values.clone()
-    sizes = inputs.picture_lengths()
+    sizes = inputs.crop_lengths()
     for picture, row in enumerate(inputs.crop_rows.tolist()):
         if sizes is None:
             noise = torch.randn(pixels.shape[1:], generator=generators[row], dtype=torch.float64)
@@ -179,16 +179,9 @@ def without_pictures(model: Any, inputs: MultimodalInputs) -> MultimodalInputs:
         attention_mask=mask,
         position_ids=positions.expand(*inputs.position_ids.shape[:-2], *positions.shape),
         pixel_values=None,
-        crop_rows=None,
-        crop_images=None,
-        crop_grids=None,
         patch_mask=None,
-        image_rows=None,
-        extras={},
+        layouts=((),) * len(rows),
         spans=find_spans(tokens, mask, None, (), answered),
-        grids=((),) * len(rows),
-        grid_places=(),
-        token_tiles=(),
         patch_boxes=None,
     )
 

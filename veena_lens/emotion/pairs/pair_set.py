@@ -18,7 +18,7 @@ from typing import Any, overload
 import torch
 from PIL import Image
 
-from veena_lens.images.files import open_picture
+from veena_lens.images.files import open_image
 from veena_lens.scores import Scores
 
 NEUTRAL = "neutral"
@@ -87,8 +87,8 @@ class Example:
         return replace(self, question=question)
 
     def open(self) -> Image.Image:
-        """The image in RGB. Raises: as `open_picture`."""
-        return open_picture(self.picture)
+        """The image in RGB. Raises: as `open_image`."""
+        return open_image(self.picture)
 
     def record(self) -> dict[str, Any]:
         """The example as a line of a manifest."""

@@ -75,7 +75,7 @@ class ActivationCache(ResidualParts):
     # --- batch operations ----------------------------------------------------------------------------
     def _is_text(self, name: str) -> bool:
         try:
-            return row_of(name).axis_names[0] == "batch"
+            return row_of(name).of_text
         except ValueError:
             return True
 
@@ -118,7 +118,7 @@ class ActivationCache(ResidualParts):
     def _owners(self, name: str, n: int) -> Tensor:
         """The row that owns each entry of an image activation's first axis."""
         assert self.inputs is not None
-        if row_of(name).axis_names[0] == "n_image_tokens":
+        if row_of(name).of_features:
             return self.inputs.image_mask.nonzero()[:, 0].cpu()
         owners = self.inputs.crop_rows
         return torch.zeros(n, dtype=torch.long) if owners is None else owners.cpu()

@@ -264,7 +264,7 @@ def test_maps_that_cannot_be_compared_are_refused() -> None:
         (dict(window=0), "window"),
         (dict(stride=0), "stride"),
         (dict(metric=None), "metric="),
-        (dict(metric=lambda logits: logits), "one number a row"),
+        (dict(metric=lambda logits: logits), "one number per row"),
         (dict(metric=lambda logits: logits[:, 0] / 0), "not finite"),
         (dict(max_rows=0), "max_rows"),
         (dict(text=["a", "b"]), "its pictures"),

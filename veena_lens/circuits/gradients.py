@@ -23,7 +23,8 @@ from torch import Tensor
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.images.packing import layouts_of, tile_layouts
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.sweeps.measuring import Entering, Measure, bare, entering_layers, padded
+from veena_lens.sweeps.alignment import bare
+from veena_lens.sweeps.measuring import Entering, Measure, entering_layers, padded
 
 TOWER_SITE = "vision.hook_embed"
 PICTURE_SITES = ("hook_image_features", "hook_embed", TOWER_SITE)

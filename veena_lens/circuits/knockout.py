@@ -19,8 +19,9 @@ from veena_lens.interventions import Box, KnockOutAttention, Tile
 from veena_lens.interventions.base import require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import bare, places_of
 from veena_lens.sweeps.engine import bar
-from veena_lens.sweeps.measuring import bare, entering_layers, measure_of, parts, places_of, require_rows, wide
+from veena_lens.sweeps.measuring import entering_layers, measure_of, parts, require_rows, wide
 
 FLOWS = (("image", "query"), ("query", "last"), ("image", "last"))
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from veena_lens.images.files import open_picture
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import bare
 from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import (
     Entering,
     Measure,
-    bare,
     entering_layers,
     measure_of,
     parts,

@@ -21,16 +21,17 @@ from veena_lens.interventions.base import require_unit
 from veena_lens.positions import parse
 from veena_lens.residual_parts import denominators, divided, head_rows, neuron_rows
 from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import bare, corresponding
 from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import (
     Entering,
     Measure,
-    bare,
-    corresponding,
     effect,
     entering_layers,
     measure_of,
     parts,
+    patched_and_source,
+    reference_runs,
     require_pairs,
     require_rows,
     wide,
@@ -114,8 +115,8 @@ def path_patching(
     measure = measure_of(who, model, metric, len(clean))
     _require_reach(who, measure, receiving, norm)
     parse(positions)
-    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    places = corresponding(who, base, source, positions)
+    base, source = patched_and_source(direction, clean, corrupted)
+    places = corresponding(base, source, positions)
     exists = torch.tensor([[any(s.place <= d.place for s in c for d in r) for r in receiving] for c in sending])
     show = bar(int(exists.sum()) * len(base), progress, "paths")
     change, of_base, of_source = [], [], []
@@ -136,9 +137,8 @@ def path_patching(
         change.append(table)
     if show is not None:
         show.close()
-    here, there = torch.stack(of_base), torch.stack(of_source)
-    of_clean, of_corrupted = (there, here) if direction == "denoising" else (here, there)
-    values = effect(torch.stack(change), of_clean, of_corrupted, direction, relative)
+    runs = reference_runs(direction, torch.stack(of_base), torch.stack(of_source))
+    values = effect(torch.stack(change), runs, relative)
     labels = {"sender": [" + ".join(x) for x in from_labels], "receiver": [" + ".join(x) for x in to_labels]}
     return Scores(
         values,
@@ -151,8 +151,8 @@ def path_patching(
             "direction": direction,
             "positions": str(positions),
             "norm": norm,
-            "clean": of_clean.tolist(),
-            "corrupted": of_corrupted.tolist(),
+            "clean": runs.clean.tolist(),
+            "corrupted": runs.corrupted.tolist(),
         },
     )
 

@@ -22,8 +22,9 @@ from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_unit, require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import places_of
 from veena_lens.sweeps.engine import bar
-from veena_lens.sweeps.measuring import parts, places_of, require_rows
+from veena_lens.sweeps.measuring import parts, require_rows
 
 SITES = {
     "resid": "hook_resid_post",

@@ -98,7 +98,7 @@ def generation_sweep(
 
 
 def _on_pictures(model: Any, item: Any) -> bool:
-    return row_of(item.site(model.cfg)).axis_names[0] != "batch"
+    return not row_of(item.site(model.cfg)).of_text
 
 
 def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Iterator[list[int]]:
@@ -131,7 +131,7 @@ def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]
     for item in interventions:
         if isinstance(item, Patch) and item.is_whole:
             return 0  # its values are those of whole rows, position by position
-        if row_of(item.site(model.cfg)).axis_names[0] != "batch":
+        if _on_pictures(model, item):
             places = row.image_mask[0].nonzero().flatten()
         else:
             places = run.mask(item.positions)[0].nonzero().flatten()

@@ -16,18 +16,11 @@ from torch import Tensor
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import parse
 from veena_lens.scores import ReferenceRuns, Scores
-from veena_lens.sweeps.alignment import RunPair, SweepSites, is_each
-from veena_lens.sweeps.engine import (
-    bar,
-    base_metrics,
-    base_run,
-    metrics_of,
-    require_engine,
-    require_inputs,
-    run_rows,
-    sites_of,
-)
+from veena_lens.sweeps.alignment import RunPair, is_each
+from veena_lens.sweeps.engine import bar, base_run, require_engine, require_inputs, run_rows
+from veena_lens.sweeps.measuring import base_metrics, metrics_of, sites_of
 from veena_lens.sweeps.plan import announce, plan_of, rows_within, whole_plan
+from veena_lens.sweeps.sites import SweepSites, patchable_sites, sweep_sites
 from veena_lens.sweeps.store import Store, experiment_of
 
 
@@ -73,18 +66,18 @@ def patch_sweep(
         raise ValueError(f"{len(clean)} clean rows and {len(corrupted)} corrupted ones; pairs need equal numbers.")
     if not is_each(positions):
         parse(positions)
-    layout = SweepSites(model, sites, layers, units)
+    visited = patchable_sites(sweep_sites("patch_sweep", model.cfg, sites, layers, units))
     sites_read = sites_of(model, metrics)
     require_engine(model, engine)
     base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    pairs = [RunPair(model.cfg, base, source, i, positions, layout) for i in range(len(base))]
+    pairs = [RunPair(model.cfg, base, source, i, positions, visited) for i in range(len(base))]
     lengths = [pair.n_groups for pair in pairs]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"positions='each' over several pairs needs prompts of one length, not {lengths} positions; sweep them one "
             "by one."
         )
-    plans = [plan_of(model.cfg, pair.empty_rows(layout), pair.base) for pair in pairs]
+    plans = [plan_of(model.cfg, pair.empty_rows(visited), pair.base) for pair in pairs]
     plan = whole_plan(plans)
     if plan_only:
         return plan
@@ -95,11 +88,11 @@ def patch_sweep(
     if out is not None:
         settings = (sites, positions, metric, direction, layers, units, max_rows, engine)
         store = Store(Path(out), experiment_of(model, (clean, corrupted), *settings))
-    show = bar(len(pairs) * pairs[0].n_groups * len(layout.sites) * len(layout.units), progress, "patches")
+    show = bar(len(pairs) * pairs[0].n_groups * len(visited.sites) * len(visited.units), progress, "patches")
     values, of_base, of_source = [], [], []
     for i, pair in enumerate(pairs):
-        base = base_run(model, pair.base, sites_read, layout.sites if layout.on_pictures else ())
-        rows, source = pair.rows(model, layout, sites_read)
+        base = base_run(model, pair.base, sites_read, visited.sites if visited.on_images else ())
+        rows, source = pair.rows(model, visited, sites_read)
         of_base.append(base_metrics(model, metrics, base, i))
         of_source.append(base_metrics(model, metrics, source, i))
         part = None if store is None else store.under(f"pair{i}")
@@ -110,13 +103,13 @@ def patch_sweep(
     results = {}
     for name in metrics:
         found, first, second = (torch.stack([x[name] for x in part]) for part in (values, of_clean, of_corrupted))
-        results[name] = _result(model, layout, pairs, found, first, second, positions, direction)
+        results[name] = _result(model, visited, pairs, found, first, second, positions, direction)
     return results if isinstance(metric, Mapping) else results[""]
 
 
 def _result(
     model: Any,
-    layout: SweepSites,
+    visited: SweepSites,
     pairs: list[RunPair],
     values: Tensor,
     clean: Tensor,
@@ -125,25 +118,25 @@ def _result(
     direction: str,
 ) -> Scores:
     n_pairs, n_places = len(pairs), pairs[0].n_groups
-    shaped = values.reshape(n_pairs, len(layout.sites), len(layout.units), n_places)
-    axes: list[str] = ["pair", "layer", layout.unit or "unit", "pos"]
+    shaped = values.reshape(n_pairs, len(visited.sites), len(visited.units), n_places)
+    axes: list[str] = ["pair", "layer", visited.unit or "unit", "pos"]
     labels: dict[str, list[Any]] = {
         "pair": list(range(n_pairs)),
-        "layer": [] if layout.named else layout.layers,
-        layout.unit or "unit": layout.units,
+        "layer": visited.layers or [],
+        visited.unit or "unit": visited.units,
         "pos": list(range(n_places)),
     }
     drop = []
     if n_pairs == 1:
         drop.append("pair")
-    if layout.unit is None:
+    if visited.unit is None:
         drop.append("unit")
     if not is_each(positions):
         drop.append("pos")
-    if layout.named:
+    if visited.layers is None:
         shaped = shaped.transpose(0, 1)
-        axes = ["site", "pair", layout.unit or "unit", "pos"]
-        labels["site"] = list(layout.names)
+        axes = ["site", "pair", visited.unit or "unit", "pos"]
+        labels["site"] = list(visited.given)
     index = tuple(0 if a in drop else slice(None) for a in axes)
     kept = tuple(a for a in axes if a not in drop)
     return Scores(
@@ -151,14 +144,14 @@ def _result(
         kept,
         {a: labels[a] for a in kept},
         name="metric",
-        meta={"positions": str(positions), **_texts(model, layout, pairs, positions)},
+        meta={"positions": str(positions), **_texts(model, visited, pairs, positions)},
         reference=ReferenceRuns(clean, corrupted, direction),
     )
 
 
-def _texts(model: Any, layout: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
+def _texts(model: Any, visited: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
     """What stands at each position, to label the axis "pos": where every one is patched, and all pairs say the same."""
     rows = {tuple(pair.base.tokens[0].tolist()) for pair in pairs}
-    if not is_each(positions) or layout.on_pictures or len(rows) > 1 or model.tokenizer is None:
+    if not is_each(positions) or visited.on_images or len(rows) > 1 or model.tokenizer is None:
         return {}
     return {"token_texts": [model.tokenizer.decode([token]) for token in rows.pop()]}

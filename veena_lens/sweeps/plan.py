@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.sweeps.rows import AnyRow, PictureRow
 from veena_lens.sweeps.tower import blocks_again
+
+
+class SweepOptions(TypedDict, total=False):
+    """How the rows of a sweep run.
+
+    max_rows: rows that travel together, default 512. max_bytes: or as many as this many bytes of activations hold,
+    default no bound. progress: show the plan and a bar, default True. out: a folder where results are kept as they
+    come, so that the same sweep resumes there; default none. plan_only: return the Plan and run nothing, default False.
+    """
+
+    max_rows: int
+    max_bytes: int | None
+    progress: bool
+    out: str | Path | None
+    plan_only: bool
+
+
+def require_options(who: str, options: Mapping[str, Any], known: Any) -> None:
+    """Raises: TypeError for an option that a record of options (a TypedDict) does not have."""
+    names = list(known.__annotations__)
+    unknown = [name for name in options if name not in names]
+    if unknown:
+        raise TypeError(f"{who}: no option is called {unknown[0]!r}; there are {', '.join(names)}.")
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,18 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from veena_lens.circuits.image_cells import image_cells, over_cells
 from veena_lens.circuits.reading import (
-    Collected,
     Reading,
     as_scores,
+    batch_positions,
     chosen_heads,
     chosen_layers,
     exact,
-    picture_cells,
-    places_of,
     plain,
     require_reduce,
-    stream_rows,
 )
-from veena_lens.circuits.routing import over_cells
+from veena_lens.circuits.streamed_attention import Collected, stream_attention
 from veena_lens.scores import Scores
 
 FEWEST_KEYS = 4  # a median of fewer keys says nothing
@@ -111,7 +109,7 @@ def attention_sinks(
         )
     inputs = model._as_inputs(inputs)
     chosen = chosen_layers(layers, model.cfg, who)
-    index, mask = places_of(inputs, queries, who)
+    index, mask = batch_positions(inputs, queries, who)
     hits: dict[int, Tensor] = {}
     pairs: dict[int, Tensor] = {}
     massive: dict[int, Tensor] = {}
@@ -137,7 +135,7 @@ def attention_sinks(
 
     heads = chosen_heads(None, model.cfg, who)
     hooks = [(f"blocks.{layer}.hook_resid_pre", hear_norms(layer)) for layer in chosen]
-    stream_rows(model, inputs, queries, chosen, heads, count, hooks)
+    stream_attention(model, inputs, queries, chosen, heads, count, hooks)
     device = hits[chosen[0]].device
     found = torch.stack(
         [((pairs[i] > 0) & (hits[i] >= share * pairs[i]) & massive[i].to(pairs[i].device)).to(device) for i in chosen],
@@ -203,8 +201,8 @@ def _view(
     require_reduce(reduce, who, ("mean", "none"))
     chosen, which = chosen_layers(layers, model.cfg, who), chosen_heads(heads, model.cfg, who)
     inputs = model._as_inputs(inputs)
-    cells = picture_cells(inputs, image, grid, who)
-    index, mask = places_of(inputs, queries, who)
+    cells = image_cells(inputs, image, grid, who)
+    index, mask = batch_positions(inputs, queries, who)
     kept = None if sinks is None else ~_sinks_of(sinks, inputs, chosen, who)
     found = Collected(chosen, mask, reduce)
 
@@ -219,7 +217,7 @@ def _view(
         seen = weights.gather(-1, flat.expand(-1, *weights.shape[1:3], -1))
         found.add(layer, at, rearrange(seen, "batch head n cell -> batch head cell n"))
 
-    stream_rows(model, inputs, queries, chosen, which, look)
+    stream_attention(model, inputs, queries, chosen, which, look)
     height, width = cells.mask.shape[1:]
     wide = "batch layer head (height width) ... -> batch layer head height width ..."
     meta: dict[str, Any] = {"image": image, "grid": grid, "sizes": cells.sizes}

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from veena_lens.circuits.image_cells import image_places
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.images.packing import layouts_of, tile_layouts
 from veena_lens.inputs import MultimodalInputs
@@ -58,8 +59,7 @@ def patches_of(who: str, cfg: Any, inputs: MultimodalInputs, row: int, image: in
     grid = inputs.grids[row][image]
     if site == TOWER_SITE:
         return _at_tower(cfg, inputs, row, image, grid)
-    span = inputs.spans[row].images[image]
-    places = torch.arange(span.start, span.stop, device=inputs.device)[inputs.image_mask[row, span]]
+    places = image_places(inputs, row, image)
     cells = torch.full((inputs.shape[1],), -1, device=inputs.device)
     cells[tokens] = torch.arange(len(tokens), device=inputs.device)
     return Patches(grid, places, cells[places])

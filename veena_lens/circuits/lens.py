@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.circuits.reading import ROOM, Reading, chosen_layers, exact, picture_cells, read
+from veena_lens.circuits.image_cells import image_cells
+from veena_lens.circuits.reading import ROOM, Reading, chosen_layers, exact, read
 from veena_lens.scores import Scores
 
 UNITS = {"log_prob": "log probability", "prob": "probability", "logit": "logit"}
@@ -105,7 +106,7 @@ def logit_lens_grid(
         raise ValueError("logit_lens_grid: the cache was sliced or made without its inputs, so its images are unknown.")
     if not 0 <= row < len(inputs) or not 0 <= image < inputs.n_images[row]:
         raise ValueError(f"logit_lens_grid: no image {image} in row {row}; images a row: {inputs.n_images}.")
-    cells = picture_cells(inputs[row], image, grid, "logit_lens_grid").index[0]
+    cells = image_cells(inputs[row], image, grid, "logit_lens_grid").index[0]
     if not isinstance(source, ActivationCache):
         source, row, inputs = inputs[row], 0, inputs[row]
     at = torch.zeros(inputs.shape, dtype=torch.bool, device=inputs.device)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image, ImageFilter, ImageStat
 from torch import Tensor
 
+from veena_lens.circuits.image_cells import image_places
 from veena_lens.images.files import open_picture
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.scores import Scores
@@ -331,8 +332,7 @@ def _cell_boxes(
     boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
     if boxes is None:
         raise ValueError(f"{who}: where the tokens lie in the image is not known for this checkpoint's processor.")
-    span = inputs.spans[0].images[image]
-    places = torch.arange(span.start, span.stop, device=inputs.device)[inputs.image_mask[0, span]].tolist()
+    places = image_places(inputs, 0, image).tolist()
     order = {place: k for k, place in enumerate(places)}
     return boxes[torch.tensor([order[p] for p in grid.flatten().tolist()])].view(*grid.shape, 4)
 
@@ -354,8 +354,7 @@ def _with_views(
     """The window's tokens, and those outside the grid whose boxes overlap theirs."""
     assert inputs.patch_boxes is not None
     boxes = inputs.patch_boxes[0][image]
-    span = inputs.spans[0].images[image]
-    places = torch.arange(span.start, span.stop, device=inputs.device)[inputs.image_mask[0, span]]
+    places = image_places(inputs, 0, image)
     mine = boxes[torch.isin(places, inside).cpu()]
     left, top = mine[:, 0].min(), mine[:, 1].min()
     right, bottom = mine[:, 2].max(), mine[:, 3].max()

@@ -7,7 +7,7 @@ A head's result z W_O is needed only for its length; its projection on a unit ve
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import einsum, rearrange
@@ -31,6 +31,9 @@ from veena_lens.interventions.base import require_layer
 from veena_lens.residual_parts import denominators, head_rows
 from veena_lens.scores import Scores
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 UNITS = {"cosine": "cosine", "projection": "projection"}
 
 
@@ -44,7 +47,7 @@ def head_intention(
     baseline: Any = None,
     reduce: str = "mean",
     layers: Sequence[int] | None = None,
-    model: Any = None,
+    model: HookedVLM | None = None,
 ) -> Scores:
     """Return the cosine of each head's output with its layer's direction, or its projection on that direction.
 
@@ -105,7 +108,7 @@ def direct_attribution(
     *,
     baseline: Any = None,
     reduce: str = "mean",
-    model: Any = None,
+    model: HookedVLM | None = None,
 ) -> Scores:
     """Return the projection of what the embedding and each layer's attention and MLP add on a unit direction.
 
@@ -158,7 +161,7 @@ def direct_attribution(
 
 
 def copying_strength(
-    model: Any, direction: Float[Tensor, ...], at_layer: int | None = None, *, layers: Sequence[int] | None = None
+    model: HookedVLM, direction: Float[Tensor, ...], at_layer: int | None = None, *, layers: Sequence[int] | None = None
 ) -> Scores:
     """Return how far each head would carry a direction on, from weights alone: <u w W_V[h] W_O[h], u>.
 

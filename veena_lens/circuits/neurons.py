@@ -37,6 +37,8 @@ from veena_lens.scores import Scores
 if TYPE_CHECKING:
     import pandas as pd
 
+    from veena_lens.model.model import HookedVLM
+
 KINDS = ("direct", "contrast", "raw")
 EXPLICIT, TRIGGER, UNLABELLED = "explicit state", "contextual trigger", "unlabelled"
 UNIT = "projection"
@@ -53,7 +55,7 @@ def neuron_trace(
     reduce: str = "mean",
     layers: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
-    model: Any = None,
+    model: HookedVLM | None = None,
 ) -> Scores:
     """Return the projection of what each neuron adds on a unit direction u: its activation times <W_out row, u>.
 
@@ -162,7 +164,7 @@ def top_neurons(trace: Scores, k: int = 30, consistency: float | int = 0.8, by: 
     return table.assign(consistency=consistent)
 
 
-def promoted_tokens(model: Any, layer: int, neuron: int | Sequence[int], k: int = 20) -> Scores:
+def promoted_tokens(model: HookedVLM, layer: int, neuron: int | Sequence[int], k: int = 20) -> Scores:
     """Return the tokens that a neuron's row of W_out raises most (sign "+") and lowers most ("-").
 
     The logits are d = (W_out[n] w) W_U; w is the weight of the last norm (a layer norm's row is centred first), whose
@@ -194,7 +196,7 @@ def promoted_tokens(model: Any, layer: int, neuron: int | Sequence[int], k: int 
     return Scores(values, axes, labels, "promoted tokens", "logit", meta=meta)
 
 
-def row_logits(model: Any, layer: int, neurons: Sequence[int]) -> Float[Tensor, "neuron d_vocab"]:
+def row_logits(model: HookedVLM, layer: int, neurons: Sequence[int]) -> Float[Tensor, "neuron d_vocab"]:
     """Return what rows of W_out say through the last norm's weight and the unembedding."""
     rows = neuron_rows(model.blocks[layer]).detach()[list(neurons)]
     rows = rows.to(model.ln_final.weight.device, exact(rows.dtype))
@@ -205,7 +207,7 @@ def row_logits(model: Any, layer: int, neurons: Sequence[int]) -> Float[Tensor, 
 
 
 def max_activating_tokens(
-    model: Any,
+    model: HookedVLM,
     inputs: Any,
     layer: int,
     neurons: Sequence[int],
@@ -292,7 +294,7 @@ def _place(reading: Reading, flat: int, rows_before: int) -> dict[str, Any]:
 
 
 def classify_neurons(
-    model: Any,
+    model: HookedVLM,
     neurons: pd.DataFrame,
     lexicon: Collection[str] | Collection[int],
     direction: Float[Tensor, ...],
@@ -356,7 +358,7 @@ def _kind(
     return (TRIGGER, "") if (layer, neuron) in confirmed else (UNLABELLED, "path effect on a key head not confirmed")
 
 
-def _lexicon(model: Any, lexicon: Collection[Any]) -> set[Any]:
+def _lexicon(model: HookedVLM, lexicon: Collection[Any]) -> set[Any]:
     if not lexicon:
         raise ValueError("classify_neurons: the lexicon is empty.")
     has_words = any(isinstance(word, str) for word in lexicon)
@@ -371,7 +373,7 @@ def _require_table(neurons: Any) -> None:
         raise ValueError(f"classify_neurons: the table lacks the column {lacking[0]!r}; give that of top_neurons.")
 
 
-def _count(model: Any, tokens: Int[Tensor, " k"], wanted: set[Any]) -> int:
+def _count(model: HookedVLM, tokens: Int[Tensor, " k"], wanted: set[Any]) -> int:
     ids = tokens.tolist()
     if any(isinstance(word, str) for word in wanted):
         ids = [text.strip().lower() for text in model.tokenizer.batch_decode([[t] for t in ids])]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,9 @@ from veena_lens.scores import Scores
 from veena_lens.sweeps.alignment import places_of
 from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import parts, require_rows
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 SITES = {
     "resid": "hook_resid_post",
@@ -86,7 +89,7 @@ class Probes:
 
 
 def linear_probes(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs | ActivationCache,
     labels: Sequence[Any],
     groups: Sequence[Any],
@@ -300,7 +303,7 @@ def _resampled(group: Int[Tensor, " held"], draws: int, generator: torch.Generat
 
 @torch.no_grad()
 def _features(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs | ActivationCache,
     given: MultimodalInputs,
     names: Sequence[str],

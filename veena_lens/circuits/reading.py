@@ -105,7 +105,7 @@ class Reading:
 
     `index`, `mask` [batch n]: the positions, padded at the end, and which of them exist."""
 
-    model: Any
+    model: HookedVLM
     inputs: MultimodalInputs
     positions: Any
     index: Int[Tensor, "batch n"]
@@ -148,7 +148,7 @@ def batch_positions(
     return padded_places(chosen)
 
 
-def model_of(source: Any, model: Any, who: str) -> Any:
+def model_of(source: Any, model: HookedVLM | None, who: str) -> HookedVLM:
     """Return the model that a source belongs to. Raises: ValueError where it is not known."""
     found = model if model is not None else getattr(source, "model", None)
     if found is None:
@@ -157,7 +157,7 @@ def model_of(source: Any, model: Any, who: str) -> Any:
     return found
 
 
-def prepared(source: Any, model: Any, who: str) -> tuple[Any, int]:
+def prepared(source: Any, model: HookedVLM, who: str) -> tuple[Any, int]:
     """Return a cache, or inputs as the model takes them, and the number of rows.
 
     Raises: ValueError for a cache that does not know its inputs."""
@@ -169,7 +169,7 @@ def prepared(source: Any, model: Any, who: str) -> tuple[Any, int]:
     return source, len(source.inputs)
 
 
-def read(source: Any, names: Sequence[str], positions: Any, model: Any, who: str) -> Reading:
+def read(source: Any, names: Sequence[str], positions: Any, model: HookedVLM | None, who: str) -> Reading:
     """Read activations at positions, from a cache or from one run on inputs that stops at the last layer needed.
 
     source: an ActivationCache, or inputs with `model`. names: full hook names. positions: any selection. who: the
@@ -219,7 +219,7 @@ def read_both(
     baseline: Any,
     names: Sequence[str],
     positions: Any,
-    model: Any,
+    model: HookedVLM | None,
     who: str,
     by: Mapping[str, str] | None = None,
 ) -> tuple[Reading, Callable[[str], Float[Tensor, "batch n ..."]]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import einsum, rearrange
@@ -37,12 +37,15 @@ from veena_lens.positions import position_mask
 from veena_lens.residual_parts import denominators, head_rows
 from veena_lens.scores import Scores
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 SOURCES = ("image", "query", "text", "self")
 UNIT = "projection"
 
 
 def attention_by_source(
-    model: Any,
+    model: HookedVLM,
     inputs: Any,
     direction: Float[Tensor, ...],
     positions: Any = "last",
@@ -108,7 +111,7 @@ def image_attention_share(routes: Scores) -> Scores:
 
 
 def direct_attribution_map(
-    model: Any,
+    model: HookedVLM,
     inputs: Any,
     direction: Float[Tensor, ...],
     positions: Any = "last",
@@ -168,7 +171,7 @@ def direct_attribution_map(
 class _Plan:
     """What to route: checked layers, heads and unit vectors."""
 
-    model: Any
+    model: HookedVLM
     units: Float[Tensor, "layer row d_model"]
     positions: Any
     at_layer: int | None
@@ -179,7 +182,7 @@ class _Plan:
 
 
 def _plan(
-    model: Any,
+    model: HookedVLM,
     direction: Tensor,
     positions: Any,
     at_layer: int | None,

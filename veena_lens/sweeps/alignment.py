@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -21,6 +21,9 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import Tile, position_mask
 from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, Row
 from veena_lens.sweeps.sites import SweepSites
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 def is_each(positions: Any) -> bool:
@@ -160,7 +163,7 @@ class RunPair:
         return self._rows(sites, {})
 
     @torch.no_grad()
-    def rows(self, model: Any, sites: SweepSites, sites_read: Sequence[str]) -> tuple[list[AnyRow], BaseRun]:
+    def rows(self, model: HookedVLM, sites: SweepSites, sites_read: Sequence[str]) -> tuple[list[AnyRow], BaseRun]:
         """The rows with the source's values, and what the metrics need of the source's own run."""
         logits, cache = model.run_with_cache(self.source, names_filter=sorted({*sites.sites, *sites_read}))
         seen = {site: cache[site][0] for site in sites_read}

@@ -8,7 +8,7 @@ edits; each recomputes its own tail and goes on from there, token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,12 @@ from veena_lens.model.forward import PassSpan, run_blocks
 from veena_lens.scores import Scores
 from veena_lens.sweeps.engine import bar, require_engine
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 
 def generation_sweep(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs,
     entries: Sequence[Any],
     score: Callable[[list[str]], Any] | None = None,
@@ -97,7 +100,7 @@ def generation_sweep(
     )
 
 
-def _on_pictures(model: Any, item: Any) -> bool:
+def _on_pictures(model: HookedVLM, item: Any) -> bool:
     return not row_of(item.site(model.cfg)).of_text
 
 
@@ -124,7 +127,7 @@ def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tens
     return values
 
 
-def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
+def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
     """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
     for its logits."""
     first, run = row.shape[1] - 1, PassSpan(row, 0, row.shape[1])
@@ -142,7 +145,7 @@ def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]
 
 @torch.no_grad()
 def _continue(
-    model: Any, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
+    model: HookedVLM, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
 ) -> Tensor:
     """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
     n, length = len(lists), row.shape[1]

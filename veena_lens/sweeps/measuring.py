@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -22,6 +22,9 @@ from veena_lens.positions import parse
 from veena_lens.scores import ReferenceRuns
 from veena_lens.sweeps.metrics import read_metric, require_finite, site_of, values_of
 from veena_lens.sweeps.rows import BaseRun
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 DIRECTIONS = ("denoising", "noising")
 
@@ -67,7 +70,7 @@ class Entering:
 
 
 @contextmanager
-def entering_layers(model: Any, inputs: MultimodalInputs, layers: Iterable[int]) -> Iterator[dict[int, Entering]]:
+def entering_layers(model: HookedVLM, inputs: MultimodalInputs, layers: Iterable[int]) -> Iterator[dict[int, Entering]]:
     """What enters `layers` in the run inside the block, readable after it."""
     resid: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
@@ -89,7 +92,7 @@ class Measure:
     """A metric, or one a pair, for rows that run in batches; made by `measure_of`."""
 
     who: str
-    model: Any
+    model: HookedVLM
     metrics: tuple[Any, ...]
     sites: tuple[str | None, ...]
 
@@ -174,7 +177,7 @@ class Measure:
         return values_of(self.metrics[pair if len(self.metrics) > 1 else 0], logits)
 
 
-def measure_of(who: str, model: Any, metric: Any, n_pairs: int) -> Measure:
+def measure_of(who: str, model: HookedVLM, metric: Any, n_pairs: int) -> Measure:
     """The metric of a tool; `metric` is one for all rows, or a list of one a pair.
 
     Raises: ValueError for no metric, a list of another length, or a site outside the decoder's blocks."""
@@ -205,7 +208,7 @@ def metrics_of(metric: Any) -> dict[str, Any]:
     return metrics
 
 
-def sites_of(model: Any, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+def sites_of(model: HookedVLM, metrics: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the hooks that metrics read besides logits. Raises: ValueError for a site outside the decoder's blocks."""
     found = [site_of(model, metric) for metric in metrics.values()]
     return tuple(dict.fromkeys(site for site in found if site is not None))
@@ -217,7 +220,7 @@ def read_logits(metrics: Mapping[str, Any]) -> bool:
 
 
 def apply_metrics(
-    model: Any, metrics: Mapping[str, Any], base: BaseRun, logits: Tensor | None, seen: Mapping[str, Tensor]
+    model: HookedVLM, metrics: Mapping[str, Any], base: BaseRun, logits: Tensor | None, seen: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return each metric of each row, [rows]. Raises: ValueError for other than one number per row."""
     return {
@@ -226,7 +229,7 @@ def apply_metrics(
     }
 
 
-def base_metrics(model: Any, metrics: Mapping[str, Any], base: BaseRun, pair: int) -> dict[str, Tensor]:
+def base_metrics(model: HookedVLM, metrics: Mapping[str, Any], base: BaseRun, pair: int) -> dict[str, Tensor]:
     """Return each metric of an unpatched run, a scalar. Raises: ValueError for one that is not finite there."""
     found = apply_metrics(model, metrics, base, base.logits[None], {site: x[None] for site, x in base.seen.items()})
     for name, value in found.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,12 @@ from veena_lens.sweeps.plan import announce, plan_of, rows_within, whole_plan
 from veena_lens.sweeps.sites import SweepSites, patchable_sites, sweep_sites
 from veena_lens.sweeps.store import Store, experiment_of
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 
 def patch_sweep(
-    model: Any,
+    model: HookedVLM,
     clean: MultimodalInputs,
     corrupted: MultimodalInputs,
     sites: Any = "heads",
@@ -108,7 +111,7 @@ def patch_sweep(
 
 
 def _result(
-    model: Any,
+    model: HookedVLM,
     visited: SweepSites,
     pairs: list[RunPair],
     values: Tensor,
@@ -149,7 +152,7 @@ def _result(
     )
 
 
-def _texts(model: Any, visited: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
+def _texts(model: HookedVLM, visited: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
     """What stands at each position, to label the axis "pos": where every one is patched, and all pairs say the same."""
     rows = {tuple(pair.base.tokens[0].tolist()) for pair in pairs}
     if not is_each(positions) or visited.on_images or len(rows) > 1 or model.tokenizer is None:

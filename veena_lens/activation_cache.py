@@ -25,7 +25,7 @@ from veena_lens.scores import opened
 
 
 class MissingActivation(KeyError):
-    """The cache does not hold an activation that was asked for."""
+    """Raised where the cache does not hold an activation that was asked for."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -58,7 +58,7 @@ class ActivationCache(ResidualParts):
         return self._full_name(key) in self.cache_dict
 
     def _full_name(self, key: Any) -> str:
-        """Hook name of a key: a full name, a short name, or (short name, layer[, layer type])."""
+        """Return the hook name of a key: a full name, a short name, or (short name, layer[, layer type])."""
         if isinstance(key, str):
             return key if key in self.cache_dict else canonical(tl.get_act_name(key))
         name, *rest = key
@@ -83,7 +83,9 @@ class ActivationCache(ResidualParts):
         return next((len(v) for n, v in self.cache_dict.items() if self._is_text(n)), 1)
 
     def remove_batch_dim(self, batch_size: int | None = None) -> ActivationCache:
-        """Drop the batch axis of a single row, in place; activations of images keep theirs."""
+        """Drop the batch axis of a single row, in place, and return the cache; activations of images keep theirs.
+
+        Raises: ValueError where there are other than one row."""
         if not self.has_batch_dim:
             return self
         n = self._batch_size() if batch_size is None else batch_size
@@ -96,7 +98,9 @@ class ActivationCache(ResidualParts):
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
-        """The cache of some rows, with the images that they own."""
+        """Return the cache of some rows, with the images that they own.
+
+        Raises: ValueError for a cache without batch axis."""
         if not self.has_batch_dim:
             raise ValueError("This cache has no batch axis to slice.")
         chosen = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
@@ -116,7 +120,7 @@ class ActivationCache(ResidualParts):
         return ActivationCache(new, self.model, has_batch_dim=chosen.mode != "int", inputs=inputs)
 
     def _owners(self, name: str, n: int) -> Tensor:
-        """The row that owns each entry of an image activation's first axis."""
+        """Return the row that owns each entry of an image activation's first axis."""
         assert self.inputs is not None
         if row_of(name).of_features:
             return self.inputs.image_mask.nonzero()[:, 0].cpu()
@@ -130,10 +134,11 @@ class ActivationCache(ResidualParts):
         return self.inputs
 
     def at(self, positions: Any, name: str, layer: int | None = None) -> Tensor:
-        """An activation at chosen positions: "last" [batch ...], else [batch n ...], zero-padded at the end.
+        """Return an activation at chosen positions: "last" [batch ...], else [batch n ...], zero-padded at the end.
 
-        The returned tensor has an attribute `.mask`, [batch] or [batch n], True where a position exists.
-        Scores and patterns are picked by query position.
+        positions: any selection. name, layer: as in `cache[name, layer]`. Scores and patterns are picked by query
+        position. The returned tensor has an attribute `.mask`, [batch] or [batch n], True where a position exists.
+        Raises: MissingActivation; ValueError for an activation on images, or a cache without its inputs.
         """
         inputs = self._need_inputs("cache.at")
         key = name if layer is None else (name, layer)
@@ -162,11 +167,13 @@ class ActivationCache(ResidualParts):
     def image_grid(
         self, name: str, layer: int | None = None, row: int = 0, image: int = 0, query: int | str = "last"
     ) -> Tensor:
-        """An activation at one image's tokens as a grid: [height width ...].
+        """Return an activation at one image's tokens as a grid: [height width ...].
 
-        Patterns and scores give [n_heads height width]: what `query` (a position, or "last") reads of the image.
-        A vision activation gives the grid of the image itself in patches, the class token left out; of tiles, that
-        of the whole view.
+        name, layer: as in `cache[name, layer]`. row, image: which image. query: for patterns and scores, which give
+        [n_heads height width], the position that reads the image, or "last". A vision activation gives the grid of the
+        image itself in patches, the class token left out; of tiles, that of the whole view.
+        Raises: MissingActivation; IndexError where there is no such image; ValueError for a pattern of the tower, or a
+        cache without its inputs.
         """
         inputs = self._need_inputs("cache.image_grid")
         inputs.grid_tokens(row, image)  # raises where there is no such image
@@ -175,7 +182,7 @@ class ActivationCache(ResidualParts):
         axes = row_of(full).axis_names
         height, width = inputs.grids[row][image]
         if axes[0] == "crop":
-            return self._picture_grid(value, row, image, full)
+            return self._crop_grid(value, row, image, full)
         if axes[0] == "n_image_tokens":
             # Features stand in the order of the image tokens that they fill.
             order = inputs.image_mask.flatten().long().cumsum(0).view(inputs.shape) - 1
@@ -189,21 +196,21 @@ class ActivationCache(ResidualParts):
             return value[:, position, tokens].unflatten(-1, (height, width))
         return value[tokens].unflatten(0, (height, width))
 
-    def _picture_grid(self, value: Tensor, row: int, image: int, name: str) -> Tensor:
+    def _crop_grid(self, value: Tensor, row: int, image: int, name: str) -> Tensor:
         inputs = self._need_inputs("cache.image_grid")
         if inputs.crop_rows is None or inputs.crop_images is None:
             raise ValueError(f"{name}: these inputs hold no images.")
         mine = (inputs.crop_rows == row) & (inputs.crop_images == image)
-        picture = int(mine.nonzero().flatten()[0])
+        crop = int(mine.nonzero().flatten()[0])
         axes = row_of(name).axis_names
-        one = value[picture]
+        one = value[crop]
         if "query_pos" in axes:
             raise ValueError(f"{name}: a pattern of the tower has two grids; index it directly.")
         if inputs.crop_grids is not None:
             height, width = inputs.grids[row][image]
             if name.startswith("connector."):
                 return one[: height * width].unflatten(0, (height, width))
-            in_patches = tuple(int(n) for n in inputs.crop_grids[picture].tolist())
+            in_patches = tuple(int(n) for n in inputs.crop_grids[crop].tolist())
             return one[raster_order((in_patches[0], in_patches[1]), in_patches[0] // height).to(one.device)]
         side = int(one.shape[0] ** 0.5)
         extra = one.shape[0] - side * side  # CLIP's class token stands first
@@ -211,7 +218,7 @@ class ActivationCache(ResidualParts):
 
     # --- files ---------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
-        """Write the activations and where the images lie to one safetensors file; returns its path."""
+        """Write the activations, and where the images lie, to one safetensors file, and return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
@@ -224,7 +231,7 @@ class ActivationCache(ResidualParts):
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None, device: str = "cpu") -> ActivationCache:
-        """Read a cache that `save` wrote; a model is only needed for methods that use its weights.
+        """Return the cache that `save` wrote; `model` is only needed for methods that use its weights.
 
         Raises: FileNotFoundError; ValueError when the file was cut short, or is not such a cache."""
         with opened(path, "an activation cache", device) as f:
@@ -240,15 +247,15 @@ class ActivationCache(ResidualParts):
         size = sum(v.numel() * v.element_size() for v in self.cache_dict.values()) / 2**20
         layers = {n.split(".")[1] for n in self.cache_dict if n.startswith("blocks.")}
         rows = f"{self._batch_size()} rows" if self.has_batch_dim else "one row"
-        pictures = sum(not self._is_text(n) for n in self.cache_dict)
+        on_images = sum(not self._is_text(n) for n in self.cache_dict)
         return (
             f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
-            f"{len(layers)} decoder layers, {pictures} on pictures)"
+            f"{len(layers)} decoder layers, {on_images} on images)"
         )
 
 
 def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Tensor:
-    """An activation of some images, padded no further than the longest of them."""
+    """Cut an activation of some images to the longest of them."""
     lengths = None if inputs is None else inputs.picture_lengths(in_tokens=name.startswith("connector."))
     if lengths is None or not len(value):
         return value

@@ -88,13 +88,13 @@ def _require_as_many(positions: Any, here: int, there: int, pair: int | None) ->
         )
 
 
-def _text_places(inputs: MultimodalInputs, positions: Any) -> PicturePlaces:
+def _text_places(inputs: MultimodalInputs, positions: Any) -> ImagePlaces:
     places = chosen_in(inputs, positions).cpu()
-    return PicturePlaces(places, None, places)
+    return ImagePlaces(places, None, places)
 
 
 class RunPair:
-    """One pair: the run that is patched (`base`), the source of the patches, and which positions correspond.
+    """One pair of runs: the one that is patched (`base`), the source of the patches, and which positions correspond.
 
     Raises: ValueError where they do not correspond one to one."""
 
@@ -114,11 +114,11 @@ class RunPair:
             is_each(positions),
         )
         mine, theirs = (positions_of_row(batch, positions, row) for batch in (base, source))
-        self.here: dict[str, PicturePlaces] = {}  # by site on images; "" for the text
-        self.there: dict[str, PicturePlaces] = {}
+        self.here: dict[str, ImagePlaces] = {}  # by site on images; "" for the text
+        self.there: dict[str, ImagePlaces] = {}
         for name in sites.sites if sites.on_images else [""]:
             self.here[name], self.there[name] = (
-                picture_places(cfg, run, name, chosen, self.is_each) if name else _text_places(run, chosen)
+                places_on_images(cfg, run, name, chosen, self.is_each) if name else _text_places(run, chosen)
                 for run, chosen in ((self.base, mine), (self.source, theirs))
             )
             self._require_correspondence(name, positions)
@@ -159,12 +159,12 @@ class RunPair:
         return [[i] for i in together] if self.is_each else [together]
 
     def empty_rows(self, sites: SweepSites) -> list[AnyRow]:
-        """The rows without values, for a plan."""
+        """Return the rows without values, for a plan."""
         return self._rows(sites, {})
 
     @torch.no_grad()
     def rows(self, model: HookedVLM, sites: SweepSites, sites_read: Sequence[str]) -> tuple[list[AnyRow], BaseRun]:
-        """The rows with the source's values, and what the metrics need of the source's own run."""
+        """Return the rows with the source's values, and what the metrics need of the source's own run."""
         logits, cache = model.run_with_cache(self.source, names_filter=sorted({*sites.sites, *sites_read}))
         seen = {site: cache[site][0] for site in sites_read}
         source = BaseRun(self.source, [], [], [], logits[0, -1], seen)
@@ -191,8 +191,8 @@ class RunPair:
         return rows
 
 
-def _images_of(inputs: MultimodalInputs, chosen: PicturePlaces) -> list[int | None]:
-    """Of each chosen position of the text the image whose token it is, None for text."""
+def _images_of(inputs: MultimodalInputs, chosen: ImagePlaces) -> list[int | None]:
+    """Return for each chosen position of the text the image whose token it is, None for text."""
     owner: dict[int, int] = {}
     for image, span in enumerate(inputs.spans[0].images):
         inside = inputs.image_mask[0, span].nonzero().flatten() + span.start
@@ -201,7 +201,7 @@ def _images_of(inputs: MultimodalInputs, chosen: PicturePlaces) -> list[int | No
 
 
 def _layout(inputs: MultimodalInputs, image: int) -> Any:
-    """How the tokens of an image lie in it; None where the row has no such image."""
+    """Return how the tokens of an image lie in it; None where the row has no such image."""
     if image >= len(inputs.grids[0]):
         return None
     tiles = inputs.token_tiles[0][image] if inputs.token_tiles else ()
@@ -209,7 +209,7 @@ def _layout(inputs: MultimodalInputs, image: int) -> Any:
 
 
 def _same_shapes(a: MultimodalInputs, b: MultimodalInputs) -> bool:
-    """True where the images of two rows have one number and the same shapes."""
+    """Return True where the images of two rows have one number and the same shapes."""
     if a.pixel_values is None or b.pixel_values is None or a.grids != b.grids or a.token_tiles != b.token_tiles:
         return False
     grids = a.crop_grids is None or b.crop_grids is None or torch.equal(a.crop_grids, b.crop_grids)
@@ -217,7 +217,7 @@ def _same_shapes(a: MultimodalInputs, b: MultimodalInputs) -> bool:
 
 
 def _unequal(name: str, positions: Any, base: MultimodalInputs, source: MultimodalInputs) -> ValueError:
-    """The error of images that have no common grid, with both."""
+    """Return the error of images that have no common grid, with both."""
 
     def shown(run: MultimodalInputs) -> str:
         grids = ", ".join(f"{h} x {w}" for h, w in run.grids[0]) or "none"
@@ -226,16 +226,16 @@ def _unequal(name: str, positions: Any, base: MultimodalInputs, source: Multimod
 
     where = f" at {name}" if name else ""
     return ValueError(
-        f"positions={positions!r}{where}: the pictures of both runs must have one grid to be patched into each other; "
-        f"the run that is patched has {shown(base)}, the source {shown(source)}. Prepare both pictures at one size "
+        f"positions={positions!r}{where}: the images of both runs must have one grid to be patched into each other; "
+        f"the run that is patched has {shown(base)}, the source {shown(source)}. Prepare both images at one size "
         "(image.resize(other.size)), or patch what both have: 'last' or 'query' at hooks of the decoder's blocks."
     )
 
 
 @dataclass(frozen=True, eq=False)
-class PicturePlaces:
-    """Places of an image site that correspond in two runs: places, images (None for image tokens) and the first
-    position of the text that each reaches."""
+class ImagePlaces:
+    """Chosen places of a site on images: positions, crops (None for image tokens), and the first position of the text
+    that each reaches."""
 
     places: Tensor
     pictures: Tensor | None
@@ -243,7 +243,7 @@ class PicturePlaces:
 
 
 def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
-    """How many positions each image has at a site of the tower or the connector, padding left out."""
+    """Return how many positions each image has at a site of the tower or the connector, padding left out."""
     assert inputs.crop_rows is not None
     in_tower = name.startswith("vision.")
     if inputs.crop_grids is None:
@@ -253,7 +253,7 @@ def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
 
 
 def first_tokens(cfg: Any, inputs: MultimodalInputs) -> list[int]:
-    """Of each image the first position of the text that reads it; the last position for a tile that none reads."""
+    """Return for each crop the first position of the text that reads it; the last position where none does."""
     assert inputs.crop_images is not None
     layouts = layouts_of(cfg, inputs)
     found, before = [], [0] * len(inputs.spans[0].images)
@@ -270,9 +270,11 @@ def first_tokens(cfg: Any, inputs: MultimodalInputs) -> list[int]:
     return found
 
 
-def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any, is_each: bool) -> PicturePlaces:
-    """Where a site on images is edited. Words and regions choose image tokens (of features); at the tower and the
-    connector, numbers and slices count positions of every image, and "all" or "each" takes them all.
+def places_on_images(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any, is_each: bool) -> ImagePlaces:
+    """Return where a site on images is edited.
+
+    Words and regions choose image tokens (of features); at the tower and the connector, numbers and slices count
+    positions of every image, and "all" or "each" takes them all.
 
     Raises: ValueError for a selection that the site does not have."""
     if inputs.crop_rows is None or inputs.crop_images is None:
@@ -283,7 +285,7 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
         places = chosen.nonzero().flatten().cpu()
         if not len(places):
             raise ValueError(f"positions={positions!r} select no image token for {name} in {inputs!r}.")
-        return PicturePlaces(places, None, reached[tokens.cpu()[places]])
+        return ImagePlaces(places, None, reached[tokens.cpu()[places]])
     whole = is_each or (isinstance(positions, str) and positions in ("all", "image"))
     asked: list[int] | None = None
     if isinstance(positions, int):
@@ -310,18 +312,18 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
         starts += [first[picture]] * len(chosen)
     if not places:
         raise ValueError(f"positions={positions!r} select nothing at {name}.")
-    return PicturePlaces(torch.tensor(places), torch.tensor(pictures), torch.tensor(starts))
+    return ImagePlaces(torch.tensor(places), torch.tensor(pictures), torch.tensor(starts))
 
 
 def crop_rows(
     name: str,
     value: Tensor | None,
-    here: PicturePlaces,
-    there: PicturePlaces,
+    here: ImagePlaces,
+    there: ImagePlaces,
     units: Sequence[int | None],
     groups: Sequence[Sequence[int]],
 ) -> list[PictureRow]:
-    """The rows of a site; `value` is the source's whole activation (None: a plan), `there` the places in it."""
+    """Return the rows of a site; `value` is the source's whole activation (None: a plan), `there` the places in it."""
     axes = row_of(name).axis_names
     if value is not None and here.pictures is not None:
         value = value.movedim(axes.index("query_pos") if "query_pos" in axes else 1, 1)

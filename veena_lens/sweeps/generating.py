@@ -105,7 +105,7 @@ def _on_pictures(model: HookedVLM, item: Any) -> bool:
 
 
 def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-    """Entries that decode together: those that edit images apart from the others, earlier starts first."""
+    """Return entries that decode together: those that edit images apart from the others, earlier starts first."""
     for kind in (False, True):
         order = sorted((j for j in range(len(starts)) if again[j] == kind), key=lambda j: starts[j])
         for at in range(0, len(order), max_rows):
@@ -128,8 +128,9 @@ def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tens
 
 
 def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
-    """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
-    for its logits."""
+    """Return the first position of a prompt that a list of interventions can change.
+
+    At most the last one, which is run anew for its logits."""
     first, run = row.shape[1] - 1, PassSpan(row, 0, row.shape[1])
     for item in interventions:
         if isinstance(item, Patch) and item.is_whole:

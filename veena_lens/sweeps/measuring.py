@@ -30,7 +30,7 @@ DIRECTIONS = ("denoising", "noising")
 
 
 def parts(n: int, size: int) -> Iterator[list[int]]:
-    """Indices 0 .. n - 1 in runs of at most `size`."""
+    """Return indices 0 .. n - 1 in runs of at most `size`."""
     return (list(range(start, min(start + size, n))) for start in range(0, n, size))
 
 
@@ -49,7 +49,7 @@ def require_pairs(who: str, clean: MultimodalInputs, corrupted: MultimodalInputs
 
 
 def padded(places: Sequence[Int[Tensor, " _"]]) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """(index, exists): the rows' places side by side, padded at the end with place 0."""
+    """Return (index, exists): the rows' places side by side, padded at the end with place 0."""
     index = torch.nn.utils.rnn.pad_sequence(list(places), batch_first=True)
     lengths = torch.tensor([len(p) for p in places], device=index.device)
     return index, torch.arange(index.shape[1], device=index.device) < lengths[:, None]
@@ -71,7 +71,7 @@ class Entering:
 
 @contextmanager
 def entering_layers(model: HookedVLM, inputs: MultimodalInputs, layers: Iterable[int]) -> Iterator[dict[int, Entering]]:
-    """What enters `layers` in the run inside the block, readable after it."""
+    """Keep what enters `layers` in the run inside the block, readable after it."""
     resid: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
     names = {f"blocks.{layer}.hook_resid_pre": layer for layer in layers}
@@ -89,7 +89,7 @@ def entering_layers(model: HookedVLM, inputs: MultimodalInputs, layers: Iterable
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A metric, or one a pair, for rows that run in batches; made by `measure_of`."""
+    """A metric, or one per pair, for rows that run in batches; made by `measure_of`."""
 
     who: str
     model: HookedVLM
@@ -178,7 +178,7 @@ class Measure:
 
 
 def measure_of(who: str, model: HookedVLM, metric: Any, n_pairs: int) -> Measure:
-    """The metric of a tool; `metric` is one for all rows, or a list of one a pair.
+    """Return the metric of a tool; `metric` is one for all rows, or a list with one per pair.
 
     Raises: ValueError for no metric, a list of another length, or a site outside the decoder's blocks."""
     metrics = tuple(metric) if isinstance(metric, (list, tuple)) else (metric,)
@@ -261,19 +261,19 @@ def effect(change: Float[Tensor, "pair ..."], runs: ReferenceRuns, relative: boo
 
 
 def wide(x: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
-    """float32 for half types, else as it is: sums are accumulated so."""
+    """Return float32 for half types, else the values unchanged: sums are accumulated so."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def ranks(x: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Ranks from 1, ties at their mean."""
+    """Return ranks from 1, ties at their mean."""
     _, place, count = torch.unique(x, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     return (last - (count.double() - 1) / 2)[place]
 
 
 def rank_correlation(a: Shaped[Tensor, " n"], b: Shaped[Tensor, " n"]) -> float:
-    """Spearman's rank correlation; NaN where either is constant or there are fewer than two."""
+    """Return Spearman's rank correlation; NaN where either is constant or there are fewer than two."""
     x, y = (ranks(v.detach().cpu().double()) for v in (a, b))
     x, y = x - x.mean() if len(x) else x, y - y.mean() if len(y) else y
     norm = float(x.norm() * y.norm())
@@ -283,7 +283,7 @@ def rank_correlation(a: Shaped[Tensor, " n"], b: Shaped[Tensor, " n"]) -> float:
 def side_by_side(
     maps: Sequence[Float[Tensor, "_ _"]],
 ) -> tuple[Float[Tensor, "pair height width"], Bool[Tensor, "pair height width"]]:
-    """(maps, exists): grids of unequal size padded at the bottom and right with 0."""
+    """Return (maps, exists): grids of unequal size padded at the bottom and right with 0."""
     height, width = (max(m.shape[axis] for m in maps) for axis in (0, 1))
     values = maps[0].new_zeros(len(maps), height, width)
     exists = torch.zeros(values.shape, dtype=torch.bool, device=values.device)

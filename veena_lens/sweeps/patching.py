@@ -45,18 +45,21 @@ def patch_sweep(
     out: str | Path | None = None,
     plan_only: bool = False,
 ) -> Any:
-    """The metric under each patch of one run's activation into the other, over pairs of rows.
+    """Measure every patch of one run's activations into the other, over pairs of rows.
 
-    sites: "heads" (attn.hook_z of one head), "resid" (hook_resid_pre), "attn_out", "mlp_out", "neurons"
-    (mlp.hook_post of one neuron), or hook names: of the decoder's blocks, hook_embed, or on images (tower,
-    connector, hook_image_features). positions: "each" patches one position at a time; any other selection ("last",
-    "query", an int, a slice, a mask, a Box) is patched together; numbers count in each row without its pads, at
-    tower and connector in every image. layers, units: which layers and heads or neurons (default: all). metric:
-    see veena_lens.sweeps.metrics; a dictionary of metrics reads the same runs. Rows travel together up to
-    `max_rows`, or as many as `max_bytes` of activations hold. out: a folder where results are kept as they come;
-    the same sweep resumes there. plan_only returns the Plan and runs nothing.
-    Returns Scores with axes in the order ([site,] pair, layer, head or neuron, pos), or for a dictionary of
-    metrics one of each.
+    clean, corrupted: pairs of rows. sites: "heads" (attn.hook_z of one head, default), "resid" (hook_resid_pre),
+    "attn_out", "mlp_out", "neurons" (mlp.hook_post of one neuron), or hook names: of the decoder's blocks, hook_embed,
+    or on images (tower, connector, hook_image_features). positions: "each" patches one position at a time; any other
+    selection ("last", default, "query", an int, a slice, a mask, a Box) is patched together; numbers count in each row
+    without its pads, at tower and connector in every image. metric: see `veena_lens.sweeps.metrics`; a dictionary of
+    metrics reads the same runs. direction: "denoising" puts clean activations into the corrupted run (default),
+    "noising" corrupted ones into the clean run. engine: "suffix" recomputes what a patch can reach (default), "naive"
+    whole forwards. layers, units: which layers and heads or neurons, default all. max_rows: rows that travel together.
+    max_bytes: or as many as this many bytes of activations hold, default no bound. progress: show the plan and a bar.
+    out: a folder where results are kept as they come; the same sweep resumes there. plan_only: return the Plan and run
+    nothing.
+    Returns Scores with axes in the order ([site,] pair, layer, head or neuron, pos), without "pair" for one pair and
+    without "pos" for positions patched together; for a dictionary of metrics one of each.
     Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site, a metric of
     another shape or that is not finite on an unpatched run, or a budget too small for one row.
     """
@@ -153,7 +156,7 @@ def _result(
 
 
 def _texts(model: HookedVLM, visited: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
-    """What stands at each position, to label the axis "pos": where every one is patched, and all pairs say the same."""
+    """Return the texts of the axis "pos", where every position is patched and all pairs say the same."""
     rows = {tuple(pair.base.tokens[0].tolist()) for pair in pairs}
     if not is_each(positions) or visited.on_images or len(rows) > 1 or model.tokenizer is None:
         return {}

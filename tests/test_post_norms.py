@@ -105,7 +105,7 @@ def test_pushes_of_heads_neurons_and_keys_sum_to_those_of_components(has_baselin
     model, inputs, twins, cache = run("unequal-rows")
     inputs, twins = inputs[[0, 2, 3]], twins[[0, 2, 3]]
     direction = torch.randn(3, 48, dtype=torch.float64)
-    kw: dict[str, Any] = dict(at="query", model=model, **(dict(baseline=twins) if has_baseline else {}))
+    kw: dict[str, Any] = dict(positions="query", model=model, **(dict(baseline=twins) if has_baseline else {}))
     heads = head_intention(inputs, direction, kind="projection", **kw).values
     by_part = direct_attribution(inputs, direction, **kw)
     attention = torch.stack([by_part.select(component=f"{i}_attn_out").values for i in range(3)], 1)
@@ -113,10 +113,10 @@ def test_pushes_of_heads_neurons_and_keys_sum_to_those_of_components(has_baselin
     close(heads.sum(-1), attention)
     neurons = neuron_trace(inputs, direction, kind="direct" if has_baseline else "raw", **kw).values
     close(neurons.sum(-1), mlps)
-    routed = attention_by_source(model, inputs, direction, at="query", baseline=kw.get("baseline")).values
+    routed = attention_by_source(model, inputs, direction, positions="query", baseline=kw.get("baseline")).values
     close(routed.sum(-1), heads)
-    maps = [direct_attribution_map(model, inputs[[0]], direction, at="query", image=i).values for i in range(3)]
-    whole = attention_by_source(model, inputs[[0]], direction, at="query").select(source="image").values
+    maps = [direct_attribution_map(model, inputs[[0]], direction, positions="query", image=i).values for i in range(3)]
+    whole = attention_by_source(model, inputs[[0]], direction, positions="query").select(source="image").values
     close(torch.stack(maps).sum(0).flatten(-2).sum(-1), whole)
 
 

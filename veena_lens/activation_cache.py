@@ -26,7 +26,7 @@ from veena_lens.scores import opened
 
 
 class MissingActivation(KeyError):
-    """The cache does not hold an activation that was asked for."""
+    """Raised where the cache does not hold an activation that was asked for."""
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -59,7 +59,7 @@ class ActivationCache(ResidualParts):
         return self._full_name(key) in self.cache_dict
 
     def _full_name(self, key: Any) -> str:
-        """Hook name of a key: a full name, a short name, or (short name, layer[, layer type])."""
+        """Return the hook name of a key: a full name, a short name, or (short name, layer[, layer type])."""
         if isinstance(key, str):
             return key if key in self.cache_dict else canonical(tl.get_act_name(key))
         name, *rest = key
@@ -76,7 +76,7 @@ class ActivationCache(ResidualParts):
     # --- batch operations ----------------------------------------------------------------------------
     def _is_text(self, name: str) -> bool:
         try:
-            return row_of(name).axis_names[0] == "batch"
+            return row_of(name).of_text
         except ValueError:
             return True
 
@@ -84,7 +84,9 @@ class ActivationCache(ResidualParts):
         return next((len(v) for n, v in self.cache_dict.items() if self._is_text(n)), 1)
 
     def remove_batch_dim(self, batch_size: int | None = None) -> ActivationCache:
-        """Drop the batch axis of a single row, in place; activations of images keep theirs."""
+        """Drop the batch axis of a single row, in place, and return the cache; activations of images keep theirs.
+
+        Raises: ValueError where there are other than one row."""
         if not self.has_batch_dim:
             return self
         n = self._batch_size() if batch_size is None else batch_size
@@ -97,7 +99,9 @@ class ActivationCache(ResidualParts):
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> ActivationCache:
-        """The cache of some rows, with the images that they own."""
+        """Return the cache of some rows, with the images that they own.
+
+        Raises: ValueError for a cache without batch axis."""
         if not self.has_batch_dim:
             raise ValueError("This cache has no batch axis to slice.")
         chosen = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
@@ -117,9 +121,9 @@ class ActivationCache(ResidualParts):
         return ActivationCache(new, self.model, has_batch_dim=chosen.mode != "int", inputs=inputs)
 
     def _owners(self, name: str, n: int) -> Tensor:
-        """The row that owns each entry of an image activation's first axis."""
+        """Return the row that owns each entry of an image activation's first axis."""
         assert self.inputs is not None
-        if row_of(name).axis_names[0] == "n_image_tokens":
+        if row_of(name).of_features:
             return self.inputs.image_mask.nonzero()[:, 0].cpu()
         owners = self.inputs.crop_rows
         return torch.zeros(n, dtype=torch.long) if owners is None else owners.cpu()
@@ -131,10 +135,11 @@ class ActivationCache(ResidualParts):
         return self.inputs
 
     def at(self, positions: Any, name: str, layer: int | None = None) -> Tensor:
-        """An activation at chosen positions: "last" [batch ...], else [batch n ...], zero-padded at the end.
+        """Return an activation at chosen positions: "last" [batch ...], else [batch n ...], zero-padded at the end.
 
-        The returned tensor has an attribute `.mask`, [batch] or [batch n], True where a position exists.
-        Scores and patterns are picked by query position.
+        positions: any selection. name, layer: as in `cache[name, layer]`. Scores and patterns are picked by query
+        position. The returned tensor has an attribute `.mask`, [batch] or [batch n], True where a position exists.
+        Raises: MissingActivation; ValueError for an activation on images, or a cache without its inputs.
         """
         inputs = self._need_inputs("cache.at")
         key = name if layer is None else (name, layer)
@@ -163,11 +168,13 @@ class ActivationCache(ResidualParts):
     def image_grid(
         self, name: str, layer: int | None = None, row: int = 0, image: int = 0, query: int | str = "last"
     ) -> Tensor:
-        """An activation at one image's tokens as a grid: [height width ...].
+        """Return an activation at one image's tokens as a grid: [height width ...].
 
-        Patterns and scores give [n_heads height width]: what `query` (a position, or "last") reads of the image.
-        A vision activation gives the grid of the image itself in patches, the class token left out; of tiles, that
-        of the whole view.
+        name, layer: as in `cache[name, layer]`. row, image: which image. query: for patterns and scores, which give
+        [n_heads height width], the position that reads the image, or "last". A vision activation gives the grid of the
+        image itself in patches, the class token left out; of tiles, that of the whole view.
+        Raises: MissingActivation; IndexError where there is no such image; ValueError for a pattern of the tower, or a
+        cache without its inputs.
         """
         inputs = self._need_inputs("cache.image_grid")
         inputs.grid_tokens(row, image)  # raises where there is no such image
@@ -212,7 +219,7 @@ class ActivationCache(ResidualParts):
 
     # --- files ---------------------------------------------------------------------------------------
     def save(self, path: str | Path) -> Path:
-        """Write the activations and where the images lie to one safetensors file; returns its path."""
+        """Write the activations, and where the images lie, to one safetensors file, and return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
@@ -225,7 +232,7 @@ class ActivationCache(ResidualParts):
 
     @classmethod
     def load(cls, path: str | Path, model: Any = None, device: str = "cpu") -> ActivationCache:
-        """Read a cache that `save` wrote; a model is only needed for methods that use its weights.
+        """Return the cache that `save` wrote; `model` is only needed for methods that use its weights.
 
         Raises: FileNotFoundError; ValueError when the file was cut short, or is not such a cache."""
         with opened(path, "an activation cache", device) as f:
@@ -241,15 +248,15 @@ class ActivationCache(ResidualParts):
         size = sum(v.numel() * v.element_size() for v in self.cache_dict.values()) / 2**20
         layers = {n.split(".")[1] for n in self.cache_dict if n.startswith("blocks.")}
         rows = f"{self._batch_size()} rows" if self.has_batch_dim else "one row"
-        pictures = sum(not self._is_text(n) for n in self.cache_dict)
+        on_images = sum(not self._is_text(n) for n in self.cache_dict)
         return (
             f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
-            f"{len(layers)} decoder layers, {pictures} on pictures)"
+            f"{len(layers)} decoder layers, {on_images} on images)"
         )
 
 
 def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Tensor:
-    """An activation of some images, padded no further than the longest of them."""
+    """Cut an activation of some images to the longest of them."""
     lengths = None if inputs is None else inputs.crop_lengths(in_tokens=name.startswith("connector."))
     if lengths is None or not len(value):
         return value

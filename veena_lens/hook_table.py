@@ -33,6 +33,21 @@ class Hook:
         return tuple(self.axes.split())
 
     @property
+    def of_text(self) -> bool:
+        """The first axis counts rows of the batch: the value lies in the text decoder."""
+        return self.axis_names[0] == "batch"
+
+    @property
+    def of_tower(self) -> bool:
+        """The first axis counts crops: the value lies in the vision tower or the connector."""
+        return self.axis_names[0] == "crop"
+
+    @property
+    def of_features(self) -> bool:
+        """The first axis counts image tokens: the value is what enters the text of the images, row after row."""
+        return self.axis_names[0] == "n_image_tokens"
+
+    @property
     def by_default(self) -> bool:
         """Cached when `names_filter` is None: everything except the large copies of the residual."""
         return not self.name.endswith(("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in"))

@@ -1,13 +1,9 @@
 """What the residual stream is made of, as transformer_lens decomposes it: layers, heads, neurons.
 
 Two things are added to its sums: what deep-stack features bring (Qwen3-VL), and norms that follow attention and MLP
-(Gemma), after which heads and neurons are what they add to the stream.
-
-What a head or neuron adds to the residual stream, also where a norm follows attention and MLP (Gemma).
-
-Without such a norm a head adds z W_O and a neuron a W_out. With one, what attention or MLP gives is divided by one
-denominator a position and multiplied by the norm's factor w. Given the denominator s (as a run had it) that is linear:
-a head adds z (W_O w) / s, a neuron a (W_out w) / s, and their sums are `hook_attn_out` and `hook_mlp_out` exactly.
+(Gemma). Without such a norm a head adds z W_O and a neuron a W_out. With one, what attention or MLP gives is divided by
+one denominator per position and multiplied by the norm's factor w. Given the denominator s (as a run had it) that is
+linear: a head adds z (W_O w) / s, a neuron a (W_out w) / s, and their sums are `hook_attn_out` and `hook_mlp_out`.
 """
 
 from __future__ import annotations

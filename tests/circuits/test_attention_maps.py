@@ -187,7 +187,7 @@ def test_difference_masks_what_is_masked_in_one() -> None:
     ("call", "telling"),
     [
         (lambda m, i: image_attention(m, i, image=5), "no row has an image 5"),
-        (lambda m, i: image_attention(m, i, "answer"), "selects no position"),
+        (lambda m, i: image_attention(m, i, "answer"), "select no position"),
         (lambda m, i: image_attention(m, i, heads=[9]), "head 9 does not exist; there are 6"),
         (lambda m, i: image_attention(m, i, heads=[]), "list of heads is empty"),
         (lambda m, i: image_attention(m, i, reduce="max"), "must be one of mean, none"),

@@ -296,7 +296,7 @@ def test_the_model_is_left_as_it_was(model_of) -> None:
     try:
         with torch.no_grad():
             attribution_patching(model, clean, corrupted, metric=difference, steps=1)
-            with pytest.raises(ValueError, match="one number a row"):
+            with pytest.raises(ValueError, match="one number per row"):
                 attribution_patching(model, clean, corrupted, metric=lambda logits: logits)
         wanted = {name: p.requires_grad for name, p in model.named_parameters()}
         assert not wanted.pop("embed.weight") and all(wanted.values())
@@ -317,7 +317,7 @@ def test_the_model_is_left_as_it_was(model_of) -> None:
         (dict(direction="up"), "denoising"),
         (dict(metric=None), "metric="),
         (dict(metric=[difference, difference]), "3 rows"),
-        (dict(metric=lambda logits: logits), "one number a row"),
+        (dict(metric=lambda logits: logits), "one number per row"),
         (dict(metric=lambda logits: logits[:, 0].detach()), "no gradient"),
         (dict(metric=lambda logits: logits[:, 0] * torch.nan), "not finite"),
         (dict(metric=project("hook_embed", torch.ones(48))), "decoder block"),

@@ -40,7 +40,7 @@ def test_deepstack_features_are_components_at_image_positions(name: str, model_o
     model, inputs = ready(model_of, name)
     first, second, S = cached(model, inputs), cached(model, twin(inputs)), directions(model)
     last = model.cfg.n_layers - 1
-    pushes = direct_attribution(first, S, at="image", baseline=second, at_layer=last, reduce="none")
+    pushes = direct_attribution(first, S, positions="image", baseline=second, at_layer=last, reduce="none")
     assert [c for c in pushes.labels["component"] if "deepstack" in str(c)] == [
         f"{i}_deepstack" for i in range(1, min(model.cfg.n_deepstack, last) + 1)
     ]
@@ -58,7 +58,8 @@ def test_head_scores_equal_those_of_the_results(name: str, at: str, model_of) ->
     chosen = position_mask(inputs, at)
     for baseline in (None, second):
         scores = {
-            kind: head_intention(first, S, at=at, kind=kind, baseline=baseline) for kind in ("cosine", "projection")
+            kind: head_intention(first, S, positions=at, kind=kind, baseline=baseline)
+            for kind in ("cosine", "projection")
         }
         for layer in range(model.cfg.n_layers):
             runs = [first] if baseline is None else [first, baseline]
@@ -87,8 +88,10 @@ def test_heads_and_bias_add_up_to_attention(name: str, model_of) -> None:
 def test_inputs_give_what_their_cache_gives(name: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     S, other = directions(model), twin(inputs)
-    from_cache = head_intention(cached(model, inputs), S, at="query", baseline=cached(model, other), reduce="none")
-    from_inputs = head_intention(inputs, S, at="query", baseline=other, model=model, reduce="none")
+    from_cache = head_intention(
+        cached(model, inputs), S, positions="query", baseline=cached(model, other), reduce="none"
+    )
+    from_inputs = head_intention(inputs, S, positions="query", baseline=other, model=model, reduce="none")
     assert from_inputs.axes == ("pair", "layer", "head", "pos")
     assert torch.allclose(from_inputs.values, from_cache.values, rtol=0, atol=1e-12)
     assert from_inputs.exists.equal(from_cache.exists) and from_inputs.meta == from_cache.meta
@@ -99,10 +102,10 @@ def test_inputs_give_what_their_cache_gives(name: str, model_of) -> None:
 def test_positions_are_kept_averaged_or_maximised(model_of) -> None:
     model, inputs = ready(model_of, "three-images-and-none")
     cache, S = cached(model, inputs), directions(model)
-    each = head_intention(cache, S, at="image", reduce="none")
+    each = head_intention(cache, S, positions="image", reduce="none")
     counts = position_mask(inputs, "image").sum(-1)
     assert each.exists[:, 0, 0].sum(-1).equal(counts) and counts[1] == 0
-    mean, largest = (head_intention(cache, S, at="image", reduce=how) for how in ("mean", "max"))
+    mean, largest = (head_intention(cache, S, positions="image", reduce=how) for how in ("mean", "max"))
     for row in (0, 2):
         mine = each.values[row, ..., : counts[row]]
         assert torch.allclose(mean.values[row], mine.mean(-1)) and torch.allclose(largest.values[row], mine.amax(-1))
@@ -116,9 +119,9 @@ def test_memory_of_cosines_is_bounded(model_of, monkeypatch) -> None:
 
     model, inputs = ready(model_of, "clip-llama")
     cache, S = cached(model, inputs), directions(model)
-    plain = head_intention(cache, S, at="all").values
+    plain = head_intention(cache, S, positions="all").values
     monkeypatch.setattr(intention, "ROOM", 1000)
-    assert torch.allclose(head_intention(cache, S, at="all").values, plain, rtol=0, atol=1e-12)
+    assert torch.allclose(head_intention(cache, S, positions="all").values, plain, rtol=0, atol=1e-12)
 
 
 def test_copying_strength_is_the_ov_product(model_of) -> None:
@@ -152,7 +155,7 @@ def test_float32_sums_agree_with_float64(model_of) -> None:
         (dict(kind="angle"), "kind='angle' must be one of cosine, projection"),
         (dict(at_layer=9), "layer 9 does not exist; the model has layers 0 to 1"),
         (dict(layers=[]), "list of layers is empty"),
-        (dict(at="answer"), "selects no position"),
+        (dict(positions="answer"), "select no position"),
         (dict(reduce="sum"), "must be one of mean, max, none"),
     ],
 )
@@ -187,7 +190,7 @@ def test_what_belongs_to_nothing_is_refused(model_of, tmp_path) -> None:
     with pytest.raises(ValueError, match="sliced or made without its inputs"):
         head_intention(sliced, S)
     with pytest.raises(ValueError, match="pairs need the same rows"):
-        head_intention(cache, S, at="query", baseline=cached(model, inputs[:1]))
+        head_intention(cache, S, positions="query", baseline=cached(model, inputs[:1]))
 
 
 def test_embedded_model_gives_scores_of_its_pairs() -> None:

@@ -144,7 +144,7 @@ def test_a_planted_flow_is_found_where_it_was_planted(model_of) -> None:
         (dict(window=0), "window"),
         (dict(heads=[6]), "head 6"),
         (dict(metric=None), "metric="),
-        (dict(metric=lambda logits: logits[:, :2]), "one number a row"),
+        (dict(metric=lambda logits: logits[:, :2]), "one number per row"),
         (dict(metric=lambda logits: logits[:, 0].log() * torch.nan), "not finite"),
         (dict(max_rows=0), "max_rows"),
     ],

@@ -124,8 +124,8 @@ def test_embedded_model_reads_words_off_its_stream() -> None:
         (lambda m, i: logit_lens(m, i, tokens=[128]), "token id 128 is outside the vocabulary of 128"),
         (lambda m, i: logit_lens(m, i, k=0), "k=0"),
         (lambda m, i: logit_lens(m, i, layers=[4]), "layer 4 does not exist"),
-        (lambda m, i: logit_lens(m, i, "answer"), "selects no position"),
-        (lambda m, i: logit_lens_grid(m, i, 3, row=0, image=1), r"no image 1 in row 0; images a row: \[1, 2\]"),
+        (lambda m, i: logit_lens(m, i, "answer"), "select no position"),
+        (lambda m, i: logit_lens_grid(m, i, 3, row=0, image=1), r"no image 1 in row 0; images per row: \[1, 2\]"),
     ],
 )
 def test_bad_input_says_what_is_wrong(call: Any, telling: str, model_of) -> None:

@@ -29,7 +29,7 @@ def test_neurons_add_up_to_the_difference_of_mlp_outputs(name: str, model_of) ->
     with torch.no_grad():
         first, second = (model.run_with_cache(run)[1] for run in (inputs, other))
     for at in ("last", "query"):
-        trace = neuron_trace(first, S, at=at, baseline=second, reduce="none")
+        trace = neuron_trace(first, S, positions=at, baseline=second, reduce="none")
         for layer in range(model.cfg.n_layers):
             from_layer = trace.values[:, layer].sum(1)
             names = [cache.at(at, "mlp_out", layer) for cache in (first, second)]
@@ -49,8 +49,8 @@ def test_inputs_give_what_their_cache_gives(model_of) -> None:
     model, inputs = ready(model_of, "qwen3_vl-plain")
     S, other = directions(model), twin(inputs)
     caches = [model.run_with_cache(run)[1] for run in (inputs, other)]
-    from_cache = neuron_trace(caches[0], S, at="query", baseline=caches[1])
-    from_inputs = neuron_trace(inputs, S, at="query", baseline=other, model=model)
+    from_cache = neuron_trace(caches[0], S, positions="query", baseline=caches[1])
+    from_inputs = neuron_trace(inputs, S, positions="query", baseline=other, model=model)
     assert from_inputs.axes == ("pair", "layer", "neuron")
     assert torch.allclose(from_inputs.values, from_cache.values, rtol=0, atol=1e-12)
 
@@ -66,7 +66,7 @@ def test_contrast_reads_each_class_against_the_mean(model_of) -> None:
         alone = neuron_trace(inputs, stack[i] - stack.mean(0), baseline=twin(inputs), model=model)
         chosen = trace.select(category=name)
         assert torch.allclose(chosen.values, alone.values, rtol=0, atol=1e-12)
-    raw = neuron_trace(inputs, stack, kind="contrast", model=model, reduce="none", at="query")
+    raw = neuron_trace(inputs, stack, kind="contrast", model=model, reduce="none", positions="query")
     assert raw.axes == ("batch", "category", "layer", "neuron", "pos")
 
 
@@ -148,7 +148,7 @@ def test_drivers_say_where_in_the_picture_they_stand(name: str, model_of) -> Non
 
 def test_drivers_keep_few_positions_and_either_sign(model_of) -> None:
     model, inputs = ready(model_of, "right-padding")
-    last = max_activating_tokens(model, inputs, layer=1, neurons=[3], k=50, at="last")
+    last = max_activating_tokens(model, inputs, layer=1, neurons=[3], k=50, positions="last")
     assert last.shape == (1, 3) and {p["pos"] for p in last.meta["where"][0]} == {s.last for s in inputs.spans}
     size = max_activating_tokens(model, inputs, layer=1, neurons=[3], k=50, by="abs").values[0].abs()
     assert (size.diff() <= 0).all()
@@ -170,15 +170,15 @@ def test_kinds_follow_the_rule(model_of) -> None:
     S = word[None].expand(2, -1).detach().clone()
     table = pd.DataFrame(dict(layer=[1, 1, 1, 0, 0], neuron=[4, 6, 6, 4, 9], value=[1.0, 1.0, -1.0, 1.0, 1.0]))
     assert set(promoted_tokens(model, 1, 4, k=4).meta["tokens"][0]) == set(lexicon)
-    last = classify_neurons(model, table, lexicon, S, key_layer=0, at="last")
+    last = classify_neurons(model, table, lexicon, S, key_layer=0, positions="last")
     # Neuron 6 with a push along the direction must be active the other way round, where it speaks of the lexicon too.
     assert last["lexicon_tokens"].tolist()[:2] == [4, 4] and last["lexicon_tokens"][2] < 3
     assert last["kind"].tolist() == ["explicit state", "explicit state", "unlabelled", "explicit state", "unlabelled"]
-    image = classify_neurons(model, table, lexicon, S, key_layer=0, at="image")
+    image = classify_neurons(model, table, lexicon, S, key_layer=0, positions="image")
     assert image["kind"].tolist()[3:] == ["unlabelled", "unlabelled"] and "not tested" in image["why"][4]
-    told = classify_neurons(model, table, lexicon, S, key_layer=0, at="query", confirmed={(0, 9)})
+    told = classify_neurons(model, table, lexicon, S, key_layer=0, positions="query", confirmed={(0, 9)})
     assert told["kind"].tolist()[3:] == ["unlabelled", "contextual trigger"] and "early" in told["why"][3]
-    refused = classify_neurons(model, table, lexicon, S, key_layer=0, at="query", confirmed=set())
+    refused = classify_neurons(model, table, lexicon, S, key_layer=0, positions="query", confirmed=set())
     assert refused["kind"][4] == "unlabelled" and "not confirmed" in refused["why"][4]
 
 

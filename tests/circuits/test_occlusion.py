@@ -258,15 +258,15 @@ def test_maps_that_cannot_be_compared_are_refused() -> None:
     ("kw", "telling"),
     [
         (dict(fill="gray"), "gray"),
-        (dict(fill=["grey", "grey"]), "2 pictures"),
+        (dict(fill=["grey", "grey"]), "2 images"),
         (dict(image=1), "no image 1"),
         (dict(window=0), "window"),
         (dict(stride=0), "stride"),
         (dict(metric=None), "metric="),
-        (dict(metric=lambda logits: logits), "one number a row"),
+        (dict(metric=lambda logits: logits), "one number per row"),
         (dict(metric=lambda logits: logits[:, 0] / 0), "not finite"),
         (dict(max_rows=0), "max_rows"),
-        (dict(text=["a", "b"]), "its pictures"),
+        (dict(text=["a", "b"]), "its images"),
     ],
 )
 def test_what_does_not_fit_is_refused(kw: dict[str, Any], telling: str, face) -> None:

@@ -246,7 +246,7 @@ def test_a_planted_path_is_the_only_one_found(model_of) -> None:
         (dict(positions=[0]), "last position"),
         (dict(positions="lats"), "lats"),
         (dict(metric=None), "metric="),
-        (dict(metric=lambda logits: logits.sum()), "one number a row"),
+        (dict(metric=lambda logits: logits.sum()), "one number per row"),
         (dict(metric=lambda logits: logits[:, 0] / 0), "not finite"),
         (dict(direction="up"), "denoising"),
         (dict(max_rows=0), "max_rows"),

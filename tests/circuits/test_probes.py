@@ -174,7 +174,7 @@ def test_padded_rows_are_read_at_their_own_places_and_caches_serve_as_well(name:
         (dict(train=[True] * N), "of both kinds"),
         (dict(train=[i < 20 for i in range(N)]), "both sides"),
         (dict(site="residd"), "residd"),
-        (dict(site="attn.hook_pattern"), "one vector a position"),
+        (dict(site="attn.hook_pattern"), "one vector per position"),
         (dict(layers=[4]), "layer 4"),
         (dict(positions="lats"), "lats"),
         (dict(strength=0), "strength"),

@@ -22,14 +22,16 @@ def test_sources_add_up_to_the_projection(name: str, at: str, model_of) -> None:
     model, inputs = ready(model_of, name)
     S, other = directions(model), twin(inputs)
     for baseline in (None, other):
-        routes = attention_by_source(model, inputs, S, at=at, baseline=baseline, reduce="none")
-        whole = head_intention(inputs, S, at=at, kind="projection", baseline=baseline, model=model, reduce="none")
+        routes = attention_by_source(model, inputs, S, positions=at, baseline=baseline, reduce="none")
+        whole = head_intention(
+            inputs, S, positions=at, kind="projection", baseline=baseline, model=model, reduce="none"
+        )
         assert routes.axes == ("batch" if baseline is None else "pair", "layer", "head", "source", "pos")
         total = routes.values.sum(3)
         there = whole.exists
         assert torch.allclose(total[there], whole.values[there], rtol=0, atol=1e-10)
-    mean = attention_by_source(model, inputs, S, at=at, baseline=other)
-    expected = head_intention(inputs, S, at=at, kind="projection", baseline=other, model=model)
+    mean = attention_by_source(model, inputs, S, positions=at, baseline=other)
+    expected = head_intention(inputs, S, positions=at, kind="projection", baseline=other, model=model)
     assert torch.allclose(mean.values.sum(-1)[mean.exists[..., 0]], expected.values[expected.exists], atol=1e-10)
 
 
@@ -117,13 +119,15 @@ def test_rows_streamed_in_pieces_give_the_same(model_of, monkeypatch) -> None:
 
     model, inputs = ready(model_of, "three-images-and-none")
     S = directions(model)
-    plain = [attention_by_source(model, inputs, S, at="all", reduce=how) for how in ("mean", "none")]
-    maps = direct_attribution_map(model, inputs, S, at="text")
+    plain = [attention_by_source(model, inputs, S, positions="all", reduce=how) for how in ("mean", "none")]
+    maps = direct_attribution_map(model, inputs, S, positions="text")
     monkeypatch.setattr(reading, "ROOM", 1500)
     for how, before in zip(("mean", "none"), plain):
-        after = attention_by_source(model, inputs, S, at="all", reduce=how)
+        after = attention_by_source(model, inputs, S, positions="all", reduce=how)
         assert torch.allclose(after.values, before.values, rtol=0, atol=1e-12)
-    assert torch.allclose(direct_attribution_map(model, inputs, S, at="text").values, maps.values, rtol=0, atol=1e-12)
+    assert torch.allclose(
+        direct_attribution_map(model, inputs, S, positions="text").values, maps.values, rtol=0, atol=1e-12
+    )
 
 
 def test_no_square_attention_is_made(model_of) -> None:
@@ -178,9 +182,9 @@ def test_share_is_signed_and_bounded(model_of) -> None:
         (dict(direction=torch.ones(7, dtype=torch.float64)), r"direction \[7\] must be"),
         (dict(heads=[6]), "head 6 does not exist; there are 6"),
         (dict(layers=[2]), "layer 2 does not exist"),
-        (dict(at="answer"), "selects no position"),
+        (dict(positions="answer"), "select no position"),
         (dict(reduce="max"), "must be one of mean, none"),
-        (dict(image=2), r"no row has an image 2; images a row: \[1, 2\]"),
+        (dict(image=2), r"no row has an image 2; images per row: \[1, 2\]"),
         (dict(grid="tiles"), "'grid' or 'whole'"),
     ],
 )
@@ -197,7 +201,7 @@ def test_pairs_that_do_not_match_are_refused(model_of) -> None:
     with pytest.raises(ValueError, match="the grids are .*, those of the baseline"):
         direct_attribution_map(model, inputs, S, baseline=swapped)
     with pytest.raises(ValueError, match="pairs need the same rows"):
-        attention_by_source(model, inputs, S, at="query", baseline=swapped)
+        attention_by_source(model, inputs, S, positions="query", baseline=swapped)
     with pytest.raises(ValueError, match="give the Scores of attention_by_source"):
         image_attention_share(
             replace(attention_by_source(model, inputs, S), axes=("batch", "layer", "head", "part"), labels={})

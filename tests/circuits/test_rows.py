@@ -23,15 +23,15 @@ from veena_lens.scores import Scores
 
 Tool = Callable[[Any, Any, torch.Tensor], Scores]
 TOOLS: dict[str, Tool] = {
-    "head_intention": lambda m, i, S: head_intention(i, S, at="query", model=m),
-    "direct_attribution": lambda m, i, S: direct_attribution(i, S, at="query", model=m),
-    "neuron_trace": lambda m, i, S: neuron_trace(i, S, at="query", kind="raw", model=m),
-    "neuron_max": lambda m, i, S: neuron_trace(i, S, at="query", kind="raw", model=m, reduce="max"),
-    "attention_by_source": lambda m, i, S: attention_by_source(m, i, S, at="query"),
+    "head_intention": lambda m, i, S: head_intention(i, S, positions="query", model=m),
+    "direct_attribution": lambda m, i, S: direct_attribution(i, S, positions="query", model=m),
+    "neuron_trace": lambda m, i, S: neuron_trace(i, S, positions="query", kind="raw", model=m),
+    "neuron_max": lambda m, i, S: neuron_trace(i, S, positions="query", kind="raw", model=m, reduce="max"),
+    "attention_by_source": lambda m, i, S: attention_by_source(m, i, S, positions="query"),
     "logit_lens": lambda m, i, S: logit_lens(m, i, "last", tokens=[4, 9]),
 }
 PICTURES: dict[str, Tool] = {
-    "direct_attribution_map": lambda m, i, S: direct_attribution_map(m, i, S, at="query"),
+    "direct_attribution_map": lambda m, i, S: direct_attribution_map(m, i, S, positions="query"),
     "image_attention": lambda m, i, S: image_attention(m, i, "query"),
 }
 
@@ -69,7 +69,7 @@ def test_each_row_may_have_directions_of_its_own(name: str, model_of) -> None:
             alone = tool(model, inputs, own[row])
             there = alone.exists[row]
             assert torch.allclose(batch.values[row][there], alone.values[row][there], rtol=0, atol=1e-12), label
-    with pytest.raises(ValueError, match=r"direction \[2, .* one a row and layer, or"):
+    with pytest.raises(ValueError, match=r"direction \[2, .* one per row and layer, or"):
         head_intention(inputs, own[:2], model=model)
 
 

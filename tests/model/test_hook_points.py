@@ -273,5 +273,5 @@ def test_table_rows_have_names_axes_and_words() -> None:
     names = [row.name for row in HOOK_TABLE]
     assert len(set(names)) == len(names)
     for row in HOOK_TABLE:
-        assert row.axis_names[0] in ("batch", "crop", "n_image_tokens"), row
+        assert row.of_text + row.of_tower + row.of_features == 1, row
         assert (layer_of(row.name.format(l=3)) == 3) == ("{l}" in row.name)

@@ -84,7 +84,7 @@ def test_remove_batch_dim_leaves_pictures_alone(ready) -> None:
     after = ActivationCache(dict(whole.cache_dict), model, inputs=inputs).remove_batch_dim()
     assert len(cache["vision.hook_embed"]) == 3 and not cache.has_batch_dim
     for name, row in hooks_of(model.cfg).items():
-        expected = whole[name][0] if row.axis_names[0] == "batch" else whole[name]
+        expected = whole[name][0] if row.of_text else whole[name]
         assert torch.equal(cache[name], expected) and torch.equal(after[name], expected), name
 
 

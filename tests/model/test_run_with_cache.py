@@ -119,7 +119,7 @@ def test_remove_batch_dim_leaves_pictures_alone(ready) -> None:
     _, cache = model.run_with_cache(inputs, names_filter=everything, remove_batch_dim=True)
     assert not cache.has_batch_dim
     for name, row in hooks_of(model.cfg).items():
-        expected = whole[name][0] if row.axis_names[0] == "batch" else whole[name]
+        expected = whole[name][0] if row.of_text else whole[name]
         assert torch.equal(cache[name], expected), name
 
 

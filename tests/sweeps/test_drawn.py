@@ -48,7 +48,7 @@ def test_patch_sweeps_equal_whole_forwards(data: st.DataObject) -> None:
     model, clean, corrupted = runs(data.draw(st.sampled_from(CASES), label="case"))
     row = data.draw(st.integers(0, len(clean) - 1), label="row")
     clean, corrupted = clean[row].without_padding(), corrupted[row].without_padding()
-    known = [n for n, hook in hooks_of(model.cfg).items() if n.startswith("blocks.") and hook.axis_names[0] == "batch"]
+    known = [n for n, hook in hooks_of(model.cfg).items() if n.startswith("blocks.") and hook.of_text]
     sites = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=4, unique=True), label="sites")
     length = clean.shape[1]
     positions = data.draw(

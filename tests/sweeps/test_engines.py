@@ -210,7 +210,7 @@ def test_the_plan_tells_what_is_saved(pair) -> None:
         (dict(direction="up"), "denoising"),
         (dict(engine="fast"), "engine"),
         (dict(metric=None), "metric"),
-        (dict(metric=lambda logits: logits), "one number a row"),
+        (dict(metric=lambda logits: logits), "one number per row"),
         (dict(positions="lats"), "lats"),
         (dict(max_rows=0), "max_rows"),
     ],

@@ -66,7 +66,7 @@ def agree(model: Any, clean: Any, corrupted: Any, **kw: Any) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_site_on_pictures_equals_whole_forwards(kind: str, model_of) -> None:
     model, clean, corrupted = runs(kind, model_of)
-    sites = [n for n, row in hooks_of(model.cfg).items() if row.axis_names[0] == "crop" and "_input" not in n]
+    sites = [n for n, row in hooks_of(model.cfg).items() if row.of_tower and "_input" not in n]
     sites = [n for n in sites if "blocks." not in n or "blocks.1." in n]
     in_tower = [n for n in sites if n.startswith("vision.")]
     agree(model, clean[1], corrupted[1], sites=in_tower, positions="all")
@@ -163,7 +163,7 @@ def test_a_budget_of_memory_bounds_the_rows_that_travel_together(model_of, monke
         (dict(sites=["vision.blocks.0.hook_resid_pre"], positions=99), "has 5 positions"),
         (dict(sites=["vision.blocks.0.hook_resid_pre", "blocks.0.hook_resid_pre"], positions="all"), "one after"),
         (dict(sites=["unembed.hook_in"]), "unembed"),
-        (dict(metric=lambda logits: logits[:, 0] * float("nan")), "nan on an unpatched run"),
+        (dict(metric=lambda logits: logits[:, 0] * float("nan")), "not finite on unpatched runs"),
         (dict(metric={}), "dictionary"),
         (dict(metric="logit"), "function"),
     ],

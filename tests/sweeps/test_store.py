@@ -13,7 +13,8 @@ import pytest
 SCRIPT = """
 import sys, time, torch
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from veena_lens.sweeps import engine, patch_sweep
+from veena_lens.sweeps import patch_sweep
+from veena_lens.sweeps import engine as running
 from veena_lens.sweeps.metrics import logit_diff
 torch.set_num_threads(1)
 model = native_model(BY_NAME["clip-llama"], casts="none")

@@ -44,7 +44,7 @@ def runs(name: str) -> tuple[Any, Any, Any]:
 
 
 def sites_of(model: Any) -> list[str]:
-    return [n for n, hook in hooks_of(model.cfg).items() if hook.axis_names[0] in ("crop", "n_image_tokens")]
+    return [n for n, hook in hooks_of(model.cfg).items() if not hook.of_text]
 
 
 @pytest.mark.parametrize("name", [*FIXED, "tiles", *QWEN, *ONEVISION, *TILES])

@@ -72,9 +72,12 @@ def _told(value: Any) -> str:
         (dict(metric=kl(torch.zeros(7))), r"\[128\], not \[7\]"),
         (dict(metric=project("blocks.1.hook_resid_post", torch.ones(3))), r"\[48\].*\[3\]"),
         (dict(metric=project("blocks.9.hook_resid_post", torch.ones(48))), "blocks.9.hook_resid_post"),
-        (dict(metric=lambda logits: logits.mean()), r"one number a row, \[1\], not \[\]"),
-        (dict(metric=lambda logits: 3.0), "one number a row.*float"),
-        (dict(metric={"a": logit_diff(5, 6), "b": lambda x: x[:, 0] / 0 * 0}), "metric 'b' is nan"),
+        (dict(metric=lambda logits: logits.mean()), r"one number per row, \[1\], not \[\]"),
+        (dict(metric=lambda logits: 3.0), "one number per row.*float"),
+        (
+            dict(metric={"a": logit_diff(5, 6), "b": lambda x: x[:, 0] / 0 * 0}),
+            "metric 'b' is not finite .* {0: nan}",
+        ),
     ],
     ids=_told,
 )

@@ -1,41 +1,42 @@
 """Attention from chosen tokens to an image, as it is, without sink tokens, or against a second image.
 
 Sinks take attention from nearly every query whatever the image shows, and would hide the rest of a map. They are
-found by a rule that is stated with the result, never by a fixed place. Rows are read as they pass, layer by layer.
+found by a rule that is stated with the result, never by a fixed place. Attention is read as it passes, layer by layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from veena_lens.circuits.image_cells import image_cells, over_cells
 from veena_lens.circuits.reading import (
-    Collected,
     Reading,
     as_scores,
+    batch_positions,
     chosen_heads,
     chosen_layers,
     exact,
-    picture_cells,
-    places_of,
     plain,
     require_reduce,
-    stream_rows,
 )
-from veena_lens.circuits.routing import over_cells
+from veena_lens.circuits.streamed_attention import Collected, stream_attention
 from veena_lens.scores import Scores
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 FEWEST_KEYS = 4  # a median of fewer keys says nothing
 
 
 def image_attention(
-    model: Any,
+    model: HookedVLM,
     inputs: Any,
     queries: Any = "last",
     *,
@@ -45,20 +46,24 @@ def image_attention(
     heads: Sequence[int] | None = None,
     reduce: str = "mean",
 ) -> Scores:
-    """Attention weights from `queries` to the tokens of image number `image`, as maps over its token grid.
+    """Return attention weights from `queries` to the tokens of an image, as maps over its token grid.
 
-    Axes (batch, layer, head, height, width), mean over the queries; with reduce="none" they come last as "pos". Grids
-    of unequal rows are padded at the lower right (masked), a row without the image is masked whole. Tiled images
-    have the grid through their tiles, or with grid="whole" that of the whole view. Unit: weight (a row over all keys
-    sums to 1). Only these rows are computed and interventions in force are honoured.
+    Only these queries are computed, and interventions in force are honoured.
+
+    queries: a selection of positions. image: number of the image in each row. grid: "grid" (through the tiles of tiled
+    images, default) or "whole" (the whole view). layers, heads: default all. reduce: "mean" over the queries, or
+    "none".
+    Returns Scores with axes (batch, layer, head, height, width), with reduce="none" the queries last as "pos". Grids of
+    unequal rows are padded at the lower right (masked), a row without the image is masked whole. Unit: weight (a query
+    gives 1 to all keys together).
     Raises: ValueError for unknown layers or heads, queries that select nothing, or no such image; IndexError where an
     image's tokens make no whole grid.
     """
-    return _view(model, inputs, queries, image, grid, layers, heads, reduce, None, False, "image_attention")
+    return _map(model, inputs, queries, image, grid, layers, heads, reduce, None, False, "image_attention")
 
 
 def mask_sinks(
-    model: Any,
+    model: HookedVLM,
     inputs: Any,
     queries: Any = "last",
     *,
@@ -70,21 +75,21 @@ def mask_sinks(
     heads: Sequence[int] | None = None,
     reduce: str = "mean",
 ) -> Scores:
-    """`image_attention` with the sink tokens of each layer taken out: their cells are masked.
+    """Return `image_attention` with the sink tokens of each layer taken out: their cells are masked.
 
-    renormalise=True divides every query's row by what it gives to all other keys (of image and text), so that it sums
-    to 1 again; False leaves the other weights as they are. `sinks`: what `attention_sinks` returned for these inputs
-    (with rules of your own); None finds them with its defaults. meta["sinks"] names their positions, layer by layer
-    and row by row, meta["rule"] the rule.
+    sinks: what `attention_sinks` returned for these inputs (with rules of your own); None finds them with its defaults.
+    renormalise: divide what every query gives by what it gives to all keys (of image and text) that are not sinks, so
+    that it sums to 1 again; False leaves the other weights as they are. The rest as in `image_attention`.
+    meta["sinks"] names the positions of sinks, layer by layer and row by row, meta["rule"] the rule.
     Raises: as `image_attention`; ValueError for sinks of other inputs, or that lack a layer.
     Source: Kang et al. 2025, arXiv 2503.03321 (visual attention sinks); the rule is ours, see `attention_sinks`.
     """
     found = attention_sinks(model, inputs, layers=layers) if sinks is None else sinks
-    return _view(model, inputs, queries, image, grid, layers, heads, reduce, found, renormalise, "mask_sinks")
+    return _map(model, inputs, queries, image, grid, layers, heads, reduce, found, renormalise, "mask_sinks")
 
 
 def attention_sinks(
-    model: Any,
+    model: HookedVLM,
     inputs: Any,
     queries: Any = "all",
     *,
@@ -93,14 +98,18 @@ def attention_sinks(
     norm_multiple: float | int | None = 5.0,
     layers: Sequence[int] | None = None,
 ) -> Scores:
-    """Which tokens are attention sinks in each layer: a bool for each, axes (batch, layer, pos).
+    """Return which tokens are attention sinks in each layer: a bool for each.
 
     A key k is one where both hold. (1) Of all pairs of a head and a later query p > k in `queries` that may see k, and
-    at least four keys, the share `share` gives it more than `multiple` times the row's median weight over the keys that
-    it sees. (2) The norm of the residual that enters the layer is at k more than `norm_multiple` times the row's median
-    over real tokens (None: this is not asked). meta["rule"] states the numbers, meta["positions"][layer][row] the
+    at least four keys, the share `share` gives it more than `multiple` times the query's median weight over the keys
+    that it sees. (2) The norm of the residual that enters the layer is at k more than `norm_multiple` times the row's
+    median over real tokens (None: this is not asked).
+    The attention of every query is computed once, a bounded number at a time: time grows with n_heads pos^2.
+
+    queries: a selection of positions, default all. multiple, norm_multiple: factors above 1. share: in (0, 1]. layers:
+    default all.
+    Returns Scores with axes (batch, layer, pos). meta["rule"] states the numbers, meta["positions"][layer][row] the
     places.
-    Every row of attention is computed once, a bounded number at a time: time grows with n_heads pos^2.
     Raises: ValueError for an unknown layer, queries that select nothing, or numbers out of range.
     Source: Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762 (massive norms); the rule is ours.
     """
@@ -111,7 +120,7 @@ def attention_sinks(
         )
     inputs = model.as_inputs(inputs)
     chosen = chosen_layers(layers, model.cfg, who)
-    index, mask = places_of(inputs, queries, who)
+    index, mask = batch_positions(inputs, queries, who)
     hits: dict[int, Tensor] = {}
     pairs: dict[int, Tensor] = {}
     massive: dict[int, Tensor] = {}
@@ -137,7 +146,7 @@ def attention_sinks(
 
     heads = chosen_heads(None, model.cfg, who)
     hooks = [(f"blocks.{layer}.hook_resid_pre", hear_norms(layer)) for layer in chosen]
-    stream_rows(model, inputs, queries, chosen, heads, count, hooks)
+    stream_attention(model, inputs, queries, chosen, heads, count, hooks)
     device = hits[chosen[0]].device
     found = torch.stack(
         [((pairs[i] > 0) & (hits[i] >= share * pairs[i]) & massive[i].to(pairs[i].device)).to(device) for i in chosen],
@@ -159,12 +168,12 @@ def attention_sinks(
 
 
 def attention_difference(first: Scores, second: Scores) -> Scores:
-    """The first view less the second, of images with the same token grid: same axes; a cell masked in one is masked.
+    """Return the first map less the second, of images with one token grid: same axes; masked where either is masked.
 
     Raises: ValueError where axes, labels or grids differ (nothing is resampled)."""
     if first.axes != second.axes or "height" not in first.axes:
         raise ValueError(f"attention_difference: axes {first.axes} and {second.axes}; give two maps of the same axes.")
-    sizes = [view.meta.get("sizes") for view in (first, second)]
+    sizes = [one.meta.get("sizes") for one in (first, second)]
     if sizes[0] != sizes[1] or first.shape != second.shape:
         raise ValueError(
             f"attention_difference: the token grids are {sizes[0]} and {sizes[1]}; only images with the same grid "
@@ -183,12 +192,12 @@ def attention_difference(first: Scores, second: Scores) -> Scores:
 
 
 def _named(found: Bool[Tensor, "batch layer pos"], layers: Sequence[int]) -> dict[str, list[list[int]]]:
-    """Layer -> the positions of each row."""
+    """Return layer -> the positions of each row."""
     return {str(n): [row.nonzero().flatten().tolist() for row in found[:, i].cpu()] for i, n in enumerate(layers)}
 
 
-def _view(
-    model: Any,
+def _map(
+    model: HookedVLM,
     inputs: Any,
     queries: Any,
     image: int,
@@ -203,8 +212,8 @@ def _view(
     require_reduce(reduce, who, ("mean", "none"))
     chosen, which = chosen_layers(layers, model.cfg, who), chosen_heads(heads, model.cfg, who)
     inputs = model.as_inputs(inputs)
-    cells = picture_cells(inputs, image, grid, who)
-    index, mask = places_of(inputs, queries, who)
+    cells = image_cells(inputs, image, grid, who)
+    index, mask = batch_positions(inputs, queries, who)
     kept = None if sinks is None else ~_sinks_of(sinks, inputs, chosen, who)
     found = Collected(chosen, mask, reduce)
 
@@ -219,7 +228,7 @@ def _view(
         seen = weights.gather(-1, flat.expand(-1, *weights.shape[1:3], -1))
         found.add(layer, at, rearrange(seen, "batch head n cell -> batch head cell n"))
 
-    stream_rows(model, inputs, queries, chosen, which, look)
+    stream_attention(model, inputs, queries, chosen, which, look)
     height, width = cells.mask.shape[1:]
     wide = "batch layer head (height width) ... -> batch layer head height width ..."
     meta: dict[str, Any] = {"image": image, "grid": grid, "sizes": cells.sizes}
@@ -257,7 +266,7 @@ def _sinks_of(sinks: Scores, inputs: Any, layers: Sequence[int], who: str) -> Bo
 
 
 def _masked(scores: Scores, kept: Bool[Tensor, "batch layer pos"], index: Tensor) -> Scores:
-    """Scores with the cells of sinks masked."""
+    """Return Scores with the cells of sinks masked."""
     flat = index.flatten(1)[:, None].expand(-1, kept.shape[1], -1).to(kept.device)
     cells = kept.gather(-1, flat).view(*kept.shape[:2], 1, *index.shape[1:]).to(scores.values.device)
     if bool(cells.all()):

@@ -7,9 +7,8 @@ site's gradient at once. With `steps`, each site's gradient is averaged along th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,67 +23,64 @@ from veena_lens.circuits.gradients import (
     patches_of,
     products,
 )
-from veena_lens.hook_table import hooks_of, require_hook, row_of
+from veena_lens.hook_table import row_of
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions.base import require_unit
 from veena_lens.positions import parse
-from veena_lens.scores import Scores
-from veena_lens.sweeps.alignment import KINDS
+from veena_lens.scores import ReferenceRuns, Scores
+from veena_lens.sweeps.alignment import corresponding, is_each
 from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import (
-    corresponding,
     effect,
     measure_of,
     padded,
     parts,
+    patched_and_source,
     rank_correlation,
+    reference_runs,
     require_pairs,
     require_rows,
     side_by_side,
     wide,
 )
 from veena_lens.sweeps.patching import patch_sweep
+from veena_lens.sweeps.plan import require_options
+from veena_lens.sweeps.sites import SweepSites, sweep_sites
+
+if TYPE_CHECKING:
+    from veena_lens.config import HookedVLMConfig
+    from veena_lens.model.model import HookedVLM
 
 
-@dataclass(frozen=True)
-class _Sites:
-    """What is attributed to, in the order of the axes; the meaning of `sites`, `layers`, `units` is patch_sweep's."""
+class BatchOptions(TypedDict, total=False):
+    """How pairs run. max_rows: pairs that run together, default 16. progress: show a bar, default False."""
 
-    names: list[str]
-    given: list[str]  # as the caller wrote them
-    layers: list[int] | None  # None for named sites
-    unit: str | None = None
-    units: tuple[int, ...] = ()
+    max_rows: int
+    progress: bool
 
 
-def _sites_of(who: str, cfg: Any, sites: Any, layers: Sequence[int] | None, units: Sequence[int] | None) -> _Sites:
-    if isinstance(sites, str) and sites in KINDS:
-        part, unit = KINDS[sites]
-        chosen = range(cfg.n_layers) if layers is None else layers
-        at = [require_unit(int(i), cfg.n_layers, who, "layer") for i in chosen]
-        names = [f"blocks.{i}.{part}" for i in at]
-        n = {"head": cfg.n_heads, "neuron": cfg.d_mlp}.get(unit or "", 0)
-        wanted = () if unit is None else range(n) if units is None else units
-        found = _Sites(names, names, at, unit, tuple(require_unit(int(u), n, who, str(unit)) for u in wanted))
-    else:
-        if isinstance(sites, str) and not sites.startswith(("blocks.", "hook_")):
-            raise ValueError(f"{who}: sites={sites!r}: give one of {', '.join(KINDS)}, or hook names of the decoder.")
-        given = [sites] if isinstance(sites, str) else list(sites)
-        names = [require_hook(name, hooks_of(cfg)) for name in given]
-        for name in names:
-            axes = row_of(name).axis_names
-            if not name.startswith(("blocks.", "hook_embed")) or axes[0] != "batch":
-                raise ValueError(
-                    f"{who}: {name!r} is no hook of the decoder's blocks; `image_attribution` goes to images."
-                )
-        found = _Sites(names, given, None)
-    if not found.names or (found.unit is not None and not found.units):
-        raise ValueError(f"{who}: no site to attribute to; sites, layers and units must not be empty.")
+def _options(who: str, options: Mapping[str, Any]) -> tuple[int, bool]:
+    """(max_rows, progress). Raises: TypeError for another option; ValueError for max_rows below 1."""
+    require_options(who, options, BatchOptions)
+    max_rows = options.get("max_rows", 16)
+    require_rows(who, max_rows)
+    return max_rows, options.get("progress", False)
+
+
+def _text_sites(
+    who: str, cfg: HookedVLMConfig, sites: Any, layers: Sequence[int] | None, units: Sequence[int] | None
+) -> SweepSites:
+    """The sites of an attribution. Raises: ValueError as `sweep_sites`, or for hooks outside the decoder's blocks."""
+    found = sweep_sites(who, cfg, sites, layers, units)
+    for name in found.sites:
+        if not name.startswith(("blocks.", "hook_embed")) or not row_of(name).of_text:
+            raise ValueError(
+                f"{who}: {name!r} is not a hook of the decoder's blocks; `image_attribution` goes to images."
+            )
     return found
 
 
 def attribution_patching(
-    model: Any,
+    model: HookedVLM,
     clean: MultimodalInputs,
     corrupted: MultimodalInputs,
     sites: Any = "heads",
@@ -96,41 +92,42 @@ def attribution_patching(
     layers: Sequence[int] | None = None,
     units: Sequence[int] | None = None,
     relative: bool = False,
-    max_rows: int = 16,
-    progress: bool = False,
+    **options: Unpack[BatchOptions],
 ) -> Scores:
-    """The effect that patching each component would have, to first order: E_c = sum_p (x'_c[p] - x_c[p]) . dm/dx_c[p].
+    """Estimate the effect of patching each component, to first order: E_c = sum_p (x'_c[p] - x_c[p]) . dm/dx_c[p].
 
     x is the run that is patched (denoising: the corrupted one, where the gradient is taken), x' the other; p runs over
-    `positions`. Denoising estimates m_patched - m_corrupted, noising m_clean - m_patched. Sites, positions, metric,
-    direction, layers and units mean what they mean in `patch_sweep`; `metric` may also be a list, one a pair.
-    steps=n: integrated gradients, the gradient averaged over the n midpoints of the straight line from x to x' of the
-    whole site (all its heads or neurons, at all chosen positions; the rest of the run stays as it is), so that the
-    entries of a site add up to the exact effect of patching it whole as n grows; a forward and backward a
-    step and site.
-    max_rows: pairs that run together. Axes in patch_sweep's order, pair always kept: ([site,] pair, layer, head or
-    neuron, pos); pos only for positions="each". Unit: the metric's; with `relative` a share of clean - corrupted, as
-    `Scores.scores` (NaN where the runs do not differ). meta holds the metric of both runs of each pair.
+    `positions`. Denoising estimates m_patched - m_corrupted, noising m_clean - m_patched.
+
+    clean, corrupted: pairs of rows. sites, positions, direction, layers, units: as in `patch_sweep`; sites lie in the
+    decoder. metric: as there, or a list with one per pair. steps: 0 takes the gradient of x itself (default); n takes
+    integrated gradients, the gradient averaged over the n midpoints of the straight line from x to x' of the whole site
+    (all its heads or neurons, at all chosen positions; the rest of the run stays as it is), so that the entries of a
+    site add up to the exact effect of patching it whole as n grows, at one forward and backward per step and site.
+    relative: divide by clean - corrupted, as `Scores.scores` (NaN where the runs do not differ); default the metric's
+    unit. options: see `BatchOptions`.
+    Returns Scores with axes in patch_sweep's order, pair always kept: ([site,] pair, layer, head or neuron, pos); pos
+    only for positions="each". meta holds the metric of both runs of each pair.
     Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site or unit, a metric
-    that is not one finite number a row or has no gradient; IndexError for a position outside the sequence.
+    that is not one finite number per row or has no gradient; IndexError for a position outside the sequence.
     Source: Nanda 2023, "Attribution patching"; Syed et al. 2023, arXiv 2310.10348; steps: Sundararajan et al. 2017,
     arXiv 1703.01365, and Hanna et al. 2024, arXiv 2403.17806.
     """
     who = "attribution_patching"
     require_pairs(who, clean, corrupted, direction)
-    require_rows(who, max_rows)
+    max_rows, progress = _options(who, options)
     _require_steps(who, steps)
-    chosen = _sites_of(who, model.cfg, sites, layers, units)
+    chosen = _text_sites(who, model.cfg, sites, layers, units)
     measure = measure_of(who, model, metric, len(clean))
-    each = isinstance(positions, str) and positions == "each"
+    each = is_each(positions)
     where = "all" if each else positions
     parse(where)
-    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    here, there = corresponding(who, base, source, where)
+    base, source = patched_and_source(direction, clean, corrupted)
+    here, there = corresponding(base, source, where)
     if each and len({len(p) for p in here}) > 1:
         raise ValueError(f"{who}: positions='each' over several pairs needs prompts of one length; go one by one.")
     if base.shape[1] != source.shape[1] or not torch.equal(base.attention_mask, source.attention_mask):
-        keyed = [name for name in chosen.names if "key_pos" in row_of(name).axis_names]
+        keyed = [name for name in chosen.sites if "key_pos" in row_of(name).axis_names]
         if keyed:
             raise ValueError(
                 f"{who}: {keyed[0]} has keys at other positions in the source; prompts must be of one length."
@@ -139,23 +136,22 @@ def attribution_patching(
     found, of_base, of_source = [], [], []
     for rows in parts(len(base), max_rows):
         mine, other = (Places(*padded([side[i] for i in rows])) for side in (here, there))
-        with torch.no_grad(), heard_at(model, chosen.names, other) as theirs:
+        with torch.no_grad(), heard_at(model, chosen.sites, other) as theirs:
             of_source.append(measure(source[rows], rows, plain=True))
-        plain, terms = products(measure, base[rows], rows, chosen.names, theirs, mine, steps)
+        plain, terms = products(measure, base[rows], rows, chosen.sites, theirs, mine, steps)
         of_base.append(plain)
         found.append(torch.stack([_summed(term, chosen, mine.exists, each).to(wide(plain)) for term in terms]))
         if show is not None:
             show.update(len(rows))
     if show is not None:
         show.close()
-    change, here_m, there_m = torch.cat(found, 1), torch.cat(of_base), torch.cat(of_source)
-    of_clean, of_corrupted = (there_m, here_m) if direction == "denoising" else (here_m, there_m)
-    by_pair = effect(change.transpose(0, 1), of_clean, of_corrupted, direction, relative)  # [pair site unit pos]
-    values, axes = by_pair, ["pair", "layer", chosen.unit or "unit", "pos"]
-    labels: dict[str, Sequence[Any]] = {"layer": chosen.layers or [], "pos": list(range(by_pair.shape[-1]))}
-    labels[chosen.unit or "unit"] = chosen.units or (0,)
+    runs = reference_runs(direction, torch.cat(of_base), torch.cat(of_source))
+    by_pair = effect(torch.cat(found, 1).transpose(0, 1), runs, relative)  # [pair site unit pos]
+    unit = chosen.unit or "unit"
+    values, axes = by_pair, ["pair", "layer", unit, "pos"]
+    labels = {"layer": chosen.layers or [], unit: chosen.units, "pos": list(range(by_pair.shape[-1]))}
     if chosen.layers is None:
-        values, axes, labels = by_pair.transpose(0, 1), ["site", "pair", "unit", "pos"], labels | {"site": chosen.given}
+        values, axes, labels = by_pair.transpose(0, 1), ["site", "pair", unit, "pos"], labels | {"site": chosen.given}
     drop = {"unit"} | (set() if each else {"pos"})
     kept = tuple(axis for axis in axes if axis not in drop)
     return Scores(
@@ -170,14 +166,14 @@ def attribution_patching(
             "sites": sites if isinstance(sites, str) else chosen.given,
             "positions": str(positions),
             "direction": direction,
-            "clean": of_clean.tolist(),
-            "corrupted": of_corrupted.tolist(),
+            "clean": runs.clean.tolist(),
+            "corrupted": runs.corrupted.tolist(),
         },
     )
 
 
 def image_attribution(
-    model: Any,
+    model: HookedVLM,
     clean: MultimodalInputs,
     corrupted: MultimodalInputs,
     metric: Any = None,
@@ -188,32 +184,32 @@ def image_attribution(
     deepstack: bool = True,
     steps: int = 0,
     relative: bool = False,
-    max_rows: int = 16,
-    progress: bool = False,
+    **options: Unpack[BatchOptions],
 ) -> Scores:
-    """The effect of patching each patch of an image, to first order, as a map over one image's token grid.
+    """Estimate the effect of patching each patch of an image, to first order, as a map over its token grid.
 
-    E[cell] = sum over its entries of (f' - f) . dm/df. `site` says what f is: the image features where they are made
-    ("hook_image_features") or merged ("hook_embed"), two names of the same numbers, one entry a cell; or the tower's
-    patch embeddings ("vision.hook_embed"), which depend on the cell's own pixels alone, whereas features hold what the
-    tower's attention carried there from the whole image. `deepstack` adds, for features, the product for what inner
-    tower layers add to early decoder layers (Qwen3-VL), so that the map counts all that the cell brings. steps=n
-    averages the gradient over the midpoints of the line from f to f'.
-    Pairs need the same grid of the `image`-th image. Axes (pair, height, width), grids of unequal size padded and
-    masked; unit and sign as in `attribution_patching`. meta["elsewhere"] is, a pair, what the image's entries outside
-    the grid add (the whole view and newlines of a tiled image): map and elsewhere sum to the estimate for the whole
-    image.
+    E[cell] = sum over its entries of (f' - f) . dm/df.
+
+    clean, corrupted: pairs of rows whose `image`-th images (default the first) have one grid. metric, direction, steps,
+    relative, options: as in `attribution_patching`. site: what f is: the image features where they are made
+    ("hook_image_features", default) or merged ("hook_embed"), two names of the same numbers, one entry per cell; or the
+    tower's patch embeddings ("vision.hook_embed"), which depend on the cell's own pixels alone, whereas features hold
+    what the tower's attention carried there from the whole image. deepstack: add, for features, the product for what
+    inner tower layers add to early decoder layers (Qwen3-VL), so that the map counts all that the cell brings.
+    Returns Scores with axes (pair, height, width), grids of unequal size padded and masked; unit and sign as in
+    `attribution_patching`. meta["elsewhere"] is, per pair, what the image's entries outside the grid add (the whole
+    view and newlines of a tiled image): map and elsewhere sum to the estimate for the whole image.
     Raises: ValueError for a model or rows without that image, grids that differ, or as `attribution_patching`.
     Source: as `attribution_patching`.
     """
     who = "image_attribution"
     require_pairs(who, clean, corrupted, direction)
-    require_rows(who, max_rows)
+    max_rows, progress = _options(who, options)
     _require_steps(who, steps)
     if site not in PICTURE_SITES:
         raise ValueError(f"{who}: site={site!r} must be one of {', '.join(PICTURE_SITES)}.")
     measure = measure_of(who, model, metric, len(clean))
-    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
+    base, source = patched_and_source(direction, clean, corrupted)
     cfg = model.cfg
     here, there = ([patches_of(who, cfg, side, i, image, site) for i in range(len(side))] for side in (base, source))
     for i in range(len(base)):
@@ -239,12 +235,10 @@ def image_attribution(
             show.update(len(rows))
     if show is not None:
         show.close()
-    here_m, there_m = torch.cat(of_base), torch.cat(of_source)
-    of_clean, of_corrupted = (there_m, here_m) if direction == "denoising" else (here_m, there_m)
+    runs = reference_runs(direction, torch.cat(of_base), torch.cat(of_source))
     values, mask = side_by_side([patches.map_of(x) for patches, x in zip(here, found, strict=True)])
     whole = torch.stack([x.sum() for x in found])
-    values = effect(values, of_clean, of_corrupted, direction, relative)
-    all_of_it = effect(whole, of_clean, of_corrupted, direction, relative)
+    values, all_of_it = effect(values, runs, relative), effect(whole, runs, relative)
     elsewhere = all_of_it - values.flatten(1).sum(1)
     return Scores(
         values,
@@ -260,14 +254,14 @@ def image_attribution(
             "image": image,
             "direction": direction,
             "elsewhere": elsewhere.tolist(),
-            "clean": of_clean.tolist(),
-            "corrupted": of_corrupted.tolist(),
+            "clean": runs.clean.tolist(),
+            "corrupted": runs.corrupted.tolist(),
         },
     )
 
 
 def check_attribution(
-    model: Any,
+    model: HookedVLM,
     clean: MultimodalInputs,
     corrupted: MultimodalInputs,
     sites: Any = "heads",
@@ -281,13 +275,15 @@ def check_attribution(
     progress: bool = False,
     **settings: Any,
 ) -> Scores:
-    """The largest entries of `attribution_patching` beside their exact effects by `patch_sweep`.
+    """Compare the largest entries of `attribution_patching` with their exact effects by `patch_sweep`.
 
-    Checked are the `top` entries of largest |mean over pairs| and `sample` others drawn at random. Axes (pair, entry,
-    method): methods "attribution" and "patching"; entries are named as "layer 3 head 2". `settings` go to
-    `attribution_patching`; unit as there. meta: "rank_correlation" (Spearman, of the means over pairs, over all checked
-    entries), "rank_correlation_top", "rank_correlation_sample" (over drawn entries alone, free of selection by size;
-    None with fewer than three), "sign_agreement" (share of the top entries whose signs agree), "n_top".
+    clean, corrupted, sites, positions, metric, direction: as there. top: how many entries of largest |mean over pairs|
+    are checked. sample: how many others, drawn at random by `seed`. progress: show a bar. settings: go to
+    `attribution_patching`.
+    Returns Scores with axes (pair, entry, method), methods "attribution" and "patching"; entries are named as "layer 3
+    head 2"; unit as there. meta: "rank_correlation" (Spearman, of the means over pairs, over all checked entries),
+    "rank_correlation_top", "rank_correlation_sample" (over drawn entries alone, free of selection by size; None with
+    fewer than three), "sign_agreement" (share of the top entries whose signs agree), "n_top".
     Raises: ValueError for top below 2 or sample below 0, or as both functions.
     """
     who = "check_attribution"
@@ -311,9 +307,9 @@ def check_attribution(
             swept = patch_sweep(
                 model, clean[i], corrupted[i], metric=metrics[i], direction=direction, progress=False, **call
             )
-            change = swept.values - (swept.corrupted if direction == "denoising" else swept.clean)
-            found = effect(change.reshape(1, -1), swept.clean, swept.corrupted, direction, relative)[0]
-            exact[i, members] = found.double().cpu()
+            change = swept.values - patched_and_source(direction, swept.clean, swept.corrupted)[0]
+            runs = ReferenceRuns(swept.clean, swept.corrupted, direction)
+            exact[i, members] = effect(change.reshape(1, -1), runs, relative)[0].double().cpu()
             if show is not None:
                 show.update(len(members))
     if show is not None:
@@ -359,16 +355,16 @@ def _sweeps(
 
 
 def _summed(
-    term: Float[Tensor, "batch n ..."] | None, chosen: _Sites, exists: Bool[Tensor, "batch n"], each: bool
+    term: Float[Tensor, "batch n ..."] | None, chosen: SweepSites, exists: Bool[Tensor, "batch n"], each: bool
 ) -> Float[Tensor, "batch unit place"]:
     """Entries of one site: summed within a unit, and over positions unless each is kept."""
     if term is None:
-        return torch.zeros(len(exists), len(chosen.units) or 1, exists.shape[1] if each else 1, device=exists.device)
-    term = wide(term)
+        return torch.zeros(len(exists), len(chosen.units), exists.shape[1] if each else 1, device=exists.device)
+    term, units = wide(term), [unit for unit in chosen.units if unit is not None]
     if chosen.unit == "head":
-        table = term.sum(-1)[..., list(chosen.units)]
+        table = term.sum(-1)[..., units]
     elif chosen.unit == "neuron":
-        table = term[..., list(chosen.units)]
+        table = term[..., units]
     else:
         table = term.flatten(2).sum(-1, keepdim=True)
     table = torch.where(exists.to(table.device)[..., None], table, torch.zeros_like(table)).transpose(1, 2)

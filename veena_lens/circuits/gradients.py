@@ -1,12 +1,9 @@
-"""Gradients of a metric at chosen places of hook points, in one run or along a line between two runs.
+"""Gradients of a metric at chosen places of hook points, and the cells of an image's grid that such places make.
 
 A graph begins where a site is heard: parameters take no gradient, nothing is edited, and `torch.autograd.grad` leaves
-nothing behind on the model.
-
-Which entries of an activation on images belong to which cell of an image's token grid.
-
-Where features enter the sequence an entry is an image token; at the tower's input it is a patch, and several patches
-may make one cell (joined squares), lie in a tile, or in none of the grid (class token, whole view, letterbox).
+nothing behind on the model. Gradients are taken in one run, or along a line between two runs. Where features enter the
+sequence a place is an image token; at the tower's input it is a patch, and several patches may make one cell (joined
+squares), lie in a tile, or in none of the grid (class token, whole view, letterbox).
 """
 
 from __future__ import annotations
@@ -14,16 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from veena_lens.circuits.image_cells import image_places
 from veena_lens.hook_table import layer_of, row_of
 from veena_lens.images.layout import arranged_image
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.sweeps.measuring import Entering, Measure, bare, entering_layers, padded
+from veena_lens.sweeps.alignment import bare
+from veena_lens.sweeps.measuring import Entering, Measure, entering_layers, padded
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 TOWER_SITE = "vision.hook_embed"
 PICTURE_SITES = ("hook_image_features", "hook_embed", TOWER_SITE)
@@ -57,8 +59,7 @@ def patches_of(who: str, cfg: Any, inputs: MultimodalInputs, row: int, image: in
     grid = inputs.grids[row][image]
     if site == TOWER_SITE:
         return _at_tower(cfg, inputs, row, image, grid)
-    span = inputs.spans[row].images[image]
-    places = torch.arange(span.start, span.stop, device=inputs.device)[inputs.image_mask[row, span]]
+    places = image_places(inputs, row, image)
     cells = torch.full((inputs.shape[1],), -1, device=inputs.device)
     cells[tokens] = torch.arange(len(tokens), device=inputs.device)
     return Patches(grid, places, cells[places])
@@ -123,7 +124,7 @@ def _pos_axis(axes: tuple[str, ...]) -> int:
 
 
 @contextmanager
-def frozen_parameters(model: Any) -> Iterator[None]:
+def frozen_parameters(model: HookedVLM) -> Iterator[None]:
     """No parameter takes a gradient inside the block: a graph begins where a site is heard."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -136,7 +137,7 @@ def frozen_parameters(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def heard_at(model: Any, names: Sequence[str], places: Places) -> Iterator[dict[str, Tensor]]:
+def heard_at(model: HookedVLM, names: Sequence[str], places: Places) -> Iterator[dict[str, Tensor]]:
     """What a run has at the chosen places of each site."""
     seen: dict[str, Tensor] = {}
 

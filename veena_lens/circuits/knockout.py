@@ -8,7 +8,7 @@ once and the layers before are not computed again; cuts and rows of one window t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,18 @@ from veena_lens.interventions import Box, KnockOutAttention, Tile
 from veena_lens.interventions.base import require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import bare, places_of
 from veena_lens.sweeps.engine import bar
-from veena_lens.sweeps.measuring import bare, entering_layers, measure_of, parts, places_of, require_rows, wide
+from veena_lens.sweeps.measuring import entering_layers, measure_of, parts, require_rows, wide
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 FLOWS = (("image", "query"), ("query", "last"), ("image", "last"))
 
 
 def attention_knockout(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs,
     cuts: Sequence[Any] = FLOWS,
     metric: Any = None,
@@ -38,20 +42,22 @@ def attention_knockout(
     max_rows: int = 32,
     progress: bool = False,
 ) -> Scores:
-    """The change of the metric when attention from one part of the prompt to another is cut in a window of layers.
+    """Return how the metric changes when attention between two parts of the prompt is cut in a window of layers.
 
-    Entry: (m_cut - m) / |m|, or m_cut - m with relative=False; m is the metric of the row as it is, m_cut that under
-    `KnockOutAttention` of the cut's keys for its queries in the layers l - (window - 1) // 2 .. l + window // 2 that
-    exist (the other weights of a query are renormalised). cuts: pairs (keys, queries), information flows from the
-    former to the latter; each a selection of positions: words ("image", "query", "last", ...), numbers of the row
-    without its pads, slices, a `Box` of pixels or a `Tile`. Where both name a position, it counts as a query alone, so
-    that ("query", "last") leaves the last token its look at itself; a selection cut from itself, ("query", "query"),
-    loses every key within it, each position itself included. layers: the middles l of the windows (default: each
-    layer); window=1 cuts one layer at a time. heads: default all. metric: as in `patch_sweep`, or a list, one a row.
-    Axes (pair, cut, layer), pair being the row of `inputs`; unit: a share of |m| (NaN where m is 0), or the metric's.
-    meta: "baseline" (m, a row), "window", "layers" (those of each window).
+    Entry: (m_cut - m) / |m|, or m_cut - m with relative=False; m is the metric of the row without a cut, m_cut that
+    under `KnockOutAttention` of the cut's keys for its queries in the layers l - (window - 1) // 2 .. l + window // 2
+    that exist (the other weights of a query are renormalised).
+
+    cuts: pairs (keys, queries), information flows from the former to the latter; each a selection of positions: words
+    ("image", "query", "last", ...), numbers of the row without its pads, slices, a `Box` of pixels or a `Tile`. Where
+    both name a position, it counts as a query alone, so that ("query", "last") leaves the last token its look at
+    itself; a selection cut from itself, ("query", "query"), loses every key within it, each position itself included.
+    metric: as in `patch_sweep`, or a list with one per row. layers: the middles l of the windows; default each layer.
+    window: layers per cut, default one. heads: default all. max_rows: runs that travel together. progress: show a bar.
+    Returns Scores with axes (pair, cut, layer), pair being the row of `inputs`; unit: a share of |m| (NaN where m is
+    0), or the metric's. meta: "baseline" (m, per row), "window", "layers" (those of each window).
     Raises: ValueError for a cut that selects nothing, or no key that one of its queries can read, in some row; unknown
-    layers, heads or words; a metric that is not one finite number a row, or that is read before a window.
+    layers, heads or words; a metric that is not one finite number per row, or that is read before a window.
     Source: Geva et al. 2023, arXiv 2304.14767, section 4; for images Zhang et al. 2024, arXiv 2411.18620.
     """
     who, cfg = "attention_knockout", model.cfg
@@ -105,7 +111,7 @@ def attention_knockout(
 
 
 def _windows(who: str, n_layers: int, layers: Sequence[int] | None, window: int) -> dict[int, list[int]]:
-    """Middle -> layers of its window. Raises: ValueError for layers or a width that do not exist."""
+    """Return middle -> layers of its window. Raises: ValueError for layers or a width that do not exist."""
     if window < 1:
         raise ValueError(f"{who}: window={window} must be at least one layer wide.")
     require_units(layers, n_layers, who, "layer")
@@ -114,7 +120,7 @@ def _windows(who: str, n_layers: int, layers: Sequence[int] | None, window: int)
 
 
 def _name(who: str, cut: Any) -> str:
-    """keys -> queries, in words. Raises: ValueError for what is no pair of selections."""
+    """Return keys -> queries, in words. Raises: ValueError for what is not a pair of selections."""
     if isinstance(cut, str) or not isinstance(cut, Sequence) or len(cut) != 2:
         raise ValueError(f"{who}: a cut is a pair (keys, queries) such as ('image', 'last'), not {cut!r}.")
     for part in cut:
@@ -132,7 +138,7 @@ def _short(part: Any) -> str:
 
 
 def _masks(who: str, cfg: Any, inputs: MultimodalInputs, row: int, cut: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
-    """(keys, queries) [pos] of one row. Raises: ValueError where there is nothing to cut."""
+    """Return (keys, queries) [pos] of one row. Raises: ValueError where there is nothing to cut."""
     found = []
     for part in cut:
         mask = torch.zeros(inputs.shape[1], dtype=torch.bool, device=inputs.device)
@@ -153,7 +159,7 @@ def _masks(who: str, cfg: Any, inputs: MultimodalInputs, row: int, cut: tuple[An
 
 
 def _are_read(keys: Tensor, queries: Tensor, blocks: Tensor | None) -> bool:
-    """True where some query stands after some key, or both lie in one image whose tokens read each other."""
+    """Return True where some query stands after some key, or both lie in one image whose tokens read each other."""
     first, last = keys.nonzero().flatten(), queries.nonzero().flatten()
     if not len(first):
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.circuits.reading import ROOM, Reading, chosen_layers, exact, picture_cells, read
+from veena_lens.circuits.image_cells import image_cells
+from veena_lens.circuits.reading import ROOM, Reading, chosen_layers, exact, read
 from veena_lens.scores import Scores
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 UNITS = {"log_prob": "log probability", "prob": "probability", "logit": "logit"}
 
 
 def logit_lens(
-    model: Any,
+    model: HookedVLM,
     source: Any,
     positions: Any = "all",
     tokens: Sequence[int | str] | None = None,
@@ -32,14 +36,16 @@ def logit_lens(
     k: int = 5,
     values: str = "log_prob",
 ) -> Scores:
-    """What each layer's residual says at each position: softmax(W_U ln_final(resid_post[layer])).
+    """Return what each layer's residual says at each position: softmax(W_U ln_final(resid_post[layer])).
 
-    With `tokens` (ids, or texts that are one token) axes (batch, layer, pos, token); without, the `k` likeliest of each
-    cell, axes (batch, layer, pos, rank), their ids in meta["tokens"] [batch][layer][pos][rank] and what they say in
-    meta["texts"] (id as text -> text, where the model has a tokenizer). `values`: "log_prob", "prob" or "logit".
-    `source`: a cache with `hook_resid_post`, or inputs. Positions that a row lacks are masked; meta["positions"] has
-    those it has. The last layer's line is the model's own prediction (save at image
-    tokens of a model with as many deep-stack features as layers, the last of which join after it).
+    The last layer's line is the model's own prediction (save at image tokens of a model with as many deep-stack
+    features as layers, the last of which join after it).
+
+    source: a cache with `hook_resid_post`, or inputs. positions: a selection, default all. tokens: ids, or texts that
+    are one token; default the `k` likeliest of each cell. layers: default all. values: "log_prob", "prob" or "logit".
+    Returns Scores with axes (batch, layer, pos, token), or (batch, layer, pos, rank) without `tokens`; then
+    meta["tokens"] [batch][layer][pos][rank] holds the ids and meta["texts"] (id as text -> text, where the model has a
+    tokenizer) what they say. Positions that a row lacks are masked; meta["positions"] has those it has.
     Raises: MissingActivation, naming the layers whose `hook_resid_post` the cache lacks; ValueError for a text that is
     not one token, an id outside the vocabulary, an unknown layer, or an empty selection.
     Source: nostalgebraist 2020, "interpreting GPT: the logit lens"; at image tokens Neo et al. 2024, arXiv 2410.07149.
@@ -68,7 +74,7 @@ def logit_lens(
         labels["token"] = list(tokens)
         meta["tokens"] = ids
     else:
-        meta |= _told(model, torch.stack(best, 1), reading)
+        meta |= _texts_of(model, torch.stack(best, 1), reading)
     there = reading.mask[:, None, :, None]
     return Scores(
         torch.stack(found, 1),
@@ -82,7 +88,7 @@ def logit_lens(
 
 
 def logit_lens_grid(
-    model: Any,
+    model: HookedVLM,
     source: Any,
     tokens: int | str | Sequence[int | str],
     row: int = 0,
@@ -92,10 +98,11 @@ def logit_lens_grid(
     values: str = "log_prob",
     grid: str = "grid",
 ) -> Scores:
-    """The logit lens of one or several tokens as maps over one image: axes (layer, height, width).
+    """Return the logit lens of one or several tokens as maps over one image.
 
-    Several tokens give a first axis "token". The grid goes through the tiles of tiled images; grid="whole" is that
-    of the whole view. `values`, `source` and units as in `logit_lens`.
+    source, layers, values: as in `logit_lens`. tokens: ids or texts; several give a first axis "token". row, image:
+    which image. grid: "grid" (through the tiles of tiled images, default) or "whole" (the whole view).
+    Returns Scores with axes ([token,] layer, height, width).
     Raises: as `logit_lens`; ValueError where the row has no such image; IndexError where it has no whole grid.
     Source: Neo et al. 2024, arXiv 2410.07149.
     """
@@ -104,8 +111,8 @@ def logit_lens_grid(
     if inputs is None:
         raise ValueError("logit_lens_grid: the cache was sliced or made without its inputs, so its images are unknown.")
     if not 0 <= row < len(inputs) or not 0 <= image < inputs.n_images[row]:
-        raise ValueError(f"logit_lens_grid: no image {image} in row {row}; images a row: {inputs.n_images}.")
-    cells = picture_cells(inputs[row], image, grid, "logit_lens_grid").index[0]
+        raise ValueError(f"logit_lens_grid: no image {image} in row {row}; images per row: {inputs.n_images}.")
+    cells = image_cells(inputs[row], image, grid, "logit_lens_grid").index[0]
     if not isinstance(source, ActivationCache):
         source, row, inputs = inputs[row], 0, inputs[row]
     at = torch.zeros(inputs.shape, dtype=torch.bool, device=inputs.device)
@@ -127,8 +134,8 @@ def logit_lens_grid(
     return replace(out, values=maps[0], axes=out.axes[1:], labels={"layer": scores.labels["layer"]})
 
 
-def token_ids(model: Any, tokens: Sequence[int | str], who: str) -> list[int]:
-    """Ids of tokens given as ids or texts.
+def token_ids(model: HookedVLM, tokens: Sequence[int | str], who: str) -> list[int]:
+    """Return ids of tokens given as ids or texts.
 
     Raises: ValueError for none, a text that is not one token, or an id outside the vocabulary."""
     if len(tokens) == 0:
@@ -142,9 +149,9 @@ def token_ids(model: Any, tokens: Sequence[int | str], who: str) -> list[int]:
 
 @torch.no_grad()
 def _said(
-    model: Any, resid: Float[Tensor, "row d_model"], ids: list[int] | None, n: int, values: str
+    model: HookedVLM, resid: Float[Tensor, "row d_model"], ids: list[int] | None, n: int, values: str
 ) -> tuple[Float[Tensor, "row token"], Tensor | None]:
-    """The values of the tokens, or of the likeliest with their ids."""
+    """Return the values of the tokens, or of the likeliest with their ids."""
     size = max(1, ROOM // model.cfg.d_vocab)
     numbers, which = [], []
     for logits in _logits(model, resid, size):
@@ -160,7 +167,9 @@ def _said(
     return out.exp() if values == "prob" else out, torch.cat(which) if which else None
 
 
-def _logits(model: Any, resid: Float[Tensor, "row d_model"], size: int) -> Iterator[Float[Tensor, "rows d_vocab"]]:
+def _logits(
+    model: HookedVLM, resid: Float[Tensor, "row d_model"], size: int
+) -> Iterator[Float[Tensor, "rows d_vocab"]]:
     for part in resid.split(size):
         normed = model.ln_final(part.to(model.ln_final.weight.device))
         matrix = model.unembed.matrix
@@ -169,14 +178,14 @@ def _logits(model: Any, resid: Float[Tensor, "row d_model"], size: int) -> Itera
 
 
 def _spread(rows: Tensor, mask: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Rows of the positions that exist back in their places, 0 elsewhere."""
+    """Put rows of the positions that exist back in their places, 0 elsewhere."""
     out = rows.new_zeros(shape)
     out[mask.to(rows.device)] = rows
     return out
 
 
-def _told(model: Any, best: Tensor, reading: Reading) -> dict[str, Any]:
-    """The likeliest tokens' ids, cut to the positions that exist, and their texts."""
+def _texts_of(model: HookedVLM, best: Tensor, reading: Reading) -> dict[str, Any]:
+    """Return the likeliest tokens' ids, cut to the positions that exist, and their texts."""
     ids = [[layer[: int(n)].tolist() for layer in row] for row, n in zip(best.cpu(), reading.mask.sum(-1), strict=True)]
     if model.tokenizer is None:
         return {"tokens": ids}

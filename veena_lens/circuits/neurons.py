@@ -1,7 +1,7 @@
-"""Neurons as key-value memories: neuron n adds a_n times row n of W_out, so <W_out[n], u> says where it pushes.
+"""Neurons as key-value memories: neuron n adds a_n times row n of W_out, whose projection on u says where it points.
 
-`neuron_trace` measures the push, `promoted_tokens` reads what a row says in words, `max_activating_tokens` finds the
-tokens that excite a neuron most, `classify_neurons` puts the three together by a stated rule.
+`neuron_trace` measures that projection, `promoted_tokens` reads what a row says in words, `max_activating_tokens` finds
+the tokens that excite a neuron most, `classify_neurons` puts the three together by a stated rule.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from veena_lens.circuits.image_cells import image_places
 from veena_lens.circuits.reading import (
     Reading,
     as_scores,
@@ -36,15 +37,17 @@ from veena_lens.scores import Scores
 if TYPE_CHECKING:
     import pandas as pd
 
+    from veena_lens.model.model import HookedVLM
+
 KINDS = ("direct", "contrast", "raw")
 EXPLICIT, TRIGGER, UNLABELLED = "explicit state", "contextual trigger", "unlabelled"
-UNIT = "length along the direction"
+UNIT = "projection"
 
 
 def neuron_trace(
     cache: Any,
     direction: Float[Tensor, ...],
-    at: Any = "last",
+    positions: Any = "last",
     kind: str = "direct",
     at_layer: int | None = None,
     *,
@@ -52,17 +55,19 @@ def neuron_trace(
     reduce: str = "mean",
     layers: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
-    model: Any = None,
+    model: HookedVLM | None = None,
 ) -> Scores:
-    """Each neuron's push along a unit direction u: activation times <W_out row, u>.
+    """Return the projection of what each neuron adds on a unit direction u: its activation times <W_out row, u>.
 
     Where a norm follows the MLP (Gemma), a is over that norm's denominator and W_out times its factor.
-    kind="direct": (a(X+) - a(X-)) <W_out[n], u>, X- the `baseline`; summed over n it is <Delta mlp_out, u> (the bias
-    cancels). "raw": a <W_out[n], u> of one run. "contrast": `direction` is [class layer d_model], u the unit vector
-    of each class less the mean over classes, the activation a difference where there is a `baseline`; the axis
-    "category" (labels `classes`) follows the rows. `direction` and `at_layer` are else as in `head_intention`; `cache`
-    and `baseline` may be inputs where `model` is given.
-    Axes (batch or pair, [category,] layer, neuron), "pos" last with reduce="none"; unit: that of the residual stream.
+
+    cache, positions, baseline, reduce, layers: as in `head_intention`. kind: "direct", (a(X+) - a(X-)) <W_out[n], u>,
+    X- the `baseline`; summed over n it is <Delta mlp_out, u> (the bias cancels). "raw": a <W_out[n], u> of one run.
+    "contrast": `direction` is [class layer d_model], u the unit vector of each class less the mean over classes, the
+    activation a difference where there is a `baseline`; the axis "category" (labels `classes`, default "0", "1", ...)
+    follows the rows. direction, at_layer: else as in `head_intention`.
+    Returns Scores with axes (batch or pair, [category,] layer, neuron), "pos" last with reduce="none"; unit: that of
+    the residual stream.
     Raises: MissingActivation, naming the layers whose `mlp.hook_post` the cache lacks; ValueError for kind="direct"
     without a baseline, "raw" with one, or as `head_intention`.
     Source: Geva et al. 2021, arXiv 2012.14913 (key-value memories); Zhang et al. 2026, arXiv 2605.21980.
@@ -80,19 +85,19 @@ def neuron_trace(
     else:
         names, units = None, unit_directions(direction, model.cfg, chosen, source, who, n_rows)[:, :, None]
     hooks = [f"blocks.{layer}.mlp.hook_post" for layer in chosen]
-    reading, value = read_both(cache, baseline, hooks, at, model, who, by=denominators(model.cfg, hooks))
+    reading, value = read_both(cache, baseline, hooks, positions, model, who, by=denominators(model.cfg, hooks))
     found = []
     for layer, hook, unit in zip(chosen, hooks, units, strict=True):
         W_out = neuron_rows(model.blocks[layer]).detach()
         a = value(hook).to(W_out.device)
-        worth = unit.to(a) @ W_out.to(a.dtype).T  # [row category neuron]
-        if reduce == "mean":  # the push is linear in the activation, so positions go first
-            push = reduced(a.transpose(1, 2), reading.mask, reduce)[:, None] * worth
+        along = unit.to(a) @ W_out.to(a.dtype).T  # [row category neuron]
+        if reduce == "mean":  # the projection is linear in the activation, so positions go first
+            projected = reduced(a.transpose(1, 2), reading.mask, reduce)[:, None] * along
         else:
-            worth = worth.expand(len(a), -1, -1)
-            each = einsum(a, worth, "batch n neuron, batch category neuron -> batch category neuron n")
-            push = reduced(each, reading.mask, reduce)
-        found.append(push.to(units.device))
+            along = along.expand(len(a), -1, -1)
+            each = einsum(a, along, "batch n neuron, batch category neuron -> batch category neuron n")
+            projected = reduced(each, reading.mask, reduce)
+        found.append(projected.to(units.device))
     values = torch.stack(found, 2)
     labels: dict[str, Sequence] = {"layer": chosen}
     if names is not None:
@@ -104,7 +109,7 @@ def neuron_trace(
         reduce,
         baseline is not None,
         labels,
-        name=f"neuron push ({kind})",
+        name=f"neuron projection ({kind})",
         unit=UNIT,
         meta={"kind": kind, "at_layer": source},
     )
@@ -137,10 +142,11 @@ def _contrasts(
 
 
 def top_neurons(trace: Scores, k: int = 30, consistency: float | int = 0.8, by: str = "value") -> pd.DataFrame:
-    """The `k` neurons with the largest mean push over rows whose sign most rows share: a table in that order.
+    """Return the `k` neurons with the largest mean projection over rows whose sign most rows share, in that order.
 
-    Columns: layer, neuron, value (the mean over rows), consistency (share of rows with the majority's sign, at least
-    `consistency`). by="abs" ranks by the mean's size. Fewer than `k` rows come where fewer neurons are consistent.
+    trace: Scores of `neuron_trace` over (pair or batch, layer, neuron). consistency: least share of rows with the
+    majority's sign. by: "value", or "abs" for the mean's size. Columns: layer, neuron, value (the mean over rows),
+    consistency. Fewer than `k` rows come where fewer neurons are consistent.
     Raises: ValueError for Scores without rows, layers and neurons alone (select a class, average positions first).
     """
     rows = next((axis for axis in ("pair", "batch") if axis in trace.axes), "pair")
@@ -152,15 +158,20 @@ def top_neurons(trace: Scores, k: int = 30, consistency: float | int = 0.8, by: 
     mean, share = trace.mean(rows), sign_consistency(trace, rows)
     kept = Scores(mean.values, mean.axes, mean.labels, mask=mean.exists & (share.values >= consistency))
     table = kept.top(k, by=by)  # type: ignore[arg-type]
-    at = [share.select(layer=layer, neuron=n).values.item() for layer, n in zip(table["layer"], table["neuron"])]
-    return table.assign(consistency=at)
+    consistent = [
+        share.select(layer=layer, neuron=n).values.item() for layer, n in zip(table["layer"], table["neuron"])
+    ]
+    return table.assign(consistency=consistent)
 
 
-def promoted_tokens(model: Any, layer: int, neuron: int | Sequence[int], k: int = 20) -> Scores:
-    """The tokens that a neuron's row of W_out raises most (sign "+") and lowers most ("-"): d = (W_out[n] w) W_U.
+def promoted_tokens(model: HookedVLM, layer: int, neuron: int | Sequence[int], k: int = 20) -> Scores:
+    """Return the tokens that a neuron's row of W_out raises most (sign "+") and lowers most ("-").
 
-    w is the weight of the last norm (a layer norm's row is centred first); its denominator is left out, so logits are
-    comparable within a neuron. Axes (neuron, sign, rank), without "neuron" for a single one; unit: logit per unit of
+    The logits are d = (W_out[n] w) W_U; w is the weight of the last norm (a layer norm's row is centred first), whose
+    denominator is left out, so that logits are comparable within a neuron.
+
+    layer, neuron: one neuron, or several of one layer. k: tokens per sign.
+    Returns Scores with axes (neuron, sign, rank), without "neuron" for a single one; unit: logit per unit of
     activation, before the norm divides. meta["tokens"] holds the ids in the same order, meta["texts"] what they say
     (where the model has a tokenizer).
     Raises: ValueError for a layer or neuron that does not exist.
@@ -185,8 +196,8 @@ def promoted_tokens(model: Any, layer: int, neuron: int | Sequence[int], k: int 
     return Scores(values, axes, labels, "promoted tokens", "logit", meta=meta)
 
 
-def row_logits(model: Any, layer: int, neurons: Sequence[int]) -> Float[Tensor, "neuron d_vocab"]:
-    """What rows of W_out say through the last norm's weight and the unembedding."""
+def row_logits(model: HookedVLM, layer: int, neurons: Sequence[int]) -> Float[Tensor, "neuron d_vocab"]:
+    """Return what rows of W_out say through the last norm's weight and the unembedding."""
     rows = neuron_rows(model.blocks[layer]).detach()[list(neurons)]
     rows = rows.to(model.ln_final.weight.device, exact(rows.dtype))
     if model.cfg.normalization_type == "LN":
@@ -196,34 +207,37 @@ def row_logits(model: Any, layer: int, neurons: Sequence[int]) -> Float[Tensor, 
 
 
 def max_activating_tokens(
-    model: Any,
+    model: HookedVLM,
     inputs: Any,
     layer: int,
     neurons: Sequence[int],
     k: int = 10,
-    at: Any = "all",
+    positions: Any = "all",
     by: str = "value",
     progress: bool = False,
 ) -> Scores:
-    """The `k` tokens that excite each neuron most, over all rows of `inputs` (one batch, or an iterable of batches).
+    """Return the `k` tokens that excite each neuron most, over all rows of `inputs`.
 
-    Axes (neuron, rank), the activation a_n at each; by="abs" ranks by its size. meta["where"][i][rank] says which
-    token it was: row (counted over all batches), pos (in its padded row), token id, text (where known), and for a
-    token of an image its image, the cell (row, column) of that image's grid, and the box in pixels where known.
-    Only the chosen neurons at the chosen positions are kept.
+    inputs: one batch, or an iterable of batches. layer, neurons: neurons of one layer. k: tokens per neuron. positions:
+    which tokens count; only these are kept. by: "value", or "abs" to rank by the activation's size. progress: show a
+    bar over batches.
+    Returns Scores with axes (neuron, rank), the activation a_n at each. meta["where"][i][rank] says which token it was:
+    row (counted over all batches), pos (in its padded row), token id, text (where known), and for a token of an image
+    its image, the cell (row, column) of that image's grid, and the box in pixels where known.
     Raises: ValueError for a layer or neuron that does not exist, an empty selection, or no batch.
     Source: Erhan et al. 2009, "Visualizing higher-layer features"; our own for images in prompts.
     """
-    layer = require_layer(layer, model.cfg.n_layers, "drivers")
-    require_units(neurons, model.cfg.d_mlp, "drivers", "neuron")
+    who = "max_activating_tokens"
+    layer = require_layer(layer, model.cfg.n_layers, who)
+    require_units(neurons, model.cfg.d_mlp, who, "neuron")
     chosen = [n % model.cfg.d_mlp for n in neurons]
     if by not in ("value", "abs"):
-        raise ValueError(f"drivers: by={by!r} must be 'value' or 'abs'.")
+        raise ValueError(f"{who}: by={by!r} must be 'value' or 'abs'.")
     best = torch.zeros(len(chosen), 0)
     where: list[list[dict[str, Any]]] = [[] for _ in chosen]
     seen = 0
     for batch in _batches(inputs, progress):
-        reading = read(model.as_inputs(batch), [f"blocks.{layer}.mlp.hook_post"], at, model, "drivers")
+        reading = read(model.as_inputs(batch), [f"blocks.{layer}.mlp.hook_post"], positions, model, who)
         a = reading[f"blocks.{layer}.mlp.hook_post"][..., chosen]
         a = a.to(exact(a.dtype)).cpu().flatten(0, 1).T  # [neuron, batch times n]
         best = torch.cat([best.to(a.dtype), a], 1)
@@ -239,7 +253,7 @@ def max_activating_tokens(
         ]
         seen += len(reading.inputs)
     if seen == 0:
-        raise ValueError("drivers: there is no batch; give prepared inputs, or a list of them.")
+        raise ValueError(f"{who}: there is no batch; give prepared inputs, or a list of them.")
     meta = {"layer": layer, "rows": seen, "by": by, "where": where}
     return Scores(best, ("neuron", "rank"), {"neuron": chosen}, "activation", "activation", meta=meta)
 
@@ -257,14 +271,14 @@ def _batches(inputs: Any, progress: bool) -> Iterable[Any]:
 
 
 def _place(reading: Reading, flat: int, rows_before: int) -> dict[str, Any]:
-    """What stands at entry `flat` of the reading's [batch n] positions."""
+    """Return what stands at entry `flat` of the reading's [batch n] positions."""
     inputs = reading.inputs
     row, at = divmod(flat, reading.index.shape[1])
     pos = int(reading.index[row, at])
     token = int(inputs.tokens[row, pos])
     out: dict[str, Any] = {"row": rows_before + row, "pos": pos, "token": token}
-    for number, span in enumerate(inputs.spans[row].images):
-        places = torch.arange(span.start, span.stop)[inputs.image_mask[row, span].cpu()].tolist()
+    for number in range(len(inputs.spans[row].images)):
+        places = image_places(inputs, row, number).tolist()
         if pos not in places:
             continue
         cells = list(inputs.grid_places[row][number]) if inputs.grid_places else list(range(len(places)))
@@ -280,26 +294,28 @@ def _place(reading: Reading, flat: int, rows_before: int) -> dict[str, Any]:
 
 
 def classify_neurons(
-    model: Any,
+    model: HookedVLM,
     neurons: pd.DataFrame,
     lexicon: Collection[str] | Collection[int],
     direction: Float[Tensor, ...],
     key_layer: int,
-    at: str = "last",
+    positions: str = "last",
     confirmed: Collection[tuple[int, int]] | None = None,
     n_tokens: int = 20,
     at_least: int = 3,
 ) -> pd.DataFrame:
-    """Each neuron's kind by a fixed rule, with what the rule saw: `neurons` (as from `top_neurons`) and three columns.
+    """Return each neuron's kind by a fixed rule, with what the rule saw: `neurons` and three more columns.
 
     "explicit state": of the `n_tokens` tokens that its activation promotes most at least `at_least` are of the
-    lexicon, and it lies after `key_layer` or the score was read at the last or generated tokens (`at`).
+    lexicon, and it lies after `key_layer` or its projection was read at the last or generated tokens (`positions`).
     "contextual trigger": at most at `key_layer`, read at image or query tokens, fewer such tokens, and its effect on
     a key head confirmed by path patching: (layer, neuron) in `confirmed`. Anything else stays "unlabelled"; column
     "why" says what was missing. Column "lexicon_tokens" counts. The names are the paper's, the rule is ours: a label
-    says what the weights write and where the push was seen, not what the neuron stands for.
-    `lexicon`: words (compared with the tokens' text, stripped, in lower case) or token ids. The push value = a
-    <W_out[n], u> tells with `direction` the sign of a; a negative activation promotes what the row lowers.
+    says what the weights write and where the projection was seen, not what the neuron stands for.
+
+    neurons: a table with layer, neuron and value, as from `top_neurons`. lexicon: words (compared with the tokens'
+    text, stripped, in lower case) or token ids. direction: as for `neuron_trace`; value = a <W_out[n], u> gives with it
+    the sign of a, and a negative activation promotes what the row lowers. positions: words joined by "+".
     Raises: ValueError for a table without its columns, an empty lexicon, words without a tokenizer, or a direction of
     another shape.
     Source: Zhang et al. 2026, arXiv 2605.21980, for the two names.
@@ -307,7 +323,7 @@ def classify_neurons(
     wanted = _lexicon(model, lexicon)
     _require_table(neurons)
     key_layer = require_layer(key_layer, model.cfg.n_layers, "classify_neurons")
-    words = set(at.split("+"))
+    words = set(positions.split("+"))
     kinds, counts, reasons = [], [], []
     for layer, neuron, value in zip(neurons["layer"], neurons["neuron"], neurons["value"], strict=True):
         unit = unit_directions(direction, model.cfg, [int(layer)], None, "classify_neurons")[0, 0]
@@ -342,7 +358,7 @@ def _kind(
     return (TRIGGER, "") if (layer, neuron) in confirmed else (UNLABELLED, "path effect on a key head not confirmed")
 
 
-def _lexicon(model: Any, lexicon: Collection[Any]) -> set[Any]:
+def _lexicon(model: HookedVLM, lexicon: Collection[Any]) -> set[Any]:
     if not lexicon:
         raise ValueError("classify_neurons: the lexicon is empty.")
     has_words = any(isinstance(word, str) for word in lexicon)
@@ -357,7 +373,7 @@ def _require_table(neurons: Any) -> None:
         raise ValueError(f"classify_neurons: the table lacks the column {lacking[0]!r}; give that of top_neurons.")
 
 
-def _count(model: Any, tokens: Int[Tensor, " k"], wanted: set[Any]) -> int:
+def _count(model: HookedVLM, tokens: Int[Tensor, " k"], wanted: set[Any]) -> int:
     ids = tokens.tolist()
     if any(isinstance(word, str) for word in wanted):
         ids = [text.strip().lower() for text in model.tokenizer.batch_decode([[t] for t in ids])]

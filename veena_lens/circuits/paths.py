@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,20 +21,24 @@ from veena_lens.interventions.base import require_unit
 from veena_lens.positions import parse
 from veena_lens.residual_parts import denominators, divided, head_rows, neuron_rows
 from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import bare, corresponding
 from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import (
     Entering,
     Measure,
-    bare,
-    corresponding,
     effect,
     entering_layers,
     measure_of,
     parts,
+    patched_and_source,
+    reference_runs,
     require_pairs,
     require_rows,
     wide,
 )
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 NORMS = ("real", "frozen")
 _SENDER = re.compile(r"^(?:(embed)|(\d+)_(attn_out|mlp_out|deepstack)|L(\d+)([HN])(\d+))$")
@@ -65,7 +69,7 @@ class _Input:
 
 
 def path_patching(
-    model: Any,
+    model: HookedVLM,
     clean: MultimodalInputs,
     corrupted: MultimodalInputs,
     senders: Any = "heads",
@@ -79,7 +83,7 @@ def path_patching(
     max_rows: int = 32,
     progress: bool = False,
 ) -> Scores:
-    """The effect on the metric of each sender's change on the direct path to each receiver.
+    """Return the effect on the metric of each sender's change on the direct path to each receiver.
 
     Let B be the run that is patched (denoising: the corrupted one) and A the other; Delta_c[p] = out_c,A[p] -
     out_c,B[p] is the change of sender c's output at p. A receiver d's input at `positions` becomes x_d,B[p] +
@@ -89,16 +93,20 @@ def path_patching(
     all that follows d, then change as they must.
     Entry: m - m_B when denoising, m_B - m when noising (A is then the corrupted run), both > 0 where the sender's clean
     value speaks for the clean run through d.
-    senders: labels as caches give them, "embed", "3_attn_out", "3_mlp_out", "1_deepstack" (what that layer adds of
-    inner tower features), "L3H2" (a head), "L3N17" (a neuron); or "heads", or "components" (embed, deep-stack, attn_out
-    and mlp_out of every layer). receivers: "L5H1.q", ".k", ".v" (under grouped queries the key/value head that the head
-    reads, so the whole group follows), "L5H1" (all three), "5_mlp_in", "final" (the residual that enters the last norm,
-    read at the last position). A tuple of labels is one entry: the changes of its senders together, or its receivers
-    together, each reading B's residual. A sender that writes after a receiver reads has no path: that entry is masked.
-    norm="frozen" keeps B's scale in the last norm ("final" alone): the entry is then linear in Delta, the sender's
-    direct attribution, and senders add up. metric, relative: as in `attribution_patching`; a metric on an activation
-    measures the receiver's own output, e.g. project("blocks.5.hook_attn_out", direction).
-    Axes (pair, sender, receiver); unit: the metric's, or a share of clean - corrupted. meta: the metric of both runs.
+
+    clean, corrupted: pairs of rows. senders: labels as caches give them, "embed", "3_attn_out", "3_mlp_out",
+    "1_deepstack" (what that layer adds of inner tower features), "L3H2" (a head), "L3N17" (a neuron); or "heads", or
+    "components" (embed, deep-stack, attn_out and mlp_out of every layer). receivers: "L5H1.q", ".k", ".v" (under
+    grouped queries the key/value head that the head reads, so the whole group follows), "L5H1" (all three), "5_mlp_in",
+    "final" (the residual that enters the last norm, read at the last position). A tuple of labels is one entry: the
+    changes of its senders together, or its receivers together, each reading B's residual. A sender that writes after a
+    receiver reads has no path: that entry is masked. metric: as in `attribution_patching`; a metric on an activation
+    measures the receiver's own output, e.g. project("blocks.5.hook_attn_out", direction). positions: where receivers
+    read the change. norm: "real", or "frozen" to keep B's scale in the last norm ("final" alone): the entry is then
+    linear in Delta, the sender's direct attribution, and senders add up. relative: as in `attribution_patching`.
+    max_rows: paths that run together. progress: show a bar.
+    Returns Scores with axes (pair, sender, receiver); unit: the metric's, or a share of clean - corrupted. meta: the
+    metric of both runs.
     Raises: ValueError for unknown labels, layers or units, receivers after the layer that the metric reads, positions
     that do not correspond (or leave out the last one for "final"), or a metric that does not fit.
     Source: Wang et al. 2022, arXiv 2211.00593; Goldowsky-Dill et al. 2023, arXiv 2304.05969.
@@ -114,8 +122,8 @@ def path_patching(
     measure = measure_of(who, model, metric, len(clean))
     _require_reach(who, measure, receiving, norm)
     parse(positions)
-    base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    places = corresponding(who, base, source, positions)
+    base, source = patched_and_source(direction, clean, corrupted)
+    places = corresponding(base, source, positions)
     exists = torch.tensor([[any(s.place <= d.place for s in c for d in r) for r in receiving] for c in sending])
     show = bar(int(exists.sum()) * len(base), progress, "paths")
     change, of_base, of_source = [], [], []
@@ -136,9 +144,8 @@ def path_patching(
         change.append(table)
     if show is not None:
         show.close()
-    here, there = torch.stack(of_base), torch.stack(of_source)
-    of_clean, of_corrupted = (there, here) if direction == "denoising" else (here, there)
-    values = effect(torch.stack(change), of_clean, of_corrupted, direction, relative)
+    runs = reference_runs(direction, torch.stack(of_base), torch.stack(of_source))
+    values = effect(torch.stack(change), runs, relative)
     labels = {"sender": [" + ".join(x) for x in from_labels], "receiver": [" + ".join(x) for x in to_labels]}
     return Scores(
         values,
@@ -151,8 +158,8 @@ def path_patching(
             "direction": direction,
             "positions": str(positions),
             "norm": norm,
-            "clean": of_clean.tolist(),
-            "corrupted": of_corrupted.tolist(),
+            "clean": runs.clean.tolist(),
+            "corrupted": runs.corrupted.tolist(),
         },
     )
 

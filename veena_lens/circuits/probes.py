@@ -1,7 +1,7 @@
 """Linear probes: what can be read from the residual stream, layer by layer, in people the probe has never seen.
 
 A probe that meets the same face on both sides of its split learns the face. Splits are therefore by group, checked, and
-intervals resample groups; a probe on shuffled labels tells what the number of dimensions alone would buy.
+intervals resample groups; a probe on shuffled labels shows what the number of dimensions alone would give.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,8 +22,12 @@ from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_unit, require_units
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
+from veena_lens.sweeps.alignment import places_of
 from veena_lens.sweeps.engine import bar
-from veena_lens.sweeps.measuring import parts, places_of, require_rows
+from veena_lens.sweeps.measuring import parts, require_rows
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 SITES = {
     "resid": "hook_resid_post",
@@ -85,7 +89,7 @@ class Probes:
 
 
 def linear_probes(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs | ActivationCache,
     labels: Sequence[Any],
     groups: Sequence[Any],
@@ -102,19 +106,23 @@ def linear_probes(
     max_rows: int = 32,
     progress: bool = True,
 ) -> Probes:
-    """Accuracy of logistic regression from one site's activations to the rows' labels, on groups held out.
+    """Fit logistic regressions from one site's activations to the rows' labels, and judge them on groups held out.
 
     Each layer and position has its own probe: multinomial logistic regression with L2 penalty 1 / strength on
-    activations standardised by the training side's mean and deviation. Rows are split by group (an identity): `folds`
-    parts of as even size as groups allow, each held out once; or once by `train` (True: learned from), each group on
-    one side. Accuracy is the share of held-out rows named right; its 95 % interval resamples groups, `draws` times. The
-    control shuffles labels `controls` times (whole groups where each group has one label, else rows) and repeats the
-    same split; its mean is given. Directions come from a probe of all rows (of the training rows with `train`).
-    inputs: prompts, run in batches of max_rows, or a cache that holds the activations. site: "resid" (hook_resid_post,
-    what `Steer` adds to), "heads" (all heads' z), "attn_out", "mlp_out", "neurons", or the end of a hook's name in a
-    block such as "hook_resid_mid". positions: one selection or a list; several places of a row are averaged.
-    Scores have axes (layer, position, statistic), values are shares of rows; meta: rows, groups, counts of each class,
-    and "not_converged", the fits that ran out of iterations.
+    activations standardised by the training side's mean and deviation. Accuracy is the share of held-out rows named
+    right; its 95 % interval resamples groups. The control shuffles labels (whole groups where each group has one label,
+    else rows) and repeats the same split; its mean is given. Directions come from a probe of all rows (of the training
+    rows with `train`).
+
+    inputs: prompts, run in batches of max_rows, or a cache that holds the activations. labels, groups: the class and
+    the group (an identity) of each row; rows of one group stay on one side. site: "resid" (hook_resid_post, what
+    `Steer` adds to, default), "heads" (all heads' z), "attn_out", "mlp_out", "neurons", or the end of a hook's name in
+    a block such as "hook_resid_mid". positions: one selection or a list; several places of a row are averaged. layers:
+    default all. train: True for rows that are learned from; default `folds` parts of as even size as groups allow, each
+    held out once. strength: inverse of the penalty. controls: how often labels are shuffled. draws: of the interval.
+    seed: of all draws. progress: show a bar.
+    Returns Probes, whose Scores have axes (layer, position, statistic), values being shares of rows; meta: rows,
+    groups, counts of each class, and "not_converged", the fits that ran out of iterations.
     Raises: ImportError without scikit-learn; ValueError for a number of labels or groups other than that of rows, fewer
     than two classes (also on a training side), a group on both sides of `train`, fewer groups than folds, an unknown
     site, layer or position, activations that are not finite; MissingActivation for a cache that lacks them.
@@ -212,10 +220,10 @@ def _sklearn() -> tuple[Any, Any]:
 
 
 def _encode(who: str, given: Sequence[Any], n: int, what: str) -> tuple[Int[Tensor, " row"], list[Any]]:
-    """Numbers in the order of first appearance, and what they stand for."""
+    """Return numbers in the order of first appearance, and what they stand for."""
     plain = [x.item() if hasattr(x, "item") else x for x in given]
     if len(plain) != n:
-        raise ValueError(f"{who}: {len(plain)} {what} for {n} rows; give one a row.")
+        raise ValueError(f"{who}: {len(plain)} {what} for {n} rows; give one per row.")
     known = list(dict.fromkeys(plain))
     return torch.tensor([known.index(x) for x in plain]), known
 
@@ -225,7 +233,7 @@ def _is_numbers(positions: Sequence[Any]) -> bool:
 
 
 def _part(who: str, cfg: Any, site: str) -> str:
-    """The end of the site's hook names in a block."""
+    """Return the end of the site's hook names in a block."""
     part = SITES.get(site, site)
     try:
         full = require_hook(f"blocks.0.{part}", hooks_of(cfg))
@@ -234,7 +242,7 @@ def _part(who: str, cfg: Any, site: str) -> str:
             f"{who}: site={site!r} is none of {', '.join(SITES)} and no hook of a block. {error}"
         ) from error
     if "pos" not in row_of(full).axis_names:
-        raise ValueError(f"{who}: {part} has axes {row_of(full).axis_names}; a probe reads one vector a position.")
+        raise ValueError(f"{who}: {part} has axes {row_of(full).axis_names}; a probe reads one vector per position.")
     return part
 
 
@@ -247,7 +255,7 @@ def _sides(
     folds: int,
     generator: torch.Generator,
 ) -> list[tuple[Int[Tensor, " learned"], Int[Tensor, " held"]]]:
-    """(rows learned from, rows held out) of each split, no group on both sides."""
+    """Return (rows learned from, rows held out) of each split, no group on both sides."""
     if train is not None:
         learned = torch.tensor([bool(t) for t in train])
         if len(learned) != len(truth) or bool(learned.all()) or not bool(learned.any()):
@@ -277,7 +285,7 @@ def _sides(
 def _shuffled(
     truth: Int[Tensor, " row"], group: Int[Tensor, " row"], generator: torch.Generator
 ) -> Int[Tensor, " row"]:
-    """Labels given to other groups where each has one label, else to other rows."""
+    """Give labels to other groups where each has one label, else to other rows."""
     n = int(group.max()) + 1
     one = [truth[group == g].unique() for g in range(n)]
     if n > 2 and all(len(labels) == 1 for labels in one):
@@ -286,7 +294,7 @@ def _shuffled(
 
 
 def _resampled(group: Int[Tensor, " held"], draws: int, generator: torch.Generator) -> Float[Tensor, "draws held"]:
-    """How often each held-out row counts in a draw of as many groups, with replacement."""
+    """Return how often each held-out row counts in a draw of as many groups, with replacement."""
     known, place = group.unique(return_inverse=True)
     drawn = torch.randint(len(known), (draws, len(known)), generator=generator)
     counts = torch.zeros(draws, len(known), dtype=torch.float64)
@@ -299,14 +307,14 @@ def _resampled(group: Int[Tensor, " held"], draws: int, generator: torch.Generat
 
 @torch.no_grad()
 def _features(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs | ActivationCache,
     given: MultimodalInputs,
     names: Sequence[str],
     wheres: Sequence[Any],
     max_rows: int,
 ) -> Float[Tensor, "layer position row width"]:
-    """Activations, the mean over each row's chosen places."""
+    """Return activations, the mean over each row's chosen places."""
     places = [[places_of(given, row, where) for where in wheres] for row in range(len(given))]
     out: list[Tensor] = []
     for rows in parts(len(given), max_rows):
@@ -333,7 +341,7 @@ def _hits(
     sides: Sequence[tuple[Int[Tensor, " _"], Int[Tensor, " _"]]],
     strength: float,
 ) -> tuple[Float[Tensor, " held"], int]:
-    """1 where a held-out row is named right, in the order of the splits; and fits that did not converge."""
+    """Return 1 where a held-out row is named right, in the order of the splits; and fits that did not converge."""
     n, failed, right = int(truth.max()) + 1, 0, []
     for learned, held in sides:
         if len(truth[learned].unique()) < 2:  # of shuffled labels: the one class is all that can be said
@@ -348,7 +356,7 @@ def _hits(
 def _fit(
     x: Float[Tensor, "row width"], truth: Int[Tensor, " row"], n_classes: int, strength: float
 ) -> tuple[Float[Tensor, "class width"], Float[Tensor, " class"], int]:
-    """Weights and biases of every class in the activation's own units; those of a class without rows say never."""
+    """Return weights and biases of every class in the activation's own units; a class without rows is never said."""
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
     regression, convergence = _sklearn()

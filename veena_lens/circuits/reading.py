@@ -1,8 +1,7 @@
-"""What the circuit tools share: activations at chosen positions, unit directions, attention rows as they come.
+"""What the circuit tools share: activations at chosen positions, unit directions, and Scores made from both.
 
 A tool reads a cache, or runs the model and keeps only what it asked for: activations are gathered at the chosen
-positions inside the hook, attention rows go to the tool a bounded number at a time. Nothing of a size
-[n_heads pos pos] or [pos n_heads d_model] is ever kept.
+positions inside the hook, so that nothing of a size [pos n_heads d_model] is ever kept.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from veena_lens.activation_cache import ActivationCache, MissingActivation
 from veena_lens.hook_table import layer_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_unit
-from veena_lens.model.attention_rows import AttentionRows
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.residual_parts import divided
 from veena_lens.scores import Scores
@@ -32,7 +30,7 @@ EPS = 1e-12
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to sum in: float64 for float64, else float32."""
+    """Return the dtype to sum in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -40,25 +38,28 @@ def exact(dtype: torch.dtype) -> torch.dtype:
 
 
 def chosen_layers(layers: Sequence[int] | None, cfg: Any, who: str) -> list[int]:
-    """Layer numbers of 0 or more. Raises: ValueError for none, or one that the model lacks."""
+    """Return layer numbers of 0 or more. Raises: ValueError for none, or one that the model lacks."""
     if layers is not None and len(layers) == 0:
         raise ValueError(f"{who}: the list of layers is empty; leave it out to take all.")
     return [require_layer(layer, cfg.n_layers, who) for layer in (range(cfg.n_layers) if layers is None else layers)]
 
 
 def chosen_heads(heads: Sequence[int] | None, cfg: Any, who: str) -> list[int]:
-    """Head numbers of 0 or more. Raises: ValueError for none, or one that the model lacks."""
+    """Return head numbers of 0 or more. Raises: ValueError for none, or one that the model lacks."""
     if heads is not None and len(heads) == 0:
         raise ValueError(f"{who}: the list of heads is empty; leave it out to take all.")
     return [require_unit(h, cfg.n_heads, who, "head") for h in (range(cfg.n_heads) if heads is None else heads)]
 
 
-def plain(at: Any) -> str | int:
-    """A selection of positions as JSON can hold it."""
-    return at if isinstance(at, (str, int)) else f"a mask {list(at.shape)}" if isinstance(at, Tensor) else repr(at)
+def plain(positions: Any) -> str | int:
+    """Return a selection of positions as JSON can hold it."""
+    if isinstance(positions, (str, int)):
+        return positions
+    return f"a mask {list(positions.shape)}" if isinstance(positions, Tensor) else repr(positions)
 
 
 def require_reduce(reduce: str, who: str, known: Sequence[str] = ("mean", "max", "none")) -> None:
+    """Raises: ValueError for an unknown way to reduce over positions."""
     if reduce not in known:
         raise ValueError(f"{who}: reduce={reduce!r} must be one of {', '.join(known)} (over positions).")
 
@@ -71,15 +72,16 @@ def unit_directions(
     who: str,
     n_rows: int | None = None,
 ) -> Float[Tensor, "layer row d_model"]:
-    """One unit vector u / (||u|| + 1e-12) for each of `layers`: its own, that of `at_layer`, or the only one.
+    """Return one unit vector u / (||u|| + 1e-12) for each of `layers`: its own, that of `at_layer`, or the only one.
 
-    row: 1, or `n_rows` where each row of the batch has directions of its own.
+    direction: [layer d_model], [d_model], or [n_rows layer d_model] where each row of the batch has directions of its
+    own; the axis "row" has length 1 or `n_rows`.
     Raises: ValueError for a wrong shape, NaN, or a direction that is zero."""
     n, width = cfg.n_layers, cfg.d_model
     if direction.shape not in ((width,), (n, width), (n_rows, n, width)):
-        of_rows = "" if n_rows is None else f", [{n_rows} {n} {width}], one a row and layer,"
+        of_rows = "" if n_rows is None else f", [{n_rows} {n} {width}], one per row and layer,"
         raise ValueError(
-            f"{who}: direction {list(direction.shape)} must be [layer d_model] = [{n} {width}], one vector a layer"
+            f"{who}: direction {list(direction.shape)} must be [layer d_model] = [{n} {width}], one vector per layer"
             f"{of_rows} or [{width}], one for all."
         )
     every = direction.expand(n, width) if direction.ndim == 1 else direction
@@ -103,9 +105,9 @@ class Reading:
 
     `index`, `mask` [batch n]: the positions, padded at the end, and which of them exist."""
 
-    model: Any
+    model: HookedVLM
     inputs: MultimodalInputs
-    at: Any
+    positions: Any
     index: Int[Tensor, "batch n"]
     mask: Bool[Tensor, "batch n"]
     cache: ActivationCache | None = None
@@ -121,7 +123,7 @@ class Reading:
     def meta(self) -> dict[str, Any]:
         """What the positions were, row by row."""
         rows = [places[real].tolist() for places, real in zip(self.index, self.mask, strict=True)]
-        return {"at": plain(self.at), "positions": rows}
+        return {"at": plain(self.positions), "positions": rows}
 
     @property
     def labels(self) -> list[int]:
@@ -131,20 +133,23 @@ class Reading:
 
 
 def gathered(value: Shaped[Tensor, "batch pos ..."], index: Int[Tensor, "batch n"]) -> Shaped[Tensor, "batch n ..."]:
+    """Return an activation at the positions of `index`."""
     rows = torch.arange(len(value), device=value.device)[:, None]
     return value[rows, index.to(value.device)]
 
 
-def places_of(inputs: MultimodalInputs, at: Any, who: str) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """(index, mask) of the chosen positions. Raises: ValueError where no row has any."""
-    chosen = position_mask(inputs, at)
+def batch_positions(
+    inputs: MultimodalInputs, positions: Any, who: str
+) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+    """Return (index, mask) of the chosen positions, padded at the end. Raises: ValueError where no row has any."""
+    chosen = position_mask(inputs, positions)
     if not bool(chosen.any()):
-        raise ValueError(f"{who}: at={at!r} selects no position in {inputs!r}.")
+        raise ValueError(f"{who}: positions={positions!r} select no position in {inputs!r}.")
     return padded_places(chosen)
 
 
-def model_of(source: Any, model: Any, who: str) -> Any:
-    """The model that a source belongs to. Raises: ValueError where it is not known."""
+def model_of(source: Any, model: HookedVLM | None, who: str) -> HookedVLM:
+    """Return the model that a source belongs to. Raises: ValueError where it is not known."""
     found = model if model is not None else getattr(source, "model", None)
     if found is None:
         what = "a cache that was loaded or made without one" if isinstance(source, ActivationCache) else "inputs"
@@ -152,8 +157,8 @@ def model_of(source: Any, model: Any, who: str) -> Any:
     return found
 
 
-def prepared(source: Any, model: Any, who: str) -> tuple[Any, int]:
-    """A cache, or inputs as the model takes them, and the number of rows.
+def prepared(source: Any, model: HookedVLM, who: str) -> tuple[Any, int]:
+    """Return a cache, or inputs as the model takes them, and the number of rows.
 
     Raises: ValueError for a cache that does not know its inputs."""
     if not isinstance(source, ActivationCache):
@@ -164,21 +169,23 @@ def prepared(source: Any, model: Any, who: str) -> tuple[Any, int]:
     return source, len(source.inputs)
 
 
-def read(source: Any, names: Sequence[str], at: Any, model: Any, who: str) -> Reading:
-    """Activations at positions, from a cache or from one run of `model` on inputs (stopped at the last layer needed).
+def read(source: Any, names: Sequence[str], positions: Any, model: HookedVLM | None, who: str) -> Reading:
+    """Read activations at positions, from a cache or from one run on inputs that stops at the last layer needed.
 
+    source: an ActivationCache, or inputs with `model`. names: full hook names. positions: any selection. who: the
+    caller, for messages.
     Raises: MissingActivation, naming the layers, where a cache lacks some; ValueError for an empty selection, or a
     cache that does not know its inputs."""
     model = model_of(source, model, who)
     source, _ = prepared(source, model, who)
     if not isinstance(source, ActivationCache):
-        return _run(model, source, names, at, who)
+        return _run(model, source, names, positions, who)
     missing = [name for name in names if name not in source.cache_dict]
     if missing:
         raise MissingActivation(f"{who}: {_missing(missing)}")
     assert source.inputs is not None
-    index, mask = places_of(source.inputs, at, who)
-    return Reading(model, source.inputs, at, index, mask, cache=source)
+    index, mask = batch_positions(source.inputs, positions, who)
+    return Reading(model, source.inputs, positions, index, mask, cache=source)
 
 
 def _missing(names: Sequence[str]) -> str:
@@ -194,8 +201,8 @@ def _missing(names: Sequence[str]) -> str:
     )
 
 
-def _run(model: HookedVLM, inputs: MultimodalInputs, names: Sequence[str], at: Any, who: str) -> Reading:
-    index, mask = places_of(inputs, at, who)
+def _run(model: HookedVLM, inputs: MultimodalInputs, names: Sequence[str], positions: Any, who: str) -> Reading:
+    index, mask = batch_positions(inputs, positions, who)
     kept: dict[str, Tensor] = {}
 
     def keep(value: Tensor, hook: Any) -> None:
@@ -204,38 +211,44 @@ def _run(model: HookedVLM, inputs: MultimodalInputs, names: Sequence[str], at: A
     layers = [layer for name in names if (layer := layer_of(name)) is not None]
     with torch.no_grad(), model.hooks([(name, keep) for name in names]):
         model(inputs, return_type=None, stop_at_layer=max(layers, default=0) + 1 if layers else 0)
-    return Reading(model, inputs, at, index, mask, kept=kept)
+    return Reading(model, inputs, positions, index, mask, kept=kept)
 
 
 def read_both(
     source: Any,
     baseline: Any,
     names: Sequence[str],
-    at: Any,
-    model: Any,
+    positions: Any,
+    model: HookedVLM | None,
     who: str,
     by: Mapping[str, str] | None = None,
 ) -> tuple[Reading, Callable[[str], Float[Tensor, "batch n ..."]]]:
-    """The reading of `source`, and a function that gives an activation, less that of `baseline` where there is one.
+    """Return the reading of `source`, and a function that gives an activation, less that of `baseline` if there is one.
 
-    by: the hook of the denominator that divides an activation in each run (see `residual_parts.py`).
-    Values come in the dtype to sum in. Raises: as `read`; ValueError where the two runs' positions do not pair up."""
+    by: the hook of the denominator that divides an activation in each run (see `residual_parts.py`). Values come in
+    the dtype to sum in.
+    Raises: as `read`; ValueError where the two runs' positions do not pair up."""
     by = dict(by or {})
     names = [*names, *by.values()]
-    first = read(source, names, at, model, who)
+    first = read(source, names, positions, model, who)
 
     def value_in(run: Reading, name: str) -> Tensor:
         return divided(lambda one: _wide(run[one]), name, by)
 
     if baseline is None:
         return first, lambda name: value_in(first, name)
-    second = read(baseline, names, at, model if model is not None else first.model, who)
+    second = read(baseline, names, positions, model if model is not None else first.model, who)
+    require_same_positions(first, second, who)
+    return first, lambda name: value_in(first, name) - value_in(second, name).to(first[name].device)
+
+
+def require_same_positions(first: Reading, second: Reading, who: str) -> None:
+    """Raises: ValueError where the positions of a run and of its baseline do not pair up."""
     if first.mask.shape != second.mask.shape or not bool((first.mask == second.mask.to(first.mask.device)).all()):
         raise ValueError(
-            f"{who}: at={at!r} selects {first.mask.sum(-1).tolist()} positions a row, in the baseline "
-            f"{second.mask.sum(-1).tolist()}; pairs need the same rows with the same text."
+            f"{who}: positions={first.positions!r} select {first.mask.sum(-1).tolist()} positions per row, in the "
+            f"baseline {second.mask.sum(-1).tolist()}; pairs need the same rows with the same text."
         )
-    return first, lambda name: value_in(first, name) - value_in(second, name).to(first[name].device)
 
 
 def _wide(value: Tensor) -> Tensor:
@@ -245,7 +258,7 @@ def _wide(value: Tensor) -> Tensor:
 def reduced(
     values: Float[Tensor, "batch ... n"], mask: Bool[Tensor, "batch n"], reduce: str
 ) -> Float[Tensor, "batch ..."]:
-    """The mean or the largest over the positions that exist, NaN where a row has none; "none" leaves them."""
+    """Return the mean or the largest over the positions that exist, NaN where a row has none; "none" leaves them."""
     if reduce == "none":
         return values
     there = mask.to(values.device).view(len(mask), *[1] * (values.ndim - 2), -1)
@@ -264,7 +277,7 @@ def as_scores(
     labels: Mapping[str, Sequence],
     **about: Any,
 ) -> Scores:
-    """Scores over ("batch" or "pair", *axes), "pos" last where positions are kept; what does not exist is masked."""
+    """Return Scores over ("batch" or "pair", *axes), "pos" last where positions are kept; padding is masked."""
     names = ["pair" if is_pair else "batch", *axes, *(["pos"] if reduce == "none" else [])]
     mask, labels = None, dict(labels)
     if reduce == "none":
@@ -276,131 +289,3 @@ def as_scores(
         mask = there.to(values.device).expand(values.shape)
     meta = {**reading.meta, "reduce": reduce, "difference": is_pair, **about.pop("meta", {})}
     return Scores(values, tuple(names), labels, mask=mask, meta=meta, **about)
-
-
-# --- attention rows ---------------------------------------------------------------------------------------
-
-
-class StreamedRows(AttentionRows):
-    """Hands each layer's attention of the chosen queries to `consume(layer, queries, weights)` and keeps none of it.
-
-    `queries` is a slice of the padded list of query positions, `weights` [batch head n key_pos]: so many queries at
-    once as fit in memory."""
-
-    def __init__(
-        self,
-        cfg: Any,
-        queries: Any,
-        layers: Sequence[int],
-        heads: Sequence[int],
-        consume: Callable[[int, slice, Float[Tensor, "batch head n key_pos"]], None],
-    ) -> None:
-        super().__init__(queries, "all", layers, heads, cfg.n_key_value_heads, cfg.score_scale)
-        self.consume, self.n_heads = consume, cfg.n_heads
-
-    def read(
-        self,
-        layer: int,
-        q: Float[Tensor, "batch n_heads query_pos d_head"],
-        k: Float[Tensor, "batch n_key_value_heads key_pos d_head"],
-        mask: Any,
-        bias: Tensor | None,
-        pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
-    ) -> None:
-        """A layer's queries and keys, or its pattern where one was made anyway."""
-        if layer not in self._parts or self._now is None:
-            return
-        index = self._now[0].to(q.device)
-        size = max(1, ROOM // (len(q) * self.n_heads * k.shape[2]))
-        with torch.no_grad():
-            for start in range(0, index.shape[1], size):
-                at = slice(start, start + size)
-                self.consume(layer, at, self.weights(index[:, at], q, k, mask, bias, pattern))
-
-
-class Collected:
-    """What is kept of streamed rows: for each layer the mean over the query rows that exist, or ("none") all of them.
-
-    A mean is summed as rows come, so its memory does not grow with their number; NaN for a row without any."""
-
-    def __init__(self, layers: Sequence[int], mask: Bool[Tensor, "batch n"], reduce: str) -> None:
-        self.mask, self.reduce = mask, reduce
-        self._parts: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-
-    def add(self, layer: int, at: slice, values: Float[Tensor, "batch ... n"]) -> None:
-        """The values of the query rows `at`, last axis."""
-        parts = self._parts[layer]
-        if self.reduce == "none":
-            parts.append(values)
-            return
-        there = self.mask[:, at].to(values).view(len(self.mask), *[1] * (values.ndim - 2), -1)
-        total = (values * there).sum(-1)
-        parts[:] = [total if not parts else parts[0] + total]
-
-    def result(self) -> Float[Tensor, "batch layer ..."]:
-        """All layers together; query rows, where kept, last."""
-        device = next(iter(self._parts.values()))[0].device
-        if self.reduce == "none":
-            return torch.stack([torch.cat([p.to(device) for p in parts], -1) for parts in self._parts.values()], 1)
-        total = torch.stack([parts[0].to(device) for parts in self._parts.values()], 1)
-        return total / self.mask.sum(-1).to(total).view(-1, *[1] * (total.ndim - 1))
-
-
-def stream_rows(
-    model: HookedVLM,
-    inputs: MultimodalInputs,
-    queries: Any,
-    layers: Sequence[int],
-    heads: Sequence[int],
-    consume: Callable[[int, slice, Float[Tensor, "batch head n key_pos"]], None],
-    hooks: Sequence[tuple[str, Callable[..., None]]] = (),
-) -> None:
-    """One run whose attention rows go to `consume`, layer by layer; `hooks` listen besides. Layers stay fused."""
-    rows = StreamedRows(model.cfg, queries, layers, heads, consume)
-    with torch.no_grad(), model.hooks(list(hooks)), model.recording(rows):
-        model(inputs, return_type=None, stop_at_layer=max(layers) + 1)
-
-
-# --- images ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Cells:
-    """Positions of one image's grid in each row, [batch height width], padded; `sizes` [height, width] a row."""
-
-    index: Int[Tensor, "batch height width"]
-    mask: Bool[Tensor, "batch height width"]
-    sizes: list[list[int]]
-
-
-def picture_cells(inputs: MultimodalInputs, image: int, view: str, who: str) -> Cells:
-    """Where image number `image` of each row has its token grid.
-
-    "grid" is the image's whole grid (through tiles); "whole" the small whole view beside the tiles,
-    the grid itself where there are no tiles.
-    Raises: ValueError where no row has such an image; IndexError where its tokens make no whole grid."""
-    if view not in ("grid", "whole"):
-        raise ValueError(f"{who}: grid={view!r} must be 'grid' or 'whole'.")
-    if not any(0 <= image < n for n in inputs.n_images):
-        raise ValueError(f"{who}: no row has an image {image}; images a row: {inputs.n_images}.")
-    found = [_cells_of(inputs, row, image, view) if image < n else None for row, n in enumerate(inputs.n_images)]
-    sizes = [[0, 0] if cells is None else list(cells.shape) for cells in found]
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    index = torch.zeros(len(found), height, width, dtype=torch.long, device=inputs.device)
-    mask = torch.zeros_like(index, dtype=torch.bool)
-    for row, cells in enumerate(found):
-        if cells is not None:
-            index[row, : cells.shape[0], : cells.shape[1]] = cells
-            mask[row, : cells.shape[0], : cells.shape[1]] = True
-    return Cells(index, mask, sizes)
-
-
-def _cells_of(inputs: MultimodalInputs, row: int, image: int, view: str) -> Int[Tensor, "height width"]:
-    tiles = inputs.token_tiles[row][image] if inputs.token_tiles else ()
-    if view == "grid" or not tiles:
-        return inputs.grid_tokens(row, image)
-    span = inputs.spans[row].images[image]
-    places = torch.arange(span.start, span.stop, device=inputs.device)[inputs.image_mask[row, span]]
-    first = places[torch.tensor(tiles, device=places.device) == 0]
-    side = round(len(first) ** 0.5)
-    return first.view(side, side)

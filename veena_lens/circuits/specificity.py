@@ -24,9 +24,10 @@ SPECIFIC, GENERAL, BETWEEN, WEAK = "specific", "general", "between", "within con
 
 
 def class_means(scores: Scores, classes: Sequence[Hashable], axis: str = "pair") -> Scores:
-    """The mean of the entries of each class along `axis`, which gives way to a last axis "category" (in order of name).
+    """Return the mean of the entries of each class along `axis`, which gives way to a last axis "category", by name.
 
-    `classes`: the class of each entry. NaN, masked, where a class has no entry that exists. Unit: that of `scores`.
+    scores: entries along `axis`. classes: the class of each entry.
+    Returns Scores in the unit of `scores`; NaN, masked, where a class has no entry that exists.
     Raises: ValueError for an unknown axis, a wrong number of classes, or fewer than two different ones.
     """
     table, names, index = _classed(scores, classes, axis, "class_means")
@@ -35,9 +36,9 @@ def class_means(scores: Scores, classes: Sequence[Hashable], axis: str = "pair")
 
 
 def most_selective_class(scores: Scores, classes: Sequence[Hashable], axis: str = "pair") -> Scores:
-    """The class of the largest mean, as its number in meta["classes"]; axes: those of `scores` without `axis`.
+    """Return the class of the largest mean, as its number in meta["classes"]; axes: those of `scores` without `axis`.
 
-    -1 where no class has a positive mean: max(0, mean) then prefers none.
+    -1 where no class has a positive mean: max(0, mean) then prefers none. classes: the class of each entry.
     Raises: as `class_means`."""
     table, names, index = _classed(scores, classes, axis, "most_selective_class")
     means = _moments(table, index, len(names))[0].nan_to_num(-math.inf)
@@ -56,17 +57,21 @@ def specificity_index(
     splits: int = 10,
     seed: int = 0,
 ) -> Scores:
-    """How much each component prefers one class. x_e = max(0, mean over class e), e* = argmax, "other" = all but e*.
+    """Return how much each component prefers one class.
 
+    x_e = max(0, mean over class e), e* = argmax, "other" = all but e*.
     "tau": sum_e (1 - x_e / x_e*) / (E - 1) = 1 - mean_other / max, in [0, 1]. "contrast": (x_e* - mean_other) /
     (x_e* + mean_other). "d_prime": (mu_e* - mu_other) / sqrt((var_e* + var_other) / 2) of the unclipped scores, other
     classes weighted alike. "entropy": 1 - H(x / sum x) / log E. A component without a positive mean has 0 (d_prime
     keeps its value).
-    cross_fitted: e* is chosen on one half of the samples (of whole `groups`, such as identities, where given) and
-    judged on the other, both ways, averaged over `splits` halvings; it may be negative and is not clipped. There tau is
-    (x_e* - mean_other) / max_e x_e, the same number where e* is the largest in both halves. Of noise without
-    preference tau and d_prime then average 0; contrast, whose denominator holds x_e* alone, does not.
-    Axes: those of `scores` without `axis`; dimensionless; NaN, masked, where a class has no entry.
+
+    scores: entries along `axis`. classes: the class of each entry. index: one of those above. cross_fitted: e* is
+    chosen on one half of the samples and judged on the other, both ways; the index may then be negative and is not
+    clipped. There tau is (x_e* - mean_other) / max_e x_e, the same number where e* is the largest in both halves. Of
+    noise without preference tau and d_prime then average 0; contrast, whose denominator holds x_e* alone, does not.
+    groups: such as identities, which stay in one half; default each entry its own. splits: halvings that are averaged.
+    seed: of the halvings.
+    Returns Scores with the axes of `scores` without `axis`; dimensionless; NaN, masked, where a class has no entry.
     Raises: as `class_means`; ValueError for an unknown index, entropy cross-fitted (it chooses no class), a class or
     group too small to halve.
     Source: Yanai et al. 2005, Bioinformatics 21 (tau); Green and Swets 1966 (d'); the cross-fitting is ours.
@@ -95,10 +100,14 @@ def specificity_test(
     draws: int = 1000,
     seed: int = 0,
 ) -> Scores:
-    """One-sided p of the index (not cross-fitted) when the class labels are shuffled, within `groups` where given.
+    """Return the one-sided p of the index (not cross-fitted) when the class labels are shuffled.
 
     p = (1 + number of shuffles with an index at least as large) / (1 + draws): what choosing the best class does to
-    noise is in the null too. Axes: those of `scores` without `axis`; go on with `benjamini_hochberg`.
+    noise is in the null too.
+
+    scores, classes, index, axis: as in `specificity_index`. groups: labels are shuffled within each group; default over
+    all entries. draws: shuffles. seed: of the draws.
+    Returns Scores with the axes of `scores` without `axis`; go on with `benjamini_hochberg`.
     Raises: as `specificity_index`; ValueError for groups within which no label can be shuffled.
     Source: Good 2005, Permutation, Parametric and Bootstrap Tests of Hypotheses; p with the 1: Phipson and Smyth 2010.
     """
@@ -124,7 +133,7 @@ def specificity_test(
 
 
 def causal_specificity(drops: Scores, cause: str = "category", effect: str = "answer") -> Scores:
-    """One number for each matrix K[e, e'], the drop of answer e' on samples of class e when a component is ablated:
+    """Return one number per matrix K[e, e'], the drop of answer e' on samples of class e when a component is ablated:
 
     (mean of the diagonal - mean off it) / (|mean of the diagonal| + |mean off it|), in [-1, 1]; 0 where all is 0. 1: it
     serves the class's own answer alone; 0: every answer alike. `cause` and `effect` name the two axes, which must have
@@ -164,7 +173,7 @@ def specificity_labels(
     general: float | int = 0.3,
     level: float | int = 0.05,
 ) -> Scores:
-    """ "specific", "general", "between" or "within control" for each component, as a number in meta["labels"].
+    """Label each component "specific", "general", "between" or "within control", as a number in meta["labels"].
 
     within control: its largest class mean is at most `control` (a number, or Scores over the same axes: the upper
     bound of what a random direction or shuffled pairs give). specific: index at least `specific` and p < `level`.
@@ -231,13 +240,13 @@ INDEX: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 
 
 def _best_and_others(x: Float[Tensor, "class cell"], chosen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x of the chosen class (default: the largest), and the mean of the others."""
+    """Return x of the chosen class (default: the largest), and the mean of the others."""
     best = x.amax(0) if chosen is None else x.gather(0, chosen[None])[0]
     return best, (x.sum(0) - best) / (len(x) - 1)
 
 
 def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
-    """top / bottom, 0 where bottom is 0 (then top is too, or there is no spread to measure it by)."""
+    """Return top / bottom, 0 where bottom is 0 (then top is too, or there is no spread to measure it by)."""
     return torch.where(bottom == 0, 0.0, top / torch.where(bottom == 0, 1.0, bottom))
 
 
@@ -264,7 +273,7 @@ class _Half:
 def _classed(
     scores: Scores, classes: Sequence[Hashable], axis: str, who: str
 ) -> tuple[Table, list[str], Int[Tensor, " n"]]:
-    """The table, the classes' names in order, and the number of each entry's class."""
+    """Return the table, the classes' names in order, and the number of each entry's class."""
     table = table_of(scores, axis, who)
     if len(classes) != table.n:
         raise ValueError(f"{who}: {len(classes)} classes for {table.n} entries; give the class of each.")
@@ -282,7 +291,7 @@ def _moments(
     kept: Bool[Tensor, " n"] | None = None,
     spread: bool = True,
 ) -> tuple[Float[Tensor, "class cell"], Float[Tensor, "class cell"]]:
-    """Mean and (unbiased) variance of each class over the entries that exist, and that are `kept`.
+    """Return mean and (unbiased) variance of each class over the entries that exist, and that are `kept`.
 
     Without `spread` the variances, which cost as much again, are left at 0."""
     device = table.values.device
@@ -301,7 +310,7 @@ def _moments(
 def _halves(
     index: Int[Tensor, " n"], names: Sequence[str], groups: Sequence[Hashable] | None, splits: int, seed: int
 ) -> list[_Half]:
-    """Random halvings in which both halves hold every class; whole groups stay together where given."""
+    """Draw halvings in which both halves hold every class; whole groups stay together where given."""
     if splits < 1:
         raise ValueError(f"specificity_index: splits={splits} must be at least 1.")
     generator = torch.Generator().manual_seed(seed)
@@ -326,7 +335,7 @@ def _half_of_groups(blocks: Int[Tensor, " n"], generator: torch.Generator) -> Bo
 
 
 def _half_of_classes(index: Int[Tensor, " n"], generator: torch.Generator) -> Bool[Tensor, " n"]:
-    """Half of each class; the odd one of a class goes to either side."""
+    """Draw half of each class; the odd one of a class goes to either side."""
     first = torch.zeros(len(index), dtype=torch.bool)
     for one in index.unique():
         mine = (index == one).nonzero().flatten()
@@ -338,7 +347,7 @@ def _half_of_classes(index: Int[Tensor, " n"], generator: torch.Generator) -> Bo
 def _cross_fitted(
     table: Table, numbers: Int[Tensor, " n"], n_classes: int, index: str, halves: Sequence[_Half]
 ) -> Float[Tensor, " cell"]:
-    """The index on one half for the class chosen on the other, both ways, the mean over halvings."""
+    """Return the index on one half for the class chosen on the other, both ways, the mean over halvings."""
     total = torch.zeros(table.values.shape[1], dtype=torch.float64, device=table.values.device)
     for half in halves:
         moments = [
@@ -350,7 +359,7 @@ def _cross_fitted(
 
 
 def _within(blocks: Int[Tensor, " n"], generator: torch.Generator) -> Int[Tensor, " n"]:
-    """A random permutation that moves entries within their block alone."""
+    """Draw a permutation that moves entries within their block alone."""
     keys = torch.rand(len(blocks), generator=generator, dtype=torch.float64) + blocks.double()
     order = torch.argsort(blocks, stable=True)
     out = torch.empty_like(order)

@@ -36,12 +36,12 @@ class Table:
         return len(self.values)
 
     def chunks(self, weight: int) -> Iterator[slice]:
-        """Slices of cells such that `weight` numbers a cell fit in memory."""
+        """Return slices of cells such that `weight` numbers per cell fit in memory."""
         size = max(1, ROOM // max(1, weight))
         return (slice(start, start + size) for start in range(0, self.values.shape[1], size))
 
     def back(self, cells: Tensor, name: str, unit: str, more: dict[str, Sequence] | None = None, **meta: Any) -> Scores:
-        """Scores over the axes that are left, NaN masked; `cells` [cell], or [new cell] with a new last axis."""
+        """Return Scores over the axes that are left, NaN masked; `cells` [cell], or [new cell] with a new last axis."""
         axes = tuple(a for a in self.scores.axes if a != self.axis)
         shape = [len(self.scores.labels[a]) for a in axes]
         labels: dict[str, Sequence] = {a: self.scores.labels[a] for a in axes}
@@ -56,7 +56,7 @@ class Table:
 
 
 def table_of(scores: Scores, axis: str, who: str, at_least: int = 2) -> Table:
-    """The table of scores along an axis.
+    """Return the table of scores along an axis; of a sweep, of its effects.
 
     Raises: ValueError for an unknown axis, or fewer than `at_least` entries along it."""
     scores = scores.effects()
@@ -71,13 +71,13 @@ def table_of(scores: Scores, axis: str, who: str, at_least: int = 2) -> Table:
 
 
 def group_index(groups: Sequence[Hashable] | None, n: int, who: str, at_least: int = 2) -> Int[Tensor, " n"]:
-    """The number of each entry's group, groups counted in the order in which they first come; by default its own.
+    """Return the number of each entry's group, counted in the order in which groups first come; by default its own.
 
     Raises: ValueError for a wrong number of groups, or fewer than `at_least` different ones."""
     if groups is None:
         return torch.arange(n)
     if len(groups) != n:
-        raise ValueError(f"{who}: {len(groups)} groups for {n} entries; give one an entry.")
+        raise ValueError(f"{who}: {len(groups)} groups for {n} entries; give one per entry.")
     numbers: dict[Hashable, int] = {}
     index = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups])
     if len(numbers) < at_least:
@@ -93,12 +93,15 @@ def bootstrap(
     level: float | int = 0.95,
     seed: int = 0,
 ) -> Scores:
-    """The mean over `axis` with its interval: `axis` gives way to a last axis "bound" (low, mean, high).
+    """Return the mean over `axis` with its interval: `axis` gives way to a last axis "bound" (low, mean, high).
 
-    Whole groups are drawn with replacement (by default each entry is its own group); the interval holds the
-    percentiles of the drawn means, taken a little further out for few groups, at Phi(-sqrt(n/(n-1)) t): plain
-    percentiles are as narrow as a normal interval with the biased variance. Unit as that of `scores`; NaN, masked,
-    where fewer than two groups exist.
+    Whole groups are drawn with replacement; the interval holds the percentiles of the drawn means, taken a little
+    further out for few groups, at Phi(-sqrt(n/(n-1)) t): plain percentiles are as narrow as a normal interval with the
+    biased variance.
+
+    scores: of a sweep its effects count. groups: such as identities; default each entry its own. draws: resamples.
+    level: of the interval, in (0, 1). seed: of the draws.
+    Returns Scores in the unit of `scores`; NaN, masked, where fewer than two groups exist.
     Raises: ValueError for an unknown axis, fewer than two entries or groups, or a level outside (0, 1).
     Source: Efron and Tibshirani 1993; the expansion is Hesterberg 2015, The American Statistician 69, section 4.
     """
@@ -131,12 +134,14 @@ def sign_flip_test(
     seed: int = 0,
     groups: Sequence[Hashable] | None = None,
 ) -> Scores:
-    """Two-sided p of the mean over `axis` when signs are flipped at random: the null that X+ and X- are alike.
+    """Return the two-sided p of the mean over `axis` when signs are flipped at random: the null is no difference.
 
     p = (1 + number of draws with |mean| at least as large) / (1 + draws). Where all patterns of signs are no more
-    than `draws` they are enumerated, and p = share of patterns, the observed one among them. With `groups` the
-    entries of a group flip together. Axes: those of `scores` without `axis`; NaN, masked, where fewer than two
-    entries exist.
+    than `draws` they are enumerated, and p = share of patterns, the observed one among them.
+
+    scores: of a sweep its effects count. draws: patterns of signs. seed: of the draws. groups: whose entries flip
+    together; default each entry alone.
+    Returns Scores with the axes of `scores` without `axis`; NaN, masked, where fewer than two entries exist.
     Raises: ValueError for an unknown axis, or fewer than two entries or groups.
     Source: Fisher 1935, The Design of Experiments, section 21; p with the 1: Phipson and Smyth 2010.
     """
@@ -161,11 +166,13 @@ def sign_flip_test(
 
 
 def benjamini_hochberg(p: Scores, q: float | int = 0.05) -> Scores:
-    """p-values adjusted for all entries of `p` together: an entry is a discovery where the value is at most `q`.
+    """Adjust p-values for all entries of `p` together: an entry is a discovery where the result is at most `q`.
 
-    adjusted_(i) = min over j >= i of m p_(j) / j, m the number of entries that exist. `meta["discoveries"]` counts
-    those at most q; among them the expected share of false ones is at most q where the tests are independent or
-    positively dependent. `discoveries` gives the mask.
+    adjusted_(i) = min over j >= i of m p_(j) / j, m the number of entries that exist. Among the discoveries the
+    expected share of false ones is at most q where the tests are independent or positively dependent.
+
+    p: p-values in [0, 1]. q: the false discovery rate, in (0, 1).
+    Returns Scores with the axes of `p`; meta["discoveries"] counts entries of at most q, `significant` gives the mask.
     Raises: ValueError for values outside [0, 1], or q outside (0, 1).
     Source: Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57.
     """
@@ -189,7 +196,7 @@ def benjamini_hochberg(p: Scores, q: float | int = 0.05) -> Scores:
 
 
 def significant(p: Scores, q: float | int = 0.05) -> Scores:
-    """True where an entry of `p` is significant at false discovery rate `q` (`benjamini_hochberg`), same axes.
+    """Return True where an entry of `p` is significant at false discovery rate `q` (`benjamini_hochberg`), same axes.
 
     Raises: as `benjamini_hochberg`."""
     adjusted = benjamini_hochberg(p, q)
@@ -198,7 +205,7 @@ def significant(p: Scores, q: float | int = 0.05) -> Scores:
 
 
 def sign_consistency(scores: Scores, axis: str = "pair") -> Scores:
-    """The share of entries along `axis` that have the majority's sign, in [0, 1]; zeros have none.
+    """Return the share of entries along `axis` that have the majority's sign, in [0, 1]; zeros have none.
 
     Axes: those of `scores` without `axis`; NaN, masked, where no entry exists.
     Raises: ValueError for an unknown axis.
@@ -215,7 +222,7 @@ def _require_draws(draws: int, who: str) -> None:
 
 
 def _every_sign(n: int) -> Float[Tensor, "pattern n"]:
-    """Every pattern of n signs up to a common one, the first sign fixed: |sum| has the same distribution."""
+    """Return every pattern of n signs up to a common one, the first sign fixed: |sum| has the same distribution."""
     bits = torch.arange(2 ** (n - 1))[:, None] >> torch.arange(n - 1) & 1
     return torch.cat([torch.ones(len(bits), 1, dtype=torch.float64), 1.0 - 2 * bits.double()], 1)
 
@@ -225,12 +232,12 @@ def _random_signs(n: int, draws: int, seed: int) -> Float[Tensor, "draw n"]:
 
 
 def _expanded_tail(level: float, n: int) -> float:
-    """Phi(-sqrt(n / (n - 1)) t), t the quantile of Student's distribution with n - 1 degrees of freedom."""
+    """Return Phi(-sqrt(n / (n - 1)) t), t the quantile of Student's distribution with n - 1 degrees of freedom."""
     return NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_quantile((1 + level) / 2, n - 1))
 
 
 def student_quantile(p: float, df: int) -> float:
-    """Quantile of Student's t: exact for 1 and 2 degrees of freedom, else to about 1 % by an expansion in 1 / df.
+    """Return the quantile of Student's t, exact for 1 and 2 degrees of freedom, else to about 1 % by an expansion.
 
     Source: Abramowitz and Stegun 1964, 26.7.5."""
     if df == 1:

@@ -52,7 +52,7 @@ class Patch:
             values = self.source[self.name]
             if not self.source.has_batch_dim:
                 values = values[None]
-            if self.source.inputs is not None and row_of(canonical(self.name)).axis_names[0] == "batch":
+            if self.source.inputs is not None and row_of(canonical(self.name)).of_text:
                 object.__setattr__(self, "_chosen", position_mask(self.source.inputs, self.positions).cpu())
         elif isinstance(self.source, Tensor):
             values = self.source
@@ -63,7 +63,7 @@ class Patch:
     @property
     def n_rows(self) -> int | None:
         """Rows of the source; None at hooks that count images or image tokens."""
-        return len(self._values) if row_of(canonical(self.name)).axis_names[0] == "batch" else None
+        return len(self._values) if row_of(canonical(self.name)).of_text else None
 
     @property
     def is_whole(self) -> bool:

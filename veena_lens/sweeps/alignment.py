@@ -1,116 +1,99 @@
-"""Which places of images correspond in two runs, and the rows that edit them.
+"""Two runs of a sweep side by side: which positions, images and keys of one correspond to those of the other.
 
-An edit of the tower, the connector or the features reaches the text at the first token of its image (of its tile,
-where images have tiles), in block 0.
-
-Which sites, units and positions a sweep visits, in the order of its axes.
-
-Two runs of a sweep side by side: which positions, images and keys of one correspond to those of the other.
+Numbers and words of positions are resolved in each row without its pads. An edit of the tower, the connector or the
+features reaches the text at the first token of its image (of its tile, where images have tiles), in block 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from veena_lens.hook_table import hooks_of, require_hook, row_of
+from veena_lens.hook_table import row_of
 from veena_lens.images.layout import arranged_image, reached_from
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions.base import HEAD_AXES, require_unit
 from veena_lens.positions import Tile, position_mask
 from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, Row
+from veena_lens.sweeps.sites import SweepSites
 
-KINDS = {
-    "heads": ("attn.hook_z", "head"),
-    "resid": ("hook_resid_pre", None),
-    "attn_out": ("hook_attn_out", None),
-    "mlp_out": ("hook_mlp_out", None),
-    "neurons": ("mlp.hook_post", "neuron"),
-}
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
-class SweepSites:
-    """Which sites, units and positions a sweep visits, in the order of its axes."""
-
-    def __init__(self, model: Any, sites: Any, layers: Sequence[int] | None, units: Sequence[int] | None) -> None:
-        cfg = model.cfg
-        self.unit: str | None = None
-        self.units: list[int | None] = [None]
-        if isinstance(sites, str) and sites in KINDS:
-            part, self.unit = KINDS[sites]
-            chosen = (
-                range(cfg.n_layers)
-                if layers is None
-                else [require_unit(i, cfg.n_layers, "patch_sweep", "layer") for i in layers]
-            )
-            self.sites = [f"blocks.{i}.{part}" for i in chosen]
-            self.named = False
-            self.layers = list(chosen)
-            if units is not None and self.unit is None:
-                raise ValueError(f"units={list(units)}: sites={sites!r} has neither heads nor neurons.")
-            if self.unit is not None:
-                n = cfg.n_heads if self.unit == "head" else cfg.d_mlp
-                self.units = [
-                    require_unit(u, n, "patch_sweep", self.unit) for u in (range(n) if units is None else units)
-                ]
-        else:
-            if isinstance(sites, str) and not sites.startswith(
-                ("blocks.", "hook_", "vision.", "connector.", "deepstack.")
-            ):
-                raise ValueError(f"sites={sites!r}: give one of {', '.join(KINDS)}, or a list of hook names.")
-            names = [sites] if isinstance(sites, str) else list(sites)
-            known = hooks_of(cfg)
-            self.sites = [_site_before_the_head(require_hook(n, known)) for n in names]
-            self.names, self.named = names, True
-            if layers is not None:
-                raise ValueError(
-                    f"layers={list(layers)} goes with sites such as 'heads'; named sites name their layer."
-                )
-            if units is not None:
-                self.unit, self.units = _units_of(cfg, self.sites, units)
-        if not self.sites or not self.units:
-            raise ValueError("patch_sweep: no site to patch; layers, units and sites must not be empty.")
-        self.on_pictures = is_picture_site(self.sites[0])
-        if any(is_picture_site(name) != self.on_pictures for name in self.sites):
-            raise ValueError(
-                "patch_sweep: sites on images and in the text count other positions; sweep them one after another, "
-                f"not {self.sites}."
-            )
+def is_each(positions: Any) -> bool:
+    """Return True where every position is patched alone."""
+    return isinstance(positions, str) and positions == "each"
 
 
-def _units_of(cfg: Any, sites: Sequence[str], units: Sequence[int]) -> tuple[str, list[int | None]]:
-    """("head" or "neuron", the chosen ones) of named sites. Raises: ValueError where a site has none, or not these."""
-    kinds, chosen = set(), []
-    for name in sites:
-        axes = row_of(name).axis_names
-        axis = next((a for a in axes if a in (*HEAD_AXES, "d_mlp")), None)
-        if axis is None:
-            raise ValueError(f"units={list(units)}: {name} has axes {' '.join(axes)}, neither heads nor neurons.")
-        of = cfg.vision if name.startswith("vision.") else cfg
-        kinds.add("neuron" if axis == "d_mlp" else "head")
-        chosen.append([require_unit(u, getattr(of, axis), f"patch_sweep: {name}", max(kinds)) for u in units])
-    if len(kinds) > 1 or any(one != chosen[0] for one in chosen):
-        raise ValueError(f"units={list(units)} mean other heads or neurons at {', '.join(sites)}; sweep them apart.")
-    return kinds.pop(), list(chosen[0])
+def bare(inputs: MultimodalInputs) -> MultimodalInputs:
+    """Return the inputs without their pixels: enough to find positions, and to go on from a residual."""
+    return replace(inputs, pixel_values=None)
 
 
-def _site_before_the_head(name: str) -> str:
-    """A hook on images or inside the decoder's blocks; the merged embedding is what enters block 0."""
-    if name == "hook_embed":
-        return "blocks.0.hook_resid_pre"
-    if name.startswith(("ln_final.", "unembed.")):
+def positions_of_row(batch: MultimodalInputs, positions: Any, row: int) -> Any:
+    """Return a selection as one row without its pads reads it: a mask [batch pos] is cut to the row's own positions.
+
+    Raises: ValueError for a mask of another shape."""
+    if not isinstance(positions, Tensor) or positions.dtype != torch.bool or positions.ndim != 2:
+        return positions
+    if positions.shape != batch.shape:
+        raise ValueError(f"A mask of positions must be {list(batch.shape)}, as the batch, not {list(positions.shape)}.")
+    return positions[row].to(batch.device)[batch.attention_mask[row]]
+
+
+def chosen_in(inputs: MultimodalInputs, positions: Any, of: str = "") -> Int[Tensor, " n"]:
+    """Return the chosen positions of a single row without pads, in order; `of` names the row in messages.
+
+    Raises: ValueError where they select nothing."""
+    places = position_mask(inputs, "all" if is_each(positions) else positions)[0].nonzero().flatten()
+    if not len(places):
+        raise ValueError(f"positions={positions!r} select nothing in {of or repr(inputs)}.")
+    return places
+
+
+def places_of(inputs: MultimodalInputs, row: int, positions: Any) -> Int[Tensor, " n"]:
+    """Return the chosen positions of one row, in the padded sequence; numbers count in the row without its pads.
+
+    Raises: ValueError where they select nothing."""
+    alone = bare(inputs)[row].without_padding()
+    chosen = chosen_in(alone, positions_of_row(inputs, positions, row), f"row {row} of {inputs!r}")
+    return inputs.attention_mask[row].nonzero().flatten()[chosen]
+
+
+def corresponding(
+    base: MultimodalInputs, source: MultimodalInputs, positions: Any
+) -> tuple[list[Int[Tensor, " n"]], list[Int[Tensor, " n"]]]:
+    """Return each pair's chosen positions in the run that is patched and in the source; the k-th of one is the k-th of
+    the other.
+
+    Raises: ValueError where their numbers differ."""
+    here, there = ([places_of(run, i, positions) for i in range(len(run))] for run in (base, source))
+    for pair, (mine, theirs) in enumerate(zip(here, there, strict=True)):
+        _require_as_many(positions, len(mine), len(theirs), pair if len(base) > 1 else None)
+    return here, there
+
+
+def _require_as_many(positions: Any, here: int, there: int, pair: int | None) -> None:
+    if here != there:
+        of_pair = "" if pair is None else f" of pair {pair}"
         raise ValueError(
-            f"patch_sweep patches hooks of the decoder's blocks, hook_embed and hooks on images, not {name!r}."
+            f"positions={positions!r}{of_pair} are {here} in the run that is patched and {there} in the source: "
+            "they must correspond one to one."
         )
-    return name
+
+
+def _text_places(inputs: MultimodalInputs, positions: Any) -> ImagePlaces:
+    places = chosen_in(inputs, positions).cpu()
+    return ImagePlaces(places, None, places)
 
 
 class RunPair:
-    """One pair: the run that is patched (`base`), the source of the patches, and which positions correspond.
+    """One pair of runs: the one that is patched (`base`), the source of the patches, and which positions correspond.
 
     Raises: ValueError where they do not correspond one to one."""
 
@@ -121,20 +104,20 @@ class RunPair:
         source: MultimodalInputs,
         row: int,
         positions: Any,
-        layout: SweepSites,
+        sites: SweepSites,
     ) -> None:
-        self.cfg = cfg
+        self.cfg, self.pair = cfg, row if len(base) > 1 else None
         self.base, self.source, self.is_each = (
             base[row].without_padding(),
             source[row].without_padding(),
             is_each(positions),
         )
         mine, theirs = (positions_of_row(batch, positions, row) for batch in (base, source))
-        self.here: dict[str, PicturePlaces] = {}  # by site on images; "" for the text
-        self.there: dict[str, PicturePlaces] = {}
-        for name in layout.sites if layout.on_pictures else [""]:
+        self.here: dict[str, ImagePlaces] = {}  # by site on images; "" for the text
+        self.there: dict[str, ImagePlaces] = {}
+        for name in sites.sites if sites.on_images else [""]:
             self.here[name], self.there[name] = (
-                picture_places(cfg, run, name, chosen, self.is_each) if name else _text_places(run, chosen)
+                places_on_images(cfg, run, name, chosen, self.is_each) if name else _text_places(run, chosen)
                 for run, chosen in ((self.base, mine), (self.source, theirs))
             )
             self._require_correspondence(name, positions)
@@ -144,7 +127,7 @@ class RunPair:
                 f"positions='each' needs sites with the same positions; these have {sizes}: sweep them apart."
             )
         self.n_groups = next(iter(sizes.values())) if self.is_each else 1
-        for name in () if layout.on_pictures else layout.sites:
+        for name in () if sites.on_images else sites.sites:
             if "key_pos" in row_of(name).axis_names and self.base.shape[1] != self.source.shape[1]:
                 raise ValueError(
                     f"{name} has keys at other positions in the source ({self.base.shape[1]} against "
@@ -163,11 +146,7 @@ class RunPair:
         for image in {i for i in (*mine, *theirs) if i is not None}:
             if not whole_view and _layout(self.base, image) != _layout(self.source, image):
                 raise _unequal(name, positions, self.base, self.source)
-        if len(mine) != len(theirs):
-            raise ValueError(
-                f"positions={positions!r} are {len(mine)} in the run that is patched and {len(theirs)} in the source: "
-                "they must correspond one to one."
-            )
+        _require_as_many(positions, len(mine), len(theirs), self.pair)
         if mine != theirs:
             raise ValueError(
                 f"positions={positions!r} are tokens of an image in one run and of the text (or another image) in "
@@ -178,64 +157,41 @@ class RunPair:
         together = list(range(len(self.here[name].places)))
         return [[i] for i in together] if self.is_each else [together]
 
-    def empty_rows(self, layout: SweepSites) -> list[AnyRow]:
-        """The rows without values, for a plan."""
-        return self._rows(layout, {})
+    def empty_rows(self, sites: SweepSites) -> list[AnyRow]:
+        """Return the rows without values, for a plan."""
+        return self._rows(sites, {})
 
     @torch.no_grad()
-    def rows(self, model: Any, layout: SweepSites, sites_read: Sequence[str]) -> tuple[list[AnyRow], BaseRun]:
-        """The rows with the source's values, and what the metrics need of the source's own run."""
-        logits, cache = model.run_with_cache(self.source, names_filter=sorted({*layout.sites, *sites_read}))
+    def rows(self, model: HookedVLM, sites: SweepSites, sites_read: Sequence[str]) -> tuple[list[AnyRow], BaseRun]:
+        """Return the rows with the source's values, and what the metrics need of the source's own run."""
+        logits, cache = model.run_with_cache(self.source, names_filter=sorted({*sites.sites, *sites_read}))
         seen = {site: cache[site][0] for site in sites_read}
         source = BaseRun(self.source, [], [], [], logits[0, -1], seen)
-        return self._rows(layout, {name: cache[name] for name in layout.sites}), source
+        return self._rows(sites, {name: cache[name] for name in sites.sites}), source
 
-    def _rows(self, layout: SweepSites, values: dict[str, Tensor]) -> list[AnyRow]:
-        if layout.on_pictures:
+    def _rows(self, sites: SweepSites, values: dict[str, Tensor]) -> list[AnyRow]:
+        if sites.on_images:
             return [
                 row
                 for name, here in self.here.items()
-                for row in crop_rows(name, values.get(name), here, self.there[name], layout.units, self._groups(name))
+                for row in crop_rows(name, values.get(name), here, self.there[name], sites.units, self._groups(name))
             ]
         rows: list[AnyRow] = []
         here, there = self.here[""].places, self.there[""].places
         first = reached_from(self.cfg, self.base)
-        for name in layout.sites:
+        for name in sites.sites:
             axes, value = row_of(name).axis_names[1:], values.get(name)
             if value is not None:
                 value = value[0].movedim(axes.index("pos") if "pos" in axes else axes.index("query_pos"), 0)
-            for unit in layout.units:
+            for unit in sites.units:
                 for g in self._groups(""):
                     taken = torch.empty(0) if value is None else value[there[g].to(value.device)]
                     rows.append(Row(name, here[g], taken, unit, first=int(first[here[g]].min())))
         return rows
 
 
-def is_each(positions: Any) -> bool:
-    """True where every position is patched alone."""
-    return isinstance(positions, str) and positions == "each"
-
-
-def positions_of_row(batch: MultimodalInputs, positions: Any, row: int) -> Any:
-    """A selection as one row without its pads reads it: a mask [batch pos] is cut to the row's own positions.
-
-    Raises: ValueError for a mask of another shape."""
-    if not isinstance(positions, Tensor) or positions.dtype != torch.bool or positions.ndim != 2:
-        return positions
-    if positions.shape != batch.shape:
-        raise ValueError(f"A mask of positions must be {list(batch.shape)}, as the batch, not {list(positions.shape)}.")
-    return positions[row].to(batch.device)[batch.attention_mask[row]]
-
-
-def _text_places(inputs: MultimodalInputs, positions: Any) -> PicturePlaces:
-    places = position_mask(inputs, "all" if is_each(positions) else positions)[0].nonzero().flatten().cpu()
-    if not len(places):
-        raise ValueError(f"positions={positions!r} select nothing in {inputs!r}.")
-    return PicturePlaces(places, None, places)
-
-
-def _images_of(inputs: MultimodalInputs, chosen: PicturePlaces) -> list[int | None]:
-    """Of each chosen position of the text the image whose token it is, None for text."""
+def _images_of(inputs: MultimodalInputs, chosen: ImagePlaces) -> list[int | None]:
+    """Return for each chosen position of the text the image whose token it is, None for text."""
     owner: dict[int, int] = {}
     for image, span in enumerate(inputs.spans[0].images):
         inside = inputs.image_mask[0, span].nonzero().flatten() + span.start
@@ -244,7 +200,7 @@ def _images_of(inputs: MultimodalInputs, chosen: PicturePlaces) -> list[int | No
 
 
 def _layout(inputs: MultimodalInputs, image: int) -> Any:
-    """How the tokens of an image lie in it; None where the row has no such image."""
+    """Return how the tokens of an image lie in it; None where the row has no such image."""
     if image >= len(inputs.grids[0]):
         return None
     tiles = inputs.token_tiles[0][image] if inputs.token_tiles else ()
@@ -252,7 +208,7 @@ def _layout(inputs: MultimodalInputs, image: int) -> Any:
 
 
 def _same_shapes(a: MultimodalInputs, b: MultimodalInputs) -> bool:
-    """True where the images of two rows have one number and the same shapes."""
+    """Return True where the images of two rows have one number and the same shapes."""
     if a.pixel_values is None or b.pixel_values is None or a.grids != b.grids or a.token_tiles != b.token_tiles:
         return False
     grids = a.crop_grids is None or b.crop_grids is None or torch.equal(a.crop_grids, b.crop_grids)
@@ -260,7 +216,7 @@ def _same_shapes(a: MultimodalInputs, b: MultimodalInputs) -> bool:
 
 
 def _unequal(name: str, positions: Any, base: MultimodalInputs, source: MultimodalInputs) -> ValueError:
-    """The error of images that have no common grid, with both."""
+    """Return the error of images that have no common grid, with both."""
 
     def shown(run: MultimodalInputs) -> str:
         grids = ", ".join(f"{h} x {w}" for h, w in run.grids[0]) or "none"
@@ -269,21 +225,16 @@ def _unequal(name: str, positions: Any, base: MultimodalInputs, source: Multimod
 
     where = f" at {name}" if name else ""
     return ValueError(
-        f"positions={positions!r}{where}: the pictures of both runs must have one grid to be patched into each other; "
-        f"the run that is patched has {shown(base)}, the source {shown(source)}. Prepare both pictures at one size "
+        f"positions={positions!r}{where}: the images of both runs must have one grid to be patched into each other; "
+        f"the run that is patched has {shown(base)}, the source {shown(source)}. Prepare both images at one size "
         "(image.resize(other.size)), or patch what both have: 'last' or 'query' at hooks of the decoder's blocks."
     )
 
 
-def is_picture_site(name: str) -> bool:
-    """True for hooks of the tower, the connector and the features."""
-    return row_of(name).axis_names[0] != "batch"
-
-
 @dataclass(frozen=True, eq=False)
-class PicturePlaces:
-    """Places of an image site that correspond in two runs: places, images (None for image tokens) and the first
-    position of the text that each reaches."""
+class ImagePlaces:
+    """Chosen places of a site on images: positions, crops (None for image tokens), and the first position of the text
+    that each reaches."""
 
     places: Tensor
     pictures: Tensor | None
@@ -291,7 +242,7 @@ class PicturePlaces:
 
 
 def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
-    """How many positions each image has at a site of the tower or the connector, padding left out."""
+    """Return how many positions each image has at a site of the tower or the connector, padding left out."""
     assert inputs.crop_rows is not None
     in_tower = name.startswith("vision.")
     if inputs.crop_grids is None:
@@ -301,7 +252,7 @@ def sizes_at(cfg: Any, inputs: MultimodalInputs, name: str) -> list[int]:
 
 
 def first_tokens(inputs: MultimodalInputs) -> list[int]:
-    """Return, for each crop, the first position of the text that reads it; the last position if none does."""
+    """Return for each crop the first position of the text that reads it; the last position where none does."""
     found = []
     for image, span in enumerate(inputs.spans[0].images):
         tokens = (inputs.image_mask[0, span].nonzero().flatten() + span.start).tolist()
@@ -310,20 +261,22 @@ def first_tokens(inputs: MultimodalInputs) -> list[int]:
     return found
 
 
-def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any, is_each: bool) -> PicturePlaces:
-    """Where a site on images is edited. Words and regions choose image tokens (of features); at the tower and the
-    connector, numbers and slices count positions of every image, and "all" or "each" takes them all.
+def places_on_images(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any, is_each: bool) -> ImagePlaces:
+    """Return where a site on images is edited.
+
+    Words and regions choose image tokens (of features); at the tower and the connector, numbers and slices count
+    positions of every image, and "all" or "each" takes them all.
 
     Raises: ValueError for a selection that the site does not have."""
     if inputs.crop_rows is None or inputs.crop_images is None:
         raise ValueError(f"{name}: {inputs!r} holds no images to patch.")
     tokens, reached = inputs.image_mask[0].nonzero().flatten(), reached_from(cfg, inputs)
-    if row_of(name).axis_names[0] == "n_image_tokens":
+    if row_of(name).of_features:
         chosen = position_mask(inputs, "image" if is_each else positions)[0][tokens]
         places = chosen.nonzero().flatten().cpu()
         if not len(places):
             raise ValueError(f"positions={positions!r} select no image token for {name} in {inputs!r}.")
-        return PicturePlaces(places, None, reached[tokens.cpu()[places]])
+        return ImagePlaces(places, None, reached[tokens.cpu()[places]])
     whole = is_each or (isinstance(positions, str) and positions in ("all", "image"))
     asked: list[int] | None = None
     if isinstance(positions, int):
@@ -350,18 +303,18 @@ def picture_places(cfg: Any, inputs: MultimodalInputs, name: str, positions: Any
         starts += [first[picture]] * len(chosen)
     if not places:
         raise ValueError(f"positions={positions!r} select nothing at {name}.")
-    return PicturePlaces(torch.tensor(places), torch.tensor(pictures), torch.tensor(starts))
+    return ImagePlaces(torch.tensor(places), torch.tensor(pictures), torch.tensor(starts))
 
 
 def crop_rows(
     name: str,
     value: Tensor | None,
-    here: PicturePlaces,
-    there: PicturePlaces,
+    here: ImagePlaces,
+    there: ImagePlaces,
     units: Sequence[int | None],
     groups: Sequence[Sequence[int]],
 ) -> list[PictureRow]:
-    """The rows of a site; `value` is the source's whole activation (None: a plan), `there` the places in it."""
+    """Return the rows of a site; `value` is the source's whole activation (None: a plan), `there` the places in it."""
     axes = row_of(name).axis_names
     if value is not None and here.pictures is not None:
         value = value.movedim(axes.index("query_pos") if "query_pos" in axes else 1, 1)

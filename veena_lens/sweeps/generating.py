@@ -8,7 +8,7 @@ edits; each recomputes its own tail and goes on from there, token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,9 +26,12 @@ from veena_lens.model.span import PassSpan
 from veena_lens.scores import Scores
 from veena_lens.sweeps.engine import bar, require_engine
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 
 def generation_sweep(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs,
     entries: Sequence[Any],
     score: Callable[[list[str]], Any] | None = None,
@@ -99,12 +102,12 @@ def generation_sweep(
     )
 
 
-def _on_pictures(model: Any, item: Any) -> bool:
-    return row_of(item.site(model.cfg)).axis_names[0] != "batch"
+def _on_pictures(model: HookedVLM, item: Any) -> bool:
+    return not row_of(item.site(model.cfg)).of_text
 
 
 def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-    """Entries that decode together: those that edit images apart from the others, earlier starts first."""
+    """Return entries that decode together: those that edit images apart from the others, earlier starts first."""
     for kind in (False, True):
         order = sorted((j for j in range(len(starts)) if again[j] == kind), key=lambda j: starts[j])
         for at in range(0, len(order), max_rows):
@@ -126,14 +129,15 @@ def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tens
     return values
 
 
-def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
-    """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
-    for its logits."""
+def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
+    """Return the first position of a prompt that a list of interventions can change.
+
+    At most the last one, which is run anew for its logits."""
     first, run = row.shape[1] - 1, PassSpan.whole(row)
     for item in interventions:
         if isinstance(item, Patch) and item.is_whole:
             return 0  # its values are those of whole rows, position by position
-        if row_of(item.site(model.cfg)).axis_names[0] != "batch":
+        if _on_pictures(model, item):
             places = row.image_mask[0].nonzero().flatten()
         else:
             places = run.mask(item.positions)[0].nonzero().flatten()
@@ -144,7 +148,7 @@ def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]
 
 @torch.no_grad()
 def _continue(
-    model: Any, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
+    model: HookedVLM, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
 ) -> Tensor:
     """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
     n, length, n_layers = len(lists), row.shape[1], model.cfg.n_layers

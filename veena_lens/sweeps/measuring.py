@@ -1,32 +1,38 @@
-"""What the circuit tools share: a metric over batches of rows, places of positions, effects, rank correlation.
+"""Running what metrics need, and no more: the metrics of a sweep's rows, and `Measure` for the tools of circuits.
 
-Sweeps run a row alone; these tools run many rows together, so the metric of a batch is read at each row's own last
-real position and words and numbers of positions are resolved in the row without its pads, as `patch_sweep` does.
+Sweeps run a row alone; tools of circuits run many rows together, so the metric of a batch is read at each row's own
+last real position, and words and numbers of positions are resolved in the row without its pads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from veena_lens.hook_table import layer_of, require_hook
+from veena_lens.hook_table import layer_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.forward import ResidualState as Entering
 from veena_lens.model.forward import at_positions, forward, last_positions
 from veena_lens.model.span import PassSpan
-from veena_lens.positions import parse, position_mask
+from veena_lens.positions import parse
+from veena_lens.scores import ReferenceRuns
+from veena_lens.sweeps.metrics import read_metric, require_finite, site_of, values_of
+from veena_lens.sweeps.rows import BaseRun
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 DIRECTIONS = ("denoising", "noising")
 
 
 def parts(n: int, size: int) -> Iterator[list[int]]:
-    """Indices 0 .. n - 1 in runs of at most `size`."""
+    """Return indices 0 .. n - 1 in runs of at most `size`."""
     return (list(range(start, min(start + size, n))) for start in range(0, n, size))
 
 
@@ -44,48 +50,16 @@ def require_pairs(who: str, clean: MultimodalInputs, corrupted: MultimodalInputs
         raise ValueError(f"{who}: {len(clean)} clean rows and {len(corrupted)} corrupted ones; pairs need as many.")
 
 
-def bare(inputs: MultimodalInputs) -> MultimodalInputs:
-    """The inputs without their pixels: enough to find positions, and to go on from a residual."""
-    return replace(inputs, pixel_values=None)
-
-
-def places_of(inputs: MultimodalInputs, row: int, positions: Any) -> Int[Tensor, " n"]:
-    """The chosen positions of one row, in the padded sequence; numbers count in the row without its pads.
-
-    Raises: ValueError where they select nothing."""
-    alone = bare(inputs)[row].without_padding()
-    chosen = position_mask(alone, positions)[0]
-    if not bool(chosen.any()):
-        raise ValueError(f"positions={positions!r} select nothing in row {row} of {inputs!r}.")
-    return inputs.attention_mask[row].nonzero().flatten()[chosen]
-
-
-def corresponding(
-    who: str, here: MultimodalInputs, there: MultimodalInputs, positions: Any
-) -> tuple[list[Tensor], list[Tensor]]:
-    """A row's chosen positions in both runs: the k-th of one is the k-th of the other.
-
-    Raises: ValueError where their numbers differ."""
-    places = [[places_of(inputs, i, positions) for i in range(len(inputs))] for inputs in (here, there)]
-    for i, (a, b) in enumerate(zip(*places, strict=True)):
-        if len(a) != len(b):
-            raise ValueError(
-                f"{who}: positions={positions!r} are {len(a)} in pair {i}'s run that is patched and {len(b)} in the "
-                "source: they must correspond one to one."
-            )
-    return places[0], places[1]
-
-
 def padded(places: Sequence[Int[Tensor, " _"]]) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """(index, exists): the rows' places side by side, padded at the end with place 0."""
+    """Return (index, exists): the rows' places side by side, padded at the end with place 0."""
     index = torch.nn.utils.rnn.pad_sequence(list(places), batch_first=True)
     lengths = torch.tensor([len(p) for p in places], device=index.device)
     return index, torch.arange(index.shape[1], device=index.device) < lengths[:, None]
 
 
 @contextmanager
-def entering_layers(model: Any, inputs: MultimodalInputs, layers: Iterable[int]) -> Iterator[dict[int, Entering]]:
-    """What enters `layers` in the run inside the block, readable after it."""
+def entering_layers(model: HookedVLM, inputs: MultimodalInputs, layers: Iterable[int]) -> Iterator[dict[int, Entering]]:
+    """Keep what enters `layers` in the run inside the block, readable after it."""
     resid: dict[str, Tensor] = {}
     added: dict[str, Tensor] = {}
     names = {f"blocks.{layer}.hook_resid_pre": layer for layer in layers}
@@ -103,10 +77,10 @@ def entering_layers(model: Any, inputs: MultimodalInputs, layers: Iterable[int])
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """A metric, or one a pair, for rows that run in batches; made by `measure_of`."""
+    """A metric, or one per pair, for rows that run in batches; made by `measure_of`."""
 
     who: str
-    model: Any
+    model: HookedVLM
     metrics: tuple[Any, ...]
     sites: tuple[str | None, ...]
 
@@ -163,49 +137,26 @@ class Measure:
     ) -> Tensor:
         if len(self.metrics) == 1 and self.sites[0] is None:
             assert logits is not None
-            out = self._one(self.metrics[0], logits)
+            out = values_of(self.metrics[0], logits)
         else:
             found = []
             for row, pair in enumerate(pairs):
                 which = pair if len(self.metrics) > 1 else 0
-                metric, site = self.metrics[which], self.sites[which]
-                if site is None:
-                    assert logits is not None
-                    found.append(self._one(metric, logits[row : row + 1]))
-                else:
-                    places = places_of(inputs, row, getattr(metric, "positions", "last"))
-                    found.append(self._one(metric, seen[site][row : row + 1][:, places.to(seen[site].device)]))
+                mine = {site: x[row : row + 1] for site, x in seen.items()}
+                last = None if logits is None else logits[row : row + 1]
+                found.append(read_metric(self.metrics[which], self.sites[which], inputs, row, last, mine))
             out = torch.cat([f.to(found[0]) for f in found])
-        if plain and not bool(torch.isfinite(out).all()):
-            bad = {pair: float(v) for pair, v in zip(pairs, out.detach()) if not bool(torch.isfinite(v))}
-            raise ValueError(f"{self.who}: the metric of unedited runs is not finite, by row: {bad}.")
+        if plain:
+            require_finite(out, pairs)
         return out
 
     def of_logits(self, logits: Float[Tensor, "batch d_vocab"], pair: int) -> Float[Tensor, " batch"]:
-        """The metric of logits that were made otherwise, all of one pair."""
-        return self._one(self.metrics[pair if len(self.metrics) > 1 else 0], logits)
-
-    def _one(self, metric: Any, value: Tensor) -> Tensor:
-        out = metric(value)
-        if not isinstance(out, Tensor) or out.shape != (len(value),):
-            shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"{self.who}: the metric must give one number a row, [{len(value)}], not {shape}.")
-        return out
+        """Return the metric of logits that were made otherwise, all of one pair."""
+        return values_of(self.metrics[pair if len(self.metrics) > 1 else 0], logits)
 
 
-def _site_of(who: str, model: Any, metric: Any) -> str | None:
-    """The hook a metric reads, None for logits."""
-    site = getattr(metric, "site", None)
-    if site is None:
-        return None
-    full = require_hook(site, model.hook_dict)
-    if not full.startswith("blocks."):
-        raise ValueError(f"{who}: a metric reads logits or a hook of a decoder block, not {site!r}.")
-    return full
-
-
-def measure_of(who: str, model: Any, metric: Any, n_pairs: int) -> Measure:
-    """The metric of a tool; `metric` is one for all rows, or a list of one a pair.
+def measure_of(who: str, model: HookedVLM, metric: Any, n_pairs: int) -> Measure:
+    """Return the metric of a tool; `metric` is one for all rows, or a list with one per pair.
 
     Raises: ValueError for no metric, a list of another length, or a site outside the decoder's blocks."""
     metrics = tuple(metric) if isinstance(metric, (list, tuple)) else (metric,)
@@ -216,39 +167,91 @@ def measure_of(who: str, model: Any, metric: Any, n_pairs: int) -> Measure:
         )
     for m in metrics:
         parse(getattr(m, "positions", "last"))
-    return Measure(who, model, metrics, tuple(_site_of(who, model, m) for m in metrics))
+    return Measure(who, model, metrics, tuple(site_of(model, m) for m in metrics))
 
 
-def effect(
-    change: Float[Tensor, "pair ..."],
-    clean: Float[Tensor, " pair"],
-    corrupted: Float[Tensor, " pair"],
-    direction: str,
-    relative: bool,
-) -> Float[Tensor, "pair ..."]:
-    """A change of the metric (edited - unedited) as an effect towards the clean run: its sign turned when noising;
-    `relative` divides by clean - corrupted (NaN where they do not differ), as `Scores.scores` are."""
-    out = change if direction == "denoising" else -change
-    if not relative:
-        return out
-    gap = torch.where(clean == corrupted, torch.nan, clean - corrupted)
-    return out / gap.to(out).view(-1, *[1] * (out.ndim - 1))
+# --- metrics of a sweep ---------------------------------------------------------------------------------------
+
+
+def metrics_of(metric: Any) -> dict[str, Any]:
+    """Return metrics by name; a single one has the name "".
+
+    Raises: ValueError for what is not a function, or none at all."""
+    metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
+    if not metrics or not all(callable(m) for m in metrics.values()):
+        raise ValueError(
+            "metric= must be a function of logits [rows d_vocab], for example "
+            f"veena_lens.sweeps.metrics.logit_diff(good, bad), or a dictionary of them, not {metric!r}."
+        )
+    return metrics
+
+
+def sites_of(model: HookedVLM, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the hooks that metrics read besides logits. Raises: ValueError for a site outside the decoder's blocks."""
+    found = [site_of(model, metric) for metric in metrics.values()]
+    return tuple(dict.fromkeys(site for site in found if site is not None))
+
+
+def read_logits(metrics: Mapping[str, Any]) -> bool:
+    """Return True where some metric reads logits."""
+    return any(getattr(metric, "site", None) is None for metric in metrics.values())
+
+
+def apply_metrics(
+    model: HookedVLM, metrics: Mapping[str, Any], base: BaseRun, logits: Tensor | None, seen: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return each metric of each row, [rows]. Raises: ValueError for other than one number per row."""
+    return {
+        name: read_metric(metric, site_of(model, metric), base.inputs, 0, logits, seen, name)
+        for name, metric in metrics.items()
+    }
+
+
+def base_metrics(model: HookedVLM, metrics: Mapping[str, Any], base: BaseRun, pair: int) -> dict[str, Tensor]:
+    """Return each metric of an unpatched run, a scalar. Raises: ValueError for one that is not finite there."""
+    found = apply_metrics(model, metrics, base, base.logits[None], {site: x[None] for site, x in base.seen.items()})
+    for name, value in found.items():
+        require_finite(value, [pair], name)
+    return {name: value[0] for name, value in found.items()}
+
+
+# --- effects and ranks ----------------------------------------------------------------------------------------
+
+
+def patched_and_source(direction: str, clean: Any, corrupted: Any) -> tuple[Any, Any]:
+    """Return (the run that is patched, the source of the patches): denoising patches the corrupted run."""
+    return (corrupted, clean) if direction == "denoising" else (clean, corrupted)
+
+
+def reference_runs(direction: str, of_base: Float[Tensor, " pair"], of_source: Float[Tensor, " pair"]) -> ReferenceRuns:
+    """Return the metrics of the run that is patched and of the source as those of the clean and corrupted runs."""
+    clean, corrupted = patched_and_source(direction, of_base, of_source)
+    return ReferenceRuns(clean, corrupted, direction)
+
+
+def effect(change: Float[Tensor, "pair ..."], runs: ReferenceRuns, relative: bool = True) -> Float[Tensor, "pair ..."]:
+    """Return changes of the metric (edited - unedited) as effects towards the clean run: their sign turns when noising.
+
+    relative: as shares of clean - corrupted (NaN where they do not differ), as `Scores.scores` are; else in the
+    metric's unit."""
+    moved = change if runs.direction == "denoising" else -change
+    return runs.share(moved) if relative else moved
 
 
 def wide(x: Shaped[Tensor, "*axes"]) -> Shaped[Tensor, "*axes"]:
-    """float32 for half types, else as it is: sums are accumulated so."""
+    """Return float32 for half types, else the values unchanged: sums are accumulated so."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def ranks(x: Shaped[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Ranks from 1, ties at their mean."""
+    """Return ranks from 1, ties at their mean."""
     _, place, count = torch.unique(x, return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     return (last - (count.double() - 1) / 2)[place]
 
 
 def rank_correlation(a: Shaped[Tensor, " n"], b: Shaped[Tensor, " n"]) -> float:
-    """Spearman's rank correlation; NaN where either is constant or there are fewer than two."""
+    """Return Spearman's rank correlation; NaN where either is constant or there are fewer than two."""
     x, y = (ranks(v.detach().cpu().double()) for v in (a, b))
     x, y = x - x.mean() if len(x) else x, y - y.mean() if len(y) else y
     norm = float(x.norm() * y.norm())
@@ -258,7 +261,7 @@ def rank_correlation(a: Shaped[Tensor, " n"], b: Shaped[Tensor, " n"]) -> float:
 def side_by_side(
     maps: Sequence[Float[Tensor, "_ _"]],
 ) -> tuple[Float[Tensor, "pair height width"], Bool[Tensor, "pair height width"]]:
-    """(maps, exists): grids of unequal size padded at the bottom and right with 0."""
+    """Return (maps, exists): grids of unequal size padded at the bottom and right with 0."""
     height, width = (max(m.shape[axis] for m in maps) for axis in (0, 1))
     values = maps[0].new_zeros(len(maps), height, width)
     exists = torch.zeros(values.shape, dtype=torch.bool, device=values.device)

@@ -1,17 +1,123 @@
-"""Metrics of a sweep: a number a row from the last position's logits, or from an activation elsewhere.
+"""Metrics of a sweep: one number per row, from the last position's logits or from an activation elsewhere.
 
-A metric is any function of logits [rows d_vocab]; one with `.site` and `.positions` is given that activation.
+A metric is any function of logits [rows d_vocab] that returns [rows]; an object with `.site` and `.positions` is given
+that activation instead. The functions here return such objects. `read_metric` is the one place where a metric is
+applied to runs, `require_finite` the one place where unpatched runs must give numbers to compare with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from veena_lens.hook_table import require_hook
+from veena_lens.sweeps.alignment import places_of
+
+if TYPE_CHECKING:
+    from veena_lens.inputs import MultimodalInputs
+    from veena_lens.model.model import HookedVLM
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """One number per row of logits [rows d_vocab], or of the activation at `site` and `positions` [rows n ...].
+
+    name, settings: what it measures, for messages and for telling one sweep from another. function: called with the
+    logits or the activation and `settings`. site: a hook of a decoder block; default the last position's logits.
+    positions: where the site is read in each row.
+    """
+
+    name: str
+    function: Callable[..., Float[Tensor, " rows"]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    site: str | None = None
+    positions: Any = "last"
+
+    def __call__(self, value: Float[Tensor, "rows ..."]) -> Float[Tensor, " rows"]:
+        return self.function(value, **self.settings)
+
+    def __repr__(self) -> str:
+        settings = dict(self.settings) | ({} if self.site is None else {"site": self.site, "positions": self.positions})
+        return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+
+
+def logit_diff(correct: int, wrong: int) -> Metric:
+    """Return the metric "logit of the `correct` token minus that of the `wrong` one" (token ids; unit: logits)."""
+    return Metric("logit_diff", _logit_diff, {"correct": correct, "wrong": wrong})
+
+
+def log_prob(token: int) -> Metric:
+    """Return the metric "log probability of a token" (its id; unit: nats)."""
+    return Metric("log_prob", _log_prob, {"token": token})
+
+
+def kl(reference: Float[Tensor, " d_vocab"]) -> Metric:
+    """Return the metric "KL(reference || run) of next-token distributions" in nats; `reference` are logits."""
+    return Metric("kl", _kl, {"reference": reference})
+
+
+def project(site: str, direction: Float[Tensor, " d_model"], positions: Any = "last") -> Metric:
+    """Return the metric "inner product of an activation with a direction's unit vector", mean over positions.
+
+    site: a hook of a decoder block, such as "blocks.5.hook_resid_post". direction: of any length but 0. positions:
+    where it is read. Unit: that of the activation."""
+    return Metric("project", _project, {"direction": direction}, site, positions)
+
+
+def soft_hit(tokens: Sequence[int], others: Sequence[Sequence[int]]) -> Metric:
+    """Return the metric "log p(tokens of the target set) - log mean p(other sets)": how far one answer leads the rest.
+
+    tokens: ids of the target's words. others: one list of ids per rival.
+    Raises: ValueError for empty sets, or ids that two sets share."""
+    sets = [set(tokens), *map(set, others)]
+    if not sets[0] or len(sets) < 2 or not all(sets):
+        raise ValueError("soft_hit: give token ids for the target and for at least one rival.")
+    shared = {t for i, s in enumerate(sets) for other in sets[i + 1 :] for t in s & other}
+    if shared:
+        raise ValueError(f"soft_hit: token ids {sorted(shared)} stand in two sets; drop them from both.")
+    return Metric("soft_hit", _soft_hit, {"tokens": tokens, "others": others})
+
+
+def _logit_diff(logits: Float[Tensor, "rows d_vocab"], correct: int, wrong: int) -> Float[Tensor, " rows"]:
+    _require_tokens("logit_diff", (correct, wrong), logits)
+    return logits[:, correct] - logits[:, wrong]
+
+
+def _log_prob(logits: Float[Tensor, "rows d_vocab"], token: int) -> Float[Tensor, " rows"]:
+    _require_tokens("log_prob", (token,), logits)
+    return logits.log_softmax(-1)[:, token]
+
+
+def _kl(logits: Float[Tensor, "rows d_vocab"], reference: Float[Tensor, " d_vocab"]) -> Float[Tensor, " rows"]:
+    if reference.shape != logits.shape[-1:]:
+        raise ValueError(f"kl: the reference must be [{logits.shape[-1]}], not {list(reference.shape)}.")
+    want = reference.to(logits).log_softmax(-1)
+    return (want.exp() * (want - logits.log_softmax(-1))).sum(-1)
+
+
+def _project(
+    activation: Float[Tensor, "rows n d_model"], direction: Float[Tensor, " d_direction"]
+) -> Float[Tensor, " rows"]:
+    if direction.shape != activation.shape[-1:]:
+        wanted, shape = activation.shape[-1], list(direction.shape)
+        raise ValueError(f"project: the direction must be [{wanted}] as the activation is, not {shape}.")
+    unit = direction / (direction.norm() + 1e-12)
+    return (activation @ unit.to(activation)).mean(-1)
+
+
+def _soft_hit(
+    logits: Float[Tensor, "rows d_vocab"], tokens: Sequence[int], others: Sequence[Sequence[int]]
+) -> Float[Tensor, " rows"]:
+    _require_tokens("soft_hit", [*tokens, *(t for o in others for t in o)], logits)
+    logp = logits.log_softmax(-1)
+    target = logp[:, list(tokens)].logsumexp(-1)
+    rivals = torch.stack([logp[:, list(o)].logsumexp(-1) for o in others])
+    return target - (rivals.logsumexp(0) - torch.log(torch.tensor(float(len(others)), dtype=logp.dtype)))
 
 
 def _require_tokens(metric: str, tokens: Sequence[int], logits: Tensor) -> None:
@@ -21,79 +127,63 @@ def _require_tokens(metric: str, tokens: Sequence[int], logits: Tensor) -> None:
         raise ValueError(f"{metric}: token id {outside[0]} does not exist; the vocabulary has {logits.shape[-1]}.")
 
 
-@dataclass(frozen=True)
-class logit_diff:  # noqa: N801 (read as a function)
-    """Logit of the `correct` token minus that of the `wrong` one."""
-
-    correct: int
-    wrong: int
-
-    def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
-        _require_tokens("logit_diff", (self.correct, self.wrong), logits)
-        return logits[:, self.correct] - logits[:, self.wrong]
+# --- applying metrics to runs ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class log_prob:  # noqa: N801
-    """Log probability of a token."""
+def site_of(model: HookedVLM, metric: Any) -> str | None:
+    """Return the hook that a metric reads, None for logits.
 
-    token: int
-
-    def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
-        _require_tokens("log_prob", (self.token,), logits)
-        return logits.log_softmax(-1)[:, self.token]
-
-
-@dataclass(frozen=True, eq=False)
-class kl:  # noqa: N801
-    """KL(reference || run) of next-token distributions; `reference` are logits [d_vocab]."""
-
-    reference: Float[Tensor, " d_vocab"]
-
-    def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
-        if self.reference.shape != logits.shape[-1:]:
-            raise ValueError(f"kl: the reference must be [{logits.shape[-1]}], not {list(self.reference.shape)}.")
-        want = self.reference.to(logits).log_softmax(-1)
-        return (want.exp() * (want - logits.log_softmax(-1))).sum(-1)
+    Raises: ValueError for an unknown hook, or one outside the decoder's blocks."""
+    site = getattr(metric, "site", None)
+    if site is None:
+        return None
+    full = require_hook(site, model.hook_dict)
+    if not full.startswith("blocks."):
+        raise ValueError(f"A metric reads logits or a hook of a decoder block, not {site!r}.")
+    return full
 
 
-@dataclass(frozen=True, eq=False)
-class project:  # noqa: N801
-    """Inner product of an activation at `positions` (mean over them) with a direction's unit vector."""
+def read_metric(
+    metric: Any,
+    site: str | None,
+    inputs: MultimodalInputs,
+    row: int,
+    logits: Float[Tensor, "rows d_vocab"] | None,
+    seen: Mapping[str, Float[Tensor, "rows pos ..."]],
+    name: str = "",
+) -> Float[Tensor, " rows"]:
+    """Return the metric of runs that all lie as row `row` of `inputs`.
 
-    site: str
-    direction: Float[Tensor, " d_model"]
-    positions: Any = "last"
+    site: the hook that it reads, as `site_of` says. logits: those of each run's last position, where some metric reads
+    them. seen: activations of the runs by hook, over the positions of the padded row. name: of the metric, for
+    messages.
+    Raises: ValueError for other than one number per run, or positions that select nothing."""
+    if site is None:
+        assert logits is not None
+        value = logits
+    else:
+        places = places_of(inputs, row, getattr(metric, "positions", "last"))
+        value = seen[site][:, places.to(seen[site].device)]
+    return values_of(metric, value, name)
 
-    def __call__(self, activation: Float[Tensor, "rows n d_model"]) -> Float[Tensor, " rows"]:
-        if self.direction.shape != activation.shape[-1:]:
-            wanted, shape = activation.shape[-1], list(self.direction.shape)
-            raise ValueError(f"project: the direction must be [{wanted}] as {self.site} is, not {shape}.")
-        unit = self.direction / (self.direction.norm() + 1e-12)
-        return (activation @ unit.to(activation)).mean(-1)
+
+def values_of(metric: Any, value: Float[Tensor, "rows ..."], name: str = "") -> Float[Tensor, " rows"]:
+    """Return the metric of what it reads. Raises: ValueError for other than one number per row."""
+    out = metric(value)
+    if not isinstance(out, Tensor) or out.shape != (len(value),):
+        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"The metric{_named(name)} must give one number per row, [{len(value)}], not {shape}.")
+    return out if out.is_floating_point() else out.double()
 
 
-@dataclass(frozen=True)
-class soft_hit:  # noqa: N801
-    """log p(tokens of the target set) - log mean p(other sets): how far one answer leads the others.
+def require_finite(values: Float[Tensor, " rows"], pairs: Sequence[int], name: str = "") -> None:
+    """Raises: ValueError where the metric of an unpatched run is NaN or infinite; `pairs` says whose each run is."""
+    bad = {pair: float(v) for pair, v in zip(pairs, values.detach(), strict=True) if not bool(torch.isfinite(v))}
+    if bad:
+        raise ValueError(
+            f"The metric{_named(name)} is not finite on unpatched runs, by pair: {bad}; there is nothing to compare."
+        )
 
-    `tokens` are ids of the target's words, `others` one list a rival. Ids that two sets share are refused.
-    """
 
-    tokens: Sequence[int]
-    others: Sequence[Sequence[int]]
-
-    def __post_init__(self) -> None:
-        sets = [set(self.tokens), *map(set, self.others)]
-        if not sets[0] or len(sets) < 2 or not all(sets):
-            raise ValueError("soft_hit: give token ids for the target and for at least one rival.")
-        shared = {t for i, s in enumerate(sets) for other in sets[i + 1 :] for t in s & other}
-        if shared:
-            raise ValueError(f"soft_hit: token ids {sorted(shared)} stand in two sets; drop them from both.")
-
-    def __call__(self, logits: Float[Tensor, "rows d_vocab"]) -> Float[Tensor, " rows"]:
-        _require_tokens("soft_hit", [*self.tokens, *(t for o in self.others for t in o)], logits)
-        logp = logits.log_softmax(-1)
-        target = logp[:, list(self.tokens)].logsumexp(-1)
-        rivals = torch.stack([logp[:, list(o)].logsumexp(-1) for o in self.others])
-        return target - (rivals.logsumexp(0) - torch.log(torch.tensor(float(len(self.others)), dtype=logp.dtype)))
+def _named(name: str) -> str:
+    return f" {name!r}" if name else ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,21 +17,18 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.long_runs import Store, counting
 from veena_lens.positions import parse
 from veena_lens.scores import ReferenceRuns, Scores
-from veena_lens.sweeps.alignment import RunPair, SweepSites, is_each
-from veena_lens.sweeps.engine import (
-    base_metrics,
-    base_run,
-    metrics_of,
-    require_engine,
-    require_inputs,
-    run_rows,
-    sites_of,
-)
+from veena_lens.sweeps.alignment import RunPair, is_each
+from veena_lens.sweeps.engine import base_run, require_engine, require_inputs, run_rows
+from veena_lens.sweeps.measuring import base_metrics, metrics_of, sites_of
 from veena_lens.sweeps.plan import announce, plan_of, rows_within, whole_plan
+from veena_lens.sweeps.sites import SweepSites, patchable_sites, sweep_sites
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 def patch_sweep(
-    model: Any,
+    model: HookedVLM,
     clean: MultimodalInputs,
     corrupted: MultimodalInputs,
     sites: Any = "heads",
@@ -48,18 +45,21 @@ def patch_sweep(
     out: str | Path | None = None,
     plan_only: bool = False,
 ) -> Any:
-    """The metric under each patch of one run's activation into the other, over pairs of rows.
+    """Measure every patch of one run's activations into the other, over pairs of rows.
 
-    sites: "heads" (attn.hook_z of one head), "resid" (hook_resid_pre), "attn_out", "mlp_out", "neurons"
-    (mlp.hook_post of one neuron), or hook names: of the decoder's blocks, hook_embed, or on images (tower,
-    connector, hook_image_features). positions: "each" patches one position at a time; any other selection ("last",
-    "query", an int, a slice, a mask, a Box) is patched together; numbers count in each row without its pads, at
-    tower and connector in every image. layers, units: which layers and heads or neurons (default: all). metric:
-    see veena_lens.sweeps.metrics; a dictionary of metrics reads the same runs. Rows travel together up to
-    `max_rows`, or as many as `max_bytes` of activations hold. out: a folder where results are kept as they come;
-    the same sweep resumes there. plan_only returns the Plan and runs nothing.
-    Returns Scores with axes in the order ([site,] pair, layer, head or neuron, pos), or for a dictionary of
-    metrics one of each.
+    clean, corrupted: pairs of rows. sites: "heads" (attn.hook_z of one head, default), "resid" (hook_resid_pre),
+    "attn_out", "mlp_out", "neurons" (mlp.hook_post of one neuron), or hook names: of the decoder's blocks, hook_embed,
+    or on images (tower, connector, hook_image_features). positions: "each" patches one position at a time; any other
+    selection ("last", default, "query", an int, a slice, a mask, a Box) is patched together; numbers count in each row
+    without its pads, at tower and connector in every image. metric: see `veena_lens.sweeps.metrics`; a dictionary of
+    metrics reads the same runs. direction: "denoising" puts clean activations into the corrupted run (default),
+    "noising" corrupted ones into the clean run. engine: "suffix" recomputes what a patch can reach (default), "naive"
+    whole forwards. layers, units: which layers and heads or neurons, default all. max_rows: rows that travel together.
+    max_bytes: or as many as this many bytes of activations hold, default no bound. progress: show the plan and a bar.
+    out: a folder where results are kept as they come; the same sweep resumes there. plan_only: return the Plan and run
+    nothing.
+    Returns Scores with axes in the order ([site,] pair, layer, head or neuron, pos), without "pair" for one pair and
+    without "pos" for positions patched together; for a dictionary of metrics one of each.
     Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site, a metric of
     another shape or that is not finite on an unpatched run, or a budget too small for one row.
     """
@@ -72,18 +72,18 @@ def patch_sweep(
         raise ValueError(f"{len(clean)} clean rows and {len(corrupted)} corrupted ones; pairs need equal numbers.")
     if not is_each(positions):
         parse(positions)
-    layout = SweepSites(model, sites, layers, units)
+    visited = patchable_sites(sweep_sites("patch_sweep", model.cfg, sites, layers, units))
     sites_read = sites_of(model, metrics)
     require_engine(model, engine)
     base, source = (corrupted, clean) if direction == "denoising" else (clean, corrupted)
-    pairs = [RunPair(model.cfg, base, source, i, positions, layout) for i in range(len(base))]
+    pairs = [RunPair(model.cfg, base, source, i, positions, visited) for i in range(len(base))]
     lengths = [pair.n_groups for pair in pairs]
     if len(set(lengths)) > 1:
         raise ValueError(
             f"positions='each' over several pairs needs prompts of one length, not {lengths} positions; sweep them one "
             "by one."
         )
-    plans = [plan_of(model.cfg, pair.empty_rows(layout), pair.base) for pair in pairs]
+    plans = [plan_of(model.cfg, pair.empty_rows(visited), pair.base) for pair in pairs]
     plan = whole_plan(plans)
     if plan_only:
         return plan
@@ -93,12 +93,12 @@ def patch_sweep(
     settings = (sites, positions, metric, direction, layers, units, max_rows, engine)
     store = Store(out, (model, clean, corrupted, *settings))
     values, of_base, of_source = [], [], []
-    total = len(pairs) * pairs[0].n_groups * len(layout.sites) * len(layout.units)
+    total = len(pairs) * pairs[0].n_groups * len(visited.sites) * len(visited.units)
     with counting(total, "patches", progress) as advance:
         call: dict[str, Any] = {"engine": engine, "max_rows": max_rows, "advance": advance}
         for i, pair in enumerate(pairs):
-            base = base_run(model, pair.base, sites_read, layout.sites if layout.on_pictures else ())
-            rows, source = pair.rows(model, layout, sites_read)
+            base = base_run(model, pair.base, sites_read, visited.sites if visited.on_images else ())
+            rows, source = pair.rows(model, visited, sites_read)
             of_base.append(base_metrics(model, metrics, base, i))
             of_source.append(base_metrics(model, metrics, source, i))
             values.append(run_rows(model, base, rows, metrics, **call, store=store.under(f"pair{i}")))
@@ -106,13 +106,13 @@ def patch_sweep(
     results = {}
     for name in metrics:
         found, first, second = (torch.stack([x[name] for x in part]) for part in (values, of_clean, of_corrupted))
-        results[name] = _result(model, layout, pairs, found, first, second, positions, direction)
+        results[name] = _result(model, visited, pairs, found, first, second, positions, direction)
     return results if isinstance(metric, Mapping) else results[""]
 
 
 def _result(
-    model: Any,
-    layout: SweepSites,
+    model: HookedVLM,
+    visited: SweepSites,
     pairs: list[RunPair],
     values: Tensor,
     clean: Tensor,
@@ -121,25 +121,25 @@ def _result(
     direction: str,
 ) -> Scores:
     n_pairs, n_places = len(pairs), pairs[0].n_groups
-    shaped = values.reshape(n_pairs, len(layout.sites), len(layout.units), n_places)
-    axes: list[str] = ["pair", "layer", layout.unit or "unit", "pos"]
+    shaped = values.reshape(n_pairs, len(visited.sites), len(visited.units), n_places)
+    axes: list[str] = ["pair", "layer", visited.unit or "unit", "pos"]
     labels: dict[str, list[Any]] = {
         "pair": list(range(n_pairs)),
-        "layer": [] if layout.named else layout.layers,
-        layout.unit or "unit": layout.units,
+        "layer": visited.layers or [],
+        visited.unit or "unit": visited.units,
         "pos": list(range(n_places)),
     }
     drop = []
     if n_pairs == 1:
         drop.append("pair")
-    if layout.unit is None:
+    if visited.unit is None:
         drop.append("unit")
     if not is_each(positions):
         drop.append("pos")
-    if layout.named:
+    if visited.layers is None:
         shaped = shaped.transpose(0, 1)
-        axes = ["site", "pair", layout.unit or "unit", "pos"]
-        labels["site"] = list(layout.names)
+        axes = ["site", "pair", visited.unit or "unit", "pos"]
+        labels["site"] = list(visited.given)
     index = tuple(0 if a in drop else slice(None) for a in axes)
     kept = tuple(a for a in axes if a not in drop)
     return Scores(
@@ -147,14 +147,14 @@ def _result(
         kept,
         {a: labels[a] for a in kept},
         name="metric",
-        meta={"positions": str(positions), **_texts(model, layout, pairs, positions)},
+        meta={"positions": str(positions), **_texts(model, visited, pairs, positions)},
         reference=ReferenceRuns(clean, corrupted, direction),
     )
 
 
-def _texts(model: Any, layout: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
-    """What stands at each position, to label the axis "pos": where every one is patched, and all pairs say the same."""
+def _texts(model: HookedVLM, visited: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
+    """Return the texts of the axis "pos", where every position is patched and all pairs say the same."""
     rows = {tuple(pair.base.tokens[0].tolist()) for pair in pairs}
-    if not is_each(positions) or layout.on_pictures or len(rows) > 1 or model.tokenizer is None:
+    if not is_each(positions) or visited.on_images or len(rows) > 1 or model.tokenizer is None:
         return {}
     return {"token_texts": [model.tokenizer.decode([token]) for token in rows.pop()]}

@@ -3,20 +3,47 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypedDict
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.sweeps.rows import AnyRow, PictureRow
 from veena_lens.sweeps.tower import blocks_again
 
 
+class SweepOptions(TypedDict, total=False):
+    """How the rows of a sweep run.
+
+    max_rows: rows that travel together, default 512. max_bytes: or as many as this many bytes of activations hold,
+    default no bound. progress: show the plan and a bar, default True. out: a folder where results are kept as they
+    come, so that the same sweep resumes there; default none. plan_only: return the Plan and run nothing, default False.
+    """
+
+    max_rows: int
+    max_bytes: int | None
+    progress: bool
+    out: str | Path | None
+    plan_only: bool
+
+
+def require_options(who: str, options: Mapping[str, Any], known: Any) -> None:
+    """Raises: TypeError for an option that a record of options (a TypedDict) does not have."""
+    names = list(known.__annotations__)
+    unknown = [name for name in options if name not in names]
+    if unknown:
+        raise TypeError(f"{who}: no option is called {unknown[0]!r}; there are {', '.join(names)}.")
+
+
 @dataclass(frozen=True)
 class Plan:
-    """`token_layers` counts positions times layers of the decoder that are recomputed; `naive` the same for whole
-    forwards. `tower_blocks` counts blocks of the tower that images pass again, once an image; `naive_tower` the same
-    for whole forwards, each of which encodes its images."""
+    """The cost of a sweep.
+
+    n_rows: edited runs. n_positions, n_layers: of the decoder. token_layers: positions times layers that are
+    recomputed; `naive` the same for whole forwards. n_whole: rows that reach everything from the first image on.
+    row_bytes: activations of the longest row. tower_blocks: blocks of the tower that images pass again, once per image;
+    naive_tower: the same for whole forwards, each of which encodes its images."""
 
     n_rows: int
     n_positions: int
@@ -33,18 +60,16 @@ class Plan:
 
     @property
     def saving(self) -> float:
-        """How many times less the suffix engine computes (the base run counted in)."""
+        """How many times less the suffix engine computes, the base run included."""
         return self.naive / max(1, self.token_layers + self.n_positions * self.n_layers)
 
     def __repr__(self) -> str:
         rows = f"{self.n_whole} row reaches" if self.n_whole == 1 else f"{self.n_whole} rows reach"
-        whole = f"; {rows} everything from the first picture on and cost about a whole run each" if self.n_whole else ""
+        whole = f"; {rows} everything from the first image on and cost about a whole run each" if self.n_whole else ""
         tower = ""
         if self.naive_tower:
             saved = self.naive_tower - self.tower_blocks
-            tower = (
-                f"; tower: pictures pass {self.tower_blocks:,} blocks again, {saved:,} of {self.naive_tower:,} saved"
-            )
+            tower = f"; tower: images pass {self.tower_blocks:,} blocks again, {saved:,} of {self.naive_tower:,} saved"
         return (
             f"Plan({self.n_rows} rows of {self.n_positions} positions and {self.n_layers} layers: "
             f"{self.token_layers:,} token-layers against {self.naive:,}, about {self.saving:.1f} times less"
@@ -53,7 +78,7 @@ class Plan:
 
 
 def plan_of(cfg: Any, rows: Sequence[AnyRow], inputs: MultimodalInputs) -> Plan:
-    """The plan of one pair's rows."""
+    """Return the plan of one pair's rows."""
     n_positions, spans = inputs.shape[1], inputs.spans[0].images
     first = spans[0].start if spans else 0
     cost = sum((n_positions - row.start) * (cfg.n_layers - row.layer) for row in rows)
@@ -73,8 +98,9 @@ def plan_of(cfg: Any, rows: Sequence[AnyRow], inputs: MultimodalInputs) -> Plan:
 
 
 def row_bytes(cfg: Any, tail: int, n_positions: int, dtype: Any = None) -> int:
-    """Bytes that a row holds while it passes a block: residuals, norms, queries, keys and values, scores and pattern
-    over all positions, and the MLP's hidden layer."""
+    """Return the bytes that a row holds while it passes a block.
+
+    Residuals, norms, queries, keys and values, scores and pattern over all positions, and the MLP's hidden layer."""
     width = 6 * cfg.d_model + (2 * cfg.n_heads + 4 * cfg.n_key_value_heads) * cfg.d_head + 3 * cfg.d_mlp
     per_token = width + 3 * cfg.n_heads * n_positions
     size = getattr(cfg.dtype if dtype is None else dtype, "itemsize", 4)
@@ -82,7 +108,7 @@ def row_bytes(cfg: Any, tail: int, n_positions: int, dtype: Any = None) -> int:
 
 
 def whole_plan(plans: Sequence[Plan]) -> Plan:
-    """The plans of all pairs as one."""
+    """Return the plans of all pairs as one."""
     return Plan(
         sum(p.n_rows for p in plans),
         max(p.n_positions for p in plans),
@@ -96,7 +122,7 @@ def whole_plan(plans: Sequence[Plan]) -> Plan:
 
 
 def rows_within(plan: Plan, max_rows: int, max_bytes: int | None) -> int:
-    """How many rows travel together. Raises: ValueError for a budget that holds no single row."""
+    """Return how many rows travel together. Raises: ValueError for a budget that holds no single row."""
     if max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1.")
     if max_bytes is None:
@@ -110,7 +136,7 @@ def rows_within(plan: Plan, max_rows: int, max_bytes: int | None) -> int:
 
 
 def announce(plan: Plan) -> None:
-    """Tell the plan before a sweep runs, where the progress bar goes."""
+    """Write the plan before a sweep runs, where the progress bar goes."""
     from tqdm.auto import tqdm
 
     tqdm.write(repr(plan), file=sys.stderr)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -17,21 +16,17 @@ from veena_lens.long_runs import Store, counting
 from veena_lens.positions import parse, position_mask
 from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import positions_of_row
-from veena_lens.sweeps.engine import (
-    base_metrics,
-    base_run,
-    metrics_of,
-    require_engine,
-    require_inputs,
-    run_rows,
-    sites_of,
-)
-from veena_lens.sweeps.plan import plan_of, rows_within, whole_plan
+from veena_lens.sweeps.engine import base_run, require_engine, require_inputs, run_rows
+from veena_lens.sweeps.measuring import base_metrics, metrics_of, sites_of
+from veena_lens.sweeps.plan import SweepOptions, plan_of, require_options, rows_within, whole_plan
 from veena_lens.sweeps.rows import Row
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 def steer_sweep(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs,
     vectors: Float[Tensor, ...],
     metric: Any,
@@ -40,22 +35,22 @@ def steer_sweep(
     engine: str = "suffix",
     *,
     layers: Sequence[int] | None = None,
-    max_rows: int = 512,
-    max_bytes: int | None = None,
-    progress: bool = True,
-    out: str | Path | None = None,
-    plan_only: bool = False,
+    **options: Unpack[SweepOptions],
 ) -> Any:
-    """The metric of every row of inputs under resid_post += alpha * vector, for each layer and alpha.
+    """Measure every row of inputs under resid_post += alpha * vector, for each layer and alpha.
 
-    vectors: [layer d_model], one a layer, or [d_model] for all. A dictionary of metrics reads the same runs and gives
-    one result each. Rows travel together up to `max_rows`, or as many as `max_bytes` of activations hold. Axes (pair,
-    layer, alpha); `corrupted` and `clean` both hold the unsteered metric, so `scores` is NaN and `values - corrupted`
-    is the change. out: a folder where results are kept as they come; the same sweep resumes there. plan_only returns
-    the Plan.
+    inputs: prompts [row]. vectors: [layer d_model], one per layer, or [d_model] for all. metric: see
+    `veena_lens.sweeps.metrics`; a dictionary of metrics reads the same runs and gives one result each. alphas:
+    strengths, factors of the vectors. positions: where the vectors are added, numbers counted in each row without its
+    pads. engine: "suffix" recomputes what an edit can reach, "naive" whole forwards. layers: default all. options: see
+    `SweepOptions`.
+    Returns Scores with axes (pair, layer, alpha), pair being the row, left out for one row; `corrupted` and `clean`
+    both hold the unsteered metric, so `scores` is NaN and `values - corrupted` is the change. With plan_only the Plan.
     Raises: ValueError for vectors or layers that do not fit, or as `patch_sweep`.
     """
     cfg = model.cfg
+    require_options("steer_sweep", options, SweepOptions)
+    plan_only, progress, out = options.get("plan_only", False), options.get("progress", True), options.get("out")
     require_engine(model, engine)
     require_inputs(inputs, "inputs")
     parse(positions)
@@ -89,7 +84,7 @@ def steer_sweep(
     plan = whole_plan([plan_of(cfg, rows, row) for row, rows in swept])
     if plan_only:
         return plan
-    max_rows = rows_within(plan, max_rows, max_bytes)
+    max_rows = rows_within(plan, options.get("max_rows", 512), options.get("max_bytes"))
     store = Store(out, (model, inputs, vectors, metric, list(alphas), positions, chosen, max_rows, engine))
     values, plain = [], []
     with counting(len(inputs) * len(chosen) * len(alphas), "steered runs", progress) as advance:

@@ -24,7 +24,7 @@ from veena_lens.app.questions import LIST
 from veena_lens.emotion import Pair, load_pairs
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
-from veena_lens.sweeps.metrics import logit_diff
+from veena_lens.sweeps.metrics import Metric, logit_diff
 from veena_lens.sweeps.plan import Plan
 
 TOGETHER = 512  # rows of a sweep that travel together unless memory asks for fewer
@@ -149,7 +149,7 @@ def _with(asked: SweepAsked, **changed: Any) -> SweepAsked:
     return SweepAsked(**{**vars(asked), **changed})
 
 
-def _prepared(model: Any, asked: SweepAsked) -> tuple[Any, Any, logit_diff]:
+def _prepared(model: Any, asked: SweepAsked) -> tuple[Any, Any, Metric]:
     clean, corrupted = (
         model.prepare(text=asked.prompt, images=shown.image) for shown in (asked.clean, asked.corrupted)
     )

@@ -216,6 +216,6 @@ def push_bundle(
 
 
 def _places(inputs: MultimodalInputs, image: int, grid: str) -> list[int]:
-    from veena_lens.circuits.reading import picture_cells
+    from veena_lens.circuits.image_cells import image_cells
 
-    return picture_cells(inputs, image, grid, "push").index[0].flatten().tolist()
+    return image_cells(inputs, image, grid, "push").index[0].flatten().tolist()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache, MissingActivation
 from veena_lens.circuits.attention_maps import FEWEST_KEYS
-from veena_lens.circuits.reading import stream_rows
+from veena_lens.circuits.streamed_attention import stream_attention
 from veena_lens.images.layout import runs_of_images
 from veena_lens.inputs import MultimodalInputs
 
@@ -65,7 +65,7 @@ class ModelRows:
             consume(layer, at, weights[0])
 
         with self.model.intervene(list(self.interventions)):
-            stream_rows(self.model, self.inputs, list(queries), layers, heads, one)
+            stream_attention(self.model, self.inputs, list(queries), layers, heads, one)
 
 
 def rule_of(cfg: Any) -> dict[str, Any]:

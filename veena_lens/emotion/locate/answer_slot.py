@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.sweeps.metrics import soft_hit
+from veena_lens.sweeps.metrics import Metric, soft_hit
 
 LEAD_IN = "The person feels"
 
@@ -34,7 +34,7 @@ class AnswerPosition:
     def emotions(self) -> list[str]:
         return list(self.tokens)
 
-    def metric(self, emotion: str, rivals: Sequence[str] | None = None) -> soft_hit:
+    def metric(self, emotion: str, rivals: Sequence[str] | None = None) -> Metric:
         """R_e = log p_e - log mean p of the rivals (default: all other emotions), as a metric for sweeps.
 
         Raises: ValueError for an emotion that the slot does not know."""

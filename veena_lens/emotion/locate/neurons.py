@@ -198,7 +198,7 @@ def _kinds(
     parts = []
     for emotion, some in table.groupby("emotion", sort=False):
         direction = directions.of(emotion or None)
-        parts.append(classify_neurons(model, some, words, direction, layer, at=rows, confirmed=confirmed))
+        parts.append(classify_neurons(model, some, words, direction, layer, positions=rows, confirmed=confirmed))
     if not parts:
         return table.assign(kind="", lexicon_tokens=0, why="", rows=rows)
     return pd.concat(parts).sort_index().assign(rows=rows)

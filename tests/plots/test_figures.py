@@ -115,7 +115,7 @@ def test_curves_name_their_lines() -> None:
     [
         (lambda: plots.heatmap(np.zeros((2, 2)), x=["a"]), "1 labels for 2 entries along x"),
         (lambda: plots.heatmap(np.zeros((0, 2))), "at least one cell"),
-        (lambda: plots.overlay(picture(), np.zeros((2, 2)), patch_boxes=np.zeros((3, 4))), r"wants \[4, 4\]"),
+        (lambda: plots.overlay(picture(), np.zeros((2, 2)), patch_boxes=np.zeros((3, 4))), r"needs \[4, 4\]"),
         (lambda: plots.overlays(picture(), []), "at least one map"),
         (lambda: plots.curves(np.zeros((2, 2)), lines=["a"]), "1 labels for 2 entries along lines"),
         (lambda: plots.save(plots.curves(np.zeros(2)), "figure.bmp"), "must end in .png or .svg"),

@@ -16,10 +16,15 @@ from veena_lens import HookedVLM, plots
 from veena_lens.circuits import attention_difference, attention_sinks, bootstrap, image_attention, mask_sinks
 from veena_lens.images.anyres import image_in_tiles
 from veena_lens.plots import interactive
-from veena_lens.plots.heads import head_maps
+from veena_lens.plots.heads import HeadMaps, head_maps
 from veena_lens.scores import Scores
 
 PICTURE = Image.new("RGB", (28, 28), "orange")
+
+
+def words(data: HeadMaps, place: int) -> str:
+    """The shares of a head as they are written under its map."""
+    return ", ".join(f"{part} {share:.2f}" for part, share in data.shares_of(place).items())
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def test_maps_and_shares_are_those_of_the_pattern(seen) -> None:
         cells = inputs.grid_tokens(row, image)
         np.testing.assert_allclose(data.maps, pattern[:, cells].detach().numpy(), atol=1e-9)
         span = inputs.spans[row].images[image]
-        np.testing.assert_allclose(data.shares["picture"], pattern[:, span].sum(-1).detach().numpy(), atol=1e-9)
+        np.testing.assert_allclose(data.shares["image"], pattern[:, span].sum(-1).detach().numpy(), atol=1e-9)
         query = pattern[:, inputs.spans[row].query].sum(-1).detach().numpy()
         np.testing.assert_allclose(data.shares["query"], query, atol=1e-9)
         np.testing.assert_allclose(np.sum(list(data.shares.values()), 0), 1.0, atol=1e-9)
@@ -57,8 +62,8 @@ def test_sinks_leave_the_map_and_their_part_and_all_still_sums_to_one(seen) -> N
     data = head_maps(attention, inputs, layer=1, query=inputs.spans[0].last, sinks=sinks)
     assert np.isnan(data.maps[:, 0, 1]).all() and np.isnan(data.maps).sum() == len(data.heads)
     plain = head_maps(attention, inputs, layer=1, query=inputs.spans[0].last)
-    moved = np.array(plain.shares["picture"]) - plain.maps[:, 0, 1]
-    np.testing.assert_allclose(data.shares["picture"], moved, atol=1e-12)
+    moved = np.array(plain.shares["image"]) - plain.maps[:, 0, 1]
+    np.testing.assert_allclose(data.shares["image"], moved, atol=1e-12)
     np.testing.assert_allclose(np.sum(list(data.shares.values()), 0), 1.0, atol=1e-9)
     assert min(data.shares["sinks"]) > 0
 
@@ -70,10 +75,10 @@ def test_the_view_names_the_token_and_writes_the_shares_under_each_head(seen, tm
     figure = plots.head_view(PICTURE, attention, inputs, layer=1, heads=[4, 0], query=last, tokens=tokens)
     assert f"layer 1, attention of 'word{last}' at position {last}" in figure.get_suptitle()
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert [t for t in titles if t] == ["picture", "head 4", "head 0"]
+    assert [t for t in titles if t] == ["image", "head 4", "head 0"]
     data = head_maps(attention, inputs, layer=1, heads=[4, 0], query=last)
     written = " ".join(text.get_text().replace("\n", ", ") for axes in figure.axes for text in axes.texts)
-    assert all(data.words(i) in written for i in range(2)) and "picture 0." in written and "query 0." in written
+    assert all(words(data, i) in written for i in range(2)) and "image 0." in written and "query 0." in written
     assert plots.save(figure, tmp_path / "view.pdf").read_bytes().startswith(b"%PDF")
     assert plots.save(figure, tmp_path / "view.png").read_bytes().startswith(b"\x89PNG")
     again = attention.plot(
@@ -91,11 +96,11 @@ def test_the_interactive_view_holds_the_same_numbers_and_colours(seen) -> None:
     assert len(traces) == len(data.heads)
     for i, trace in enumerate(traces):
         np.testing.assert_allclose(trace.marker.color, data.maps[i].flatten())
-        assert data.words(i) in trace.hovertemplate
+        assert words(data, i) in trace.hovertemplate
         assert (trace.marker.cmin, trace.marker.cmax) == (traces[0].marker.cmin, traces[0].marker.cmax)
     assert [t.marker.showscale for t in traces] == [True] + [False] * (len(traces) - 1)
     below = figure.layout.xaxis2.title.text.replace("<br>", " ")
-    assert below == data.words(0), "the shares stand under the map"
+    assert below == words(data, 0), "the shares stand under the map"
     cells = data.maps[0].size
     assert [s.xref for s in figure.layout.shapes] == [f"x{i + 2}" for i in range(len(traces)) for _ in range(cells)]
     assert len(figure.layout.images) == 1 + len(traces) and figure.layout.title.text == data.title
@@ -107,13 +112,13 @@ def test_maps_of_the_picture_know_the_picture_and_the_rest(seen) -> None:
     view = image_attention(model, inputs[:1], layers=[1])
     data, whole = head_maps(view, inputs[:1]), head_maps(attention, inputs, layer=1, query=last)
     np.testing.assert_allclose(data.maps, whole.maps, atol=1e-9)
-    np.testing.assert_allclose(data.shares["picture"], whole.shares["picture"], atol=1e-9)
-    np.testing.assert_allclose(np.add(data.shares["picture"], data.shares["elsewhere"]), 1.0, atol=1e-9)
+    np.testing.assert_allclose(data.shares["image"], whole.shares["image"], atol=1e-9)
+    np.testing.assert_allclose(np.add(data.shares["image"], data.shares["elsewhere"]), 1.0, atol=1e-9)
     assert str(int(inputs[:1].tokens[0, -1])) in data.title
     assert head_maps(view, token="happy").title == "layer 1, attention of happy"
     plots.encode(plots.head_view(PICTURE, mask_sinks(model, inputs[:1], layers=[1])))
     signed = attention_difference(view, image_attention(model, inputs[1:], layers=[1]))
-    assert list(head_maps(signed).shares) == ["picture"]
+    assert list(head_maps(signed).shares) == ["image"]
 
 
 def test_every_map_can_have_a_scale_of_its_own(seen) -> None:
@@ -162,9 +167,9 @@ def test_only_image_keys_give_the_picture_and_elsewhere(seen) -> None:
     model, inputs, attention = seen
     few = model.attention(inputs[:1], keys="image", layers=[1])
     data = head_maps(few, inputs[:1])
-    assert list(data.shares) == ["picture", "elsewhere"]
+    assert list(data.shares) == ["image", "elsewhere"]
     whole = head_maps(attention, inputs, layer=1, query=inputs.spans[0].last)
-    np.testing.assert_allclose(data.shares["picture"], whole.shares["picture"], atol=1e-9)
+    np.testing.assert_allclose(data.shares["image"], whole.shares["image"], atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -172,14 +177,14 @@ def test_only_image_keys_give_the_picture_and_elsewhere(seen) -> None:
     [
         (dict(layer=None), "layer= must choose one of"),
         (dict(query=None), "query= must choose"),
-        (dict(query=3), "query=3 is no position that was read"),
+        (dict(query=3), "query=3 was not recorded"),
         (dict(layer=7), "7"),
         (dict(heads=[99]), "99"),
         (dict(row=5), "row 5 does not exist"),
         (dict(image_index=4), "no image 4"),
         (dict(grid="tiles"), "'grid' or 'whole'"),
         (dict(inputs=None), "need inputs="),
-        (dict(tokens=["a"]), "1 tokens name no position"),
+        (dict(tokens=["a"]), "got 1 tokens, so position .* has no name"),
         (dict(scale="own"), "'shared' or 'each'"),
         (dict(attention=Scores(torch.zeros(2, 3), ("layer", "head"))), "give the Scores of model.attention"),
         (dict(sinks=Scores(torch.zeros(2, 3), ("layer", "head"))), "circuits.attention_sinks"),
@@ -265,7 +270,7 @@ def test_the_colours_stay_apart_for_colour_blind_readers() -> None:
             [-0.003882, -0.048116, 1.051998],
         ],
     }
-    parts = [PART_COLOURS[name] for name in ("picture", "query", "other", "sinks")]
+    parts = [PART_COLOURS[name] for name in ("image", "query", "other", "sinks")]
     for matrix in sights.values():
         for palette in (theme.LINE_COLOURS[:7], parts):
             seen = np.array([to_rgb(colour) for colour in palette]) @ np.array(matrix).T

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from veena_lens.plots import interactive
-from veena_lens.plots.image_overlay import picture_scale
+from veena_lens.plots.theme import Scale
 from veena_lens.scores import Scores
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -65,8 +65,23 @@ def test_static_figures_are_saved_for_papers_too(tmp_path) -> None:
 
 @pytest.mark.parametrize("values", [[[0.1, 0.9]], [[-0.5, 0.5]], [[-0.9, -0.1]]])
 def test_an_overlay_has_the_static_figures_colours(values: list[list[float]]) -> None:
-    norm, colours = picture_scale(np.array(values), None)
+    scale = Scale.over_image(np.array(values))
     figure = interactive.overlay(Image.new("RGB", (8, 4)), torch.tensor(values, dtype=torch.float64))
     for value, shape in zip(values[0], figure.layout.shapes, strict=True):
-        red, green, blue = (round(255 * part) for part in colours(norm(value))[:3])
+        red, green, blue = (round(255 * part) for part in scale.colormap(scale.norm(value))[:3])
         assert shape.fillcolor == f"rgba({red},{green},{blue},0.6)"
+
+
+def test_both_back_ends_take_the_same_settings_and_name_what_they_return() -> None:
+    import inspect
+
+    from veena_lens import plots
+
+    for name in ("heatmap", "curves", "overlay", "overlays", "head_view"):
+        static, hovered = (inspect.signature(getattr(module, name)) for module in (plots, interactive))
+        assert static.parameters == hovered.parameters
+        assert (static.return_annotation, hovered.return_annotation) == ("Figure", "Any")
+    maps = torch.rand(2, 2, 2, generator=GENERATOR)
+    figure = interactive.overlays(Image.new("RGB", (8, 4)), maps, titles=["a", "b"], title="both")
+    assert [note.text for note in figure.layout.annotations] == ["a", "b"] and len(figure.data) == 2
+    np.testing.assert_allclose(figure.data[1].marker.color, maps[1].flatten().numpy(), rtol=1e-6)

@@ -1,28 +1,24 @@
-"""Head views: where one token looks in the image, a small map a head, with what each head gives to the rest.
+"""Head views: where one token looks in the image, one small map per head, with the shares of its attention.
 
-What a head view shows, taken from Scores: a token's attention over an image, head by head, and where the rest goes.
-
-Every key belongs to one part: a sink, the image, the query (the text after the last image) or the rest, so that
-the shares of a head sum to 1 where the Scores hold all keys.
+Every key belongs to one part: a sink, the image, the query (the text after the last image) or the rest, so that the
+shares of a head sum to 1 where the Scores hold all keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Real
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.plots import theme
-from veena_lens.plots.image_overlay import cell_boxes, colour_bar, lay, picture_scale, show
+from veena_lens.plots.image_overlay import Boxes, ImageMaps, map_panel
+from veena_lens.plots.theme import Limits, Scale
 
 PART_COLOURS: dict[str, str] = {
     "image": "#D55E00", "query": "#0072B2", "other": "#8C8C8C", "sinks": "#000000", "elsewhere": "#8C8C8C"
@@ -30,10 +26,40 @@ PART_COLOURS: dict[str, str] = {
 PARTS = tuple(PART_COLOURS)
 
 
+class HeadChoice(TypedDict, total=False):
+    """Which part of the Scores a head view shows; see `head_view`."""
+
+    layer: int | None
+    heads: Sequence[int] | None
+    query: int | None
+    row: int
+    image_index: int
+    grid: str
+    sinks: Any
+    tokens: Sequence[str] | None
+    token: str | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Chosen:
+    """The same with its defaults."""
+
+    layer: int | None = None
+    heads: Sequence[int] | None = None
+    query: int | None = None
+    row: int = 0
+    image_index: int = 0
+    grid: str = "grid"
+    sinks: Any = None
+    tokens: Sequence[str] | None = None
+    token: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class HeadMaps:
-    """`maps` [head height width], NaN at sinks and padding; `shares`: of each part one number a head, in the order of
-    PARTS; `boxes`: each cell's left, top, right, bottom in pixels (None: not known)."""
+    """`maps` [head height width], NaN at sinks and padding; `shares`: of each part one number per head, in the order of
+    PARTS; `boxes`: left, top, right, bottom of each cell in pixels (None: not known); `tops`: each map's largest
+    weight, where maps have scales of their own."""
 
     maps: np.ndarray
     heads: list[int]
@@ -44,7 +70,7 @@ class HeadMaps:
     tops: Sequence[float] | None = None
 
     def scaled(self, scale: str) -> HeadMaps:
-        """The same view on one scale ("shared"), or every map divided by its own largest value ("each").
+        """Return the same maps on one scale ("shared"), or each divided by its largest value ("each").
 
         Raises: ValueError for another word."""
         if scale not in ("shared", "each"):
@@ -55,31 +81,69 @@ class HeadMaps:
         maps = np.stack([values / (top or 1.0) for values, top in zip(self.maps, tops, strict=True)])
         return replace(self, maps=maps, unit="share of each map's largest", tops=tops)
 
-    def largest(self, head: int) -> str:
-        """ " (up to ...)" where maps have scales of their own, else nothing."""
-        return "" if self.tops is None else f" (up to {self.tops[head]:.2g})"
-
-    def words(self, head: int) -> str:
-        """The shares of one head, as they are written under its map."""
-        return ", ".join(f"{part} {of[head]:.2f}" for part, of in self.shares.items())
+    def shares_of(self, place: int) -> dict[str, float]:
+        """The shares of the head at a place in `heads`."""
+        return {part: of[place] for part, of in self.shares.items()}
 
 
-def head_maps(
+def head_view(
+    picture: Image.Image,
     attention: Any,
     inputs: MultimodalInputs | None = None,
     *,
-    layer: int | None = None,
-    heads: Sequence[int] | None = None,
-    query: int | None = None,
-    row: int = 0,
-    image_index: int = 0,
-    grid: str = "grid",
-    sinks: Any = None,
-    tokens: Sequence[str] | None = None,
-    token: str | None = None,
-) -> HeadMaps:
-    """See `plots.head_view`."""
-    axes = tuple(attention.axes)
+    patch_boxes: Boxes | None = None,
+    limits: Limits = None,
+    scale: str = "shared",
+    title: str | None = None,
+    columns: int = 4,
+    **chosen: Unpack[HeadChoice],
+) -> ImageMaps:
+    """Draw the attention of one token over the image in one layer: the image, then one map per head.
+
+    Under each map stand the head's shares, parts that sum to 1: image (all tokens of image number `image_index`),
+    query (text after the last image), other, and sinks, where `sinks` are given; sinks are crossed out in the map and
+    count in no other part. Maps alone know "image" and "elsewhere".
+
+    picture: the image as the user gave it.
+    attention: Scores of `model.attention(inputs, queries=..., keys="all")`, with their `inputs`, or of
+    `circuits.image_attention` and its kin.
+    layer, query (a position), row, image_index: which ones, where there are several.
+    heads: which ones (default: all).
+    grid: "grid", or "whole" for the whole view of a tiled image.
+    sinks: the Scores of `circuits.attention_sinks`.
+    tokens: the texts of the row's positions (`model.to_str_tokens(inputs[row])`), to name the token; token: its name.
+    patch_boxes: left, top, right, bottom of each cell in pixels (default: those of the inputs).
+    limits: (low, high) of the colour scale (default: those of the maps).
+    scale: "shared" colours all maps alike, "each" every one up to its largest weight, given in its title.
+    title: above all (default: layer, token and position). columns: how many maps stand side by side.
+
+    Raises: ValueError for Scores of another kind, what they do not hold, or a choice that is missing.
+    """
+    data = head_maps(attention, inputs, **chosen)
+    boxes = data.boxes if patch_boxes is None else patch_boxes
+    data = data.scaled(scale)
+    panels = []
+    for place, head in enumerate(data.heads):
+        largest = "" if data.tops is None else f" (up to {data.tops[place]:.2g})"
+        about = {"title": f"head {head}{largest}", "shares": data.shares_of(place), "crosses": True}
+        panels.append(map_panel(picture, data.maps[place], None, boxes, **about))
+    return ImageMaps(
+        panels=panels,
+        scale=Scale.over_image(data.maps, limits),
+        label=f"attention ({data.unit})",
+        unit=data.unit,
+        title=data.title if title is None else title,
+        columns=columns,
+        side=2.3,
+        original=picture,
+        part_colours={part: PART_COLOURS[part] for part in data.shares},
+    )
+
+
+def head_maps(attention: Any, inputs: MultimodalInputs | None = None, **chosen: Unpack[HeadChoice]) -> HeadMaps:
+    """Return what a head view shows; parameters and errors as for `head_view`."""
+    asked = _Chosen(**chosen)
+    axes, row = tuple(attention.axes), asked.row
     if not {"head"} < set(axes) or not ({"query", "key"} <= set(axes) or {"height", "width"} <= set(axes)):
         raise ValueError(
             f"head_view: axes {axes}; give the Scores of model.attention(..., keys='all') or "
@@ -91,14 +155,15 @@ def head_maps(
             if not 0 <= row < len(there):
                 raise ValueError(f"head_view: row {row} does not exist; there are {len(there)}.")
             attention = attention.select(**{name: there[row]})
-    layer, attention = _one(attention, "layer", layer)
-    if heads is not None:
-        attention = attention.select(head=list(heads))
+    layer, attention = _one(attention, "layer", asked.layer)
+    asked = replace(asked, layer=layer)
+    if asked.heads is not None:
+        attention = attention.select(head=list(asked.heads))
     if "key" in attention.axes:
-        return _from_rows(attention, inputs, layer, query, row, image_index, grid, sinks, tokens, token)
-    if sinks is not None:
+        return _from_rows(attention, inputs, asked)
+    if asked.sinks is not None:
         raise ValueError("head_view: sinks go with the Scores of model.attention; for maps take circuits.mask_sinks.")
-    return _from_grids(attention, inputs, layer, row, image_index, grid, tokens, token)
+    return _from_grids(attention, inputs, asked)
 
 
 def _one(attention: Any, axis: str, wanted: int | None) -> tuple[int | None, Any]:
@@ -118,32 +183,22 @@ def _few(labels: Sequence) -> str:
     return f"{list(labels)}" if len(labels) <= 12 else f"{labels[0]}, {labels[1]}, ... {labels[-1]} ({len(labels)})"
 
 
-def _from_rows(
-    attention: Any,
-    inputs: MultimodalInputs | None,
-    layer: int | None,
-    query: int | None,
-    row: int,
-    image_index: int,
-    grid: str,
-    sinks: Any,
-    tokens: Sequence[str] | None,
-    token: str | None,
-) -> HeadMaps:
+def _from_rows(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) -> HeadMaps:
     """From rows of attention over keys, which need the inputs to know what a key is."""
     if inputs is None:
         raise ValueError("head_view: rows of model.attention need inputs=, which say where the image's tokens lie.")
+    row = asked.row
     queries = attention.meta["query_positions"][row]
     real = attention.exists.movedim(attention.axes.index("query"), 0).flatten(1).any(1).tolist()
     known = [place for place, there in zip(queries, real, strict=True) if there]
-    asked = query
-    if asked is None:
+    query = asked.query
+    if query is None:
         if len(known) != 1:
             raise ValueError(f"head_view: query= must choose the position of one token, of {_few(known)}.")
-        asked = int(known[0])
-    if asked not in known:
-        raise ValueError(f"head_view: query={asked} is no position that was read; those are {_few(known)}.")
-    place = queries.index(asked)
+        query = int(known[0])
+    if query not in known:
+        raise ValueError(f"head_view: query={query} was not recorded; recorded are {_few(known)}.")
+    place = queries.index(query)
     at = attention.axes.index("query")
     weights = attention.values.select(at, place).detach().double().cpu()  # [head key]
     there = attention.exists.select(at, place).cpu()[0]
@@ -151,23 +206,13 @@ def _from_rows(
     full = torch.zeros(len(weights), inputs.shape[1], dtype=torch.float64)
     full[:, keys] = weights[:, there]
 
-    cells = _cells(inputs, row, image_index, grid).cpu()
-    part = {name: torch.zeros(inputs.shape[1], dtype=torch.bool) for name in ("sinks", "picture", "query", "other")}
-    if sinks is not None:
-        part["sinks"] = _sinks_of(sinks, layer, row, inputs)
-    spans = inputs.spans[row]
-    image = spans.images[image_index]
-    part["image"][image] = inputs.image_mask[row, image].cpu()
-    part["query"][spans.query] = True
-    part["image"] &= ~part["sinks"]
-    part["query"] &= ~part["sinks"] & ~part["image"]
-    seen = inputs.attention_mask[row].cpu() & (torch.arange(inputs.shape[1]) <= asked)
-    part["other"] = seen & ~part["sinks"] & ~part["image"] & ~part["query"]
+    cells = _cells(inputs, row, asked.image_index, asked.grid).cpu()
+    part = _parts(inputs, query, asked)
+    seen = inputs.attention_mask[row].cpu() & (torch.arange(inputs.shape[1]) <= query)
     read = torch.zeros_like(seen)
     read[keys] = True
-    shares = {}
     if bool((read | ~seen).all()):
-        names = [name for name in PARTS if name in part and (name != "sinks" or sinks is not None)]
+        names = [name for name in PARTS if name in part and (name != "sinks" or asked.sinks is not None)]
         shares = {name: full[:, part[name]].sum(-1).tolist() for name in names}
     elif bool(read[cells.flatten()].all()):
         of_image = full[:, part["image"]].sum(-1)
@@ -176,26 +221,34 @@ def _from_rows(
         raise ValueError("head_view: these rows do not hold all tokens of the image; read model.attention(keys='all').")
     maps = full[:, cells.flatten()].view(-1, *cells.shape)
     maps = torch.where(part["sinks"][cells], torch.nan, maps)
-    title = _title(layer, token or _name(inputs, row, asked, tokens), asked)
-    return HeadMaps(
-        maps.numpy(), list(attention.labels["head"]), shares, title, _boxes(inputs, row, image_index, cells), "weight"
-    )
+    title = _title(asked.layer, asked.token or _name(inputs, row, query, asked.tokens), query)
+    boxes = _boxes(inputs, row, asked.image_index, cells)
+    return HeadMaps(maps.numpy(), list(attention.labels["head"]), shares, title, boxes, "weight")
 
 
-def _from_grids(
-    attention: Any,
-    inputs: MultimodalInputs | None,
-    layer: int | None,
-    row: int,
-    image_index: int,
-    grid: str,
-    tokens: Sequence[str] | None,
-    token: str | None,
-) -> HeadMaps:
-    """From maps over the image, which say nothing of other keys."""
+def _parts(inputs: MultimodalInputs, query: int, asked: _Chosen) -> dict[str, Tensor]:
+    """Which positions of a row belong to which part, as seen from `query`; no position is in two."""
+    row, n = asked.row, inputs.shape[1]
+    part = {name: torch.zeros(n, dtype=torch.bool) for name in ("sinks", "image", "query")}
+    if asked.sinks is not None:
+        part["sinks"] = _sinks_of(asked.sinks, asked.layer, row, inputs)
+    spans = inputs.spans[row]
+    image = spans.images[asked.image_index]
+    part["image"][image] = inputs.image_mask[row, image].cpu()
+    part["query"][spans.query] = True
+    part["image"] &= ~part["sinks"]
+    part["query"] &= ~part["sinks"] & ~part["image"]
+    seen = inputs.attention_mask[row].cpu() & (torch.arange(n) <= query)
+    part["other"] = seen & ~part["sinks"] & ~part["image"] & ~part["query"]
+    return part
+
+
+def _from_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) -> HeadMaps:
+    """From maps over the image, which do not know other keys."""
     if len(attention.axes) != 3:
         extra = [axis for axis in attention.axes if axis not in ("head", "height", "width")]
         raise ValueError(f"head_view: choose or average over {extra} first, as in .mean({extra[0]!r}).")
+    row = asked.row
     there = attention.exists
     values = torch.where(there, attention.values.detach().double(), torch.nan).cpu()
     height, width = (attention.meta.get("sizes") or {row: values.shape[1:]})[row]
@@ -208,25 +261,28 @@ def _from_grids(
         shares["elsewhere"] = (1 - total).tolist()
     boxes = None
     if inputs is not None:
-        image_index = attention.meta.get("image", image_index)
-        cells = _cells(inputs, row, image_index, attention.meta.get("grid", grid)).cpu()
+        image_index = attention.meta.get("image", asked.image_index)
+        cells = _cells(inputs, row, image_index, attention.meta.get("grid", asked.grid)).cpu()
         if tuple(cells.shape) != (height, width):
             raise ValueError(
                 f"head_view: the maps are {height} x {width}, the image of these inputs {list(cells.shape)}."
             )
         boxes = _boxes(inputs, row, image_index, cells)
-    if token is None:
-        asked = attention.meta.get("positions", [[]])
-        places = asked[row] if row < len(asked) else []
-        if len(places) == 1:
-            title = _title(
-                layer, "" if inputs is None and tokens is None else _name(inputs, row, places[0], tokens), places[0]
-            )
-        else:
-            title = _title(layer, f"{len(places)} tokens" if places else "", None)
-    else:
-        title = _title(layer, token, None)
+    title = _title_of_grids(attention, inputs, asked)
     return HeadMaps(values.numpy(), list(attention.labels["head"]), shares, title, boxes, attention.unit or "weight")
+
+
+def _title_of_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) -> str:
+    """The name of the token that looks, or how many there are."""
+    if asked.token is not None:
+        return _title(asked.layer, asked.token, None)
+    positions = attention.meta.get("positions", [[]])
+    places = positions[asked.row] if asked.row < len(positions) else []
+    if len(places) != 1:
+        return _title(asked.layer, f"{len(places)} tokens" if places else "", None)
+    is_known = inputs is not None or asked.tokens is not None
+    name = _name(inputs, asked.row, places[0], asked.tokens) if is_known else ""
+    return _title(asked.layer, name, places[0])
 
 
 def _cells(inputs: MultimodalInputs, row: int, image: int, grid: str) -> Tensor:
@@ -289,109 +345,3 @@ def _title(layer: int | None, token: str, position: int | None) -> str:
     parts = ["" if layer is None else f"layer {layer}", f"attention of {token}" if token else "attention"]
     where = "" if position is None else f" at position {position}"
     return theme.printable(", ".join(part for part in parts if part) + where)
-
-
-def head_view(
-    picture: Image.Image,
-    attention: Any,
-    inputs: MultimodalInputs | None = None,
-    *,
-    layer: int | None = None,
-    heads: Sequence[int] | None = None,
-    query: int | None = None,
-    row: int = 0,
-    image_index: int = 0,
-    grid: str = "grid",
-    sinks: Any = None,
-    tokens: Sequence[str] | None = None,
-    token: str | None = None,
-    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None = None,
-    limits: Sequence[int | float] | None = None,
-    scale: str = "shared",
-    title: str | None = None,
-    columns: int = 4,
-) -> Figure:
-    """The attention of one token over the image in one layer: the image, then a map a head.
-
-    attention: Scores of `model.attention(inputs, queries=..., keys="all")`, with their `inputs`, or of
-    `circuits.image_attention` and its kin. Under each map stand the head's shares, parts that sum to 1: image
-    (all tokens of image number `image_index`), query (text after the last image), other, and sinks, where `sinks`
-    are the Scores of `circuits.attention_sinks`; sinks are crossed out in the map and count in no other part. Maps
-    alone know "picture" and "elsewhere". layer, query (a position), row: which ones, where there are several. heads:
-    which ones (default: all). grid="whole" shows the whole view of a tiled image. tokens: the texts of the row's
-    positions (`model.to_str_tokens(inputs[row])`), to name the token; token: its name itself. Cells lie on
-    `patch_boxes`, by default those of the inputs. scale: "shared" colours all maps alike, "each" every one up to
-    its own largest weight, which its title tells.
-    Raises: ValueError for Scores of another kind, what they do not hold, or a choice that is missing.
-    """
-    data = head_maps(
-        attention, inputs, layer=layer, heads=heads, query=query, row=row, image_index=image_index, grid=grid,
-        sinks=sinks, tokens=tokens, token=token,
-    )  # fmt: skip
-    boxes = data.boxes if patch_boxes is None else patch_boxes
-    data = data.scaled(scale)
-    norm, colours = picture_scale(data.maps, limits)
-    count = 1 + len(data.heads)
-    columns = max(1, min(columns, count))
-    rows = -(-count // columns)
-    side = 2.3
-    height = side * min(max(picture.height / picture.width, 0.4), 2.5)
-    with theme.themed():
-        figure = theme.new_figure(columns * side + 1.0, rows * (height + 0.95) + 0.5)
-        grids = figure.add_gridspec(2 * rows, columns, height_ratios=[height, 0.14] * rows)
-        panels, bars = [], []
-        for place in range(count):
-            y, x = divmod(place, columns)
-            panels.append(figure.add_subplot(grids[2 * y, x]))
-            bars.append(figure.add_subplot(grids[2 * y + 1, x]))
-        for axes in (*panels, *bars):
-            axes.set_axis_off()
-        show(panels[0], picture)
-        panels[0].set_title("picture", fontsize=9)
-        _key(bars[0], data)
-        for i, head in enumerate(data.heads):
-            lay(panels[i + 1], picture, data.maps[i], None, boxes, norm, colours)
-            _cross_out(panels[i + 1], picture, data.maps[i], boxes)
-            panels[i + 1].set_title(f"head {head}{data.largest(i)}", fontsize=9)
-            _shares(bars[i + 1], data, i)
-        figure.suptitle(
-            theme.printable(data.title if title is None else title), x=0.01, ha="left", fontweight="bold", fontsize=11
-        )
-        colour_bar(figure, panels, norm, colours, f"attention ({data.unit})", aspect=40)
-        engine: Any = figure.get_layout_engine()
-        engine.set(hspace=0.0, h_pad=0.03)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once: every further drawing would move the panels a little
-    return figure
-
-
-def _cross_out(panel: Axes, picture: Image.Image, values: np.ndarray, boxes: Any) -> None:
-    """A cross on every cell that is left out of its map."""
-    left, top, right, bottom = cell_boxes(picture, values, None, boxes)[np.isnan(values).flatten()].T
-    panel.plot((left + right) / 2, (top + bottom) / 2, "x", color="white", markersize=6, markeredgewidth=1.2)
-
-
-def _shares(axes: Axes, data: HeadMaps, head: int) -> None:
-    """A bar of the head's parts, and their numbers below it."""
-    start = 0.0
-    for part, of in data.shares.items():
-        wide = float(np.clip(of[head], 0, 1))
-        axes.barh(0, wide, left=start, color=PART_COLOURS[part], height=1.0)
-        start += wide
-    axes.set(xlim=(0, 1), ylim=(-0.5, 0.5))
-    words = data.words(head).split(", ")
-    half = -(-len(words) // 2) if len(words) > 2 else len(words)
-    lines = [", ".join(words[:half]), ", ".join(words[half:])]
-    axes.text(
-        0, -0.8, "\n".join(line for line in lines if line), ha="left", va="top", fontsize=8, linespacing=1.2,
-    )  # fmt: skip
-
-
-def _key(axes: Axes, data: HeadMaps) -> None:
-    """Which colour of the bars is which part."""
-    axes.set(xlim=(0, 1), ylim=(-0.5, 0.5))
-    step = 1 / max(2, -(-len(data.shares) // 2))
-    for i, part in enumerate(data.shares):
-        y, x = -0.9 - 1.6 * (i // 2), 2 * step * (i % 2) if step < 0.5 else 0.5 * (i % 2)
-        axes.plot(x + 0.03, y, marker="s", color=PART_COLOURS[part], markersize=5, clip_on=False)
-        axes.text(x + 0.09, y, part, ha="left", va="center", fontsize=8)

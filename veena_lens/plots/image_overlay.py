@@ -1,61 +1,105 @@
-"""Overlays: a value a patch of the image, drawn where the patch lies.
+"""Maps over an image as specifications: one value per patch, shown where the patch lies.
 
-The image is shown in grey below a half-transparent map, so that the map's colours and its colour bar mean
-the same everywhere, and once in its own colours beside it. Cells lie where the processor cut them: pass
-`patch_boxes` (resized, cropped, tiled images), or `box`, the part of the image that the grid covers.
+A map lies half-transparent over the image in grey, so that its colours and its colour bar mean the same everywhere.
+Cells lie where the processor cut them: pass `patch_boxes` (resized, cropped, tiled images), or `box`, the part of the
+image that the grid covers.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Real
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.collections import PatchCollection
-from matplotlib.colors import Colormap, Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
 
 from veena_lens.plots import theme
-from veena_lens.plots.charts import colour_scale
+from veena_lens.plots.theme import Limits, Scale
 
 Box = Sequence[int | float]
-OPACITY = 0.6
-DRAWN_SIZE = 768  # pixels
+Boxes = Real[Tensor, "n 4"] | np.ndarray
+Grid = Float[Tensor, "height width"] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MapPanel:
+    """One map over an image; NaN is a cell that does not exist.
+
+    boxes: left, top, right, bottom of every cell in pixels, row by row; box: that of an even grid, None for cells of
+    their own sizes. shares: how much of the whole belongs to which part, shown below the map; hover: what a pointer
+    reads besides the cell.
+    """
+
+    image: Image.Image
+    grid: np.ndarray
+    boxes: np.ndarray
+    box: Box | None
+    title: str = ""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    crosses: bool = False
+
+    @property
+    def hover(self) -> str:
+        """The shares in words."""
+        return ", ".join(f"{part} {share:.2f}" for part, share in self.shares.items())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageMaps:
+    """Maps on one colour scale.
+
+    original: the image in its own colours, shown first. side: a panel's width in inches. part_colours: the colour of
+    each part of the panels' shares, where they have some."""
+
+    panels: Sequence[MapPanel]
+    scale: Scale
+    label: str
+    unit: str
+    title: str = ""
+    columns: int = 4
+    side: float = 2.1
+    original: Image.Image | None = None
+    part_colours: Mapping[str, str] = field(default_factory=dict)
 
 
 def overlay(
     image: Image.Image,
-    values: Float[Tensor, "height width"] | np.ndarray,
+    values: Grid,
     *,
     box: Box | None = None,
-    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None = None,
+    patch_boxes: Boxes | None = None,
     title: str = "",
     name: str = "",
     unit: str = "",
-    limits: Sequence[int | float] | None = None,
-) -> Figure:
-    """The image, and beside it the same image under the map `values`.
+    limits: Limits = None,
+) -> ImageMaps:
+    """Draw the image, and the same image under the map `values`.
 
-    `patch_boxes` holds each cell's left, top, right, bottom in the image's pixels, row by row; without them
-    the grid divides `box` (default: the whole image) evenly. Signed values get a scale about 0.
-    Raises ValueError where `values` is no grid or the boxes are not one a cell.
+    Args:
+        image: the image as the user gave it.
+        values: the map [height width]; values of both signs get a scale about 0.
+        box: left, top, right, bottom of the part that the grid divides evenly (default: the whole image).
+        patch_boxes: left, top, right, bottom of each cell in the image's pixels, row by row, instead of `box`.
+        title: above the map.
+        name, unit: of the values, at the colour bar.
+        limits: (low, high) of the colour scale (default: those of the values).
+
+    Raises: ValueError where `values` is not a grid, or there is not one box per cell.
     """
     grid = theme.to_numpy(values)
     if grid.ndim != 2:
-        raise ValueError(f"overlay wants values [height width], found shape {list(grid.shape)}; see `overlays`.")
-    figure, panels, norm, colours = _panels(image, grid[None], 2, limits)
-    show(panels[0], image)
-    lay(panels[1], image, grid, box, patch_boxes, norm, colours)
-    with theme.themed():
-        panels[0].set_title("picture")
-        panels[1].set_title(theme.printable(title))
-        colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
-    return figure
+        raise ValueError(f"overlay: values must be [height width], not of shape {list(grid.shape)}; see `overlays`.")
+    return ImageMaps(
+        panels=[map_panel(image, grid, box, patch_boxes, title=title)],
+        scale=Scale.over_image(grid, limits),
+        label=theme.with_unit(name, unit),
+        unit=unit,
+        side=2.9,
+        original=image,
+    )
 
 
 def overlays(
@@ -64,116 +108,60 @@ def overlays(
     *,
     titles: Sequence[str] | None = None,
     box: Box | None = None,
-    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None = None,
+    patch_boxes: Boxes | None = None,
     title: str = "",
     name: str = "",
     unit: str = "",
-    limits: Sequence[int | float] | None = None,
+    limits: Limits = None,
     columns: int = 4,
-) -> Figure:
-    """Several maps on one colour scale, each over the image or over its own of as many images."""
+) -> ImageMaps:
+    """Draw several maps on one colour scale, each over the image or over its own of as many images.
+
+    Args:
+        image, values: one image, or one per map; the maps [n height width], or a list of grids.
+        titles: above each map. title: above all.
+        columns: how many maps stand side by side.
+        box, patch_boxes, name, unit, limits: as for `overlay`.
+
+    Raises: ValueError for no maps, as many titles or images as there are not maps, or as `overlay`.
+    """
     grids = [theme.to_numpy(grid) for grid in values]
     if not grids or any(grid.ndim != 2 for grid in grids):
-        raise ValueError(f"overlays wants at least one map [height width], found {[list(g.shape) for g in grids]}.")
+        raise ValueError(f"overlays: give at least one map [height width]; got {[list(g.shape) for g in grids]}.")
     images = [image] * len(grids) if isinstance(image, Image.Image) else list(image)
-    theme.check_labels(images, len(grids), "pictures")
+    theme.check_labels(images, len(grids), "images")
     names = [""] * len(grids) if titles is None else theme.check_labels(titles, len(grids), "titles")
-    figure, panels, norm, colours = _panels(images[0], grids, len(grids), limits, columns)
-    for panel, picture, grid, caption in zip(panels, images, grids, names, strict=True):
-        lay(panel, picture, grid, box, patch_boxes, norm, colours)
-        with theme.themed():
-            panel.set_title(theme.printable(caption), fontsize=9)
-    with theme.themed():
-        if title:
-            figure.suptitle(theme.printable(title), x=0.01, ha="left", fontweight="bold", fontsize=11)
-        colour_bar(figure, panels, norm, colours, theme.with_unit(name, unit))
-    return figure
+    return ImageMaps(
+        panels=[
+            map_panel(mine, grid, box, patch_boxes, title=str(caption))
+            for mine, grid, caption in zip(images, grids, names, strict=True)
+        ],
+        scale=Scale.over_image(np.concatenate([grid.ravel() for grid in grids]), limits),
+        label=theme.with_unit(name, unit),
+        unit=unit,
+        title=title,
+        columns=columns,
+        side=2.9 if len(grids) <= 2 else 2.1,
+    )
 
 
-def picture_scale(values: np.ndarray, limits: Sequence[int | float] | None) -> tuple[Normalize, Colormap]:
-    """The scale of values laid over an image: about 0 for values of both signs, else one that shows on grey."""
-    norm, colours = colour_scale(values, "auto", limits)
-    return norm, colormaps[theme.ON_PICTURE] if colours.name == theme.UNSIGNED else colours
+def map_panel(
+    image: Image.Image, grid: np.ndarray, box: Box | None, patch_boxes: Boxes | None, **about: Any
+) -> MapPanel:
+    """Return a panel whose cells lie in `patch_boxes`, else evenly in `box` (None: the whole image).
 
-
-def _panels(
-    image: Image.Image, grids: Sequence[np.ndarray] | np.ndarray, count: int,
-    limits: Sequence[int | float] | None, columns: int = 4,
-) -> tuple[Figure, list[Axes], Normalize, Colormap]:  # fmt: skip
-    """A figure with `count` empty panels in the image's proportions, and the scale that all maps share."""
-    flat = np.concatenate([grid.ravel() for grid in grids])
-    norm, colours = picture_scale(flat, limits)
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    side = 2.9 if count <= 2 else 2.1
-    panel_height = side * min(max(image.height / image.width, 0.4), 2.5)
-    with theme.themed():
-        figure = theme.new_figure(columns * side + 1.1, rows * (panel_height + 0.35) + 0.35)
-        panels = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
-    for panel in panels:
-        panel.set_axis_off()
-    return figure, panels, norm, colours
-
-
-def show(panel: Axes, image: Image.Image, as_grey: bool = False) -> None:
-    """Draw the image in a panel, in its own colours or in pale grey below a map."""
-    # Pixel edges lie on whole numbers, so that a box (0, 0, width, height) is exactly the image; what is drawn is
-    # no larger than a figure can show.
-    small = image.convert("RGB")
-    small.thumbnail((DRAWN_SIZE, DRAWN_SIZE))
-    pixels = np.asarray(small)
-    if as_grey:
-        pixels = np.repeat(
-            (80 + 0.68 * np.asarray(small.convert("L"), dtype=np.float64)).astype(np.uint8)[..., None], 3, 2
-        )
-    panel.imshow(pixels, extent=(0, image.width, image.height, 0), interpolation="bicubic")
-    panel.set(xlim=(0, image.width), ylim=(image.height, 0), aspect="equal")
-
-
-def lay(
-    panel: Axes, image: Image.Image, grid: np.ndarray, box: Box | None,
-    patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None, norm: Normalize, colours: Colormap,
-) -> None:  # fmt: skip
-    """Lay a map over the grey image, each cell on its patch; NaN shows the grey of what does not exist."""
-    show(panel, image, as_grey=True)
-    if patch_boxes is None:
-        left, top, right, bottom = box or (0, 0, image.width, image.height)
-        extent = (left, right, bottom, top)
-        panel.imshow(grid, extent=extent, cmap=colours, norm=norm, alpha=OPACITY, interpolation="nearest")
-    else:
-        boxes = cell_boxes(image, grid, box, patch_boxes)
-        cells = [Rectangle((left, top), right - left, bottom - top) for left, top, right, bottom in boxes]
-        look: dict[str, Any] = {"cmap": colours, "norm": norm, "alpha": OPACITY, "linewidth": 0}
-        panel.add_collection(PatchCollection(cells, array=grid.ravel(), **look))
-    panel.set(xlim=(0, image.width), ylim=(image.height, 0), aspect="equal")
-
-
-def cell_boxes(
-    image: Image.Image, grid: np.ndarray, box: Box | None, patch_boxes: Real[Tensor, "n 4"] | np.ndarray | None
-) -> np.ndarray:
-    """Left, top, right, bottom of every cell, row by row: the given ones, else `box` (the image) divided evenly.
-
-    Raises: ValueError where the boxes are not one a cell."""
+    Raises: ValueError where there is not one box per cell."""
     if patch_boxes is not None:
         boxes = theme.to_numpy(patch_boxes)
         if boxes.shape != (grid.size, 4):
-            raise ValueError(f"patch_boxes has shape {list(boxes.shape)}; a grid {grid.shape} wants [{grid.size}, 4].")
-        return boxes
+            raise ValueError(
+                f"patch_boxes has shape {list(boxes.shape)}; a grid of {grid.shape[0]} x {grid.shape[1]} cells needs "
+                f"[{grid.size}, 4]."
+            )
+        return MapPanel(image=image, grid=grid, boxes=boxes, box=None, **about)
     left, top, right, bottom = box or (0, 0, image.width, image.height)
     rows, columns = grid.shape
     y, x = (part.ravel() for part in np.mgrid[:rows, :columns])
     width, height = (right - left) / columns, (bottom - top) / rows
-    return np.stack([left + x * width, top + y * height, left + (x + 1) * width, top + (y + 1) * height], -1)
-
-
-def colour_bar(
-    figure: Figure, panels: Sequence[Axes], norm: Normalize, colours: Colormap, label: str, aspect: float | int = 20
-) -> None:
-    """One bar for all panels, as pale as the maps are."""
-    # Opaque white below the half-transparent colours would pale the bar alone; the image's mean grey does not.
-    bar = figure.colorbar(
-        ScalarMappable(norm, colours), ax=list(panels), fraction=0.04, pad=0.02, alpha=OPACITY, aspect=aspect
-    )
-    bar.ax.set_facecolor("#bfbfbf")
-    bar.outline.set_visible(False)
-    bar.set_label(theme.printable(label))
+    boxes = np.stack([left + x * width, top + y * height, left + (x + 1) * width, top + (y + 1) * height], -1)
+    return MapPanel(image=image, grid=grid, boxes=boxes, box=(left, top, right, bottom), **about)

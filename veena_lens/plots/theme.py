@@ -1,22 +1,27 @@
 """The look that all figures share, and how they become files.
 
-Colours are safe for colour-blind readers (Okabe and Ito's lines, RdBu for signed and viridis for unsigned
-cells). Labels are shown as they are: `$` starts no formula, and a character that no font here can draw
-becomes a box instead of a warning.
+Colours are safe for colour-blind readers (Okabe and Ito's lines, RdBu for signed and viridis for unsigned cells).
+Labels are shown literally: `$` starts no formula, and a character that no font here can draw becomes a box instead of
+a warning.
 """
 
+from __future__ import annotations
+
+import inspect
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 from jaxtyping import Real
-from matplotlib import font_manager, rc_context
+from matplotlib import colormaps, font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -26,8 +31,68 @@ MISSING = "#d9d9d9"
 FALLBACK_FONTS = ("Noto Sans CJK SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "Noto Emoji")
 MOST_TICKS = 24
 
+Center = int | float | None | Literal["auto"]
+Limits = Sequence[int | float] | None
+P = ParamSpec("P")
+Spec = TypeVar("Spec")
+Drawn = TypeVar("Drawn")
 Format = Literal["png", "svg", "pdf"]
 FORMATS: dict[str, Format] = {"png": "png", "svg": "svg", "pdf": "pdf"}
+
+
+def drawn(specify: Callable[P, Spec], draw: Callable[[Spec], Drawn], kind: str) -> Callable[P, Drawn]:
+    """Join a function that specifies a figure and one that draws it; `kind` is what the whole returns."""
+
+    @wraps(specify)
+    def figure(*args: P.args, **kwargs: P.kwargs) -> Drawn:
+        with themed():
+            return draw(specify(*args, **kwargs))
+
+    figure.__dict__["__signature__"] = inspect.signature(specify).replace(return_annotation=kind)
+    return figure
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From values to colours: `colours` names matplotlib's map from `low` to `high`, `missing` the colour of NaN."""
+
+    low: float
+    high: float
+    colours: str
+    missing: str | None = MISSING
+
+    @classmethod
+    def of(cls, values: np.ndarray, center: Center = "auto", limits: Limits = None) -> Scale:
+        """Return the scale of `values`, diverging about `center` (with "auto", about 0 if both signs occur) or
+        sequential; `limits` (low, high) replace those of the values."""
+        known = values[np.isfinite(values)]
+        low, high = limits or ((known.min(), known.max()) if known.size else (0.0, 1.0))
+        if center == "auto":
+            center = 0.0 if low < 0 < high else None
+        if center is not None and limits is None:
+            reach = max(abs(low - center), abs(high - center)) or 1.0
+            low, high = center - reach, center + reach
+        return cls(float(low), float(low + 1.0 if low == high else high), UNSIGNED if center is None else SIGNED)
+
+    @classmethod
+    def over_image(cls, values: np.ndarray, limits: Limits = None) -> Scale:
+        """Return the scale of values laid over an image: about 0 for both signs, else one that shows on grey."""
+        scale = cls.of(values, "auto", limits)
+        return replace(scale, colours=ON_PICTURE, missing=None) if scale.colours == UNSIGNED else scale
+
+    @property
+    def norm(self) -> Normalize:
+        return Normalize(self.low, self.high)
+
+    @property
+    def colormap(self) -> Colormap:
+        colours = colormaps[self.colours]
+        return colours if self.missing is None else colours.with_extremes(bad=self.missing)
+
+    def rgb(self, value: float) -> tuple[float, float, float]:
+        """Red, green and blue of a value, each in [0, 1]."""
+        red, green, blue, _ = self.colormap(self.norm(value))
+        return red, green, blue
 
 
 @cache
@@ -114,7 +179,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def to_numpy(values: Real[Tensor, "..."] | np.ndarray | Sequence) -> np.ndarray:
+def to_numpy(values: Real[Tensor, ...] | np.ndarray | Sequence) -> np.ndarray:
     """`values` in float64 on the CPU, as matplotlib wants them."""
     if isinstance(values, Tensor):
         return values.detach().double().cpu().numpy()

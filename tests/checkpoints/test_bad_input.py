@@ -25,18 +25,18 @@ def processor() -> Any:
     [
         (dict(text="the <image> is happy"), "The text holds the image token '<image>'.*chat=False"),
         (dict(text="the <image> is happy", images=A), "The text holds the image token '<image>'"),
-        (dict(text="<image> is happy", chat=False), "Row 0 has 1 image placeholders .*and 0 pictures: give a picture"),
-        (dict(text="is happy", images=A, chat=False), "Row 0 has 0 image placeholders .*and 1 pictures: put one"),
-        (dict(text=["what", "<image>"], images=[None, [A, B]], chat=False), "Row 1 has 1 .*and 2 pictures"),
-        (dict(text=["what", "who"], images=[A]), "1 entries of images for 2 prompts"),
-        (dict(text=["what", "who"], images=A), "1 entries of images for 2 prompts"),
-        (dict(text="what", images=[[A], [B]]), "One prompt takes a flat list of pictures"),
+        (dict(text="<image> is happy", chat=False), "Row 0 has 1 image placeholders .*and 0 images: give an image"),
+        (dict(text="is happy", images=A, chat=False), "Row 0 has 0 image placeholders .*and 1 images: put one"),
+        (dict(text=["what", "<image>"], images=[None, [A, B]], chat=False), "Row 1 has 1 .*and 2 images"),
+        (dict(text=["what", "who"], images=[A]), "Got `images` for 1 prompt but `text` has 2"),
+        (dict(text=["what", "who"], images=A), "Got `images` for 1 prompt but `text` has 2"),
+        (dict(text="what", images=[[A], [B]]), "One prompt takes a flat list of images"),
         (dict(text=None), "give text or messages"),
         (dict(text="what", messages=message("what", 0)), "give text or messages"),
         (dict(messages=[]), "messages must be a conversation"),
-        (dict(messages=message("what", 1)), "Row 0 has 1 image placeholders .*0 pictures"),
-        (dict(messages=message("what", 1), images=[A, B]), "Row 0 has 1 image placeholders .*2 pictures"),
-        (dict(messages=message("the <image>", 1), images=A), "Row 0 has 2 image placeholders .*1 pictures"),
+        (dict(messages=message("what", 1)), "Row 0 has 1 image placeholders .*0 images"),
+        (dict(messages=message("what", 1), images=[A, B]), "Row 0 has 1 image placeholders .*2 images"),
+        (dict(messages=message("the <image>", 1), images=A), "Row 0 has 2 image placeholders .*1 images"),
         (dict(messages=[{"role": "user"}]), "dictionary with 'role' and 'content'"),
         (dict(messages=[{"role": "user", "content": [{"type": "video"}]}]), "part of type 'video'"),
         (dict(text="what " * 300), "longest prompt has 30[0-9] tokens; the model's context is 256"),
@@ -59,11 +59,11 @@ def test_picture_files_that_cannot_be_used_are_named(processor: Any, tmp_path: P
     with pytest.raises(FileNotFoundError, match="No image at .*nothing.png"):
         prepare(processor, CFG, FEEL, tmp_path / "nothing.png")
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match="text.png cannot be read as an picture"):
+    with pytest.raises(ValueError, match="text.png cannot be read as an image"):
         prepare(processor, CFG, FEEL, tmp_path / "text.png")
     A.save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:900])
-    with pytest.raises(ValueError, match="half.png cannot be read as an picture"):
+    with pytest.raises(ValueError, match="half.png cannot be read as an image"):
         prepare(processor, CFG, FEEL, tmp_path / "half.png")
     with Image.open(tmp_path / "half.png") as lazy, pytest.raises(ValueError, match="The image cannot be read"):
         prepare(processor, CFG, FEEL, lazy)
@@ -106,10 +106,10 @@ def raw(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (dict(pixel_values=None), "holds 16 image tokens .*no picture was given"),
-        (dict(pixel_values=torch.zeros(2, 3, 28, 28)), r"Rows hold \[16\] image tokens; a picture .* fills 16, and 2"),
+        (dict(pixel_values=None), "holds 16 image tokens .*no image was given"),
+        (dict(pixel_values=torch.zeros(2, 3, 28, 28)), r"Rows hold \[16\] image tokens; an image .* fills 16, and 2"),
         (dict(input_ids=torch.tensor([[1, 5, *[IMAGE_TOKEN] * 15, 6, 7, 8]])), r"Rows hold \[15\] image tokens"),
-        (dict(pixel_values=torch.zeros(1, 3, 28, 42)), r"\[pictures 3 28 28\], not torch.float32 \[1, 3, 28, 42\]"),
+        (dict(pixel_values=torch.zeros(1, 3, 28, 42)), r"\[crops 3 28 28\], not torch.float32 \[1, 3, 28, 42\]"),
         (dict(pixel_values=torch.zeros(1, 3, 56, 56)), r"\[1, 3, 56, 56\]"),
         (dict(pixel_values=torch.zeros(3, 28, 28)), r"\[3, 28, 28\]"),
         (dict(pixel_values=torch.zeros(1, 3, 28, 28, dtype=torch.uint8)), "must be floats"),

@@ -1,4 +1,4 @@
-"""Print the architectures that load, in two tables: what they take and typical hub ids; adapter and what is tested."""
+"""Print two tables of the supported architectures: what they take and typical hub ids; what is tested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/concepts.md: `python docs/figures.py`. Everything in them is computed by the library."""
+"""Draw the figures of docs/concepts.md with the library: `python docs/figures.py`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LEAD = "the person feels"
 
 
 def chessboard(height: int, width: int) -> torch.Tensor:
-    """Alternating cells, so that each can be seen."""
+    """Return alternating cells, so that each can be seen."""
     return ((torch.arange(height)[:, None] + torch.arange(width)) % 2).float()
 
 
 def spans(model: HookedVLM) -> dict[str, object]:
-    """The words for positions over one prompt and its answer, and the cells of pictures of two shapes."""
+    """Draw the words for positions over one prompt and its answer, and the cells of images of two shapes."""
     from PIL import Image
 
     happy = bundled_pairs("test")[0][0].open().convert("RGB")
@@ -35,7 +35,7 @@ def spans(model: HookedVLM) -> dict[str, object]:
     tokens = [model.to_string(inputs.tokens[0, place][None]).strip() for place in shown]
     strip = plots.heatmap(
         chosen[:, shown], x=tokens, y=words, numbers=False, limits=(0, 1), name="chosen",
-        x_name=f"token (of the picture's {image.stop - image.start} the first and last two)",
+        x_name=f"token (of the {image.stop - image.start} image tokens, the first and last two)",
     )  # fmt: skip
     qwen = HookedVLM.from_pretrained("tiny-qwen2vl-emotion")
     wide = happy.resize((300, 120), Image.Resampling.LANCZOS)
@@ -43,16 +43,16 @@ def spans(model: HookedVLM) -> dict[str, object]:
     return {
         "spans.png": strip,
         "cells.png": plots.overlay(
-            happy, chessboard(*inputs.grids[0][0]), patch_boxes=inputs.patch_boxes[0][0], title="a cell, a token"
+            happy, chessboard(*inputs.grids[0][0]), patch_boxes=inputs.patch_boxes[0][0], title="one cell per token"
         ),
         "cells-wide.png": plots.overlay(
-            wide, chessboard(*asked.grids[0][0]), patch_boxes=asked.patch_boxes[0][0], title="a cell, a token"
+            wide, chessboard(*asked.grids[0][0]), patch_boxes=asked.patch_boxes[0][0], title="one cell per token"
         ),
     }
 
 
 def staircase(model: HookedVLM) -> dict[str, object]:
-    """Which layers the rows of a head sweep recompute: those of layer l join the batch at layer l."""
+    """Draw which layers the rows of a head sweep recompute: rows of layer l join the batch at layer l."""
     layers = torch.arange(model.cfg.n_layers)
     runs = (layers[:, None] >= layers).float()
     figure = plots.heatmap(
@@ -62,7 +62,7 @@ def staircase(model: HookedVLM) -> dict[str, object]:
 
 
 def restoration(model: HookedVLM) -> dict[str, object]:
-    """What a patch of the stream brings back, over layers and positions; and head by head."""
+    """Draw the effect that a patch of the residual stream restores, over layers and positions."""
     emotional, neutral = next(pair for pair in bundled_pairs("test") if pair[0].emotion == "surprised")
     clean, corrupted = (model.prepare(text=QUESTION, images=p.open()).with_answer(LEAD) for p in (emotional, neutral))
     metric = logit_diff(model.to_single_token(" surprised"), model.to_single_token(" neutral"))
@@ -80,7 +80,7 @@ def restoration(model: HookedVLM) -> dict[str, object]:
 
 
 def draw(folder: Path = FOLDER) -> list[Path]:
-    """Write every figure; gives back their paths."""
+    """Write every figure and return their paths."""
     torch.set_grad_enabled(False)
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     figures = spans(model) | staircase(model) | restoration(model)

@@ -1,7 +1,7 @@
-"""Refill the generated parts of README.md and docs/*.md with what their commands print.
+"""Refill the generated parts of README.md and docs/*.md with the output of their commands.
 
-A part stands between `<!-- fill: COMMAND -->` and `<!-- /fill -->`; COMMAND is what `python` runs, so that a
-reader sees where a table comes from and can make it again. `--check` changes nothing and fails where a part is old.
+A part is enclosed by `<!-- fill: COMMAND -->` and `<!-- /fill -->`; `python COMMAND` prints it, so that a reader sees
+where a table comes from and can reproduce it. `--check` changes nothing and fails if a part is stale.
 """
 
 import re
@@ -19,7 +19,7 @@ def pages() -> list[Path]:
 
 
 def filled(text: str) -> str:
-    """`text` with every generated part made anew."""
+    """Return `text` with every generated part refilled."""
 
     def fill(part: re.Match[str]) -> str:
         command = [sys.executable, *shlex.split(part["command"])]
@@ -39,7 +39,7 @@ def main() -> int:
             if "--check" not in sys.argv:
                 page.write_text(new, encoding="utf-8")
     if old:
-        print(("old: " if "--check" in sys.argv else "refilled: ") + ", ".join(old))
+        print(("stale: " if "--check" in sys.argv else "refilled: ") + ", ".join(old))
     return int(bool(old) and "--check" in sys.argv)
 
 

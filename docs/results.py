@@ -1,4 +1,4 @@
-"""Print the embedded checkpoints' results in one table, from the files that their evaluation wrote beside the cards."""
+"""Print the results of the embedded checkpoints in one table, from the files next to their model cards."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Row = tuple[str, dict[str, Any]]
 
 
 def rows(results: dict[str, Any]) -> Iterator[Row]:
-    """What was asked, and the share of right answers with its interval."""
+    """Yield each question and the share of correct answers with its interval."""
     alone = results["picture alone"]
-    yield "names the emotion, people never seen", alone["all"]
+    yield "names the emotion, unseen people", alone["all"]
     yield "the same, clear expressions", alone["clear"]
     yield "the same, subtle expressions", alone["subtle"]
     yield "the same, weakest emotion", alone["by emotion"][weakest(results)]
@@ -22,15 +22,15 @@ def rows(results: dict[str, Any]) -> Iterator[Row]:
     yield "caption names the emotion", results["tasks"]["caption"]["emotion right"]
     for how in ("weak", "plain", "strong", "plain, held-out sentences"):
         table = results["contexts"][f"conflict, {how}"]
-        yield f"sentence against the picture ({how}): follows the picture", table["picture"]
+        yield f"sentence contradicts the image ({how}): answer follows the image", table["picture"]
     for name, table in results.get("styles", {}).items():
-        yield f"drawn in the style {name}{', never seen' if table['held out'] else ''}", table["all"]
+        yield f"drawn in the style {name}{', unseen' if table['held out'] else ''}", table["all"]
     if "emoji" in results:
-        yield "emoji, never seen", results["emoji"]["all"]
+        yield "emoji, unseen", results["emoji"]["all"]
 
 
 def weakest(results: dict[str, Any]) -> str:
-    """The emotion told least often from the picture alone."""
+    """Return the emotion recognised least often from the image alone."""
     by_emotion = results["picture alone"]["by emotion"]
     return min(by_emotion, key=lambda emotion: by_emotion[emotion]["value"])
 
@@ -41,7 +41,7 @@ def cell(share: dict[str, Any]) -> str:
 
 
 def conflicts(name: str, results: dict[str, Any]) -> str:
-    """In plain conflicts, how often the text wins, and how much that varies between draws."""
+    """Describe how often the text wins in plain conflicts, and how much that varies between draws."""
     plain = results["contexts"]["conflict, plain"]
     return (
         f"`{name}` follows the sentence in {100 * plain['text']['value']:.1f} % of plain conflicts "
@@ -56,14 +56,14 @@ def main() -> None:
         for path in sorted(BUNDLED.glob("*/results.json"))
     }
     if not found:
-        print("(no results yet: `python -m veena_lens.zoo.evaluate` writes them)")
+        print("(no results yet: run `python -m veena_lens.zoo.evaluate`)")
         return
-    print(f"| asked of test pictures | {' | '.join(f'`{name}`' for name in found)} | answers |")
+    print(f"| question about test images | {' | '.join(f'`{name}`' for name in found)} | answers |")
     print(f"|---|{'---|' * len(found)}---|")
     for row in zip(*(rows(results) for results in found.values()), strict=True):
         print(f"| {row[0][0]} | {' | '.join(cell(share) for _, share in row)} | {row[0][1]['count']} |")
     people = next(iter(found.values()))["identities"]
-    print(f"\nRight answers with their 95 % interval; {people} identities, none of them seen in training.")
+    print(f"\nShares of correct answers with 95 % intervals; {people} identities, none of them seen in training.")
     print(" ".join(conflicts(name, results) for name, results in found.items()))
 
 

@@ -1,6 +1,6 @@
-"""Take the explorer's picture for README and docs: `python docs/screenshot.py`, with the extra `browser` installed.
+"""Take the explorer's screenshot for README and docs: `python docs/screenshot.py`, with the extra `browser` installed.
 
-A server is started, the page opens with its sample, one word of the answer is pointed at; nothing is drawn by hand.
+It starts a server, opens the page with its sample and pins one word of the answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def take(path: Path = PICTURE) -> Path:
 
     program = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     if program is None:
-        raise RuntimeError("No Chromium found; name it in the environment variable CHROMIUM.")
+        raise RuntimeError("No Chromium found; set the environment variable CHROMIUM to its path.")
     command = [sys.executable, "-m", "veena_lens.cli", "explore", "--port", str(PORT)]
     server = subprocess.Popen(command)
     try:

@@ -1,4 +1,4 @@
-"""Tables of the project's emotion wheels and lexicon, for docs/wheels.md."""
+"""Print tables of the project's emotion wheels and lexicon, for docs/wheels.md."""
 
 import sys
 
@@ -6,7 +6,7 @@ from veena_lens.emotion import EmotionWheels
 
 
 def wheels_table(wheels: EmotionWheels) -> str:
-    """Every wheel: its sectors, how many words, and its source."""
+    """Return a table of the wheels: sectors, number of words, source."""
     rows = ["| wheel | sectors | words | source |", "|---|---|---|---|"]
     for wheel in wheels.wheels:
         rows.append(f"| {wheel.name} | {', '.join(wheel.sectors)} | {len(wheel.words)} | {wheel.source} |")
@@ -14,7 +14,7 @@ def wheels_table(wheels: EmotionWheels) -> str:
 
 
 def lexicon_table(wheels: EmotionWheels) -> str:
-    """Every basic emotion: how many forms texts are searched for, its valence, some base words."""
+    """Return a table of the basic emotions: number of forms searched for in texts, valence, some base words."""
     rows = ["| basic emotion | forms | valence | some of its base words |", "|---|---|---|---|"]
     for emotion, valence in wheels.words.valence_of.items():
         bases = [base for base, basic in wheels.words.emotion_of.items() if basic == emotion]

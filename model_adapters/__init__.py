@@ -1,1 +1,1 @@
-"""Adapters: each maps a Hugging Face architecture's configuration and weights to the native model."""
+"""Adapters map the configuration and weights of Hugging Face architectures to the native model."""

@@ -1,4 +1,4 @@
-"""Text decoders: Llama, Mistral, Qwen2 and Qwen3 read alike but for biases, sliding windows and norms of q and k."""
+"""Map Llama, Mistral, Qwen2 and Qwen3 decoders; they differ in biases, sliding windows and norms of q and k."""
 
 from __future__ import annotations
 
@@ -31,20 +31,23 @@ READ = [
     "max_window_layers",
     "layer_types",
 ]
-# Token ids of the whole model, which transformers 4.5x wrote into the decoder's part as well.
+# Token ids of the whole model, which transformers 4.5x also wrote into the part of the decoder.
 HARMLESS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id", "vision_token_id")
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
 TESTED = "logits, hidden states, greedy generation; every hook point edited"
 ALWAYS_BIASED = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")  # q, k and v, never o
-MAY_BE_BIASED = ("llama", "qwen3", "qwen3_vl_text")  # all four, where attention_bias says so
+MAY_BE_BIASED = ("llama", "qwen3", "qwen3_vl_text")  # all four, if attention_bias is set
 NORMED = ("qwen3", "qwen3_vl_text")  # q and k, before rotary
 
 
 def decoder_fields(config: Any, root: Any = None, harmless: Sequence[str] = ()) -> dict[str, Any]:
-    """Fields of HookedVLMConfig that a text config gives; `root` is the whole model's config where it differs, and
-    `harmless` names further fields that nothing needs to read.
+    """Return the fields of HookedVLMConfig that a text config determines.
 
-    Raises: ValueError for a decoder of another kind, or a value that nothing reads."""
+    config: the Hugging Face configuration of the decoder.
+    root: the configuration of the whole model where it is another one. None: `config`.
+    harmless: further fields that do not need to be read.
+
+    Raises: ValueError for an unknown kind of decoder, or a field that nothing reads."""
     kind = config.model_type
     if kind not in KINDS:
         raise ValueError(f"Text decoder {kind!r} is not supported; supported: {', '.join(KINDS)}.")
@@ -77,12 +80,12 @@ def decoder_fields(config: Any, root: Any = None, harmless: Sequence[str] = ()) 
 
 
 def _first(*values: Any) -> Any:
-    """The first value that is not None (a pad token may be 0)."""
+    """Return the first value that is not None (a pad token may be 0)."""
     return next((v for v in values if v is not None), None)
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:
-    """One entry a layer, or () where every layer attends fully."""
+    """Return one entry per layer, or () if every layer has full attention."""
     window = getattr(config, "sliding_window", None)
     if window is None or config.model_type == "llama" or getattr(config, "use_sliding_window", True) is False:
         return ()
@@ -94,9 +97,9 @@ def sliding_windows(config: Any) -> tuple[int | None, ...]:
 
 
 def decoder_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """Names below the decoder's own prefix, without the head."""
+    """Return the map below the decoder's prefix, without the head."""
     block = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "post_attention_layernorm.weight"}
-    if cfg.post_norms:  # the norm before the MLP has another name where one follows attention
+    if cfg.post_norms:  # the norm before the MLP is renamed if a norm follows attention
         block = {"ln1.weight": "input_layernorm.weight", "ln2.weight": "pre_feedforward_layernorm.weight"}
         block |= {"ln1_post.weight": "post_attention_layernorm.weight"}
         block |= {"ln2_post.weight": "post_feedforward_layernorm.weight"}
@@ -115,15 +118,15 @@ def decoder_weights(cfg: HookedVLMConfig) -> WeightMap:
 
 
 def head_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The unembedding at the root of a checkpoint, absent where it is tied."""
+    """Return the map of the unembedding at the root of a checkpoint; it is empty if tied."""
     return WeightMap({} if cfg.tie_word_embeddings else {"unembed.weight": "lm_head.weight"})
 
 
 def text_config(config: Any) -> HookedVLMConfig:
-    """The native configuration of a text-only checkpoint."""
+    """Return the native configuration of a text-only checkpoint."""
     return HookedVLMConfig(**decoder_fields(config))
 
 
 def text_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The map of a text-only checkpoint, in the names that multimodal ones have in memory."""
+    """Return the map of a text-only checkpoint."""
     return decoder_weights(cfg).under("", "model") | head_weights(cfg)

@@ -13,17 +13,17 @@ from veena_lens.config import ConnectorConfig, HookedVLMConfig, VisionConfig
 from veena_lens.weight_map import Adapter, WeightMap
 
 READ = ("text_config", "vision_config", "image_token_id", "scale_factor", "tie_word_embeddings")
-# The number of tokens a tile follows from the tower; the hub's files repeat the vocabulary's size.
+# The number of tokens per tile follows from the tower; files of the hub repeat the size of the vocabulary.
 HARMLESS = ("image_seq_len", "vocab_size")
-# What the hub's files hold of the training code's own classes; no model here reads it.
+# Settings of the training code in files of the hub; no model reads them.
 TEXT_HARMLESS = ("is_llama_config", "neftune_noise_alpha", "perceiver_config", "pixel_shuffle_factor")
 TEXT_HARMLESS += ("transformers.js_config",)
-# Sizes that the processor works with, and which training code to build the tower with.
+# Sizes of the processor, and a setting of the training code.
 TOWER_HARMLESS = ("max_image_size", "size", "use_base_siglip")
 
 
 def tower_config(config: Any, merge: int) -> VisionConfig:
-    """The native tower. Raises: ValueError for sides that are no single numbers, or a value that nothing reads."""
+    """Return the native tower. Raises: ValueError for sides that are not single numbers, or for an unread field."""
     for name in ("image_size", "patch_size"):
         if not isinstance(getattr(config, name), int):
             raise ValueError(f"Vision tower: {name}={getattr(config, name)!r} must be one number.")
@@ -40,12 +40,12 @@ def tower_config(config: Any, merge: int) -> VisionConfig:
 
 
 def idefics3_config(config: Any) -> HookedVLMConfig:
-    """The native configuration."""
+    """Return the native configuration."""
     text = config.text_config
     refuse_unread(config, READ, HARMLESS)
     vision = tower_config(config.vision_config, config.scale_factor)
     fields = decoder_fields(text, harmless=TEXT_HARMLESS)
-    fields["tie_word_embeddings"] = bool(config.tie_word_embeddings)  # the decoder's own says nothing of the head
+    fields["tie_word_embeddings"] = bool(config.tie_word_embeddings)  # the decoder's field does not concern the head
     return HookedVLMConfig(
         image_layout="tiles",
         image_token_id=config.image_token_id,
@@ -62,7 +62,7 @@ def idefics3_config(config: Any) -> HookedVLMConfig:
 
 
 def idefics3_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The whole model, in today's names in memory."""
+    """Return the map of the whole model, in the names of today's transformers."""
     assert cfg.vision is not None
     return (
         decoder_weights(cfg).under("", "model.text_model")
@@ -83,8 +83,8 @@ ADAPTER = Adapter(
         "HuggingFaceTB/SmolVLM-256M-Instruct",
         "HuggingFaceTB/SmolVLM-500M-Instruct",
     ),
-    note="pictures in tiles among text, SigLIP tower, one linear map; Llama, Mistral, Qwen2 or Qwen3 decoder",
-    tested=f"{TESTED}; tower, tiles, smaller pictures under a mask, several pictures and none in one batch",
+    note="images as tiles with text between them, SigLIP tower, one linear map; Llama, Mistral, Qwen2 or Qwen3 decoder",
+    tested=f"{TESTED}; tower, tiles, smaller images under a mask, several images and none in one batch",
 )
 
 # SmolVLM2 (Marafioti et al. 2025, arXiv 2504.05299): the same model under another name.
@@ -96,5 +96,5 @@ SMOLVLM = replace(
         "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
         "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
     ),
-    note="as Idefics3; frames of a video are pictures that are not cut",
+    note="as Idefics3; video frames are images that are not tiled",
 )

@@ -23,7 +23,7 @@ READ = [
 ]
 HARMLESS = ("image_seq_length", "ignore_index", "vocab_size")
 
-# Every layout a checkpoint was written in, brought to today's names in memory; the order matters.
+# Translates the key layouts of all releases to the names of today's transformers; the order matters.
 RENAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
@@ -35,7 +35,7 @@ RENAMES = (
 
 
 def llava_fields(config: Any) -> dict[str, Any]:
-    """Fields that the whole LLaVA family shares."""
+    """Return the fields of HookedVLMConfig that the LLaVA family shares."""
     text, layers = config.text_config, config.vision_feature_layer
     vision = tower_config(config.vision_config, layers, config.vision_feature_select_strategy)
     return decoder_fields(text, root=config) | dict(
@@ -52,20 +52,20 @@ def llava_fields(config: Any) -> dict[str, Any]:
 
 
 def llava_config(config: Any) -> HookedVLMConfig:
-    """The native configuration."""
+    """Return the native configuration."""
     refuse_unread(config, READ, HARMLESS)
     return HookedVLMConfig(image_layout="fixed", **llava_fields(config))
 
 
 def projector_weights(bias: bool) -> WeightMap:
-    """The two-layer projector."""
+    """Return the map of the two-layer projector."""
     parts = ("weight", "bias") if bias else ("weight",)
     names = {f"proj_in.{p}": f"linear_1.{p}" for p in parts} | {f"proj_out.{p}": f"linear_2.{p}" for p in parts}
     return WeightMap(names).under("connector", "model.multi_modal_projector")
 
 
 def llava_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The whole model, in today's names in memory."""
+    """Return the map of the whole model, in the names of today's transformers."""
     assert cfg.vision is not None and cfg.connector is not None
     return (
         decoder_weights(cfg).under("", "model.language_model")
@@ -83,5 +83,5 @@ ADAPTER = Adapter(
     renames=RENAMES,
     hub_ids=("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-13b-hf", "llava-hf/bakLlava-v1-hf"),
     note="CLIP or SigLIP tower; Llama, Mistral, Qwen2 or Qwen3 decoder",
-    tested=f"{TESTED}; towers, several pictures a row, padding; patching and sweeps",
+    tested=f"{TESTED}; towers, several images per row, padding; patching and sweeps",
 )

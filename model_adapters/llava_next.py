@@ -12,18 +12,18 @@ from veena_lens.weight_map import Adapter, WeightMap
 
 
 def pinpoints(config: Any) -> tuple[tuple[int, int], ...]:
-    """(height, width) in pixels of the canvases that images are fitted into."""
+    """Return (height, width) in pixels of the canvases that images are fitted into."""
     return tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
 
 
 def llava_next_config(config: Any) -> HookedVLMConfig:
-    """The native configuration."""
+    """Return the native configuration."""
     refuse_unread(config, (*READ, "image_grid_pinpoints"), (*HARMLESS, "use_image_newline_parameter"))
     return HookedVLMConfig(image_layout="anyres", image_pinpoints=pinpoints(config), **llava_fields(config))
 
 
 def llava_next_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The whole model, in today's names in memory."""
+    """Return the map of the whole model, in the names of today's transformers."""
     return llava_weights(cfg) | WeightMap({"image_newline": "model.image_newline"})
 
 
@@ -39,5 +39,5 @@ ADAPTER = Adapter(
         "llava-hf/llava-v1.6-vicuna-13b-hf",
     ),
     note="any-resolution tiles; CLIP or SigLIP tower; Llama, Mistral, Qwen2 or Qwen3 decoder",
-    tested=f"{TESTED}; odd picture sizes, grids and pixel boxes through tiles",
+    tested=f"{TESTED}; odd image sizes, grids and pixel boxes through tiles",
 )

@@ -1,5 +1,8 @@
-"""LLaVA-OneVision (Li et al. 2024, arXiv 2408.03326): LLaVA-1.6 with a SigLIP tower, larger grids of tiles resampled,
-images that share a prompt as one tile each, and videos as frames of a quarter of the tokens."""
+"""LLaVA-OneVision (Li et al. 2024, arXiv 2408.03326): LLaVA-1.6 with a SigLIP tower.
+
+Large grids of tiles are resampled, images that share a prompt become one tile each, and a video frame has a quarter of
+the tokens of a tile.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ OWN = ("image_grid_pinpoints", "vision_aspect_ratio", "video_token_index", "vide
 
 
 def max_tiles(aspect_ratio: str) -> int:
-    """Tiles that the text reads at most, of "anyres_max_9". Raises: ValueError for another rule."""
+    """Return the largest number of tiles, 9 for "anyres_max_9". Raises: ValueError for another rule."""
     found = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect_ratio)
     if found is None:
-        raise ValueError(f"vision_aspect_ratio={aspect_ratio!r} must be 'anyres_max_N', N tiles at most.")
+        raise ValueError(f"vision_aspect_ratio={aspect_ratio!r} must be 'anyres_max_N', at most N tiles.")
     return int(found[1])
 
 
 def llava_onevision_config(config: Any) -> HookedVLMConfig:
-    """The native configuration."""
+    """Return the native configuration."""
     refuse_unread(config, (*READ, *OWN), (*HARMLESS, "use_image_newline_parameter"))
     return HookedVLMConfig(
         image_layout="anyres",
@@ -49,5 +52,5 @@ ADAPTER = Adapter(
         "llava-hf/llava-onevision-qwen2-72b-ov-hf",
     ),
     note="any-resolution tiles, resampled to nine; several images and video frames as one tile each",
-    tested=f"{TESTED}; odd picture sizes, several pictures a row, frames; sweeps, grids and pixel boxes through tiles",
+    tested=f"{TESTED}; odd image sizes, several images per row, frames; sweeps, grids and pixel boxes through tiles",
 )

@@ -31,7 +31,7 @@ FURTHER = (
 
 
 def qwen2_5_vl_config(config: Any) -> HookedVLMConfig:
-    """The native configuration. Raises: ValueError for windows narrower than what one token reads."""
+    """Return the native configuration. Raises: ValueError for windows narrower than what one token reads."""
     tower = config.vision_config
     refuse_unread(tower, (*TOWER_READ, *FURTHER), TOWER_HARMLESS)
     fields: dict[str, Any] = {**tower_fields(tower), "normalization_type": "RMS"}
@@ -62,7 +62,7 @@ def qwen2_5_vl_config(config: Any) -> HookedVLMConfig:
 
 
 def qwen2_5_vl_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The whole model, in today's names in memory."""
+    """Return the map of the whole model, in the names of today's transformers."""
     assert cfg.vision is not None
     tower = tower_weights(cfg.vision, dict(gate="gate_proj", up="up_proj", down="down_proj"))
     merger = norm(cfg.vision, "vision.ln_post", "merger.ln_q")
@@ -78,5 +78,5 @@ ADAPTER = Adapter(
     renames=RENAMES,
     hub_ids=("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-72B-Instruct"),
     note="as Qwen2-VL, with windows, RMS norms and gated MLPs in the tower and videos timed in seconds",
-    tested=f"{TESTED}; tower, unequal pictures, videos and text in one batch, positions in three streams",
+    tested=f"{TESTED}; tower, unequal images, videos and text in one batch, positions in three streams",
 )

@@ -21,7 +21,7 @@ from veena_lens.weight_map import Adapter, WeightMap
 
 
 def qwen2_vl_config(config: Any) -> HookedVLMConfig:
-    """The native configuration."""
+    """Return the native configuration."""
     tower = config.vision_config
     refuse_unread(tower, (*TOWER_READ, "embed_dim", "hidden_size", "mlp_ratio"), TOWER_HARMLESS)
     vision = VisionConfig(
@@ -35,7 +35,7 @@ def qwen2_vl_config(config: Any) -> HookedVLMConfig:
 
 
 def qwen2_vl_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The whole model, in today's names in memory."""
+    """Return the map of the whole model, in the names of today's transformers."""
     assert cfg.vision is not None
     merger = with_bias("vision.ln_post", "merger.ln_q")
     merger |= with_bias("connector.proj_in", "merger.mlp.0") | with_bias("connector.proj_out", "merger.mlp.2")
@@ -49,6 +49,6 @@ ADAPTER = Adapter(
     image_layout="dynamic",
     renames=RENAMES,
     hub_ids=("Qwen/Qwen2-VL-2B-Instruct", "Qwen/Qwen2-VL-7B-Instruct", "Qwen/Qwen2-VL-72B-Instruct"),
-    note="pictures of any size, several a row, frames of videos; multimodal rotary positions",
-    tested=f"{TESTED}; tower, unequal pictures, videos and text in one batch, positions in three streams",
+    note="images of any size, several per row, video frames; multimodal rotary positions",
+    tested=f"{TESTED}; tower, unequal images, videos and text in one batch, positions in three streams",
 )

@@ -23,14 +23,14 @@ FURTHER = ("hidden_size", "intermediate_size", "out_hidden_size", "num_position_
 
 
 def qwen3_vl_config(config: Any) -> HookedVLMConfig:
-    """The native configuration. Raises: ValueError for a position table that is no square."""
+    """Return the native configuration. Raises: ValueError for a position table that is not square."""
     tower = config.vision_config
     refuse_unread(tower, (*TOWER_READ, *FURTHER), TOWER_HARMLESS)
     side, layers = int(tower.num_position_embeddings**0.5), tuple(tower.deepstack_visual_indexes)
     if side**2 != tower.num_position_embeddings:
         raise ValueError(f"num_position_embeddings={tower.num_position_embeddings} must be a square number.")
     if layers != tuple(sorted(set(layers))):
-        raise ValueError(f"deepstack_visual_indexes={list(layers)} must rise, each layer named once.")
+        raise ValueError(f"deepstack_visual_indexes={list(layers)} must be in rising order without repetition.")
     vision = VisionConfig(
         d_model=tower.hidden_size,
         d_head=tower.hidden_size // tower.num_heads,
@@ -46,7 +46,7 @@ def qwen3_vl_config(config: Any) -> HookedVLMConfig:
 
 
 def qwen3_vl_weights(cfg: HookedVLMConfig) -> WeightMap:
-    """The whole model, in today's names in memory."""
+    """Return the map of the whole model, in the names of today's transformers."""
     assert cfg.vision is not None
     tower = tower_weights(cfg.vision, dict(up="linear_fc1", down="linear_fc2"))
     tower |= WeightMap({"patch_embed.bias": "patch_embed.proj.bias", "pos_embed.weight": "pos_embed.weight"})
@@ -66,5 +66,5 @@ ADAPTER = Adapter(
     renames=RENAMES,
     hub_ids=("Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-4B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"),
     note="as Qwen2-VL, with norms of q and k, interleaved rotary streams and deep-stack features",
-    tested=f"{TESTED}; tower, unequal pictures, videos and text in one batch, positions in three streams",
+    tested=f"{TESTED}; tower, unequal images, videos and text in one batch, positions in three streams",
 )

@@ -1,4 +1,4 @@
-"""What the Qwen-VL models share: a tower over images of any size, multimodal rotary positions, image tokens."""
+"""Map what the Qwen-VL models share: a tower for images of any size, multimodal rotary positions, image tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veena_lens.config import ConnectorConfig, HookedVLMConfig, VisionConfig
 from veena_lens.weight_map import WeightMap
 
 READ = ("text_config", "vision_config", "image_token_id", "video_token_id", "tie_word_embeddings")
-# The wrappers around image tokens are text like any other; the hub's files name one more that nothing reads.
+# The tokens around an image are ordinary text; files of the hub name one more that nothing reads.
 HARMLESS = ("vision_start_token_id", "vision_end_token_id", "vision_token_id")
 TOWER_READ = (
     "depth",
@@ -25,9 +25,9 @@ TOWER_READ = (
     "hidden_act",
     "rope_parameters",
 )
-# Fields of the hub's files that no version of the model has read.
+# Fields in files of the hub that no version of the model has read.
 TOWER_HARMLESS = ("in_chans", "spatial_patch_size")
-# Today's names in memory; the hub's files have the decoder at the root. The order matters.
+# Translates to the names of today's transformers; files of the hub have the decoder at the root. The order matters.
 RENAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
@@ -35,15 +35,15 @@ RENAMES = (
 
 
 def side(size: Any, name: str) -> int:
-    """A patch size that may be written as a pair of equal numbers. Raises: ValueError for unequal ones."""
+    """Return a patch size that may be stored as a pair of equal numbers. Raises: ValueError for unequal ones."""
     sizes = set(size) if isinstance(size, (list, tuple)) else {size}
     if len(sizes) != 1:
-        raise ValueError(f"Vision tower: {name}={size!r} must be one number, or a pair of equal ones.")
+        raise ValueError(f"Vision tower: {name}={size!r} must be one number or a pair of equal numbers.")
     return int(sizes.pop())
 
 
 def tower_fields(config: Any) -> dict[str, Any]:
-    """Fields of VisionConfig that every tower gives. Raises: ValueError for another rule of rotary positions."""
+    """Return the fields of VisionConfig that all towers share. Raises: ValueError for another rotary rule."""
     rope = dict(config.rope_parameters or {})
     if rope.get("rope_type", "axial") != "axial":
         raise ValueError(f"Vision tower: rope_type {rope['rope_type']!r} is not supported (only 'axial').")
@@ -56,7 +56,7 @@ def tower_fields(config: Any) -> dict[str, Any]:
         temporal_patch_size=side(config.temporal_patch_size, "temporal_patch_size"),
         merge_size=config.spatial_merge_size,
         n_channels=config.in_channels,
-        normalization_type="LN",  # but in Qwen2.5-VL
+        normalization_type="LN",  # Qwen2.5-VL: RMS
         norm_eps=1e-6,  # fixed in every tower
         qkv_bias=True,
         attn_out_bias=True,
@@ -73,16 +73,21 @@ def qwen_vl_config(
     interleaved: bool,
     positions_per_second: int | None = None,
 ) -> HookedVLMConfig:
-    """The native configuration around a tower whose merger gives `d_out` numbers a token.
+    """Return the native configuration of a whole model.
 
-    sections: frequencies of the (time, height, width) streams where the configuration names none. Interleaved
-    streams go with videos whose frames lie apart in the text (Qwen3-VL).
+    config: the Hugging Face configuration.
+    vision: the native tower.
+    d_out: the width of the merger's output.
+    sections: frequencies of the (time, height, width) streams if the configuration names none.
+    interleaved: whether the streams alternate; video frames are then separate images in the text (Qwen3-VL).
+    positions_per_second: how videos are timed. None: by frames.
+
     Raises: ValueError for a merger that does not fit the decoder."""
     text = config.text_config
-    # Files of transformers 4.5x hold the decoder's fields a second time, at the root, where no model reads them.
+    # Files of transformers 4.5x repeat the fields of the decoder at the root, where no model reads them.
     refuse_unread(config, READ, (*HARMLESS, *DECODER_READ, *text.to_dict()))
     if d_out != text.hidden_size:
-        raise ValueError(f"The merger gives {d_out} numbers a token, the decoder takes {text.hidden_size}.")
+        raise ValueError(f"The merger's output has {d_out} dimensions but the decoder expects {text.hidden_size}.")
     width = vision.d_model * vision.merge_size**2
     fields = decoder_fields(text, root=config)
     rope = fields["rope"]
@@ -100,18 +105,18 @@ def qwen_vl_config(
 
 
 def with_bias(ours: str, theirs: str) -> WeightMap:
-    """Weight and bias of one module."""
+    """Return the map of one module's weight and bias."""
     return WeightMap({f"{ours}.{p}": f"{theirs}.{p}" for p in ("weight", "bias")})
 
 
 def norm(vision: VisionConfig, ours: str, theirs: str) -> WeightMap:
-    """A norm of the tower, which has a bias where it is a layer norm."""
+    """Return the map of a norm of the tower; a layer norm has a bias."""
     parts = ("weight", "bias") if vision.normalization_type == "LN" else ("weight",)
     return WeightMap({f"{ours}.{p}": f"{theirs}.{p}" for p in parts})
 
 
 def fused_qkv() -> WeightMap:
-    """q, k and v of a block, stored together."""
+    """Return the map of a block's q, k and v, which are stored together."""
     names, parts = {}, {}
     for i, letter in enumerate("qkv"):
         for p in ("weight", "bias"):
@@ -121,7 +126,7 @@ def fused_qkv() -> WeightMap:
 
 
 def tower_weights(vision: VisionConfig, mlp: Mapping[str, str]) -> WeightMap:
-    """Patches and blocks below the tower's own prefix; `mlp` gives its names of the MLP's maps."""
+    """Return the map of patches and blocks below the tower's prefix; `mlp` names the linear maps of the MLP."""
     frames, patch = vision.temporal_patch_size, vision.patch_size
     stored = (vision.d_model, vision.n_channels, frames, patch, patch)
     patches = WeightMap({"patch_embed.weight": "patch_embed.proj.weight"}, {"patch_embed.weight": stored})
@@ -132,7 +137,7 @@ def tower_weights(vision: VisionConfig, mlp: Mapping[str, str]) -> WeightMap:
 
 
 def whole(cfg: HookedVLMConfig, tower: WeightMap, rest: WeightMap) -> WeightMap:
-    """Decoder, head, tower (under `vision`) and what else lies below the tower's prefix, in today's names."""
+    """Join decoder, head, tower (under `vision`) and the rest below the tower's prefix, in today's names."""
     return (
         decoder_weights(cfg).under("", "model.language_model")
         | head_weights(cfg)

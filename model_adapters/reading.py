@@ -1,7 +1,7 @@
-"""Reading a Hugging Face config object by duck typing, and refusing what no mapping reads.
+"""Read a Hugging Face config object by duck typing, and reject fields that no mapping reads.
 
-A value off its class default that nobody reads could change the forward pass in silence: it is refused by
-name, unless it is known to be harmless (initialisation, training, generation, book-keeping).
+A field that differs from its class default and that nothing reads could silently change the forward pass. It is
+rejected by name unless it is known to be harmless (initialisation, training, generation, book-keeping).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
-# Fields of every config class that do not touch a forward pass: book-keeping, initialisation, training.
+# Fields of every config class that do not affect a forward pass: book-keeping, initialisation, training.
 HARMLESS = frozenset(
     """
     output_attentions output_hidden_states output_scores return_dict torch_dtype dtype use_bfloat16 architectures
@@ -33,7 +33,7 @@ HARMLESS = frozenset(
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
     """.split()  # noqa: SIM905
 )
-# What generation once read from a model's configuration; files of 2023 write every field out.
+# Settings of generation that files of 2023 store in the model's configuration.
 GENERATION = frozenset(
     """
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
@@ -45,16 +45,18 @@ GENERATION = frozenset(
 
 
 def activation(name: str, where: str) -> Activation:
-    """Our name of an activation function. Raises: ValueError for one that is not supported."""
+    """Return our name of an activation function. Raises: ValueError for one that is not supported."""
     if name not in ACTIVATIONS:
         raise ValueError(f"{where}: activation {name!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}.")
     return ACTIVATIONS[name]
 
 
 def refuse_unread(config: Any, read: Iterable[str], harmless: Iterable[str] = ()) -> None:
-    """Raises: ValueError naming every field off its class default that is neither read nor harmless.
+    """Check that every field which differs from its class default is either read or harmless.
 
-    A field that the class does not know counts as off when it is False, None or empty."""
+    A field that the class does not know counts as unset if it is False, None or empty.
+
+    Raises: ValueError that names the other fields."""
     known = HARMLESS | GENERATION | set(read) | set(harmless)
     plain = type(config)().to_dict()
     odd = {}
@@ -66,18 +68,18 @@ def refuse_unread(config: Any, read: Iterable[str], harmless: Iterable[str] = ()
     if "quantization_config" in odd:
         raise ValueError(
             f"{type(config).__name__}: the weights are quantised (quantization_config={odd['quantization_config']!r}). "
-            "Of a folder, from_pretrained reads weights of bitsandbytes and torchao; else give float weights."
+            "from_pretrained reads bitsandbytes and torchao weights from a folder; otherwise pass float weights."
         )
     if odd:
         listed = ", ".join(f"{k}={v!r}" for k, v in odd.items())
         raise ValueError(
-            f"{type(config).__name__}: no mapping reads {listed}. If it changes nothing at inference, list it as "
-            "harmless in the adapter; else the adapter must read it."
+            f"{type(config).__name__}: no mapping reads {listed}. If it has no effect at inference, list it as "
+            "harmless in the adapter; otherwise the adapter must read it."
         )
 
 
 def rope(config: Any, parameters: Mapping[str, Any] | None = None) -> RopeConfig:
-    """Rotary positions of a text config (the dictionary `rope_parameters` of transformers 5, or one of its parts)."""
+    """Return the rotary positions of a text config (`rope_parameters` of transformers 5, or one of its parts)."""
     given = dict(config.rope_parameters if parameters is None else parameters)
     theta, kind = given.pop("rope_theta"), given.pop("rope_type", "default")
     given.pop("type", None)

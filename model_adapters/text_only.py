@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 without a vision tower: the same model class, text only."""
+"""Map Llama, Mistral, Qwen2 and Qwen3 without a vision tower to the same model class."""
 
 from __future__ import annotations
 

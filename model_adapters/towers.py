@@ -1,4 +1,4 @@
-"""Vision towers: CLIP and SigLIP read alike but for the class token, patch bias and norms around the blocks."""
+"""Map CLIP and SigLIP towers; they differ in the class token, the patch bias and the norms around the blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ KINDS = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
 
 
 def tower_config(config: Any, feature_layer: int | Sequence[int], strategy: str) -> VisionConfig:
-    """The native tower; `feature_layer` counts hidden states (0 enters block 0), negative ones from the end.
+    """Return the native tower.
+
+    config: the Hugging Face configuration of the tower.
+    feature_layer: the hidden states that are features (0 enters block 0); negative numbers count from the end.
+    strategy: "default" drops the class token, "full" keeps it.
 
     Raises: ValueError for a tower, a feature layer or a strategy that does not exist."""
     if config.model_type not in KINDS:
@@ -55,7 +59,7 @@ def tower_config(config: Any, feature_layer: int | Sequence[int], strategy: str)
 
 
 def block_fields(config: Any) -> dict[str, Any]:
-    """Fields of VisionConfig that say what blocks and patches are."""
+    """Return the fields of VisionConfig that describe blocks and patches."""
     return dict(
         d_model=config.hidden_size,
         n_heads=config.num_attention_heads,
@@ -78,7 +82,7 @@ def _with_bias(ours: str, theirs: str) -> dict[str, str]:
 
 
 def tower_weights(vision: VisionConfig) -> WeightMap:
-    """Names below the tower's own prefix, unused parts included."""
+    """Return the map below the tower's prefix, including unused parts."""
     block = _with_bias("ln1", "layer_norm1") | _with_bias("ln2", "layer_norm2")
     block |= _with_bias("mlp.up", "mlp.fc1") | _with_bias("mlp.down", "mlp.fc2")
     for ours, theirs in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
@@ -88,7 +92,7 @@ def tower_weights(vision: VisionConfig) -> WeightMap:
         "pos_embed.weight": "embeddings.position_embedding.weight",
     } | _with_bias("ln_post" if vision.has_last_norm else "unused.ln_post", "post_layernorm")
     if vision.kind == "clip":
-        # The missing letter is in the checkpoints' own name.
+        # The name in the checkpoints lacks a letter.
         ends |= {"class_embedding": "embeddings.class_embedding"} | _with_bias("ln_pre", "pre_layrnorm")
     else:
         ends["patch_embed.bias"] = "embeddings.patch_embedding.bias"

@@ -1,7 +1,7 @@
-"""The command `veena-lens`: parsing alone; each command imports what it calls.
+"""Parse the command line of `veena-lens`; each command imports what it calls.
 
-`--help` and `models` import neither torch nor transformers. Errors that a user can mend are one message and
-exit code 2; a certificate that fails is exit code 1.
+`--help` and `models` import neither torch nor transformers. Errors that a user can fix print one message and exit with
+code 2; a certificate that fails exits with code 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CHECKPOINT = "an embedded checkpoint such as tiny-llava-emotion, a folder, or a 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The commands and their options."""
+    """Return the parser of all commands and options."""
     parser = argparse.ArgumentParser(
         prog="veena-lens", description="Interpretability for vision-language models: caches, patching, steering."
     )
@@ -24,119 +24,143 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
-    commands.add_parser("models", help="architectures that load, their adapters and typical hub ids")
+    commands.add_parser("models", help="list the supported architectures, their adapters and typical hub ids")
 
     inspect = commands.add_parser(
-        "inspect", help="configuration, hook points, parameters and memory of a checkpoint, without its weights"
+        "inspect", help="show configuration, hook points, parameters and memory of a checkpoint without loading weights"
     )
     inspect.add_argument("path", help=CHECKPOINT)
 
-    verify = commands.add_parser(
-        "verify", help="compare a checkpoint here and in Hugging Face, and edit every hook point once"
-    )
+    verify = commands.add_parser("verify", help="compare a checkpoint with Hugging Face and edit every hook point once")
     verify.add_argument("path", help=CHECKPOINT)
-    verify.add_argument("--dtype", choices=DTYPES, default="float32", help="compare at this dtype (float32)")
-    verify.add_argument("--device", default="cpu", help="run both models there (cpu)")
-    verify.add_argument("--image", action="append", metavar="FILE", help="a picture to compare on; give two or more")
+    verify.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the comparison (default: float32)")
+    verify.add_argument("--device", default="cpu", help="device of both models (default: cpu)")
+    verify.add_argument(
+        "--image", action="append", metavar="FILE", help="an image for the comparison; pass two or more"
+    )
 
-    demo = commands.add_parser("demo", help="describe faces with the embedded models, look inside, patch and steer")
-    demo.add_argument("--out", default="out/demo", help="folder of the page and its figures (out/demo)")
-    demo.add_argument("--model", nargs="+", help=f"{CHECKPOINT}; several are compared (all embedded ones)")
+    demo = commands.add_parser("demo", help="describe faces with the embedded models, show attention, patch and steer")
+    demo.add_argument("--out", default="out/demo", help="folder for the page and its figures (default: out/demo)")
+    demo.add_argument("--model", nargs="+", help=f"{CHECKPOINT}; several are compared (default: all embedded ones)")
 
-    run = commands.add_parser("run", help="locate a model's emotion circuit, enhance it, and judge it: report.html")
-    run.add_argument("--model", default="tiny-llava-emotion", help=f"{CHECKPOINT} (tiny-llava-emotion)")
-    run.add_argument("--pairs", metavar="DIR", help="folder of pairs with manifest.jsonl (the embedded pictures)")
-    run.add_argument("--out", default="out/veena", help="folder of the results; the same command resumes (out/veena)")
-    run.add_argument("--preset", choices=("tiny", "quick", "full"), default="quick", help="how much of all (quick)")
-    run.add_argument("--question", help="ask this of every picture (the manifest's question)")
-    run.add_argument("--seed", type=int, help="of splits, draws and intervals (0)")
-    run.add_argument("--skip-unreadable", action="store_true", help="go on without pictures that cannot be read")
-    run.add_argument("--dry-run", action="store_true", help="estimate memory and time; no weights are read")
-    run.add_argument("--device", help="run the model there (cpu)")
-    run.add_argument("--dtype", choices=DTYPES, help="load it at this dtype (as stored)")
+    run = commands.add_parser(
+        "run", help="locate a model's emotion circuit, enhance it and evaluate it; writes report.html"
+    )
+    run.add_argument("--model", default="tiny-llava-emotion", help=f"{CHECKPOINT} (default: tiny-llava-emotion)")
+    run.add_argument(
+        "--pairs", metavar="DIR", help="folder of pairs with manifest.jsonl (default: the embedded images)"
+    )
+    run.add_argument(
+        "--out",
+        default="out/veena",
+        help="folder for the results; the same command resumes a stopped run (default: out/veena)",
+    )
+    run.add_argument(
+        "--preset", choices=("tiny", "quick", "full"), default="quick", help="size of the run (default: quick)"
+    )
+    run.add_argument("--question", help="question about every image (default: that of the manifest)")
+    run.add_argument("--seed", type=int, help="random seed of splits, draws and intervals (default: 0)")
+    run.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
+    run.add_argument("--dry-run", action="store_true", help="estimate memory and time without reading weights")
+    run.add_argument("--device", help="device of the model (default: cpu)")
+    run.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: as stored)")
 
-    enhance = commands.add_parser("enhance", help="describe a picture with and without a saved circuit")
-    enhance.add_argument("--circuit", metavar="FILE", required=True, help="circuit.safetensors of a run")
-    enhance.add_argument("--image", metavar="FILE", required=True, action="append", help="a picture; may be repeated")
-    enhance.add_argument("--model", help=f"{CHECKPOINT} (the one that the circuit names)")
-    enhance.add_argument("--question", help="ask this (how does the person in the picture feel?)")
-    enhance.add_argument("--max-new-tokens", type=int, default=64, help="longest answer (64)")
-    enhance.add_argument("--device", help="run the model there (cpu)")
-    enhance.add_argument("--dtype", choices=DTYPES, help="load it at this dtype (as stored)")
+    enhance = commands.add_parser("enhance", help="describe an image with and without a saved circuit")
+    enhance.add_argument("--circuit", metavar="FILE", required=True, help="circuit.safetensors from a run")
+    enhance.add_argument("--image", metavar="FILE", required=True, action="append", help="an image; may be repeated")
+    enhance.add_argument("--model", help=f"{CHECKPOINT} (default: the one that the circuit names)")
+    enhance.add_argument("--question", help="the question (default: how does the person in the picture feel?)")
+    enhance.add_argument("--max-new-tokens", type=int, default=64, help="longest answer in tokens (default: 64)")
+    enhance.add_argument("--device", help="device of the model (default: cpu)")
+    enhance.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: as stored)")
 
-    results = commands.add_parser("results", help="print a table of a results.json as Markdown")
-    results.add_argument("path", help="results.json of a run")
+    results = commands.add_parser("results", help="print a table from a results.json as Markdown")
+    results.add_argument("path", help="results.json from a run")
     results.add_argument("--part", default="main", help="main, random, ways, tuned, effects, elsewhere, layers, heads")
 
-    explore = commands.add_parser("explore", help="look inside a model in the browser, with your own pictures")
+    explore = commands.add_parser("explore", help="explore a model in the browser, with your own images")
     explore.add_argument(
-        "--model", nargs="+", help=f"{CHECKPOINT}; the first is chosen at the start (all embedded ones)"
+        "--model", nargs="+", help=f"{CHECKPOINT}; the first is selected at the start (default: all embedded ones)"
     )
-    explore.add_argument("--cache", metavar="FILE", help="open this activation cache; no model is loaded for it")
-    explore.add_argument("--device", help="run the models there (cpu)")
-    explore.add_argument("--dtype", choices=DTYPES, help="load them at this dtype (as stored)")
-    explore.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine alone)")
-    explore.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
-    explore.add_argument("--max-upload-mb", type=float, default=10, help="largest file that can be uploaded (10)")
-    explore.add_argument("--max-megapixels", type=float, default=24, help="largest picture (24)")
+    explore.add_argument("--cache", metavar="FILE", help="open this activation cache without loading a model")
+    explore.add_argument("--device", help="device of the models (default: cpu)")
+    explore.add_argument("--dtype", choices=DTYPES, help="dtype of the models (default: as stored)")
     explore.add_argument(
-        "--max-sweep-gb", type=float, default=2, help="memory that a sweep's rows may take at once (2)"
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    explore.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    explore.add_argument("--max-upload-mb", type=float, default=10, help="largest upload in MB (default: 10)")
+    explore.add_argument("--max-megapixels", type=float, default=24, help="largest image in megapixels (default: 24)")
+    explore.add_argument(
+        "--max-sweep-gb", type=float, default=2, help="memory for rows of a sweep that run together, in GB (default: 2)"
     )
 
     _add_mer_unibench(commands)
 
     for command in commands.choices.values():
-        # Options of the whole command are understood behind the sub-command as well.
+        # Options of the whole command may also follow the sub-command.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 
 
 def _add_mer_unibench(commands: Any) -> None:
-    """The three actions on MER-UniBench."""
-    parser = commands.add_parser("mer-unibench", help="check the benchmark's folders, score answer files, answer a set")
+    """Add the three actions on MER-UniBench."""
+    parser = commands.add_parser(
+        "mer-unibench", help="check the folders of MER-UniBench, answer a set, score answer files"
+    )
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
 
-    check = actions.add_parser("check", help="which of the nine sets lie under a folder, and how to get the others")
-    check.add_argument("root", help="the folder that holds the sets' folders")
+    check = actions.add_parser("check", help="report which of the nine sets are in a folder, and how to get the others")
+    check.add_argument("root", help="folder that contains the folders of the sets")
 
-    score = actions.add_parser("score", help="score an answer file, or every one under a folder")
+    score = actions.add_parser("score", help="score an answer file, or every one in a folder")
     score.add_argument(
         "path", help="npz, csv, JSON Lines, a folder of <name>.npy, or a folder of results-<key> folders"
     )
-    score.add_argument("--root", help="the folder that holds the sets' folders, for the labels")
-    score.add_argument("--set", metavar="KEY", help="the set of the answers, where the path does not tell")
-    score.add_argument("--mapping", choices=("official", "direct", "both"), default="both", help="of labels (both)")
-    score.add_argument("--wheels", metavar="FOLDER", help="the benchmark's own wheels (the project's)")
+    score.add_argument("--root", help="folder that contains the folders of the sets, for the labels")
+    score.add_argument("--set", metavar="KEY", help="the set of the answers (default: read from the path or file)")
+    score.add_argument(
+        "--mapping",
+        choices=("official", "direct", "both"),
+        default="both",
+        help="mapping of labels to sectors (default: both)",
+    )
+    score.add_argument("--wheels", metavar="FOLDER", help="the benchmark's own wheels (default: those of this project)")
     score.add_argument(
         "--missing",
         choices=("error", "empty"),
         default="error",
-        help="samples without an answer: refuse, or score empty",
+        help="samples without an answer: raise an error, or score them as empty (default: error)",
     )
 
-    answer = actions.add_parser("answer", help="ask a model about every clip of a set; goes on where it stopped")
-    answer.add_argument("root", help="the folder that holds the sets' folders")
+    answer = actions.add_parser("answer", help="ask a model about every clip of a set; a stopped run resumes")
+    answer.add_argument("root", help="folder that contains the folders of the sets")
     answer.add_argument("--model", required=True, help=CHECKPOINT)
     answer.add_argument("--set", metavar="KEY", required=True, help="the set to answer")
-    answer.add_argument("--out", metavar="FILE", required=True, help="JSON Lines, one answer a line")
-    answer.add_argument("--circuit", metavar="FILE", help="answer under this saved circuit")
-    answer.add_argument("--frames", type=int, default=1, help="pictures a clip; one is the middle one (1)")
-    answer.add_argument("--faces", action="store_true", help="show aligned faces instead of frames")
-    answer.add_argument("--no-subtitle", action="store_true", help="leave what is said out of the prompt")
-    answer.add_argument("--batch-size", type=int, default=16, help="pictures at once (16)")
-    answer.add_argument("--max-new-tokens", type=int, default=32, help="longest answer (32)")
+    answer.add_argument("--out", metavar="FILE", required=True, help="JSON Lines file, one answer per line")
+    answer.add_argument("--circuit", metavar="FILE", help="apply this saved circuit")
     answer.add_argument(
-        "--missing", choices=("error", "skip"), default="error", help="clips without pictures: refuse, or leave out"
+        "--frames", type=int, default=1, help="images per clip; with one it is the middle frame (default: 1)"
     )
-    answer.add_argument("--device", help="run the model there (cpu)")
-    answer.add_argument("--dtype", choices=DTYPES, help="load it at this dtype (as stored)")
+    answer.add_argument("--faces", action="store_true", help="show aligned faces instead of frames")
+    answer.add_argument("--no-subtitle", action="store_true", help="leave the subtitle out of the prompt")
+    answer.add_argument("--batch-size", type=int, default=16, help="images per batch (default: 16)")
+    answer.add_argument("--max-new-tokens", type=int, default=32, help="longest answer in tokens (default: 32)")
+    answer.add_argument(
+        "--missing",
+        choices=("error", "skip"),
+        default="error",
+        help="clips without images: raise an error, or skip them (default: error)",
+    )
+    answer.add_argument("--device", help="device of the model (default: cpu)")
+    answer.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: as stored)")
     for action in (check, score, answer):
-        action.add_argument("--folder", action="append", metavar="KEY=FOLDER", help="a set that lies elsewhere")
+        action.add_argument("--folder", action="append", metavar="KEY=FOLDER", help="the folder of a set outside ROOT")
         action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 1 for a failed certificate, 2 for bad input."""
+    """Run one command and return the exit code: 0, 1 for a failed certificate, 2 for bad input."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.version:
@@ -160,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    """Print every adapter, ours and others'."""
+    """Print every adapter, including those of other packages."""
     from veena_lens.checkpoints.registry import adapter_sources, all_adapters, broken_adapters
 
     sources = adapter_sources()
@@ -199,15 +223,15 @@ def verify(args: argparse.Namespace) -> int:
     from veena_lens.model.model import HookedVLM
     from veena_lens.verify import verify as certify
 
-    pictures: list[Any] | None = args.image
+    images: list[Any] | None = args.image
     model = HookedVLM.from_pretrained(args.path, dtype=getattr(torch, args.dtype), device=args.device)
-    certificate = certify(model, args.path, images=pictures)
+    certificate = certify(model, args.path, images=images)
     print(certificate)
     return 0 if certificate.passed else 1
 
 
 def demo(args: argparse.Namespace) -> int:
-    """Run the main job and say where its page lies."""
+    """Run the demo and print where its page is."""
     from veena_lens.app.demo import run_demo, run_demos
     from veena_lens.checkpoints.files import bundled_names
 
@@ -256,7 +280,7 @@ def mer_unibench(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole method."""
+    """Run the whole method."""
     from veena_lens.app.commands import run_command
 
     run_command(
@@ -275,7 +299,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def enhance(args: argparse.Namespace) -> int:
-    """One or more images with and without a circuit."""
+    """Describe one or more images with and without a circuit."""
     from veena_lens.app.commands import enhance_command
 
     enhance_command(
@@ -291,7 +315,7 @@ def enhance(args: argparse.Namespace) -> int:
 
 
 def results(args: argparse.Namespace) -> int:
-    """The main table."""
+    """Print one table of a run's results."""
     from veena_lens.app.commands import table_command
 
     return table_command(args.path, args.part)

@@ -1,8 +1,8 @@
-"""Which positions of a sequence: the words of the API ("last", "query+generated") parsed once into masks.
+"""Select positions of a sequence: parse the words of the API ("last", "query+generated") into masks.
 
-Words name parts of a row whatever its padding: they are resolved against `MultimodalInputs`, row by row.
-"generated" means answer tokens: those of `with_answer`, and those that `generate` adds. A `Box` or a `Tile` names
-image tokens by where they lie in the image.
+Words name parts of a row whatever its padding; they are resolved against `MultimodalInputs`, row by row. "generated"
+means the tokens of an answer: those of `with_answer`, and those that `generate` adds. A `Box` or a `Tile` selects image
+tokens by their place in the image.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from veena_lens.inputs import MultimodalInputs
 
 @dataclass(frozen=True)
 class Box:
-    """Image tokens whose patch overlaps a box, in pixels of the original image; `image` counts in its row.
+    """Select the image tokens whose patch overlaps a box.
+
+    left, top, right, bottom: in pixels of the original image.
+    image: the number of the image in its row.
 
     Raises: ValueError for a box without area."""
 
@@ -37,7 +40,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Tile:
-    """Image tokens of one tile: 0 is the whole view, 1 .. the tiles row by row; an image of one piece is tile 0."""
+    """Select the image tokens of one tile: 0 is the whole view, or an untiled image; 1 .. are the tiles row by row."""
 
     tile: int
     image: int = 0
@@ -49,9 +52,9 @@ WORDS = ("last", "query", "image", "text", "generated", "answer", "prompt", "all
 
 
 def parse(positions: Any) -> Any:
-    """Check a selection of positions and give it back in its plain form (words as a tuple).
+    """Check a selection of positions and return it in its plain form (words as a tuple).
 
-    Raises: ValueError for an unknown word, TypeError for anything that selects nothing."""
+    Raises: ValueError for an unknown word; TypeError for a type that cannot select positions."""
     if isinstance(positions, str):
         words = tuple(w.strip() for w in positions.split("+"))
         unknown = [w for w in words if w not in WORDS]
@@ -67,18 +70,19 @@ def parse(positions: Any) -> Any:
     if isinstance(positions, Sequence):
         return [int(p) for p in positions]
     raise TypeError(
-        f"positions of type {type(positions).__name__}: give words such as 'last' or 'query+generated', an int, "
+        f"positions of type {type(positions).__name__}: pass words such as 'last' or 'query+generated', an int, "
         "a slice, a list of ints, a bool mask [batch pos], a Box of pixels or a Tile."
     )
 
 
 def position_mask(inputs: MultimodalInputs, positions: Any, image: int | None = None) -> Bool[Tensor, "batch pos"]:
-    """True at the chosen positions of every row, never at pads.
+    """Return a mask that is True at the chosen positions of every row, and never at pads.
 
-    Numbers and slices count over the padded sequence, as indexing a tensor would. `image` narrows the word
-    "image" to one image of each row.
-    Raises: ValueError for an unknown word, IndexError for a number outside the sequence.
-    """
+    inputs: the sequence.
+    positions: words, numbers, a slice, a mask, a `Box` or a `Tile`; numbers and slices count over the padded sequence.
+    image: restricts the word "image" to this image of each row. None: all images.
+
+    Raises: ValueError for an unknown word; IndexError for a number outside the sequence."""
     chosen = parse(positions)
     n, length = inputs.shape
     mask = torch.zeros(n, length, dtype=torch.bool, device=inputs.device)
@@ -103,7 +107,7 @@ def position_mask(inputs: MultimodalInputs, positions: Any, image: int | None = 
 
 
 def _mark(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, word: str, image: int | None) -> None:
-    """Set what one word names."""
+    """Mark the positions that one word names."""
     images = inputs.image_mask
     for row, spans in enumerate(inputs.spans):
         if word == "last":
@@ -125,9 +129,9 @@ def _mark(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, word: str, 
 
 
 def _mark_region(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, row: int, region: Box | Tile) -> None:
-    """Set the tokens of one row's image that lie in a region; a row without that image stays as it is.
+    """Mark the tokens of one row's image in a region; a row without that image stays unchanged.
 
-    Raises: ValueError where the place of the tokens in the original image is not known."""
+    Raises: ValueError if the places of the tokens in the original image are unknown."""
     if not 0 <= region.image < len(inputs.spans[row].images):
         return
     span = inputs.spans[row].images[region.image]
@@ -139,22 +143,22 @@ def _mark_region(mask: Bool[Tensor, "batch pos"], inputs: MultimodalInputs, row:
         boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[row][region.image]
         if boxes is None:
             raise ValueError(
-                f"{region!r}: where the tokens of row {row} lie in the original image is not known; make the inputs "
-                "with model.prepare, or choose positions by Tile, numbers or a mask."
+                f"{region!r}: the places of row {row}'s tokens in the original image are unknown. Make the inputs "
+                "with model.prepare, or select positions by Tile, numbers or a mask."
             )
-        left, top, right, bottom = boxes.to(mask.device).unbind(-1)  # newlines have none (NaN) and never overlap
+        left, top, right, bottom = boxes.to(mask.device).unbind(-1)  # newlines have no box (NaN) and never overlap
         inside = (left < region.right) & (right > region.left) & (top < region.bottom) & (bottom > region.top)
     mask[row, places[inside]] = True
 
 
 def reaches_generated(positions: Any) -> bool:
-    """True when a selection names positions that only generation or an answer has."""
+    """Return True if a selection may include positions of an answer."""
     chosen = parse(positions)
     return isinstance(chosen, tuple) and any(word in BEYOND_PROMPT for word in chosen)
 
 
 def padded_places(chosen: Bool[Tensor, "batch pos"]) -> tuple[Tensor, Tensor]:
-    """(index, mask) [batch n]: the True places of each row, padded at the end with place 0."""
+    """Return (index, mask) [batch n]: the True positions of each row, padded at the end with position 0."""
     counts = chosen.sum(-1)
     n = int(counts.max()) if chosen.numel() else 0
     index = torch.argsort((~chosen).long(), dim=-1, stable=True)[:, :n]

@@ -1,9 +1,8 @@
-"""Where each native parameter lies in a Hugging Face checkpoint: ours on the left, theirs on the right.
+"""Map native parameters to the keys of a Hugging Face checkpoint: ours on the left, theirs on the right.
 
-Parameters keep Hugging Face's `[out, in]` layout, so a map is mostly names; where a tensor needs another
-shape (a convolution read as a linear map) or is one of several stored together (fused q, k and v), that is stated
-beside the name and undone on export.
-An `Adapter` is one architecture's value: how to read its configuration, and its map.
+Parameters keep Hugging Face's `[out, in]` layout, so a map consists mostly of names. If a tensor needs another shape (a
+convolution read as a linear map) or is one of several stored together (fused q, k and v), the map says so, and export
+reverses it. An `Adapter` describes one architecture: how to read its configuration, and its map.
 """
 
 from __future__ import annotations
@@ -19,19 +18,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightMap:
-    """Native parameter name -> checkpoint key (in the names of `state_dict()` of today's transformers).
+    """Map native parameter names to checkpoint keys (the names of `state_dict()` in today's transformers).
 
-    `reshapes` gives, for a native name, the shape of the tensor in the checkpoint where it differs from the
-    native one; the number of elements is the same. `parts` gives (i, n) for a native name that is the i-th of n
-    equal parts, along the first axis, of a checkpoint tensor. Maps are joined with `|` and moved with `under`.
-    """
+    names: native name -> checkpoint key.
+    reshapes: native name -> the shape of the tensor in the checkpoint, if it differs from the native one; the number of
+        elements is the same.
+    parts: native name -> (i, n), if it is the i-th of n equal parts of a checkpoint tensor along the first axis.
+
+    Maps are joined with `|` and moved with `under`."""
 
     names: Mapping[str, str]
     reshapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def under(self, ours: str, theirs: str) -> WeightMap:
-        """The same map below two prefixes (without trailing dots; "" leaves names as they are)."""
+        """Return the map below two prefixes (without trailing dots; "" leaves names unchanged)."""
         a, b = (f"{p}." if p else "" for p in (ours, theirs))
         return WeightMap(
             {a + name: b + key for name, key in self.names.items()},
@@ -40,7 +41,7 @@ class WeightMap:
         )
 
     def for_layers(self, layers: Iterable[int], ours: str = "blocks.{l}", theirs: str = "layers.{l}") -> WeightMap:
-        """One copy a layer, `{l}` replaced in both prefixes."""
+        """Return one copy per layer, with `{l}` replaced in both prefixes."""
         joined = WeightMap({})
         for layer in layers:
             joined |= self.under(ours.format(l=layer), theirs.format(l=layer))
@@ -56,20 +57,20 @@ class WeightMap:
 
     @property
     def owners(self) -> dict[str, list[str]]:
-        """Checkpoint key -> the native names that read it, parts in their order."""
+        """The native names that read each checkpoint key, parts in order."""
         found: dict[str, list[str]] = {}
         for ours, theirs in self.names.items():
             found.setdefault(theirs, []).append(ours)
         return {key: sorted(ours, key=lambda o: self.parts.get(o, (0, 1))) for key, ours in found.items()}
 
     def stored_shape(self, ours: str, native: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape in the checkpoint of the tensor that holds a native parameter."""
+        """Return the shape of the checkpoint tensor that holds a native parameter."""
         if ours in self.parts:
             return native[0] * self.parts[ours][1], *native[1:]
         return self.reshapes.get(ours, native)
 
     def part_of(self, ours: str, stored: Any) -> Any:
-        """The native parameter's own part of the checkpoint tensor, a view."""
+        """Return the part of a checkpoint tensor that is a native parameter, as a view."""
         if ours not in self.parts:
             return stored
         i, n = self.parts[ours]
@@ -87,19 +88,22 @@ class WeightMap:
         return f"WeightMap({len(self)} names: {first}, ...)"
 
 
-# Entries of old files that no model computes with any more (non-persistent buffers today).
+# Entries of old files that models no longer use (non-persistent buffers today).
 HARMLESS_KEYS = (r"\.rotary_emb\.inv_freq$", r"\.position_ids$", r"\.masked_bias$")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """One Hugging Face architecture: how its configuration and weights become the native model's.
+    """Describe one Hugging Face architecture: how its configuration and weights become the native model's.
 
-    `read_config` takes the Hugging Face config object; `weight_map` the native configuration; `renames` are
-    (pattern, replacement) pairs applied in order to a file's keys, so that every layout a checkpoint was
-    ever written in arrives at today's in-memory names. `hub_ids`, `note` and `tested` (what was compared with Hugging
-    Face) are shown by `veena-lens models`.
-    """
+    architecture: Hugging Face's class name.
+    read_config: from the Hugging Face config object to the native configuration.
+    weight_map: from the native configuration to the map of its weights.
+    image_layout: how images become tokens. None: text only.
+    renames: (pattern, replacement) pairs, applied in order to a file's keys, which translate every layout that a
+        checkpoint was ever written in to today's names.
+    harmless: patterns of entries that no forward pass reads.
+    hub_ids, note, tested: shown by `veena-lens models`; `tested` says what was compared with Hugging Face."""
 
     architecture: str
     read_config: Callable[[Any], HookedVLMConfig]
@@ -112,13 +116,13 @@ class Adapter:
     tested: str = ""
 
     def normalize(self, key: str) -> str:
-        """Today's in-memory name of a checkpoint key, whatever layout the file has."""
+        """Return today's name of a checkpoint key, whatever the layout of the file."""
         for pattern, replacement in self.renames:
             key = re.sub(pattern, replacement, key)
         return key
 
     def is_harmless(self, key: str) -> bool:
-        """True for entries that a checkpoint may hold and no forward pass reads."""
+        """Return True for entries that a checkpoint may have and no forward pass reads."""
         return any(re.search(pattern, key) for pattern in self.harmless)
 
     def __repr__(self) -> str:

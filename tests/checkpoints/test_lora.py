@@ -127,15 +127,15 @@ def test_pickled_adapter_in_half_precision_is_merged_in_single(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (dict(use_dora=True), "use_dora=True is not followed.*Merge the adapter with peft"),
-        (dict(fan_in_fan_out=True), "fan_in_fan_out=True is not followed"),
-        (dict(lora_bias=True), "lora_bias=True is not followed"),
-        (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' is not followed"),
+        (dict(use_dora=True), "use_dora=True is not supported.*Merge the adapter with peft"),
+        (dict(fan_in_fan_out=True), "fan_in_fan_out=True is not supported"),
+        (dict(lora_bias=True), "lora_bias=True is not supported"),
+        (dict(init_lora_weights="pissa"), "init_lora_weights='pissa' is not supported"),
         (dict(layer_replication=[[0, 2], [1, 3]]), r"layer_replication=\[\[0, 2\], \[1, 3\]\] is not"),
         (dict(target_parameters=["experts.up"]), "target_parameters="),
         (dict(trainable_token_indices=[5]), "trainable_token_indices="),
-        (dict(a_new_option=3), "a_new_option=3 is not followed"),
-        (dict(peft_type="IA3"), "is an adapter of type 'IA3'; LORA is merged"),
+        (dict(a_new_option=3), "a_new_option=3 is not supported"),
+        (dict(peft_type="IA3"), "is an adapter of type 'IA3'; only LORA is supported"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -164,7 +164,7 @@ def test_entries_that_do_not_fit_are_listed_together(tmp_path: Path) -> None:
     for part in (
         f"{QUERY}.lora_A.weight: wanted a product of [48, 48], found [48, 4] times [4, 47]",
         f"{DOWN}.lora_A.weight: wanted a product of [48, 96], found no lora_B",
-        "lora_magnitude_vector is no part of standard LoRA",
+        "lora_magnitude_vector is not part of standard LoRA",
         "Qwen2_5_VLForConditionalGeneration has no model.language_model.layers.7.mlp.up_proj.weight",
         "lm_head.weight: wanted [128, 48], found [130, 48]",
     ):
@@ -174,22 +174,22 @@ def test_entries_that_do_not_fit_are_listed_together(tmp_path: Path) -> None:
 def test_head_that_is_tied_cannot_be_tuned_alone(tmp_path: Path) -> None:
     hf, base = tiny_qwen.save(TIED, tmp_path / "base", with_processor=False)
     write(tmp_path / "lora", hf, {HEAD: 4})
-    with pytest.raises(ValueError, match=r"has no lm_head.weight of its own \(it is tied to the embedding\)"):
+    with pytest.raises(ValueError, match=r"has no lm_head.weight \(it is tied to the embedding\)"):
         HookedVLM.from_pretrained(base, lora=tmp_path / "lora")
 
 
 def test_folders_that_hold_no_adapter_are_told_of(tmp_path: Path) -> None:
     _, base = tiny_qwen.save(CASE, tmp_path / "base", with_processor=False)
-    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config.json; give the folder that peft"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json; pass the folder that peft"):
         HookedVLM.from_pretrained(base, lora=base)
-    with pytest.raises(FileNotFoundError, match=r"No LoRA adapter '.*nowhere': it is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"No LoRA adapter '.*nowhere': it is neither a folder"):
         HookedVLM.from_pretrained(base, lora=tmp_path / "nowhere")
     empty = tmp_path / "lora"
     empty.mkdir()
     (empty / "adapter_config.json").write_text(json.dumps(CONFIG))
-    with pytest.raises(FileNotFoundError, match=r"holds no weights \(adapter_model.safetensors or adapter_model.bin\)"):
+    with pytest.raises(FileNotFoundError, match=r"has no weights \(adapter_model.safetensors or adapter_model.bin\)"):
         HookedVLM.from_pretrained(base, lora=empty)
-    with pytest.raises(ValueError, match="names no base model"):
+    with pytest.raises(ValueError, match="does not name its base model"):
         HookedVLM.from_pretrained(empty)
 
 

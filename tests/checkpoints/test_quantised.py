@@ -43,13 +43,22 @@ def marked(folder: Path, settings: dict[str, Any] | None) -> Path:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (BNB4, r"quantised by bitsandbytes \(load_in_4bit=True\), .* is not installed: `pip install bitsandbytes`, or"),
+        (
+            BNB4,
+            r"quantised by bitsandbytes \(load_in_4bit=True\), .* is not installed: run `pip install bitsandbytes`, or",
+        ),
         (
             dict(load_in_8bit=True),
-            r"quantised by bitsandbytes \(load_in_8bit=True\), and bitsandbytes is not installed",
+            r"quantised by bitsandbytes \(load_in_8bit=True\), but bitsandbytes is not installed",
         ),
-        (AO, r"torchao \(quant_type='Int8WeightOnlyConfig'\), and torchao is not installed: `pip install torchao`, or"),
-        (dict(quant_method="gptq", bits=4), "quantised by 'gptq' .*'bits': 4.*bitsandbytes and torchao are read. Give"),
+        (
+            AO,
+            r"torchao \(quant_type='Int8WeightOnlyConfig'\), but torchao is not installed: run `pip install torchao`, or",
+        ),
+        (
+            dict(quant_method="gptq", bits=4),
+            "quantised by 'gptq' .*'bits': 4.*bitsandbytes and torchao can be loaded. Use",
+        ),
         (dict(quant_method="awq", bits=4), "quantised by 'awq'"),
         (dict(bits=8), "quantised by None .*'bits': 8"),
     ],
@@ -67,7 +76,7 @@ def test_weights_that_cannot_run_are_refused_before_any_is_read(
 def test_model_in_memory_of_packed_weights_is_refused_with_the_way_to_load_it(tmp_path: Path) -> None:
     theirs, _ = tiny_qwen.save(CASE, tmp_path, with_processor=False)
     theirs.config.quantization_config = BNB4
-    with pytest.raises(ValueError, match="quantised .*from_pretrained reads weights of bitsandbytes and torchao"):
+    with pytest.raises(ValueError, match="quantised .*from_pretrained reads bitsandbytes and torchao weights"):
         HookedVLM.from_hf(theirs)
 
 
@@ -75,7 +84,7 @@ def test_configuration_is_described_without_the_package(tmp_path: Path) -> None:
     """`inspect` and `open_checkpoint` read no weight."""
     folder = marked(tmp_path, BNB4)
     quantisation = quantised.scheme_of(open_checkpoint(folder).hf_config)
-    assert quantisation is not None and quantisation.told == "bitsandbytes (load_in_4bit=True)"
+    assert quantisation is not None and quantisation.summary == "bitsandbytes (load_in_4bit=True)"
     assert open_checkpoint(folder).cfg.vision is not None
 
 

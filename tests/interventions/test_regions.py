@@ -41,7 +41,7 @@ def test_a_box_without_area_and_unknown_places_are_refused(model, inputs) -> Non
         Box(5, 0, 5, 9)
     from dataclasses import replace
 
-    with pytest.raises(ValueError, match="not known"):
+    with pytest.raises(ValueError, match="original image are unknown"):
         position_mask(replace(inputs, patch_boxes=None), Box(0, 0, 5, 5))
     in_the_tower = Ablate("vision.blocks.0.hook_resid_pre", positions=Box(0, 0, 9, 9))
     with pytest.raises(ValueError, match="hook_image_features"), model.intervene([in_the_tower]):

@@ -154,7 +154,7 @@ FOUR, ONE = "google/gemma-3-4b-it", "google/gemma-3-1b-it"
     [
         (ONE, None, "final_logit_softcapping", 30.0, "final_logit_softcapping=30.0: soft-capped logits"),
         (FOUR, "text_config", "attn_logit_softcapping", 50.0, "attn_logit_softcapping=50.0: soft-capped logits"),
-        (ONE, None, "use_bidirectional_attention", True, "use_bidirectional_attention=True makes an encoder"),
+        (ONE, None, "use_bidirectional_attention", True, "use_bidirectional_attention=True is not supported"),
         (FOUR, "text_config", "hidden_activation", "mish", "activation 'mish' is not supported"),
         (FOUR, "text_config", "num_experts", 8, "num_experts=8"),
         (FOUR, "text_config", "rope_scaling", dict(rope_type="longrope", short_factor=[1.0] * 128,
@@ -164,7 +164,7 @@ FOUR, ONE = "google/gemma-3-4b-it", "google/gemma-3-1b-it"
         (FOUR, None, "projector_hidden_act", "gelu", "projector_hidden_act='gelu'"),
         (FOUR, "vision_config", "window_size", 112, "window_size=112"),
         (FOUR, None, "quantization_config", {"bits": 4, "quant_method": "gptq"}, "quantised"),
-        (FOUR, "vision_config", "model_type", "clip_vision_model", "squares of patches belong to a SigLIP tower"),
+        (FOUR, "vision_config", "model_type", "clip_vision_model", "model_type='clip_vision_model' must be 'siglip_vision_model'"),
     ],
 )  # fmt: skip
 def test_value_that_cannot_be_followed_is_refused_by_name(

@@ -40,7 +40,7 @@ def test_styles_and_splits_that_do_not_fit_are_refused() -> None:
         identity_choice("open-peeps", "development", 1)
     with pytest.raises(ValueError, match="whose styles are open-peeps, micah"):
         identity_choice("avataaars", HELD_OUT, 1)
-    with pytest.raises(ValueError, match="No style 'manga'"):
+    with pytest.raises(ValueError, match="Unknown style 'manga'"):
         identity_choice("manga", "test", 1)
     with pytest.raises(ValueError, match="development, test"):
         identity_choice("avataaars", "train", 1)
@@ -117,9 +117,9 @@ def test_contexts_add_lines_and_no_pictures(drawn: PairSet, tmp_path: Path) -> N
 
 
 def test_unknown_conditions_and_emotions_are_refused(drawn: PairSet) -> None:
-    with pytest.raises(ValueError, match="no kind 'opposite'"):
+    with pytest.raises(ValueError, match="unknown kind 'opposite'"):
         conditions(drawn, ["opposite"])
-    with pytest.raises(ValueError, match="no strength 'huge'"):
+    with pytest.raises(ValueError, match="unknown strength 'huge'"):
         conditions(drawn, strengths=["huge"])
 
 

@@ -1,6 +1,6 @@
-"""A forward pass, caches and attention rows against Hugging Face's forward (sdpa) on the same weights.
+"""Time a forward pass, caches and attention rows against Hugging Face's forward pass (sdpa) on the same weights.
 
-Peak memory of one job, measured in a process of its own: its high-water mark above what was there before.
+`peak_mebibytes` measures the peak memory of a job in a separate process: the high-water mark above the level before it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _measure(make: Callable[[], Callable[[], Any]], queue: Any) -> None:
 
 
 def peak_mebibytes(make: Callable[[], Callable[[], Any]]) -> float:
-    """MiB that a job takes above what its preparation took; `make` prepares it and returns it."""
+    """Return the MiB that a job takes above its preparation; `make` prepares the job and returns it."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_measure, args=(make, queue))
@@ -56,7 +56,7 @@ def main() -> None:
         ("attention of the last token, all layers", seconds(lambda: model.attention(inputs))),
         ("Hugging Face forward, sdpa, again", seconds(lambda: hf(**raw))),
     ]
-    title = f"16 layers, d_model 512, 600 tokens (576 of a picture), float32, one thread; logits differ by {error:.1e}"
+    title = f"16 layers, d_model 512, 600 tokens (576 of an image), float32, one thread; logits differ by {error:.1e}"
     print(table(title, rows, ("Hugging Face", base)))
 
 

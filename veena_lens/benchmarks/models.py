@@ -1,9 +1,7 @@
-"""A random LLaVA of middling size, in Hugging Face and here on the same weights, and a prompt with an image.
+"""Build a random LLaVA of medium size in Hugging Face, here and in TransformerBridge, on the same weights.
 
-transformer_lens's TransformerBridge on the same weights, with the image in every call.
-
-Its patching functions pass bare tokens on, and the bridge then runs without the image and says nothing. So it is
-wrapped: every forward, cached or hooked, gets the pixels that belong to the tokens.
+transformer_lens's patching functions pass bare tokens on, and the bridge then silently runs without the image. It is
+therefore wrapped: every call, cached or hooked, gets the pixels that belong to the tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor
 
 
 def bridge_of(hf: Any) -> Any:
-    """A bridge over a copy of a Hugging Face LLaVA (its attention is eager: that is what its hooks need)."""
+    """Return a bridge over a copy of a Hugging Face LLaVA, with eager attention, which its hooks need."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformer_lens.model_bridge.sources.transformers.source import boot
@@ -33,14 +31,14 @@ def bridge_of(hf: Any) -> Any:
     plain = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<unk>", bos_token="<s>", eos_token="<s>")
     with tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
-        theirs.config.save_pretrained(folder)  # asked for by name, though the model is given
+        theirs.config.save_pretrained(folder)  # the bridge reads it by name although the model is given
         tokenizer = AutoTokenizer.from_pretrained(folder)
         bridge = boot(folder, hf_model=theirs, tokenizer=tokenizer, dtype=torch.float32, device="cpu")
     return bridge.eval()
 
 
-class WithPicture:
-    """What `transformer_lens.patching` asks of a model, the image added to every call."""
+class WithImage:
+    """Provide what `transformer_lens.patching` needs of a model, with the image added to every call."""
 
     def __init__(self, bridge: Any, pixels: Tensor) -> None:
         self.bridge, self.pixels, self.cfg = bridge, pixels, bridge.cfg
@@ -54,7 +52,7 @@ class WithPicture:
     def run_with_cache(self, tokens: Tensor, **options: Any) -> Any:
         return self.bridge.run_with_cache(tokens, pixel_values=self.pixels, **options)
 
-    def eval(self) -> WithPicture:
+    def eval(self) -> WithImage:
         return self
 
 
@@ -62,7 +60,7 @@ IMAGE_TOKEN = 999
 
 
 def random_llava(n_layers: int = 16, d_model: int = 512, n_heads: int = 8) -> tuple[Any, Any]:
-    """(Hugging Face model, native model), sharing storage: 576 image tokens, a tower of two layers, float32."""
+    """Return (Hugging Face model, native model) with shared storage: 576 image tokens, two tower layers, float32."""
     import transformers
 
     from veena_lens import HookedVLM
@@ -92,7 +90,7 @@ def random_llava(n_layers: int = 16, d_model: int = 512, n_heads: int = 8) -> tu
 
 
 def prompt(n_tokens: int = 600, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Tensors of one prompt: text, 576 image tokens, text; images differ by seed."""
+    """Return the tensors of one prompt: text, 576 image tokens, text; the image depends on the seed."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, 990, (1, n_tokens), generator=torch.Generator().manual_seed(1))
     ids[0, 5:581] = IMAGE_TOKEN
@@ -101,7 +99,7 @@ def prompt(n_tokens: int = 600, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
-    """Median time of a call after one warm-up, without gradients."""
+    """Return the median time of a call after one warm-up, without gradients."""
     with torch.no_grad():
         run()
         times = []
@@ -113,7 +111,7 @@ def seconds(run: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def table(title: str, rows: list[tuple[str, float]], unit: tuple[str, float]) -> str:
-    """Rows of (what, seconds) with ratios to a unit."""
+    """Format rows of (name, seconds) with ratios to a unit."""
     name, base = unit
     lines = [title, f"  {'':44}{'seconds':>10}{'ratio to ' + name:>28}"]
     lines += [f"  {what:<44}{value:>10.3f}{value / base:>28.2f}" for what, value in rows]

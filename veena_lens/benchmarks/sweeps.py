@@ -1,7 +1,7 @@
-"""Patch sweeps: the suffix engine, whole forwards, and transformer_lens's bridge, on the same weights and images.
+"""Time patch sweeps: the suffix engine, whole forward passes and transformer_lens's bridge, on the same weights.
 
-Everything is told as multiples of one ordinary forward pass. The naive engine and the bridge are timed on a sample of
-their patches and scaled up: every one of them is one forward. The scores of the sample are compared.
+Times are in units of one ordinary forward pass. The naive engine and the bridge are timed on a sample of their patches
+and scaled up, since each patch is one forward pass. The scores of the sample are compared.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veena_lens.benchmarks.forward import peak_mebibytes
-from veena_lens.benchmarks.models import WithPicture, bridge_of, prompt, random_llava, seconds, table
+from veena_lens.benchmarks.models import WithImage, bridge_of, prompt, random_llava, seconds, table
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff
 
@@ -26,8 +26,8 @@ SIZES = ((8, 8, 600), (16, 8, 600), (32, 8, 600), (16, 16, 600), (16, 8, 900), (
 LAST_TEN = list(range(590, 600))
 
 
-def bridge_sweep(model: WithPicture, clean: WithPicture, raw: dict[str, Tensor], index: pd.DataFrame) -> Tensor:
-    """The sample of head patches at the last position, by `transformer_lens.patching` through the bridge."""
+def bridge_sweep(model: WithImage, clean: WithImage, raw: dict[str, Tensor], index: pd.DataFrame) -> Tensor:
+    """Patch the sample of heads at the last position by `transformer_lens.patching` through the bridge."""
     from transformer_lens import patching
 
     names = [f"blocks.{layer}.attn.hook_z" for layer in sorted(set(index["layer"]))]
@@ -48,7 +48,7 @@ def _last(metric: Callable[[Tensor], Tensor], logits: Tensor) -> Tensor:
 
 
 def against_others() -> str:
-    """The table of one sweep by three ways."""
+    """Return the table of one sweep by the three methods."""
     hf, model = random_llava()
     raw = {seed: prompt(seed=seed) for seed in (0, 1)}
     clean, corrupted = (model.inputs_from_hf(**raw[seed]) for seed in (0, 1))
@@ -57,7 +57,7 @@ def against_others() -> str:
     n_heads, n_sample = model.cfg.n_layers * model.cfg.n_heads, len(SAMPLE_LAYERS) * len(SAMPLE_HEADS)
     fast, plain = few().values, few(engine="naive").values
     bridge = bridge_of(hf)
-    mine, theirs = (WithPicture(bridge, raw[seed]["pixel_values"]) for seed in (1, 0))
+    mine, theirs = (WithImage(bridge, raw[seed]["pixel_values"]) for seed in (1, 0))
     index = pd.DataFrame(
         [(layer, 599, head) for layer in SAMPLE_LAYERS for head in SAMPLE_HEADS], columns=["layer", "pos", "head"]
     )
@@ -89,7 +89,7 @@ def against_others() -> str:
     against_whole, against_bridge = errors
     title = (
         "16 layers, d_model 512, 8 heads, 600 tokens (576 of a picture), float32, one thread; scores of the sample "
-        f"differ by {against_whole:.1e} from whole forwards, {against_bridge:.1e} from the bridge"
+        f"differ by {against_whole:.1e} from whole forward passes, {against_bridge:.1e} from the bridge"
     )
     lines = [table(title, rows, ("one forward", base))]
     stairs = max(heads - runs, 1e-9)
@@ -105,7 +105,7 @@ def _ten_positions(model: Any, clean: Any, corrupted: Any) -> None:
 
 
 def growth() -> str:
-    """How the staircase of all heads grows with layers, heads and tokens, in forward passes of the same model."""
+    """Return how the cost of all heads grows with layers, heads and tokens, in forward passes of the same model."""
     lines = ["the staircase of all heads at the last position, in forward passes of the same model"]
     columns = ("layers", "heads", "tokens", "patches", "forward s", "staircase", "with base")
     lines.append("  " + "".join(f"{column:>11}" for column in columns))
@@ -135,7 +135,7 @@ def _sweep_job(**options: Any) -> Callable[[], Any]:
 
 
 def memory() -> str:
-    """Peak memory above model and inputs."""
+    """Return the peak memory above model and inputs."""
     jobs: list[tuple[str, Callable[[], Callable[[], Any]]]] = [
         ("one forward", _forward_job),
         ("all 128 heads, last position", _sweep_job),

@@ -1,6 +1,6 @@
-"""Checkpoints at the edge: finding an adapter, reading files, filling a model, preparing inputs, going back.
+"""Read and write checkpoints: find an adapter, read files, fill a model, prepare inputs, save.
 
-Names resolve on first use: the registry and the bundle are light, the rest imports torch and transformers.
+Names resolve on first use, because most modules here import torch and transformers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a checkpoint is, before any weight is read: configuration, hook tree, parameters, memory.
+"""Describe a checkpoint before any weight is read: configuration, hook points, parameters, memory.
 
-Shapes come from the hook table and from a model on the meta device, what is stored from the files' headers.
+Shapes come from the hook table and from a model on the meta device, dtypes and sizes from the files' headers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PARTS = (  # part, prefixes of its parameters
 
 @dataclass(frozen=True, kw_only=True)
 class HookLine:
-    """Hook points that differ by their layer only, as one line."""
+    """Hold one line for hook points that differ only in their layer."""
 
     name: str
     shape: str
@@ -44,7 +44,7 @@ class HookLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """Prints as what `veena-lens inspect` shows. `parameters`: part -> number; `stored`: what the files hold."""
+    """Hold what `veena-lens inspect` prints. `parameters`: number per part; `stored`: dtypes and size of the files."""
 
     path: Path
     architecture: str
@@ -60,7 +60,7 @@ class Description:
         return sum(n for part, n in self.parameters.items() if not part.startswith(" "))
 
     def memory(self, dtype: str) -> int:
-        """Bytes of the weights at a dtype ("float32", "bfloat16", ...)."""
+        """Return the bytes of the weights in a dtype ("float32", "bfloat16", ...)."""
         return self.n_parameters * BYTES[dtype]
 
     def __str__(self) -> str:
@@ -79,7 +79,7 @@ class Description:
 
 
 def describe(checkpoint: Checkpoint, meta_model: nn.Module) -> Description:
-    """A checkpoint's description; `meta_model` is its native model on the meta device."""
+    """Describe a checkpoint; `meta_model` is its native model on the meta device."""
     names = {name: p.numel() for name, p in meta_model.named_parameters()}
     parameters = {}
     for part, prefixes in PARTS:
@@ -102,15 +102,15 @@ def describe(checkpoint: Checkpoint, meta_model: nn.Module) -> Description:
 
 
 def _stored(checkpoint: Checkpoint) -> str:
-    """dtypes, files and size of the weights, from the headers."""
+    """Return dtypes, number of files and size of the weights, from the headers."""
     try:
         files = weight_files(checkpoint.path)
     except FileNotFoundError:
         files = []
     if not files:
-        return "weights are fetched when the model is loaded" if checkpoint.hub_id else "no weights in this folder"
+        return "weights are downloaded when the model is loaded" if checkpoint.hub_id else "no weights in this folder"
     kinds: Counter[str] = Counter()
-    if all(f.suffix == ".safetensors" for f in files):  # a pickle has no header that can be read alone
+    if all(f.suffix == ".safetensors" for f in files):  # a pickle has no header to read
         for file in files:
             kinds.update(str(dtype).removeprefix("torch.") for _, dtype in WeightFile(file).shapes().values())
     held = ", ".join(f"{n} tensors of {kind}" for kind, n in kinds.most_common()) or "pickled tensors"
@@ -119,7 +119,7 @@ def _stored(checkpoint: Checkpoint) -> str:
 
 
 def size_text(n_bytes: int) -> str:
-    """A number of bytes in the largest fitting unit."""
+    """Format a number of bytes in the largest fitting unit."""
     value, unit = float(n_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -129,33 +129,33 @@ def size_text(n_bytes: int) -> str:
 
 
 def folded(table: dict[str, Hook], cfg: HookedVLMConfig) -> list[HookLine]:
-    """One line for all layers of a hook point: blocks.{0..31}.hook_resid_pre."""
+    """Return one line for all layers of a hook point: blocks.{0..31}.hook_resid_pre."""
     lines, seen = [], set()
     for name, hook in table.items():
         if hook.name in seen:
             continue
         seen.add(hook.name)
-        is_picture = name.startswith(("vision.", "connector.", "deepstack.", "hook_image"))
+        is_image_side = name.startswith(("vision.", "connector.", "deepstack.", "hook_image"))
         shown = re.sub(r"\{l\}", _range([n for n, h in table.items() if h.name == hook.name]), hook.name)
         live = "" if hook.live == "always" else hook.live
-        lines.append(HookLine(name=shown, shape=_shape(hook, cfg, is_picture), live=live))
+        lines.append(HookLine(name=shown, shape=_shape(hook, cfg, is_image_side), live=live))
     return lines
 
 
 def _range(names: Sequence[str]) -> str:
-    """The layers of hook points that differ by their layer only: {0..31}, or the number of the only one."""
+    """Return the layers of hook points: {0..31}, or the number of the only one."""
     numbers = [n for name in names if (n := layer_of(name)) is not None]
     if not numbers:
         return ""
     return f"{{{min(numbers)}..{max(numbers)}}}" if len(numbers) > 1 else str(numbers[0])
 
 
-def _shape(hook: Hook, cfg: HookedVLMConfig, is_picture: bool) -> str:
-    """The axes with their numbers: [batch pos n_heads=32 d_head=128]."""
+def _shape(hook: Hook, cfg: HookedVLMConfig, is_image_side: bool) -> str:
+    """Return the axes with their sizes: [batch pos n_heads=32 d_head=128]."""
     part: Any = cfg.vision if hook.name.startswith("vision.") else cfg
     sizes = {a: getattr(part, a, None) for a in ("d_model", "n_heads", "n_key_value_heads", "d_head", "d_mlp")}
     sizes["d_vocab"] = cfg.d_vocab
-    if is_picture and cfg.vision is not None and cfg.connector is not None:
+    if is_image_side and cfg.vision is not None and cfg.connector is not None:
         if not cfg.vision.takes_any_size:
             n = cfg.vision.n_positions if hook.name.startswith("vision.") else cfg.vision.n_features
             sizes |= dict.fromkeys(("pos", "query_pos", "key_pos"), n)

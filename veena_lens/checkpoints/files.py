@@ -1,11 +1,8 @@
-"""Where a checkpoint's weights lie: a folder found by name, its safetensors (or pickle) files and their keys.
+"""Find the files of a checkpoint by its name, read the keys, shapes and tensors of its weights, and list what the
+package bundles: small checkpoints, and sample images with their manifest.
 
-Shapes are read from the files' headers, so that everything can be checked before any tensor is read. Of a hub
-id, configuration and processor come first; weights are fetched when they are asked for.
-
-Where the data that travel with the package lie: small checkpoints, sample images and their manifest.
-
-Plain files and dataclasses; neither torch nor transformers is imported here.
+Shapes come from the files' headers, so that everything can be checked before any tensor is read. For a hub id,
+configuration and processor are downloaded first, weights only when they are needed.
 """
 
 from __future__ import annotations
@@ -48,7 +45,7 @@ LAYOUTS = (  # index, single file, pattern; safetensors before pickles
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint's folder and, for one from the hub, where the rest of it can be fetched."""
+    """Hold a checkpoint's folder and, for a hub id, where the rest of it can be downloaded."""
 
     path: Path
     hub_id: str | None = None
@@ -56,30 +53,33 @@ class Folder:
 
 
 def resolve_folder(name: str | Path, revision: str | None = None) -> Folder:
-    """The folder of an embedded checkpoint, a local folder, or a hub id (its small files are downloaded).
+    """Return the folder of a checkpoint; for a hub id its small files are downloaded.
 
-    Raises: FileNotFoundError when there is neither, saying what was tried."""
+    name: an embedded checkpoint, a local folder, or a hub id.
+    revision: of the hub. None: the newest.
+
+    Raises: FileNotFoundError if the name is none of these, or the folder has no config.json."""
     if str(name) in bundled_names():
         return Folder(Path(bundled_path(str(name))))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} holds no config.json; give the folder that `save_pretrained` wrote.")
+            raise FileNotFoundError(f"{path} has no config.json; pass the folder that `save_pretrained` wrote.")
         return Folder(path)
     text = str(name)
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or text.endswith("/"):
         raise FileNotFoundError(
-            f"No checkpoint {text!r}: it is no folder, no embedded name ({', '.join(bundled_names())}) and no hub id "
-            "such as llava-hf/llava-1.5-7b-hf."
+            f"No checkpoint {text!r}: it is not a folder, not an embedded name ({', '.join(bundled_names())}) and not "
+            "a hub id such as llava-hf/llava-1.5-7b-hf."
         )
     found = download(text, revision, SMALL_FILES)
     if not (found / "config.json").is_file():
-        raise FileNotFoundError(f"{text} on the hub holds no config.json, so it is no transformers checkpoint.")
+        raise FileNotFoundError(f"{text} on the hub has no config.json, so it is not a transformers checkpoint.")
     return Folder(found, text, revision)
 
 
 def download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
-    """Raises: FileNotFoundError with the hub's reason."""
+    """Download files of a hub id and return their folder. Raises: FileNotFoundError with the hub's reason."""
     import huggingface_hub as hub
 
     try:
@@ -87,16 +87,16 @@ def download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
         raise FileNotFoundError(
-            f"No folder {hub_id!r} here, and the hub gave none: {type(error).__name__}: {reason}"
+            f"There is no folder {hub_id!r}, and downloading it from the hub failed: {type(error).__name__}: {reason}"
         ) from error
 
 
 def fetch_weights(folder: Folder) -> list[Path]:
-    """Weight files of a folder; those of a hub id are downloaded, safetensors alone where there are any.
+    """Return the weight files of a folder; for a hub id they are downloaded, safetensors in preference to pickles.
 
-    Raises: FileNotFoundError without weights, or with some missing."""
+    Raises: FileNotFoundError if there are no weights, or some are missing."""
     if folder.hub_id is not None:
-        # The folder of a snapshot is named after its commit: weights come from the same one.
+        # The folder of a snapshot is named after its commit; weights must come from the same commit.
         at = folder.path.name if folder.path.parent.name == "snapshots" else folder.revision
         for index, single, _ in LAYOUTS:
             names = _indexed(folder.path / index) if (folder.path / index).is_file() else [single]
@@ -106,19 +106,19 @@ def fetch_weights(folder: Folder) -> list[Path]:
                 break
     files = weight_files(folder.path)
     if not files:
-        raise FileNotFoundError(f"{folder.path} holds no weights (*.safetensors or pytorch_model*.bin).")
+        raise FileNotFoundError(f"{folder.path} has no weights (*.safetensors or pytorch_model*.bin).")
     return files
 
 
 def _indexed(index: Path) -> list[str]:
-    """Names of the files of a sharded checkpoint."""
+    """Return the names of the files of a sharded checkpoint."""
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Weight files that a folder holds, in Hugging Face's order: safetensors before pickles, one file before shards.
+    """Return the weight files in a folder, in Hugging Face's order: safetensors before pickles, one file before shards.
 
-    Raises: FileNotFoundError when an index names files that are missing."""
+    Raises: FileNotFoundError if an index names files that are missing."""
     for index, single, pattern in LAYOUTS:
         if (folder / single).is_file():
             return [folder / single]
@@ -133,16 +133,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class WeightFile:
-    """One file: its keys with shapes, and its tensors one by one.
+    """Read one weight file: its keys with shapes, and its tensors one by one.
 
-    Raises: ValueError for a file that is broken or no weight file."""
+    Raises: ValueError for a file that is broken or is not a weight file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._is_safe = path.suffix == ".safetensors"
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
-        """Key -> (shape, dtype), from the header; a dtype that torch lacks stays the file's word for it."""
+        """Return key -> (shape, dtype) from the header; a dtype unknown to torch stays the file's name of it."""
         if not self._is_safe:
             return {k: (tuple(v.shape), v.dtype) for k, v in self._unpickled().items()}
         with self._opened() as f:
@@ -151,14 +151,14 @@ class WeightFile:
             return {key: (tuple(s.get_shape()), _DTYPES.get(kinds[key], kinds[key])) for key, s in slices.items()}
 
     def about(self) -> dict[str, str]:
-        """The words that a safetensors header holds beside the tensors; of a pickle none."""
+        """Return the metadata of a safetensors header; a pickle has none."""
         if not self._is_safe:
             return {}
         with self._opened() as f:
             return dict(f.metadata() or {})
 
     def tensors(self, keys: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """(key, tensor) of the chosen keys; tensors are mapped from the file, not yet read."""
+        """Yield (key, tensor) of the chosen keys; tensors are mapped from the file, not yet read."""
         if self._is_safe:
             with self._opened() as f:
                 for key in keys:
@@ -173,18 +173,18 @@ class WeightFile:
             return safe_open(str(self.path), framework="pt")
         except SafetensorError as error:
             raise ValueError(
-                f"{self.path} ({self.path.stat().st_size:,} bytes) is no complete safetensors file: {error}. "
+                f"{self.path} ({self.path.stat().st_size:,} bytes) is not a complete safetensors file: {error}. "
                 "Download it again."
             ) from error
 
     def _unpickled(self) -> dict[str, Any]:
-        # weights_only: a pickle may run code otherwise.
+        # Without weights_only a pickle could run code.
         try:
             loaded = torch.load(self.path, weights_only=True, mmap=True, map_location="cpu")
         except Exception as error:
             raise ValueError(f"{self.path} cannot be read as plain weights: {_first(error)}") from error
         if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-            raise ValueError(f"{self.path} holds more than a dictionary of tensors; save the state dict alone.")
+            raise ValueError(f"{self.path} contains more than a dictionary of tensors; save only the state dict.")
         return loaded
 
 
@@ -213,7 +213,7 @@ _BUNDLED = Path(__file__).parent / "bundled"
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A sample image: what is drawn, which question goes with it, and the neutral twin's `pair`."""
+    """Describe a sample image: what it shows, the question about it, and the `pair` that it shares with its twin."""
 
     file: str
     emotion: str
@@ -233,28 +233,27 @@ class Picture:
 
     @property
     def prompt(self) -> str:
-        """The context, if any, and the question."""
+        """Return the context, if any, followed by the question."""
         return f"{self.context} {self.question}" if self.context else self.question
 
     def open(self) -> Image.Image:
-        """The image in RGB."""
+        """Read the image in RGB."""
         with Image.open(self.path) as image:
             return image.convert("RGB")
 
 
 def bundled_names() -> list[str]:
-    """Names of the embedded checkpoints."""
+    """Return the names of the embedded checkpoints."""
     return sorted(path.parent.name for path in _BUNDLED.glob("*/config.json"))
 
 
 def bundled_path(name: str) -> Path:
-    """Folder of an embedded checkpoint.
+    """Return the folder of an embedded checkpoint.
 
-    Raises ValueError, naming the known ones, when there is none of this name.
-    """
+    Raises: ValueError for an unknown name, with the known ones."""
     if name not in bundled_names():
         known = ", ".join(bundled_names()) or "none"
-        raise ValueError(f"No embedded checkpoint {name!r}; there are: {known}.")
+        raise ValueError(f"No embedded checkpoint {name!r}; known: {known}.")
     return _BUNDLED / name
 
 
@@ -265,21 +264,19 @@ def _manifest() -> tuple[Picture, ...]:
 
 
 def bundled_pictures(split: str | None = None) -> list[Picture]:
-    """Sample images of a split ("development", "test", "held-out style", "emoji"), or all.
+    """Return the sample images of a split ("development", "test", "held-out style", "emoji"). None: all.
 
-    Raises ValueError, naming the splits, when there is none of this name.
-    """
+    Raises: ValueError for an unknown split, with the known ones."""
     splits = sorted({picture.split for picture in _manifest()})
     if split is not None and split not in splits:
-        raise ValueError(f"No sample images of split {split!r}; there are: {', '.join(splits)}.")
+        raise ValueError(f"No sample images of split {split!r}; known: {', '.join(splits)}.")
     return [picture for picture in _manifest() if split in (None, picture.split)]
 
 
 def bundled_pairs(split: str = "development") -> list[tuple[Picture, Picture]]:
-    """Emotional images with their neutral twins, asked without a context.
+    """Return the emotional images of a split with their neutral twins, without context sentences.
 
-    Twins show the same person on the same ground; only mouth, eyes and brows differ.
-    """
+    Twins show the same person on the same background; only mouth, eyes and brows differ."""
     pictures = [picture for picture in bundled_pictures(split) if picture.context is None and picture.pair is not None]
     neutral = {picture.pair: picture for picture in pictures if picture.emotion == "neutral"}
     return [(p, neutral[p.pair]) for p in pictures if p.emotion != "neutral" and p.pair in neutral]

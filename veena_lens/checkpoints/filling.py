@@ -1,7 +1,7 @@
-"""Filling an empty model: every key and shape is checked first, then tensors stream in one by one.
+"""Fill an empty model: check every key and shape, then read the tensors one by one.
 
-The model was made on the meta device, so peak memory is about one copy of the weights. Whatever does not fit
-is listed at once: key, shape wanted, shape found.
+The model is created on the meta device, so peak memory is about one copy of the weights. All mismatches are listed at
+once: key, expected shape, shape found.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, Shape]:
-    """Native name -> shape; a shared (tied) parameter appears once."""
+    """Return native name -> shape; a shared (tied) parameter appears once."""
     return {name: tuple(p.shape) for name, p in module.named_parameters()}
 
 
@@ -45,12 +45,16 @@ def require_fit(
     where: str,
     further: Sequence[str] = (),
 ) -> None:
-    """Raises: ValueError that lists every missing, spare and misshapen key at once, and `further` complaints."""
+    """Check that keys and shapes of a checkpoint fit the model.
+
+    Raises: ValueError that lists every missing, spare and misshapen key, and the lines of `further`."""
     wanted = parameter_shapes(module)
     unmapped = sorted(wanted.keys() - weights.names.keys())
     unknown = sorted(weights.names.keys() - wanted.keys())
     if unmapped or unknown:
-        raise ValueError(f"The weight map of {adapter.architecture} lacks {unmapped} and names unknown {unknown}.")
+        raise ValueError(
+            f"The weight map of {adapter.architecture} lacks {unmapped} and has the unknown names {unknown}."
+        )
     problems = list(further)
     for theirs, (ours, *_) in weights.owners.items():
         shape = weights.stored_shape(ours, wanted[ours])
@@ -67,12 +71,12 @@ def require_fit(
 
 
 def _is_tied_head(key: str, known: set[str]) -> bool:
-    """A stored copy of a tied unembedding; its values are compared when they are read."""
+    """Return whether a key is a stored copy of a tied unembedding; its values are compared when they are read."""
     return key == HEAD and key not in known
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put a tensor in a parameter's place."""
+    """Replace a parameter by a tensor."""
     owner, _, leaf = name.rpartition(".")
     part = module.get_submodule(owner)
     old = getattr(part, leaf)
@@ -88,11 +92,16 @@ def fill_from_files(
     device_map: Any = None,
     lora: Lora | None = None,
 ) -> None:
-    """Stream a checkpoint's tensors into a model on the meta device; `module.device_map` tells where parts lie.
+    """Read a checkpoint's tensors into a model on the meta device; `module.device_map` records the placement.
 
-    dtype None keeps what is stored (where the file mixes dtypes: what config.json names, else the commonest).
-    device_map "auto" or a dict (module name -> device) spreads the blocks. lora: merged into what it tunes, which is
-    held as numbers also where the file packs it.
+    module: the empty model.
+    checkpoint: as `open_checkpoint` returns it.
+    dtype: of the weights. None: as stored; if the file mixes dtypes, the one that config.json names, else the most
+        common one.
+    device: where all weights go. None: cpu.
+    device_map: "auto", or module name -> device, to spread the blocks.
+    lora: an adapter that is merged into the weights it tunes; packed ones among them are dequantised.
+
     Raises: FileNotFoundError without weight files; ValueError for weights that do not fit."""
     adapter, folder, scheme = checkpoint.adapter, checkpoint.path, scheme_of(checkpoint.hf_config)
     if scheme is not None:
@@ -123,7 +132,7 @@ def fill_from_files(
             for ours in owners[mine[key]]:
                 part = weights.part_of(ours, tensor)
                 placed = part.to(device=devices(ours), dtype=target)
-                # A tensor that needed no conversion is still mapped from the file: own it.
+                # A tensor that needed no conversion is still mapped from the file: copy it.
                 set_parameter(module, ours, placed.clone() if placed.data_ptr() == part.data_ptr() else placed)
     for theirs in packed.keys() & owners.keys():
         assert scheme is not None
@@ -134,7 +143,7 @@ def fill_from_files(
 
 
 def _entries(files: Sequence[WeightFile], adapter: Adapter) -> tuple[dict[str, Entry], list[str]]:
-    """(today's name -> the entry of a file, lines on names that are stored twice)."""
+    """Return the entries of the files by today's names, and a line per name that is stored twice."""
     entries: dict[str, Entry] = {}
     doubled = []
     for file in files:
@@ -156,8 +165,7 @@ def _place_packed(
     dtype: torch.dtype,
     change: Change | None,
 ) -> None:
-    """Put a packed weight in the place of the linear maps that it serves; its numbers in that of what is no linear map,
-    or is changed."""
+    """Replace linear maps by modules of the packed weight; elsewhere, and where LoRA changes it, dequantise it."""
     names = weights.owners[theirs]
     weight = open_packed(scheme, packed, devices(names[0]), dtype)
     numbers = None if change is None else change.of(weight.dense(), dtype)
@@ -176,13 +184,13 @@ def _place_packed(
 
 
 def _quantised(weights: WeightMap, plain: Mapping[str, Entry]) -> list[str]:
-    """Lines on tensors of a type that no forward pass of ours takes."""
+    """Return a line per tensor of a dtype that the forward pass does not support."""
     found = ((theirs, plain[theirs].dtype) for theirs in weights.owners if theirs in plain)
-    return [f"quantised {k}: stored as {d}; give float weights" for k, d in found if d not in FLOATS]
+    return [f"quantised {k}: stored as {d}; use float weights" for k, d in found if d not in FLOATS]
 
 
 def stored_dtype(dtypes: Sequence[torch.dtype | str], hf_config: Any) -> torch.dtype:
-    """The one dtype a model gets without a choice; a mixture would stop its matrix products."""
+    """Return the one dtype of a model if the user does not choose one; matrix products need a common dtype."""
     kinds = Counter(d for d in dtypes if isinstance(d, torch.dtype))
     named = getattr(hf_config, "dtype", None)
     if len(kinds) > 1 and isinstance(named, torch.dtype) and named in kinds:
@@ -197,12 +205,12 @@ def _require_tied(module: Any, head: Tensor, where: str) -> None:
     if head.shape != embed.shape or not torch.equal(head.to(embed), embed.detach()):
         raise ValueError(
             f"{where} ties its unembedding (tie_word_embeddings) but stores an lm_head.weight of other values; "
-            "set tie_word_embeddings to false in config.json if the head is its own."
+            "set tie_word_embeddings to false in config.json if the head is separate."
         )
 
 
 class _Devices:
-    """Parameter name -> device, by the longest module name of a map that leads to it."""
+    """Map a parameter name to its device, by the longest module name of the map that is a prefix."""
 
     def __init__(self, default: torch.device, placed: dict[str, Any] | None) -> None:
         self.default, self.map = default, placed
@@ -219,17 +227,19 @@ class _Devices:
 
 
 def device_of_each(module: nn.Module, device: Any, device_map: Any, dtype: torch.dtype) -> _Devices:
-    """Where each parameter goes. Raises: ValueError for a map that offloads to disk, or both device and map."""
+    """Return the device of each parameter.
+
+    Raises: ValueError for both device and map, or a map that offloads to disk or does not fit the model."""
     if device_map is None:
         return _Devices(torch.device(device or "cpu"), None)
     if device is not None:
-        raise ValueError("Give device or device_map, not both.")
+        raise ValueError(f"Got device={device!r} and device_map={device_map!r}; pass only one of them.")
     if device_map == "auto":
         from accelerate import infer_auto_device_map
 
         device_map = infer_auto_device_map(module, no_split_module_classes=["Block"], dtype=dtype)
     if not isinstance(device_map, dict):
-        raise ValueError(f"device_map={device_map!r} must be 'auto' or a dictionary of module names and devices.")
+        raise ValueError(f"device_map={device_map!r} must be 'auto' or a dictionary from module names to devices.")
     if "disk" in device_map.values():
         raise ValueError("device_map puts modules on disk, which is not supported; free memory or use a smaller dtype.")
     names, modules = parameter_shapes(module), dict(module.named_modules())
@@ -237,9 +247,9 @@ def device_of_each(module: nn.Module, device: Any, device_map: Any, dtype: torch
     left = [n for n in names if not any(_leads_to(m, n) for m in device_map)]
     if unknown or left:
         raise ValueError(
-            f"device_map does not fit the model: it names unknown modules {unknown} and gives no device to "
+            f"device_map does not fit the model: it has unknown modules {unknown} and no device for "
             f"{len(left)} parameters ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''}). "
-            'Give one for each of the modules "embed", "blocks.0", ..., or one for "", the whole model.'
+            'Name a device for each of the modules "embed", "blocks.0", ..., or for "", the whole model.'
         )
     return _Devices(torch.device("cpu"), dict(device_map))
 
@@ -251,7 +261,12 @@ def _leads_to(module: str, parameter: str) -> bool:
 def fill_from_state_dict(
     module: nn.Module, state_dict: Mapping[str, Tensor], adapter: Adapter, cfg: HookedVLMConfig, *, copy: bool = False
 ) -> None:
-    """Fill from a Hugging Face model in memory, sharing its storage unless `copy`.
+    """Fill a model from a Hugging Face model in memory.
+
+    module: the empty model.
+    state_dict: the Hugging Face model's.
+    adapter, cfg: how its keys are named.
+    copy: whether to copy the tensors. False: share their storage.
 
     Raises: ValueError for weights that do not fit."""
     weights = adapter.weight_map(cfg)

@@ -1,6 +1,6 @@
-"""Opening a checkpoint: configuration, adapter, processor and generation settings, before any weight is read.
+"""Open a checkpoint (configuration, adapter, processor, generation settings) before any weight is read, and save one.
 
-Going back: a native model's weights under Hugging Face's names, bit for bit, and a folder that loads there.
+Saving writes a native model's weights under Hugging Face's names, bit for bit, in a folder that transformers loads.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from veena_lens.weight_map import Adapter
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A folder that was understood: its Hugging Face config, the adapter and the native configuration.
+    """Hold an opened folder: its Hugging Face config, the adapter and the native configuration.
 
-    `hub_id` and `revision` say where weights are fetched that are not in the folder yet."""
+    `hub_id` and `revision` say where to download weights that are not in the folder yet."""
 
     path: Path
     hf_config: Any
@@ -42,35 +42,41 @@ class Checkpoint:
 def open_checkpoint(
     name: str | Path, *, dtype: torch.dtype | None = None, casts: str = "hf", revision: str | None = None
 ) -> Checkpoint:
-    """Read a checkpoint's configuration; no weight is touched (nor downloaded, for a hub id).
+    """Read a checkpoint's configuration; no weight is read or downloaded.
 
-    Raises: FileNotFoundError; ValueError for remote code, or an architecture or value without a mapping."""
+    name: an embedded checkpoint, a folder, or a hub id.
+    dtype: of the model. None: as stored.
+    casts: "hf" rounds where Hugging Face does, "none" stays in the model's dtype.
+    revision: of the hub. None: the newest.
+
+    Raises: FileNotFoundError for an unknown name; ValueError for remote code, or an architecture or field without a
+    mapping."""
     folder = resolve_folder(name, revision)
     hf_config, architecture = read_config(folder.path)
     adapter = find_adapter(architecture)
-    scheme_of(hf_config)  # one that cannot be read is told of first
+    scheme_of(hf_config)  # report an unsupported quantisation first
     cfg = adapter.read_config(as_if_float(hf_config))
     cfg = replace(cfg, architecture=architecture, model_name=str(name), casts=casts, dtype=dtype)  # type: ignore[arg-type]
     return Checkpoint(folder.path, hf_config, adapter, cfg, folder.hub_id, folder.revision)
 
 
 def read_config(folder: Path) -> tuple[Any, str]:
-    """(Hugging Face config object, architecture name) of a folder.
+    """Return the Hugging Face config object and the architecture name of a folder.
 
-    Raises: ValueError for a broken file, remote code, or a model type that transformers does not know."""
+    Raises: ValueError for a broken file, remote code, or a model type unknown to transformers."""
     import transformers
 
     file = folder / "config.json"
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from error
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
     known = ", ".join(all_adapters())
     kind = raw.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         if remote := raw.get("auto_map", {}).get("AutoConfig"):
             raise ValueError(
-                f"{folder} needs remote code ({remote}) for model_type {kind!r}, which is never run. Convert the "
+                f"{folder} needs remote code ({remote}) for model_type {kind!r}, which is never executed. Convert the "
                 f"checkpoint to one of: {known}."
             )
         raise ValueError(
@@ -79,8 +85,8 @@ def read_config(folder: Path) -> tuple[Any, str]:
         )
     architectures = raw.get("architectures") or []
     if not architectures:
-        raise ValueError(f"{file} names no architecture (field 'architectures'); known: {known}.")
-    find_adapter(architectures[0])  # an unknown one is told of before its fields are read
+        raise ValueError(f"{file} does not name an architecture (field 'architectures'); known: {known}.")
+    find_adapter(architectures[0])  # report an unknown architecture before its fields are read
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -89,9 +95,9 @@ def read_config(folder: Path) -> tuple[Any, str]:
 
 
 def load_processor(path: str | Path) -> Any:
-    """The checkpoint's own processor; its tokenizer for a text model; None where the folder has neither.
+    """Return the checkpoint's processor, or the tokenizer of a text model; None if the folder has neither.
 
-    Raises: ValueError for files that transformers cannot use, with its reason."""
+    Raises: ValueError for files that transformers cannot use, with the reason."""
     import transformers
 
     folder = Path(path)
@@ -110,8 +116,9 @@ def load_processor(path: str | Path) -> Any:
 
 
 def _image_only(folder: Path) -> Any:
-    """The class without videos for a folder whose own processor has a video part, where what that part needs is
-    missing (torchvision; for SmolVLM num2words too); else None."""
+    """Return a processor class without videos if the folder's class has a video part that cannot run; else None.
+
+    The video parts need torchvision, and that of SmolVLM num2words as well."""
     from transformers.utils import is_num2words_available, is_torchvision_available
 
     from veena_lens.checkpoints import image_only
@@ -146,15 +153,14 @@ def _image_only(folder: Path) -> Any:
     return known.get(by_model.get(kind or "", ""))
 
 
-# Where processors keep how many tokens an image, or a tile of one, fills.
+# Attributes of processors that determine how many tokens an image or tile takes.
 COUNTED = ("image_seq_len", "num_image_tokens", "num_additional_image_tokens")
 
 
 def fill_processor(processor: Any, folder: Path) -> Any:
-    """The processor, counting image tokens as the model does.
+    """Set how many tokens an image takes from the model's configuration, and return the processor.
 
-    Copies of the hub from before transformers 4.46 leave these numbers out, later ones some of them; what the
-    model's own configuration says is what its forward pass needs."""
+    Files from before transformers 4.46 lack these numbers, and later ones some of them."""
     if not any(hasattr(processor, name) for name in COUNTED):
         return processor
     import transformers
@@ -170,19 +176,19 @@ def fill_processor(processor: Any, folder: Path) -> Any:
     if not hasattr(config, "vision_feature_select_strategy"):
         return processor
     further = int(vision.model_type == "clip_vision_model")
-    told = dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
+    counts = dict(vision_feature_select_strategy=config.vision_feature_select_strategy)
     if hasattr(processor, "num_image_tokens"):
-        told["num_image_tokens"] = (vision.image_size // vision.patch_size) ** 2 + further
-        told["vision_aspect_ratio"] = config.vision_aspect_ratio
+        counts["num_image_tokens"] = (vision.image_size // vision.patch_size) ** 2 + further
+        counts["vision_aspect_ratio"] = config.vision_aspect_ratio
     else:
-        told |= dict(patch_size=vision.patch_size, num_additional_image_tokens=further)
-    for name, value in told.items():
+        counts |= dict(patch_size=vision.patch_size, num_additional_image_tokens=further)
+    for name, value in counts.items():
         setattr(processor, name, value)
     return processor
 
 
 def load_generation_config(path: str | Path, hf_config: Any) -> Any:
-    """The folder's generation_config.json, or what the model's config says of generation."""
+    """Return the settings of generation: generation_config.json, or else those in the model's config."""
     import transformers
 
     if (Path(path) / "generation_config.json").is_file():
@@ -191,8 +197,9 @@ def load_generation_config(path: str | Path, hf_config: Any) -> Any:
 
 
 def to_hf_state_dict(module: nn.Module, adapter: Adapter, cfg: HookedVLMConfig) -> dict[str, Tensor]:
-    """Hugging Face name (as in its model's `state_dict()`) -> tensor, sharing storage with the model where a
-    parameter is stored alone. Quantised weights are dequantised."""
+    """Return the weights under the names of Hugging Face's `state_dict()`.
+
+    A parameter that is stored alone shares storage with the model. Quantised weights are dequantised."""
     weights = adapter.weight_map(cfg)
     out = {}
     for theirs, names in weights.owners.items():
@@ -205,27 +212,33 @@ def to_hf_state_dict(module: nn.Module, adapter: Adapter, cfg: HookedVLMConfig) 
 
 
 def _value(module: nn.Module, name: str) -> Tensor:
-    """A parameter's tensor; of a quantised weight a dequantised copy."""
+    """Return a parameter's tensor, or a dequantised copy of a quantised weight."""
     owner, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(owner), leaf).detach()
 
 
 def save_pretrained(model: Any, folder: str | Path, hf_config: Any) -> Path:
-    """Write config, weights (in shards of 5 GB), generation config and processor as a folder that Hugging Face and
-    `from_pretrained` load.
+    """Write a folder that Hugging Face and `from_pretrained` load, and return its path.
 
-    `hf_config` is the one of the checkpoint that the model came from (`open_checkpoint(...).hf_config`, or
-    `hf_model.config`). The weights keep today's in-memory names, which transformers 5 takes as they are.
-    Raises: ValueError for a model that came from no checkpoint."""
+    It has the config, the weights (in shards of 5 GB, under the names of transformers 5), the generation config and the
+    processor.
+
+    model: a native model that came from a checkpoint or a Hugging Face model.
+    folder: where to write.
+    hf_config: the config of that checkpoint (`open_checkpoint(...).hf_config`, or `hf_model.config`).
+
+    Raises: ValueError for a model that did not come from a checkpoint."""
     if model.adapter is None:
-        raise ValueError("save_pretrained: this model came from no Hugging Face checkpoint, so it has no names there.")
+        raise ValueError(
+            "save_pretrained: this model came from no Hugging Face checkpoint, so its weights have no names there."
+        )
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.cpu().contiguous() for k, v in to_hf_state_dict(model, model.adapter, model.cfg).items()}
     if model.cfg.tie_word_embeddings:
         tensors.pop("lm_head.weight")
     save_torch_state_dict(tensors, path, max_shard_size="5GB")
-    config = copy.deepcopy(as_if_float(hf_config))  # what is written are float weights
+    config = copy.deepcopy(as_if_float(hf_config))  # float weights are written
     config.architectures, config.dtype = [model.cfg.architecture], model.cfg.dtype
     config.save_pretrained(path)
     for part in (model.generation_config, model.processor):

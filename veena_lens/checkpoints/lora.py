@@ -1,7 +1,7 @@
-"""LoRA adapters (Hu et al. 2021, arXiv 2106.09685) merged at load: W + scaling B A, from the files that peft writes.
+"""Merge LoRA adapters (Hu et al. 2021, arXiv 2106.09685) at load: W + scaling B A, from the files that peft writes.
 
-The file of an adapter holds two narrow matrices for each weight that was tuned; its names, brought to today's, say
-which weight that is. What an adapter could ask for besides is refused by name, before any weight is read.
+An adapter's file has two narrow matrices per tuned weight; their names, translated to today's, identify that weight.
+Options beyond standard LoRA are rejected by name before any weight is read.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from veena_lens.weight_map import Adapter, WeightMap
 
 CONFIG = "adapter_config.json"
 FILES = ("adapter_model.safetensors", "adapter_model.bin")
-# Read here, told by the file itself, or of training alone.
+# Read here, evident from the file itself, or for training only.
 KNOWN = frozenset(
     """
     auto_mapping base_model_name_or_path bias exclude_modules inference_mode init_lora_weights
@@ -31,13 +31,13 @@ KNOWN = frozenset(
     qalora_group_size
     """.split()  # noqa: SIM905
 )
-# Ways to begin that leave the base weights as they are; the others take the adapter's first value out of them.
+# Initialisations that leave the base weights unchanged; others subtract the adapter's initial value from them.
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva", None)
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """An adapter's configuration and its tensors, not yet read."""
+    """Hold an adapter's configuration and its file; tensors are not read yet."""
 
     path: Path
     config: Mapping[str, Any]
@@ -49,7 +49,7 @@ class Lora:
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What an adapter does to one stored weight: adds `scale` up @ down, or puts `whole` in its place."""
+    """Change one stored weight: add `scale` up @ down, or replace it by `whole`."""
 
     file: WeightFile
     down: str | None = None
@@ -58,7 +58,7 @@ class Change:
     whole: str | None = None
 
     def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The changed weight in `dtype`; products of half precision are made in float32."""
+        """Return the changed weight in `dtype`; products in half precision are computed in float32."""
         if self.whole is not None:
             return self._read(self.whole).to(weight.device, dtype)
         assert self.down is not None and self.up is not None
@@ -74,37 +74,40 @@ def _at_least_single(x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows co
 
 
 def is_lora_folder(name: str | Path) -> bool:
-    """True for a folder that holds an adapter and no model."""
+    """Return True for a folder with an adapter and without a model."""
     path = Path(name).expanduser()
     return (path / CONFIG).is_file() and not (path / "config.json").is_file()
 
 
 def base_of(name: str | Path) -> str:
-    """The model that an adapter's folder says it was trained on. Raises: ValueError where it says none."""
+    """Return the name of the model that an adapter was trained on. Raises: ValueError if the folder has none."""
     base = _read_config(Path(name).expanduser() / CONFIG).get("base_model_name_or_path")
     if not base:
         raise ValueError(
-            f"{name} names no base model (base_model_name_or_path); load that one with lora={str(name)!r}."
+            f"{name} does not name its base model (base_model_name_or_path); load the base with lora={str(name)!r}."
         )
     return str(base)
 
 
 def open_lora(name: str | Path, revision: str | None = None) -> Lora:
-    """An adapter of a folder or a hub id, checked but for its weights' names.
+    """Open an adapter; the names of its weights are checked later.
 
-    Raises: FileNotFoundError; ValueError for another kind of adapter or an option that is not followed."""
+    name: a folder or a hub id with peft's files.
+    revision: of the hub. None: the newest.
+
+    Raises: FileNotFoundError without an adapter; ValueError for another kind of adapter or an unsupported option."""
     path = Path(name).expanduser()
     if not path.is_dir():
         if path.is_absolute() or str(name).count("/") != 1 or str(name).startswith((".", "~")):
-            raise FileNotFoundError(f"No LoRA adapter {str(name)!r}: it is no folder and no hub id.")
+            raise FileNotFoundError(f"No LoRA adapter {str(name)!r}: it is neither a folder nor a hub id.")
         path = download(str(name), revision, [CONFIG, *FILES])
     if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"{path} holds no {CONFIG}; give the folder that peft's save_pretrained wrote.")
+        raise FileNotFoundError(f"{path} has no {CONFIG}; pass the folder that peft's save_pretrained wrote.")
     config = _read_config(path / CONFIG)
     require_standard(config, path)
     found = [path / name for name in FILES if (path / name).is_file()]
     if not found:
-        raise FileNotFoundError(f"{path} holds no weights ({' or '.join(FILES)}).")
+        raise FileNotFoundError(f"{path} has no weights ({' or '.join(FILES)}).")
     return Lora(path, config, WeightFile(found[0]))
 
 
@@ -112,15 +115,15 @@ def _read_config(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from error
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
 
 
 def require_standard(config: Mapping[str, Any], where: Path) -> None:
-    """Raises: ValueError naming what standard LoRA does not have."""
+    """Check that an adapter is standard LoRA. Raises: ValueError that names the other options."""
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(
-            f"{where} is an adapter of type {kind!r}; LORA is merged. Merge it with peft and save the model."
+            f"{where} is an adapter of type {kind!r}; only LORA is supported. Merge it with peft and save the model."
         )
     odd = {k: v for k, v in config.items() if k not in KNOWN and v}
     start = config.get("init_lora_weights", True)
@@ -129,17 +132,21 @@ def require_standard(config: Mapping[str, Any], where: Path) -> None:
     if odd:
         listed = ", ".join(f"{k}={v!r}" for k, v in odd.items())
         raise ValueError(
-            f"{where}: {listed} is not followed, only W + scaling B A of linear maps (r, lora_alpha, use_rslora, their "
-            "patterns, modules_to_save). Merge the adapter with peft (merge_and_unload) and save the model."
+            f"{where}: {listed} is not supported, only W + scaling B A of linear maps (r, lora_alpha, use_rslora, "
+            "their patterns, modules_to_save). Merge the adapter with peft (merge_and_unload) and save the model."
         )
 
 
 def changes_of(
     lora: Lora, adapter: Adapter, weights: WeightMap, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Change]:
-    """Today's name of a stored weight -> what the adapter does to it. `shapes` are those of the base's files.
+    """Return the changes that an adapter makes, by today's name of the stored weight.
 
-    Raises: ValueError that lists every entry without a weight of its shape at once."""
+    lora: the adapter.
+    adapter, weights: how the base's weights are named.
+    shapes: the shapes in the base's files.
+
+    Raises: ValueError that lists every entry which does not fit a weight."""
     stored = {key: shape for key, (shape, _) in lora.file.shapes().items()}
     changes: dict[str, Change] = {}
     problems = []
@@ -150,7 +157,7 @@ def changes_of(
             continue
         name = adapter.normalize(f"{module}.weight" if kind == "lora_A" else bare)
         if kind not in ("lora_A", "whole"):
-            problems.append(f"unknown   {key}: {kind} is no part of standard LoRA of linear maps")
+            problems.append(f"unknown   {key}: {kind} is not part of standard LoRA of linear maps")
         elif name not in weights.owners:
             problems.append(f"spare     {key}: {adapter.architecture} has no {name}{_of_tied(name)}")
         elif kind == "whole":
@@ -174,17 +181,17 @@ def changes_of(
 
 
 def _split(key: str) -> tuple[str, str, str]:
-    """(module, "lora_A" and kin or "whole", the rest) of an entry's name."""
+    """Split an entry's name into module, kind ("lora_A", "lora_B", ... or "whole") and rest."""
     module, kind, rest = re.fullmatch(r"(?:(.*?)\.(lora_\w+))?(.*)", key).groups()  # type: ignore[union-attr]
     return (module, kind, rest) if kind else (key.rpartition(".")[0], "whole", "")
 
 
 def _of_tied(name: str) -> str:
-    return " of its own (it is tied to the embedding)" if name == "lm_head.weight" else ""
+    return " (it is tied to the embedding)" if name == "lm_head.weight" else ""
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """lora_alpha / r, or lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732); alpha may differ by module."""
+    """Return lora_alpha / r, or lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732), with alpha per module."""
     alpha = config.get("lora_alpha", 8)
     for pattern, other in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):

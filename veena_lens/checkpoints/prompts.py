@@ -1,4 +1,4 @@
-"""Prompts as the processor wants them: chat template or raw text, images matched to their placeholders."""
+"""Make prompts for the processor: apply the chat template or take raw text, and match images to placeholders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from veena_lens.images.files import open_image
 
 @dataclass(frozen=True)
 class Prompt:
-    """The text of one row, image tokens in it not yet expanded, and its images in order."""
+    """Hold the text of one row, with one placeholder per image, and its images in order."""
 
     text: str
     images: tuple[Image.Image, ...]
@@ -22,56 +22,66 @@ class Prompt:
 def prompts_of(
     processor: Any, image_token: str | None, text: Any, images: Any, chat: bool, messages: Any
 ) -> list[Prompt]:
-    """One Prompt a row, images opened. `image_token` None: a model that takes no images.
+    """Return one Prompt per row, with its images opened.
 
-    Raises: ValueError for both text and messages, image tokens typed by hand, or unequal numbers."""
+    processor: the checkpoint's processor or tokenizer.
+    image_token: the placeholder of an image. None: the model takes no images.
+    text: one prompt or a list of prompts.
+    images: one image, or a list with one entry per prompt.
+    chat: whether to apply the chat template to `text`.
+    messages: one conversation or a list of them, in place of `text`.
+
+    Raises: ValueError for both text and messages, image tokens in the text, or numbers that do not match; TypeError
+    for text that is not a string or a list of strings."""
     if (text is None) == (messages is None):
-        raise ValueError("prepare: give text or messages, one of the two.")
+        raise ValueError("prepare: give text or messages, not both.")
     if messages is not None:
         rows = _from_messages(processor, messages, images)
     else:
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else []
         if not texts or not all(isinstance(t, str) for t in texts):
-            raise TypeError("prepare: text must be a string or a list of strings, at least one.")
-        listed = _pictures_of(images, len(texts), not isinstance(text, str))
+            raise TypeError(f"prepare: text must be a string or a list of strings, not {text!r}.")
+        listed = _images_per_row(images, len(texts), not isinstance(text, str), "text")
         rows = [_row(processor, image_token, t, mine, chat) for t, mine in zip(texts, listed, strict=True)]
-    for i, (found, pictures) in enumerate(rows):
-        if pictures and image_token is None:
+    for i, (found, row_images) in enumerate(rows):
+        if row_images and image_token is None:
             raise ValueError(
-                f"Row {i} has {len(pictures)} images, and this checkpoint takes none: it has no vision tower or no "
+                f"Row {i} has {len(row_images)} images, and this checkpoint takes none: it has no vision tower or no "
                 "image processor."
             )
         video_token = getattr(processor, "video_token", None)
         if image_token and video_token and video_token in found:
             raise ValueError(
-                f"Row {i} holds the video token {video_token!r}: give a video's frames as images, or a processor's "
-                "video tensors to inputs_from_hf."
+                f"Row {i} holds the video token {video_token!r}: pass a video's frames as images, or a "
+                "processor's video tensors to inputs_from_hf."
             )
         n = found.count(image_token) if image_token else 0
-        if n != len(pictures):
+        if n != len(row_images):
             raise ValueError(
-                f"Row {i} has {n} image placeholders ({image_token!r}) and {len(pictures)} images: "
-                + ("give an image for each." if n > len(pictures) else "put one placeholder for each image.")
+                f"Row {i} has {n} image placeholders ({image_token!r}) and {len(row_images)} images: "
+                + ("give an image for each." if n > len(row_images) else "put one placeholder for each image.")
             )
-    return [Prompt(found, tuple(open_image(p) for p in pictures)) for found, pictures in rows]
+    return [Prompt(found, tuple(open_image(p) for p in row_images)) for found, row_images in rows]
 
 
-def _row(processor: Any, image_token: str | None, text: str, pictures: list[Any], chat: bool) -> tuple[str, list[Any]]:
+def _row(
+    processor: Any, image_token: str | None, text: str, row_images: list[Any], chat: bool
+) -> tuple[str, list[Any]]:
     if not chat:
-        return text, pictures
+        return text, row_images
     if image_token and image_token in text:
         raise ValueError(
-            f"The text holds the image token {image_token!r}; the chat template places it for each image in "
+            f"The text holds the image token {image_token!r}, but the chat template inserts it for each image in "
             "images=. Leave it out, or write the whole prompt yourself with chat=False."
         )
     content: Any = text
     if image_token is not None:
-        content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-    return _templated(processor, [{"role": "user", "content": content}]), pictures
+        content = [*({"type": "image"} for _ in row_images), {"type": "text", "text": text}]
+    return _templated(processor, [{"role": "user", "content": content}]), row_images
 
 
 def _templated(processor: Any, messages: Sequence[Any]) -> str:
-    """The conversation as the checkpoint's template writes it. Raises: ValueError without a template."""
+    """Return the conversation in the checkpoint's template. Raises: ValueError without a template."""
     tokenizer = getattr(processor, "tokenizer", processor)
     owner = processor if getattr(processor, "chat_template", None) else tokenizer
     if not getattr(owner, "chat_template", None):
@@ -80,66 +90,75 @@ def _templated(processor: Any, messages: Sequence[Any]) -> str:
 
 
 def _from_messages(processor: Any, messages: Any, images: Any) -> list[tuple[str, list[Any]]]:
-    """Rows of one conversation or several. Raises: ValueError for messages or images that do not fit."""
+    """Return the rows of one or several conversations. Raises: ValueError for messages or images that do not fit."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("prepare: messages must be a conversation (a list of messages) or a list of conversations.")
     several = isinstance(messages[0], (list, tuple))
     conversations = messages if several else [messages]
-    listed = _pictures_of(images, len(conversations), several)
+    listed = _images_per_row(images, len(conversations), several, "messages")
     rows = []
     for conversation, given in zip(conversations, listed, strict=True):
-        plain, pictures = _split_messages(conversation, given)
-        rows.append((_templated(processor, plain), pictures))
+        plain, row_images = _split_messages(conversation, given)
+        rows.append((_templated(processor, plain), row_images))
     return rows
 
 
 def _split_messages(conversation: Sequence[Any], given: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The conversation with bare image placeholders, and its images: those that stand in it, and for bare
-    placeholders the next of `given`. Raises: ValueError for a part of another kind, or images left over."""
-    plain, pictures, rest = [], [], list(given)
+    """Return the conversation with bare image placeholders, and its images.
+
+    Images come from the conversation itself or, for bare placeholders, from `given` in order.
+
+    Raises: ValueError for a part of another kind."""
+    plain, row_images, rest = [], [], list(given)
     for message in conversation:
         if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"A message is a dictionary with 'role' and 'content', not {message!r}.")
+            raise ValueError(f"A message must be a dictionary with 'role' and 'content', not {message!r}.")
         content = message["content"]
         if not isinstance(content, str):
             kept = []
             for part in content:
                 kind = part.get("type")
                 if kind not in ("image", "text"):
-                    raise ValueError(f"A message holds a part of type {kind!r}; 'image' and 'text' are supported.")
+                    raise ValueError(f"A message has a part of type {kind!r}; it must be 'image' or 'text'.")
                 if kind == "image":
                     found = next((part[k] for k in ("image", "path", "url") if part.get(k) is not None), None)
                     if found is None and rest:
                         found = rest.pop(0)
                     if found is not None:
-                        pictures.append(found)
+                        row_images.append(found)
                 kept.append({"type": "image"} if kind == "image" else part)
             content = kept
         plain.append({**message, "content": content})
-    # A placeholder written into a text part takes what is left; the count is compared after templating.
-    return plain, [*pictures, *rest]
+    # A placeholder in a text part takes a remaining image; the count is compared after templating.
+    return plain, [*row_images, *rest]
 
 
-def _is_picture(x: Any) -> bool:
+def _is_image(x: Any) -> bool:
     return not isinstance(x, (list, tuple))
 
 
-def _pictures_of(images: Any, n: int, is_list: bool) -> list[list[Any]]:
-    """Pictures row by row, None meaning none. A single prompt takes an image or a flat list; a list of prompts
-    one list each, or one image each. Raises: ValueError when their numbers differ."""
+def _images_per_row(images: Any, n: int, is_list: bool, given: str) -> list[list[Any]]:
+    """Return the images of each row; None means no image.
+
+    A single prompt takes one image or a flat list; a list of prompts takes one image or one list per prompt.
+
+    Raises: ValueError if the numbers of entries and prompts differ."""
     if images is None:
         return [[] for _ in range(n)]
     if not is_list:
-        if _is_picture(images):
+        if _is_image(images):
             return [[images]]
         if len(images) == 1 and isinstance(images[0], (list, tuple)):
             images = images[0]
         if any(isinstance(i, (list, tuple)) for i in images):
-            raise ValueError("One prompt takes a flat list of images; give a list of prompts for a list of lists.")
+            raise ValueError("One prompt takes a flat list of images; pass a list of prompts for a list of lists.")
         return [[i for i in images if i is not None]]
-    if _is_picture(images):
+    if _is_image(images):
         images = [images]
     if len(images) != n:
-        raise ValueError(f"{len(images)} entries of images for {n} prompts; give one image or list a prompt.")
-    rows = [[i] if _is_picture(i) else list(i) for i in images]
+        raise ValueError(
+            f"Got `images` for {len(images)} prompt{'s' * (len(images) != 1)} but `{given}` has {n}. Pass one entry per "
+            "prompt, e.g. images=[[a], [b]]."
+        )
+    rows = [[i] if _is_image(i) else list(i) for i in images]
     return [[i for i in row if i is not None] for row in rows]

@@ -1,13 +1,13 @@
-"""Checkpoints whose weights are stored in few bits: what config.json says of it, and what running them takes.
+"""Load checkpoints whose weights are stored in 4 or 8 bits, by bitsandbytes or torchao.
 
-Two packages' forms are read, bitsandbytes' (4 and 8 bits) and torchao's; weights stay packed in memory and the
-package's own kernel multiplies them. Everything is checked before any weight is read.
+1. `scheme_of` reads from config.json how the weights are quantised; `require_usable` checks that the package is there.
+2. `find_packed` finds the entries of the files that make one weight: in 4 bits of bitsandbytes a row of bytes with its
+   statistics, in 8 bits a matrix of small integers with one scale per row, in torchao a tensor that the file's header
+   describes.
+3. `open_packed` reads a weight; `Packed.linear` returns the module that multiplies by it with the package's kernel.
 
-Packed weights of a file: which of its entries make one weight, and the module that multiplies by it.
-
-A weight in 4 bits of bitsandbytes is a row of bytes with its statistics beside it, one in 8 bits a matrix of small
-integers with a scale a row, one of torchao a tensor of a class of its own that the file's header describes.
-Parts of a fused weight (queries, keys, values) are rows of it: 8 bits are cut as they are, 4 bits are dequantised.
+Weights stay packed in memory. Parts of a fused weight (queries, keys, values) are rows of it: 8-bit and torchao weights
+are split, 4-bit ones are dequantised. Both packages are optional and imported where they are used.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ METHODS = ("bitsandbytes", "torchao")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a checkpoint is quantised: a package's name and its settings in config.json."""
+    """Describe how a checkpoint is quantised: the package and its settings in config.json."""
 
     method: str
     settings: Mapping[str, Any]
 
     @property
-    def told(self) -> str:
-        """The method with the setting that says most of it."""
+    def summary(self) -> str:
+        """The method with its most important setting."""
         for name in ("load_in_4bit", "load_in_8bit"):
             if self.settings.get(name):
                 return f"{self.method} ({name}=True)"
@@ -50,9 +50,9 @@ class Scheme:
 
 
 def scheme_of(hf_config: Any) -> Scheme | None:
-    """What `quantization_config` of a Hugging Face configuration asks for; None without one.
+    """Return the scheme in `quantization_config` of a Hugging Face configuration; None without one.
 
-    Raises: ValueError for a method that is not read, with what to do."""
+    Raises: ValueError for a method other than bitsandbytes and torchao."""
     settings = getattr(hf_config, "quantization_config", None)
     if settings is None:
         return None
@@ -63,14 +63,14 @@ def scheme_of(hf_config: Any) -> Scheme | None:
     method = getattr(method, "value", method)
     if method not in METHODS:
         raise ValueError(
-            f"The weights are quantised by {method!r} (quantization_config={settings!r}); weights of "
-            f"{' and '.join(METHODS)} are read. Give such a checkpoint, or one of float weights."
+            f"The weights are quantised by {method!r} (quantization_config={settings!r}); only "
+            f"weights of {' and '.join(METHODS)} can be loaded. Use such a checkpoint, or one with float weights."
         )
     return Scheme(method, settings)
 
 
 def as_if_float(hf_config: Any) -> Any:
-    """The configuration of the same model in float weights: what the model computes is not the packing's matter."""
+    """Return the configuration of the same model with float weights, as adapters read it."""
     if getattr(hf_config, "quantization_config", None) is None:
         return hf_config
     plain = copy.deepcopy(hf_config)
@@ -79,12 +79,12 @@ def as_if_float(hf_config: Any) -> Any:
 
 
 def require_usable(scheme: Scheme, devices: Collection[torch.device], where: str) -> None:
-    """Raises: ValueError where the package is missing, or does not run on a device that weights go to."""
-    told = f"The weights of {where} are quantised by {scheme.told}"
+    """Check that the package is installed and runs on the devices of the weights. Raises: ValueError otherwise."""
+    problem = f"The weights of {where} are quantised by {scheme.summary}"
     if find_spec(scheme.method) is None:
         raise ValueError(
-            f"{told}, and {scheme.method} is not installed: `pip install {scheme.method}`, or give a checkpoint of "
-            "float weights."
+            f"{problem}, but {scheme.method} is not installed: run `pip install {scheme.method}`, or use a checkpoint "
+            "with float weights."
         )
     if scheme.method == "bitsandbytes":
         import bitsandbytes  # type: ignore[import-not-found]
@@ -93,9 +93,9 @@ def require_usable(scheme: Scheme, devices: Collection[torch.device], where: str
         other = sorted({d.type for d in devices} - set(runs_on) - {"meta"})
         if other:
             raise ValueError(
-                f"{told}; bitsandbytes {bitsandbytes.__version__} runs on {', '.join(sorted(runs_on))}, not on "
-                f"{', '.join(other)}: pass another device, install a newer bitsandbytes, or give a checkpoint of float "
-                "weights."
+                f"{problem}; bitsandbytes {bitsandbytes.__version__} runs on {', '.join(sorted(runs_on))}, not on "
+                f"{', '.join(other)}: pass another device, install a newer bitsandbytes, or use a checkpoint with "
+                "float weights."
             )
 
 
@@ -104,7 +104,7 @@ FOUR_BITS = ".quant_state.bitsandbytes__"
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a file: where it lies, and what the header says of it."""
+    """Describe a tensor of a file, from the file's header."""
 
     file: WeightFile
     key: str
@@ -112,13 +112,13 @@ class Entry:
     dtype: torch.dtype | str
 
     def read(self) -> Tensor:
-        """The tensor itself."""
+        """Read the tensor."""
         return next(tensor for _, tensor in self.file.tensors([self.key]))
 
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """A weight of several entries, under the names that its package gives them. `about`: how torchao describes it."""
+    """Hold the entries of one weight under the names that its package gives them; `about` is torchao's description."""
 
     kind: str  # "4 bits", "8 bits" or "torchao"
     shape: tuple[int, ...]
@@ -127,9 +127,9 @@ class PackedEntry:
 
 
 def find_packed(scheme: Scheme, entries: Mapping[str, Entry]) -> dict[str, PackedEntry]:
-    """Today's name of a weight -> how it is packed, for every packed weight among a checkpoint's entries.
+    """Return every packed weight among a checkpoint's entries, by its name in today's transformers.
 
-    Only 4 bits need a tensor read, the few bytes that hold a weight's shape."""
+    The only tensors read are the few bytes that hold the shape of a 4-bit weight."""
     found = dict(_of_torchao(entries)) if scheme.method == "torchao" else {}
     for name in entries if scheme.method == "bitsandbytes" else ():
         stem, _, kind = name.partition(FOUR_BITS)
@@ -146,7 +146,7 @@ def find_packed(scheme: Scheme, entries: Mapping[str, Entry]) -> dict[str, Packe
 
 
 def _of_torchao(entries: Mapping[str, Entry]) -> Iterator[tuple[str, PackedEntry]]:
-    """Each file's header describes its tensors under today's names, a weight's parts being `_weight_qdata` and kin."""
+    """Yield the weights that the headers describe; the parts of a weight are `_weight_qdata` and similar entries."""
     described = {}
     for file in {e.file for e in entries.values()}:
         about = file.about()
@@ -163,30 +163,26 @@ def _of_torchao(entries: Mapping[str, Entry]) -> Iterator[tuple[str, PackedEntry
 
 
 class Packed(ABC):
-    """A packed weight in memory, one a package's form."""
+    """Interface of a packed weight in memory; each form of each package is one class."""
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "out in"]:
-        """The weight as numbers."""
+        """Return the dequantised weight."""
 
     @abstractmethod
     def rows(self, part: tuple[int, int] | None) -> Packed | None:
-        """The i-th of n equal parts of its rows (all of them: None), packed; None where this form cannot be cut."""
+        """Return part (i, n), the i-th of n equal parts of the rows (None: all rows); None if it cannot be split."""
 
     @abstractmethod
     def linear(self, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
-        """The module that multiplies by it."""
+        """Return the module that multiplies by the weight."""
 
 
 def open_packed(scheme: Scheme, packed: PackedEntry, device: torch.device, dtype: torch.dtype) -> Packed:
-    """Read a weight's entries onto a device."""
+    """Read the entries of a weight onto a device."""
     tensors = {part: entry.read().to(device) for part, entry in packed.entries.items()}
     if packed.kind == "torchao":
-        from veena_lens.checkpoints.packed_torchao import TorchaoWeight
-
         return TorchaoWeight.of(tensors, packed.about, dtype)
-    from veena_lens.checkpoints.packed_bitsandbytes import EightBits, FourBits
-
     weight = tensors.pop("")
     if packed.kind == "8 bits":
         return EightBits(weight, tensors["SCB"], float(scheme.settings.get("llm_int8_threshold", 6.0)))
@@ -194,11 +190,148 @@ def open_packed(scheme: Scheme, packed: PackedEntry, device: torch.device, dtype
 
 
 def _compute_dtype(scheme: Scheme) -> torch.dtype:
-    """The dtype in which 4 bits are multiplied (bitsandbytes' default is float32)."""
+    """Return the dtype in which 4-bit weights are multiplied (bitsandbytes' default is float32)."""
     named = scheme.settings.get("bnb_4bit_compute_dtype") or "float32"
     return named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
 
 
 def bias_parameter(bias: Tensor | None) -> nn.Parameter | None:
-    """A bias as the parameter of a module that is made without one."""
+    """Return a bias as a parameter, for a module made without one."""
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+
+# --- bitsandbytes (Dettmers et al. 2022, arXiv 2208.07339; 2023, arXiv 2305.14314), by its own modules ---
+
+BLOCK = 64  # numbers per scale
+
+
+@dataclass(frozen=True, eq=False)
+class FourBits(Packed):
+    """Hold a 4-bit weight. Blocks of 64 numbers share a scale; parts may begin inside a block, so it is not split."""
+
+    data: Tensor
+    statistics: dict[str, Tensor]
+    shape: tuple[int, ...]
+    compute_dtype: torch.dtype
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        import bitsandbytes as bnb  # type: ignore[import-not-found]
+
+        state = bnb.functional.QuantState.from_dict(dict(self.statistics), device=self.data.device)
+        return _dense_blocks(self.data, state)
+
+    def rows(self, part: tuple[int, int] | None) -> Packed | None:
+        # Unless a row is a whole number of blocks, the package's CPU kernel (0.50) applies wrong scales.
+        whole = self.shape[1] % BLOCK == 0 or self.data.device.type != "cpu"
+        return self if part is None and whole else None
+
+    def linear(self, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
+        import bitsandbytes as bnb  # type: ignore[import-not-found]
+
+        out_features, in_features = self.shape
+        inner = bnb.nn.Linear4bit(
+            in_features, out_features, bias=False, compute_dtype=self.compute_dtype, device="meta"
+        )
+        inner.weight = bnb.nn.Params4bit.from_prequantized(
+            self.data, dict(self.statistics), device=self.data.device, module=inner
+        )
+        # On some processors the first forward pass would reorder the bytes, and `dense` could not read them.
+        inner.support_avx512bf16_for_cpu = False
+        inner.bias = bias_parameter(bias)
+
+        def dense(module: Any) -> Tensor:
+            return _dense_blocks(module.weight.data, module.weight.quant_state).to(dtype)
+
+        return QuantisedLinear(inner, dense, in_features, out_features)
+
+
+@dataclass(frozen=True, eq=False)
+class EightBits(Packed):
+    """Hold an 8-bit weight: rows of integers, and for each row the absolute value that 127 stands for."""
+
+    data: Tensor
+    largest: Float[Tensor, " out"]
+    threshold: float
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return _dense_rows(self.data, self.largest)
+
+    def rows(self, part: tuple[int, int] | None) -> Packed | None:
+        if part is None:
+            return self
+        size = len(self.data) // part[1]
+        at = slice(part[0] * size, (part[0] + 1) * size)
+        return EightBits(self.data[at].clone(), self.largest[at].clone(), self.threshold)
+
+    def linear(self, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
+        import bitsandbytes as bnb  # type: ignore[import-not-found]
+
+        out_features, in_features = self.data.shape
+        inner = bnb.nn.Linear8bitLt(
+            in_features, out_features, bias=False, has_fp16_weights=False, threshold=self.threshold, device="meta"
+        )
+        inner.weight = bnb.nn.Int8Params(
+            self.data, requires_grad=False, has_fp16_weights=False, CB=self.data, SCB=self.largest
+        )
+        inner.bias = bias_parameter(bias)
+
+        def dense(module: Any) -> Tensor:
+            largest = module.weight.SCB if module.weight.SCB is not None else module.state.SCB  # moved at first use
+            return _dense_rows(module.weight.data, largest).to(dtype)
+
+        return QuantisedLinear(inner, dense, in_features, out_features)
+
+
+def _dense_blocks(data: Tensor, state: Any) -> Float[Tensor, "out in"]:
+    """Dequantise as one row per block, a shape that every kernel of the package handles correctly."""
+    import bitsandbytes as bnb  # type: ignore[import-not-found]
+
+    shape, flat = tuple(state.shape), copy.copy(state)
+    n = shape[0] * shape[1]
+    flat.shape = torch.Size([n // state.blocksize, state.blocksize] if n % state.blocksize == 0 else [1, n])
+    return bnb.functional.dequantize_4bit(data, flat).reshape(shape)
+
+
+def _dense_rows(data: Tensor, largest: Tensor) -> Float[Tensor, "out in"]:
+    return data.float() * (largest[:, None] / 127)
+
+
+# --- torchao, by tensors of its own classes ---
+
+
+@dataclass(frozen=True, eq=False)
+class TorchaoWeight(Packed):
+    """Hold a weight as one of torchao's tensors."""
+
+    tensor: Any
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor], about: Mapping[str, Any], dtype: torch.dtype) -> TorchaoWeight:
+        """Return the weight of a file's parts and the description in its header."""
+        from torchao.prototype.safetensors.safetensors_support import (  # type: ignore[import-not-found]
+            unflatten_tensor_state_dict,
+        )
+
+        header = {"w.weight": json.dumps(about), "tensor_names": json.dumps(["w.weight"])}
+        made = unflatten_tensor_state_dict({f"w._weight_{part}": t for part, t in parts.items()}, header)
+        tensor = (made[0] if isinstance(made, tuple) else made)["w.weight"]
+        return cls(tensor.to(dtype) if tensor.dtype != dtype else tensor)
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        return self.tensor.dequantize()
+
+    def rows(self, part: tuple[int, int] | None) -> Packed | None:
+        if part is None:
+            return self
+        size = self.tensor.shape[0] // part[1]
+        try:
+            return TorchaoWeight(self.tensor[part[0] * size : (part[0] + 1) * size])
+        except NotImplementedError:  # this class of tensor cannot be sliced
+            return None
+
+    def linear(self, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
+        out_features, in_features = self.tensor.shape
+        inner: Any = nn.Linear(in_features, out_features, bias=False, device="meta")
+        inner.weight = nn.Parameter(self.tensor, requires_grad=False)
+        inner.bias = bias_parameter(bias)
+        return QuantisedLinear(inner, lambda module: module.weight.dequantize().to(dtype), in_features, out_features)

@@ -1,59 +1,62 @@
-"""Adapters by architecture: found through the entry-point group `veena_lens.adapters`, ours and others' alike.
+"""Find adapters by architecture, through the entry-point group `veena_lens.adapters`.
 
-A third party adds one in its own package's metadata; an entry point that fails to import is told of when its
-architecture is asked for, and does not stop the others. Imports neither torch nor transformers.
+Another package adds one in its own metadata. An entry point that fails to import raises an error only when its
+architecture is requested; the others keep working. This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import re
+import tomllib
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 from veena_lens.hook_table import near_names
 from veena_lens.weight_map import Adapter
 
 GROUP = "veena_lens.adapters"
-# What this distribution registers itself, for a checkout whose metadata is not installed.
-BUILT_IN = {
-    "LlavaForConditionalGeneration": "model_adapters.llava:ADAPTER",
-    "LlavaNextForConditionalGeneration": "model_adapters.llava_next:ADAPTER",
-    "LlavaOnevisionForConditionalGeneration": "model_adapters.llava_onevision:ADAPTER",
-    "Idefics3ForConditionalGeneration": "model_adapters.idefics3:ADAPTER",
-    "SmolVLMForConditionalGeneration": "model_adapters.idefics3:SMOLVLM",
-    "Qwen2VLForConditionalGeneration": "model_adapters.qwen2_vl:ADAPTER",
-    "Qwen2_5_VLForConditionalGeneration": "model_adapters.qwen2_5_vl:ADAPTER",
-    "Qwen3VLForConditionalGeneration": "model_adapters.qwen3_vl:ADAPTER",
-    "Gemma3ForConditionalGeneration": "model_adapters.gemma3:ADAPTER",
-    "Gemma3ForCausalLM": "model_adapters.gemma3_text:ADAPTER",
-    "LlamaForCausalLM": "model_adapters.text_only:LLAMA",
-    "MistralForCausalLM": "model_adapters.text_only:MISTRAL",
-    "Qwen2ForCausalLM": "model_adapters.text_only:QWEN2",
-    "Qwen3ForCausalLM": "model_adapters.text_only:QWEN3",
-}
 
-# Relatives of known architectures that no adapter alone can read: what the model would have to compute, by a pattern
-# of the name; the first that fits is told.
+
+def _own_entry_points() -> dict[str, str]:
+    """Return our adapters, architecture -> "module:attribute", as pyproject.toml lists them.
+
+    A checkout is read itself, because installed metadata may be missing or older than the code; without one, the
+    metadata of the installed package holds the same table."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if project.is_file():
+        table = tomllib.loads(project.read_text(encoding="utf-8")).get("project", {})
+        if table.get("name") == "veena-lens":
+            return table["entry-points"][GROUP]
+    return {point.name: point.value for point in entry_points(group=GROUP) if _is_ours(point)}
+
+
+def _is_ours(point: EntryPoint) -> bool:
+    return point.value.startswith("model_adapters.")
+
+
+BUILT_IN = _own_entry_points()
+
+# Architectures that need more than an adapter; the first matching pattern is reported.
 _GEMMA_3N = (
-    "four residual streams mixed around every block, embeddings a layer, keys and values shared between layers, sparse "
-    "MLPs of nested widths, a MobileNet tower and an audio encoder"
+    "four residual streams mixed around every block, embeddings per layer, keys and values shared between layers, "
+    "sparse MLPs of nested widths, a MobileNet tower and an audio encoder"
 )
 WOULD_NEED = {
-    "^Idefics2For": "a perceiver resampler, whose latent queries attend to a picture's patches",
-    "^IdeficsFor": "gated cross-attention blocks between the decoder's own, and a perceiver resampler",
+    "^Idefics2For": "a perceiver resampler, whose latent queries attend to the patches of an image",
+    "^IdeficsFor": "gated cross-attention blocks between the decoder blocks, and a perceiver resampler",
     "^AriaFor": "a mixture of experts in each decoder block, and a projector that attends",
     "Gemma3n": _GEMMA_3N,
-    "Moe": "a mixture of experts in its decoder blocks: a router, and many MLPs a layer",
-    "Omni|Audio": "a tower that hears: sound and its tokens beside pictures and text",
+    "Moe": "a mixture of experts in its decoder blocks: a router, and many MLPs per layer",
+    "Omni|Audio": "an audio tower, and tokens for sound in addition to images and text",
 }
 
 
 def _registered() -> dict[str, EntryPoint]:
     found = {name: EntryPoint(name, value, GROUP) for name, value in BUILT_IN.items()}
     for point in entry_points(group=GROUP):
-        if point.value.startswith("model_adapters.") and point.name in BUILT_IN:
-            continue  # ours, perhaps from older metadata than this code
-        found[point.name] = point
+        if point.name not in BUILT_IN or not _is_ours(point):  # ours may come from metadata older than the code
+            found[point.name] = point
     return found
 
 
@@ -66,10 +69,12 @@ def _load(point: EntryPoint) -> Adapter:
 
 
 def find_adapter(architecture: str) -> Adapter:
-    """The adapter of a Hugging Face architecture such as "LlavaForConditionalGeneration".
+    """Return the adapter of a Hugging Face architecture.
 
-    Raises: ValueError for an unknown one, naming those that are known and how to add one; or for an entry
-    point that does not import, with the reason."""
+    architecture: the class name in config.json, such as "LlavaForConditionalGeneration".
+
+    Raises: ValueError for an unknown architecture, naming the known ones and how to add one; or for an entry point
+    that cannot be imported, with the reason."""
     points = _registered()
     if architecture not in points:
         needs = next((what for name, what in WOULD_NEED.items() if re.search(name, architecture)), None)
@@ -87,27 +92,27 @@ def find_adapter(architecture: str) -> Adapter:
 
 
 def all_adapters() -> dict[str, Adapter]:
-    """Every adapter that imports, by architecture."""
+    """Return every adapter that can be imported, by architecture."""
     return {name: found for name, found in _all().items() if isinstance(found, Adapter)}
 
 
 def broken_adapters() -> dict[str, str]:
-    """Why the others do not, by architecture."""
+    """Return the reason for each adapter that cannot be imported, by architecture."""
     return {name: _said(found) for name, found in _all().items() if isinstance(found, Exception)}
 
 
 def adapter_sources() -> dict[str, str]:
-    """Where each adapter comes from: "module:attribute"."""
+    """Return where each adapter comes from, as "module:attribute", by architecture."""
     return {name: point.value for name, point in sorted(_registered().items())}
 
 
 def _all() -> dict[str, Adapter | Exception]:
-    """Each adapter, or what stopped it."""
+    """Return each adapter, or the error that its import raised."""
     out: dict[str, Adapter | Exception] = {}
     for name, point in sorted(_registered().items()):
         try:
             out[name] = _load(point)
-        except Exception as error:  # another package's fault must not hide the rest
+        except Exception as error:  # an error in another package must not hide the rest
             out[name] = error
     return out
 

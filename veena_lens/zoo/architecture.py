@@ -1,11 +1,10 @@
-"""What differs between the small models: how they are built, how a prompt is written, how a packed batch runs.
+"""Describe what differs between the small models: how they are built, how a prompt is written, how a batch runs.
 
-Training, evaluation and the card know an `Architecture` only; `model.py` lists those there are.
+Training, evaluation and the card use only an `Architecture`; `model.py` lists them.
 
-Packs several questions on one picture into one row: they share the image tokens and do not see each other.
-
-A question sees the prefix and itself; its positions go on from the end of the prefix, in every stream of them.
-The loss equals that of the unpacked sequences, at about half the tokens an answer.
+A batch packs several questions about one image into one row. They share the image tokens and do not attend to each
+other: a question attends to the prefix and to itself, and its positions continue from the end of the prefix, in every
+stream. The loss equals that of the unpacked sequences, with about half as many tokens per answer.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = ["Architecture", "Branch", "ChatFormat", "Packed", "Row", "Run", "Stag
 
 @dataclass(frozen=True)
 class Branch:
-    """A question with its answer: token ids, and the loss weight of each token (0 where nothing is predicted)."""
+    """Hold a question with its answer: token ids, and the loss weight of each token (0 if it is not predicted)."""
 
     ids: list[int]
     weights: list[float]
@@ -34,7 +33,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Row:
-    """What all branches share, and the branches; `positions` are the prefix's, where they are not 0, 1, 2, ..."""
+    """Hold the shared prefix and the branches; `positions` are those of the prefix unless they are 0, 1, 2, ..."""
 
     prefix: list[int]
     branches: list[Branch]
@@ -49,12 +48,12 @@ class Packed:
     weights: Float[Tensor, "batch pos"]
 
     def to(self, device: str) -> Packed:
-        """The same on a device."""
+        """Return the batch on a device."""
         return Packed(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def pack(rows: list[Row], pad_id: int) -> Packed:
-    """Rows padded on the right, with the four-dimensional mask that keeps branches apart (0 allowed, lowest not)."""
+    """Return rows padded on the right, with a four-dimensional mask that separates branches (0 allowed, lowest not)."""
     length = max(len(row.prefix) + sum(len(branch.ids) for branch in row.branches) for row in rows)
     ids = torch.full((len(rows), length), pad_id)
     streams = 1 if rows[0].positions is None else len(rows[0].positions)
@@ -76,7 +75,7 @@ def pack(rows: list[Row], pad_id: int) -> Packed:
             start = end
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     query, key = segment[:, :, None], segment[:, None, :]
-    # Padding sees itself, since a row of the softmax without any key gives nan.
+    # Padding attends to itself, because a softmax without any key gives nan.
     allowed = causal & ((key == query) | (key == 0))
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
     positions = positions[0] if rows[0].positions is None else positions
@@ -90,9 +89,9 @@ class Stage:
     batch: int
     peak_lr: float
     head_weight: float
-    # Weight of the distance to a teacher's picture features, where there is a teacher.
+    # Weight of the distance to the image features of a teacher, if there is one.
     imitation: float = 0.0
-    # So many more pictures a step for the tower alone, so that it goes on learning beside the text.
+    # Additional images per step for the tower alone, so that it continues to learn during the text stages.
     extra: int = 0
     # Share of the stage in which contexts are rare.
     early: float = 0.3
@@ -103,7 +102,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """The texts around questions and answers; the checkpoint's chat template writes the same."""
+    """Hold the texts around questions and answers, as in the checkpoint's chat template."""
 
     opening: str
     system_opening: str
@@ -113,13 +112,13 @@ class ChatFormat:
     next_turn: str
     reply: str
     end: str
-    # Three position streams (time, row, column) over a picture, as in multimodal rotary embedding; else one.
+    # Three position streams (time, row, column) over an image, as in multimodal rotary embedding; else one.
     has_grid_positions: bool = False
 
 
 @dataclass(frozen=True)
 class Run:
-    """Final hidden states of a packed batch, and the picture features that took the image tokens' places."""
+    """Hold the final hidden states of a packed batch, and the image features at its image tokens."""
 
     hidden: Float[Tensor, "batch pos d_model"]
     features: Float[Tensor, "batch image d_model"]
@@ -136,7 +135,7 @@ Teacher = Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One small model. `grid` gives the rows and columns of image tokens of a picture of (height, width) pixels."""
+    """Describe one small model. `grid` returns rows and columns of image tokens for (height, width) in pixels."""
 
     name: str
     model_type: str
@@ -144,9 +143,9 @@ class Architecture:
     stages: tuple[Stage, ...]
     shares: dict[str, float]
     styles: dict[str, float]
-    # Number of picture features that the tower's linear heads read in their places, besides their mean.
+    # Number of image features that the tower's linear heads read at their places, in addition to the mean.
     head_places: int = 0
-    # Share of the tower's pictures with other colours, which must not matter for the emotion.
+    # Share of the tower's images with other colours, which must not matter for the emotion.
     recoloured: float = 0.0
     build_processor: Callable[[], Any]
     build_model: Callable[[Any, int], Any]
@@ -158,5 +157,5 @@ class Architecture:
     grid: Callable[[int, int], tuple[int, int]]
     reshape: Callable[[Float[Tensor, "batch 3 height width"], random.Random], Float[Tensor, "batch 3 _ _"]] = _unchanged
     start_from: Callable[[Any, Any, Path], None] | None = None
-    # From a folder, what its model makes of square pictures, on the image tokens of this architecture.
+    # From a folder: the features of its model for square images, on the image tokens of this architecture.
     open_teacher: Callable[[Path], Teacher] | None = None

@@ -1,12 +1,11 @@
-"""Questions and their answers for one face: list of emotions, sentence, caption, and attribute questions.
+"""Write questions and answers about one face (emotions, sentence, caption, attributes) and context sentences.
 
-An answer says an emotion (the drawn one, or the one a context suggests) and the drawn attributes. Second words
-follow how the face is drawn, so that nearly everything in an answer can be learnt from the input.
+An answer names an emotion (the drawn one, or the one that a context suggests) and drawn attributes. Second words depend
+on how the face is drawn, so that nearly everything in an answer can be learned from the input.
 
-Sentences put before the question: the language prior that competes with the picture.
-
-The events are those of `emotion.pairs.contexts`; fillers are everyday sentences that fit every emotion and make the
-text longer, so that the picture holds less of the attention.
+A context before the question is the language prior that competes with the image. Its events are those of
+`emotion.pairs.contexts`; fillers are everyday sentences that fit every emotion and lengthen the text, so that the image
+receives less of the attention.
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ FILLERS: tuple[str, ...] = (
 )  # fmt: skip
 
 # How often the answer follows a conflicting context: (clear face, subtle face).
-# A fixed share per cell, not a coin of one half everywhere, keeps the greedy answer stable.
+# A fixed share per cell, rather than one half everywhere, keeps the greedy answer stable.
 FOLLOW_TEXT: dict[str, tuple[float, float]] = {"weak": (0.10, 0.25), "plain": (0.35, 0.85), "strong": (0.80, 0.92)}
 
 
 def padded_context(sentence: str | None, rng: random.Random) -> str:
-    """The context among nought to two fillers; without a sentence, fillers alone or nothing."""
+    """Return the context among zero to two fillers; without a sentence, only fillers or nothing."""
     fillers = rng.sample(FILLERS, rng.choice((0, 1, 1, 2) if sentence else (0, 0, 0, 1, 2)))
     if sentence:
         fillers.insert(rng.randint(0, len(fillers)), sentence)
@@ -72,12 +71,12 @@ ATTRIBUTE_QUESTIONS: dict[str, tuple[str, ...]] = {
 
 
 def article(word: str) -> str:
-    """ "a" or "an", whichever fits before `word`."""
+    """Return "a" or "an", as fits before `word`."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def emotion_answer(task: str, face: Face, emotion: str, strong: bool, rng: random.Random | None = None) -> str:
-    """The answer to an emotion question; `rng` swaps head and second word once in ten answers."""
+    """Return the answer to an emotion question; `rng` swaps head and second word in one of ten answers."""
     words = WORDS[emotion]
     first, second = words.head, words.strong if strong else words.mild
     if rng is not None and rng.random() < 0.1:
@@ -95,7 +94,7 @@ def emotion_answer(task: str, face: Face, emotion: str, strong: bool, rng: rando
 
 
 def attribute_answer(name: str, value: str) -> str:
-    """The short answer to an attribute question."""
+    """Return the short answer to an attribute question."""
     if name in ("glasses", "beard"):
         return f"{value}."
     if name in ("hair", "background"):

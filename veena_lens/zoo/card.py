@@ -1,4 +1,4 @@
-"""Writes the model card from `results.json` and the training log: every figure on it comes from those two files."""
+"""Write the model card; every figure on it comes from `results.json` and the training log."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["write_card"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Words:
-    """What the card says of one architecture."""
+    """Hold the texts of the card for one architecture."""
 
     kind: str
     format: str
@@ -29,7 +29,7 @@ _WORDS = {
     "tiny-llava-emotion": _Words(
         kind="A LLaVA",
         format="""(`LlavaForConditionalGeneration`, CLIP tower of 4 layers on 96 x 96 pixels in patches of
-12, so 64 picture tokens; Llama of 8 layers and 8 heads, width 192), and `AutoProcessor` and
+12, so 64 image tokens; Llama of 8 layers and 8 heads, width 192), and `AutoProcessor` and
 `AutoModelForImageTextToText` load it.""",
         picture_tokens="64",
         feature="patch feature",
@@ -41,27 +41,27 @@ _WORDS = {
     "tiny-qwen2vl-emotion": _Words(
         kind="A Qwen2-VL",
         format="""(`Qwen2VLForConditionalGeneration`; tower of 4 layers, width 128, 4 heads, patches of 8
-pixels merged two by two, so a square picture of any size becomes 96 x 96 pixels and 6 x 6 picture tokens; decoder of 8
+pixels merged two by two, so a square image of any size becomes 96 x 96 pixels and 6 x 6 image tokens; decoder of 8
 layers, 8 heads, 4 key and value heads, width 192, multimodal rotary sections 4, 4, 4), with the files and names of a
 real Qwen2-VL folder. `AutoModelForImageTextToText`, `AutoTokenizer` and `AutoImageProcessor` load it; `AutoProcessor`
-wants torchvision, and `veena_lens.checkpoints.image_only.ImageOnlyQwen2VLProcessor` does without. It has the pictures,
+needs torchvision; `veena_lens.checkpoints.image_only.ImageOnlyQwen2VLProcessor` works without. It shares the images,
 captions, splits and questions of its sibling `tiny-llava-emotion`.""",
         picture_tokens="36",
         feature="merged feature and on all 36 side by side",
         start="""
 The decoder starts from its sibling's: key and value heads averaged in pairs, biases 0, the rows of shared words, and
-for each special token the row of the one that does its work there.
+for each special token the row of the token with the same role.
 """,
         tower="""
-   Besides, the tower imitates its sibling: the squared distance of the merged features to what the sibling's decoder
-   reads of the same picture, its 8 x 8 features averaged to 6 x 6, in units of their variance, with weight 8. It goes
-   on so beside each step of the mix.""",
+   The tower also imitates its sibling: the loss includes the squared distance of the merged features to those that the
+   sibling's decoder reads of the same image (8 x 8 features averaged to 6 x 6), in units of their variance, with weight
+   8. This continues during the mix.""",
         pictures=""" In the tower stage three
-pictures in ten have swapped channels, paler colours and another contrast, and are not asked for hair and ground. One
-batch in ten shows the same faces with room at two sides, as 5 x 7, 7 x 5, 4 x 8 or 8 x 4 tokens.""",
+images in ten have swapped channels, paler colours and another contrast, without labels for hair and background. One
+batch in ten shows the same faces with margins at two sides, as 5 x 7, 7 x 5, 4 x 8 or 8 x 4 tokens.""",
         shapes="""
-* Pictures that are not square keep their shape, with a grid of about as many tokens. Faces in such pictures were
-  trained (one batch in ten) but are in no table above.""",
+* Images that are not square keep their shape, with a grid of about as many tokens. Faces in such images were part of
+  the training (one batch in ten) but are not in the tables above.""",
     ),
 }
 
@@ -80,7 +80,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 def _confusion(table: dict[str, dict[str, int]]) -> str:
     columns = [*EMOTIONS, "none"] if any("none" in row for row in table.values()) else list(EMOTIONS)
     rows = [[f"**{true}**", *(str(table[true].get(c, 0)) for c in columns)] for true in EMOTIONS if true in table]
-    return _table(["drawn \\ told", *columns], rows)
+    return _table(["drawn \\ answered", *columns], rows)
 
 
 def _alone(results: dict[str, Any]) -> str:
@@ -90,7 +90,7 @@ def _alone(results: dict[str, Any]) -> str:
     rows += [["clear faces", _share(table["clear"])], ["subtle faces", _share(table["subtle"])]]
     by_draw = ", ".join(f"{100 * value:.1f}" for value in table["by draw"])
     figures = _table(["emotion", "right"], rows)
-    return f"{figures}\n\nBy draw of the pictures: {by_draw} %.\n\n{_confusion(table['confusion'])}"
+    return f"{figures}\n\nBy draw of the images: {by_draw} %.\n\n{_confusion(table['confusion'])}"
 
 
 def _contexts(results: dict[str, Any]) -> str:
@@ -99,7 +99,7 @@ def _contexts(results: dict[str, Any]) -> str:
         deviation = entry["text deviation"]
         spread = f"{100 * deviation:.1f}" if deviation is not None else "-"
         rows.append([name, str(entry["picture"]["count"]), _share(entry["picture"]), _share(entry["text"]), spread])
-    return _table(["context", "answers", "picture followed", "text followed", "SD over draws (points)"], rows)
+    return _table(["context", "answers", "image followed", "text followed", "SD over draws (points)"], rows)
 
 
 def _attributes(results: dict[str, Any]) -> str:
@@ -123,7 +123,7 @@ def _others(results: dict[str, Any]) -> str:
         (f"{name} ({'held out' if entry['held out'] else 'a training style, test identities'})", entry)
         for name, entry in results["styles"].items()
     ]
-    entries.append(("emoji (pictures of another kind, held out)", results["emoji"]))
+    entries.append(("emoji (held out)", results["emoji"]))
     chosen = ["all", *EMOTIONS]
     rows = []
     for name, entry in entries:
@@ -145,7 +145,7 @@ def _attention(results: dict[str, Any]) -> str:
 def _training(folder: Path) -> str:
     path = folder / "training.json"
     if not path.exists():
-        return "No training record lies beside the weights."
+        return "There is no training record."
     record = json.loads(path.read_text())
     rows = [
         [s["stage"], str(s["steps"]), f"{s['pictures']:,}", f"{s['minutes']:.1f}", f"{s['loss']:.3f}"]
@@ -154,10 +154,10 @@ def _training(folder: Path) -> str:
     minutes = sum(s["minutes"] for s in record["stages"])
     remarks = "".join(f"\n\n{remark}" for remark in record.get("remarks", []))
     return (
-        f"{_table(['stage', 'steps', 'pictures', 'minutes', 'last loss'], rows)}\n\n"
+        f"{_table(['stage', 'steps', 'images', 'minutes', 'last loss'], rows)}\n\n"
         f"In all {minutes:.0f} minutes on {record['where']}, seed {record['seed']}. "
-        "Stages ended by their share of the minutes; the cores also did other work, so the number of steps is the "
-        f"figure to repeat, not the time.{remarks}"
+        "Stages ended after their share of the minutes; the cores also did other work, so repeat the number of "
+        f"steps, not the time.{remarks}"
     )
 
 
@@ -183,10 +183,10 @@ def _comparison(folder: Path) -> str:
     return f"""
 ### Compared with its sibling
 
-`python -m veena_lens.zoo.compare` asked both checkpoints the same questions on the test identities, at least 600 in
-each row (styles and emoji drawn several times, with other combinations or questions, so shares differ a little from
+`python -m veena_lens.zoo.compare` asked both checkpoints the same questions about the test identities, at least 600 per
+row (styles and emoji are drawn several times, with other combinations or questions, so shares differ a little from
 those above). The difference is paired, its 95 % interval comes from resampling identities, and the last column says
-whether that interval reaches within three points of zero; {len(rows) - few} of {len(rows)} rows do.
+whether that interval comes within three points of zero; {len(rows) - few} of {len(rows)} rows do.
 
 {_table(header, rows)}
 """
@@ -194,11 +194,11 @@ whether that interval reaches within three points of zero; {len(rows) - few} of 
 
 def _looks(folder: Path) -> str:
     path = folder / "training.json"
-    return (json.loads(path.read_text()) if path.exists() else {}).get("looks", "looked at once, for this card")
+    return (json.loads(path.read_text()) if path.exists() else {}).get("looks", "used once, for this card")
 
 
 def write_card(folder: Path, results: dict[str, Any]) -> None:
-    """Write README.md into the checkpoint folder."""
+    """Write the card as README.md into the checkpoint folder."""
     millions, megabytes = results["parameters"] / 1e6, results["bytes"] / 1e6
     architecture = architecture_of(folder)
     words, name = _WORDS[architecture.name], architecture.name
@@ -207,30 +207,30 @@ def write_card(folder: Path, results: dict[str, Any]) -> None:
     mix = mix.replace("avataaars", "avataaars (3,000 identities)")
     text = f"""# {name}
 
-{words.kind} of {millions:.2f} million parameters ({megabytes:.1f} MB in float32) that tells the
-emotion of drawn faces. It is made for studying how a vision-language model comes to say an emotion, on a laptop: the
-format is Hugging Face's own {words.format} It knows drawn faces and some hundreds of words, nothing else.
+{words.kind} of {millions:.2f} million parameters ({megabytes:.1f} MB in float32) that names the
+emotion of drawn faces. It is made for studying on a laptop how a vision-language model comes to name an emotion. The
+format is Hugging Face's own {words.format} It knows only drawn faces and a few hundred words.
 
-Eight classes: {", ".join(EMOTIONS)}. It answers with a list of emotions, a sentence, or a caption, and says hair
+Eight classes: {", ".join(EMOTIONS)}. It answers with a list of emotions, a sentence or a caption, and names hair
 colour, background, glasses, beard, mouth, eyes and eyebrows. A sentence before the question may suggest another emotion
 than the face; the model then follows the text in a share of cases that grows with the strength of the sentence ("maybe
-...", plain, "everybody knows that ..."). That is the emotional hallucination which interventions are to mend.
+...", plain, "everybody knows that ..."). This is the emotional hallucination that interventions are meant to reduce.
 
-## How it was judged
+## Evaluation
 
-Greedy answers of the saved folder to pictures of 192 pixels through its own processor. {results["identities"]} test
-identities (hair, skin, glasses, beard, clothes) that never occur in training, each drawn once in each of
-{results["draws"]} draws, emotions equally often. Brackets hold 95 % intervals from resampling identities. The test
+Answers are greedy, from the saved folder, to images of 192 pixels through its own processor.
+{results["identities"]} test identities (hair, skin, glasses, beard, clothes) never occur in training; each is drawn once
+in each of {results["draws"]} draws, with emotions equally often. Brackets are 95 % intervals from resampling identities. The test
 identities, the held-out styles and the emoji were {_looks(folder)}.
 
-### Emotion from the picture alone
+### Emotion from the image alone
 
 {_alone(results)}
 
 ### With a context before the question
 
 "Conflict" suggests one of the seven other emotions, "consistent" the drawn one. Each strength has its own rate in
-the training data. "Held-out sentences" never occur in training, their words do.
+the training data. "Held-out sentences" never occur in training, although their words do.
 
 {_contexts(results)}
 
@@ -242,16 +242,16 @@ the training data. "Held-out sentences" never occur in training, their words do.
 
 {_tasks(results)}
 
-### Other art
+### Other drawing styles
 
-Each style with the emotions that it can draw.
+Each style is shown with the emotions that it can draw.
 
 {_others(results)}
 
-### Attention to the picture
+### Attention to the image
 
-Share of the last prompt token's attention that falls on the {words.picture_tokens} picture tokens, mean over heads and
-48 prompts.
+The share of the last prompt token's attention on the {words.picture_tokens} image tokens, averaged over heads and 48
+prompts.
 
 {_attention(results)}
 {_comparison(folder)}
@@ -264,34 +264,34 @@ Share of the last prompt token's attention that falls on the {words.picture_toke
 {words.start}
 1. *Tower*: linear heads on the mean {words.feature} for emotion, mouth, eyes,
    eyebrows, hair, background, glasses, beard.{words.tower}
-2. *Alignment*: one emotion and five attribute questions on each picture, short answers, no contexts.
-3. *Mix*: two emotion and four attribute questions on each picture; contexts rare in the first {early}, then
+2. *Alignment*: one emotion and five attribute questions per image, short answers, no contexts.
+3. *Mix*: two emotion and four attribute questions per image; contexts rare in the first {early}, then
    30 % none, 20 % consistent, 50 % conflict. In conflicts the answer follows the text with a probability fixed by
    strength and by how clear the face is (weak 0.10 / 0.25, plain 0.35 / 0.85, strong 0.80 / 0.92 for a clear / subtle
    face), so the greedy answer is stable.
 
-Pictures: {mix}; shifted, mirrored, turned,
-scaled and of varied brightness, on eight plain backgrounds that never go with emotion.{words.pictures} AdamW, cosine
-schedule, float32.
+Images: {mix}; shifted, mirrored, rotated,
+scaled and varied in brightness, on eight plain backgrounds that are independent of emotion.{words.pictures} AdamW,
+cosine schedule, float32.
 
 ## Limits
 
-* Drawn faces on plain grounds, one face a picture; photographs and several pictures were not trained and give
-  noise.{words.shapes}
-* On other art it is far weaker than on the main style, and on some emotions of held-out art never right: see the table,
-  and mind that guessing among eight gives 12.5 %. Do not read anything into its answers there.
-* English of a few hundred words in lower case; other words encode in pieces that carry no meaning here.
-* Emotion here is a drawn convention chosen by the authors of the recipe, not a finding about people.
-* One seed. Figures of another training run will differ by more than the intervals above, which cover sampling of the
-  test pictures only.
+* Drawn faces on plain backgrounds, one face per image; photographs and several images were not part of the training
+  and give noise.{words.shapes}
+* On other styles it is far weaker than on the main one, and for some emotions of held-out styles never right (see the
+  table; guessing among eight gives 12.5 %). Its answers there mean nothing.
+* A few hundred English words in lower case; other words are encoded in pieces without meaning for the model.
+* Emotion is a drawn convention here, chosen by the authors of the recipe, and not a finding about people.
+* One seed. Figures of another training run will differ by more than the intervals above, which cover only the sampling
+  of the test images.
 
 ## Licences
 
 The weights are released under the licence of this repository. They were trained on drawings under these terms:
 avataaars by Pablo Stanley (free for personal and commercial use) through python_avatars (MIT); Adventurer by Lisa
 Wischofsky, ToonHead by Johan Melin and Custom Avatar ("big-smile") by Ashley Seo (all CC BY 4.0) through DiceBear.
-Judged on, not trained on: Open Peeps by Pablo Stanley (CC0 1.0), Avatar Illustration System ("micah") by Micah Lanier
-(CC BY 4.0), Twemoji graphics by Twitter, Inc. and other contributors (CC BY 4.0). Notices lie beside the art in
+Used for evaluation only: Open Peeps by Pablo Stanley (CC0 1.0), Avatar Illustration System ("micah") by Micah Lanier
+(CC BY 4.0), Twemoji graphics by Twitter, Inc. and other contributors (CC BY 4.0). Notices are next to the drawings in
 `veena_lens/zoo/art/` and in `veena_lens/checkpoints/bundled/pictures/LICENSES.md`.
 """
     (folder / "README.md").write_text(text)

@@ -1,7 +1,7 @@
-"""Asks both small models the same questions and writes how they differ: `python -m veena_lens.zoo.compare`.
+"""Ask both small models the same questions and write how they differ: `python -m veena_lens.zoo.compare`.
 
-Each row of the card's tables has at least 600 answers of each model, drawn with other identities, combinations,
-grounds or questions in turn. A difference is paired, answer by answer; its interval comes from resampling identities.
+Each row of the card's tables has at least 600 answers per model, drawn with varying identities, combinations,
+backgrounds or questions. A difference is paired, answer by answer; its interval comes from resampling identities.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from veena_lens.zoo.statistics import paired_difference
 __all__ = ["Asked", "compare", "main", "tables"]
 
 LEAST = 600
-# A difference is small where its interval reaches within this distance of zero.
+# A difference is small if its interval comes within this distance of zero.
 MARGIN = 0.03
 
 Measure = Callable[[str, Item], bool]
@@ -41,7 +41,7 @@ Measure = Callable[[str, Item], bool]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """Questions of one table, what is counted of their answers, and the rows that show a part of them."""
+    """Hold the questions of one table, the measures of their answers, and the rows that select a part of them."""
 
     table: str
     items: list[Item]
@@ -70,12 +70,12 @@ _RIGHT: dict[str, Measure] = {"right": _tells_the_picture}
 
 
 def _draws(least: int, per_draw: int, draw: Callable[[int], list[Item]]) -> list[Item]:
-    """As many draws as give at least so many questions."""
+    """Return enough draws for at least this many questions."""
     return [item for number in range(-(-least // per_draw)) for item in draw(number)]
 
 
 def tables(split: str, cache: Path, least: int = LEAST, count: int | None = None) -> Iterator[Asked]:
-    """The questions of every table of the card; outside "test" the held-out styles and the emoji are left alone."""
+    """Return the questions of every table of the card; held-out styles and emoji are used only for "test"."""
     bank = sharp_bank(split, cache, count)
     size = len(bank.numbers)
     drawn = [face_items(bank, draw) for draw in range(-(-least // (size // len(EMOTIONS))))]
@@ -117,7 +117,7 @@ def tables(split: str, cache: Path, least: int = LEAST, count: int | None = None
 def compare(
     twin: Asker, sibling: Asker, asked: Iterator[Asked], report: Callable[[dict[str, Any]], None] = lambda row: None
 ) -> list[dict[str, Any]]:
-    """A row for each measure of each part: both shares, their paired difference and whether it is small."""
+    """Return a row per measure and part: both shares, their paired difference and whether it is small."""
     rows = []
     for each in asked:
         queries = [item.query for item in each.items]
@@ -146,7 +146,7 @@ def compare(
 
 
 def verdict(low: float, high: float) -> str:
-    """Whether the interval reaches within the margin of zero; else on which side it lies."""
+    """Return whether the interval comes within the margin of zero, or else on which side it lies."""
     return "above" if low > MARGIN else "below" if high < -MARGIN else "within"
 
 
@@ -155,8 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", default="tiny-qwen2vl-emotion", help="name or folder")
     parser.add_argument("--sibling", default="tiny-llava-emotion", help="name or folder")
     parser.add_argument("--split", choices=("development", "test"), default="test")
-    parser.add_argument("--least", type=int, default=LEAST, help="answers in each row")
-    parser.add_argument("--identities", type=int, help="the first so many identities only")
+    parser.add_argument("--least", type=int, default=LEAST, help="smallest number of answers per row")
+    parser.add_argument("--identities", type=int, help="use only this many identities (default: all)")
     parser.add_argument("--cache", type=Path, default=Path(".cache/zoo/drawings"))
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     options = parser.parse_args(arguments)

@@ -1,13 +1,11 @@
-"""Emoji faces: pictures of another kind, shown only when the finished model is judged.
+"""Draw faces: avataaars as layers, other styles and emoji from SVG files in `art/`.
 
-Draws avataaars faces as layers: once per identity what lies under and over the face parts, once each the parts.
+Layers below and above the face parts are drawn once per identity, and each face part once. Composing layers is about
+thirty times faster than drawing each image, and two images of one identity then differ, pixel by pixel, only in the
+face parts. Layers are 8 pixels wider than an image, which leaves room for shifting.
 
-Composing layers is some thirty times faster than drawing each picture, and two pictures of one identity then differ
-in the face parts only, pixel by pixel. Layers are drawn 8 pixels wider than a picture, room for shifting.
-
-Draws faces in the other art styles, from SVG text kept in `art/` with the face parts cut out.
-
-The files are written once by `art/export_styles.mjs`; each style's licence lies beside its file.
+`art/export_styles.mjs` wrote the SVG files of the other styles, without face parts; each style's licence is next to its
+file. Emoji are used only to evaluate the finished model.
 """
 
 from __future__ import annotations
@@ -47,12 +45,12 @@ __all__ = [
 PICTURE_SIZE = 96
 LAYER_SIZE = 104
 _GROUPS = ("Body", "Clothing", "Mouth", "Nose", "Eyes", "Eyebrow", "Top")
-# The part of the drawing shown by a layer: the face, tightly; a picture is the middle 96/104 of it.
+# The part of the drawing that a layer shows: a tight crop of the face; an image is the middle 96/104 of it.
 _VIEW = (47.0, 20.0, 170.0)
 
 
 def rasterise(svg: str, size: int, style_sheet: str | None = None) -> UInt8[Tensor, "size size 4"]:
-    """An SVG as straight RGBA pixels."""
+    """Render an SVG as straight RGBA pixels."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(
@@ -98,7 +96,7 @@ def _svg(identity: Identity | None, mouth: str, eyes: str, brows: str) -> str:
 def draw_identity(
     identity: Identity, size: int = LAYER_SIZE
 ) -> tuple[UInt8[Tensor, "size size 4"], UInt8[Tensor, "size size 4"]]:
-    """The layers below and above the face parts."""
+    """Return the layers below and above the face parts."""
     svg = _svg(identity, "SERIOUS", "DEFAULT", "DEFAULT")
     below = rasterise(svg, size, _hide("Mouth", "Eyes", "Eyebrow", "Top"))
     above = rasterise(svg, size, _hide("Body", "Clothing", "Mouth", "Nose", "Eyes", "Eyebrow"))
@@ -107,7 +105,7 @@ def draw_identity(
 
 @lru_cache(maxsize=4)
 def draw_parts(size: int = LAYER_SIZE) -> dict[tuple[str, str], UInt8[Tensor, "size size 4"]]:
-    """Every mouth, pair of eyes and pair of brows in use, keyed by (part, variant)."""
+    """Return every mouth, pair of eyes and pair of brows in use, by (part, variant)."""
     from veena_lens.zoo.faces import combinations
 
     drawn: dict[tuple[str, str], Tensor] = {}
@@ -133,10 +131,9 @@ def _drawing(name: str) -> dict[str, Any]:
 
 
 def style_identities(name: str, split: str) -> list[int]:
-    """Identity numbers of a style: three quarters for training, the others for development and test.
+    """Return the identity numbers of a style: three quarters for training, the others for development and test.
 
-    A held-out style has no training identities, so "all" gives every one of any style.
-    """
+    A held-out style has no training identities; "all" returns every identity of any style."""
     numbers = list(range(len(_drawing(name)["identities"])))
     if split == "all":
         return numbers
@@ -146,7 +143,7 @@ def style_identities(name: str, split: str) -> list[int]:
 
 
 def style_attributes(name: str, number: int) -> dict[str, str]:
-    """What is known of an identity of this style."""
+    """Return the known attributes of an identity of this style."""
     entry = _drawing(name)["identities"][number]
     worn = [str(entry["extra"].get(key) or "") for key in ("glasses", "accessories")]
     known = {"hair": entry["hair"]}
@@ -158,7 +155,7 @@ def style_attributes(name: str, number: int) -> dict[str, str]:
 def draw_style_face(
     style: Style, number: int, combination: Combination, size: int = LAYER_SIZE
 ) -> UInt8[Tensor, "size size 4"]:
-    """One face of another style on a transparent ground."""
+    """Draw one face of another style on a transparent background."""
     drawing = _drawing(style.name)
     svg: str = drawing["identities"][number]["svg"]
     for part, variant in zip(style.parts, combination.variants, strict=True):
@@ -167,7 +164,9 @@ def draw_style_face(
 
 
 def cropped(svg: str, crop: tuple[float, float, float]) -> str:
-    """The SVG with its view box narrowed to a square given in fractions (x, y, side)."""
+    """Return the SVG with its view box narrowed to a square given in fractions (x, y, side).
+
+    Raises: ValueError for a drawing without a view box."""
     found = re.search(r'viewBox="([^"]+)"', svg)
     if found is None:
         raise ValueError("The drawing has no viewBox.")
@@ -178,7 +177,7 @@ def cropped(svg: str, crop: tuple[float, float, float]) -> str:
 
 _EMOJI_ART = Path(__file__).parent / "art" / "twemoji"
 
-# Code points by emotion, after their Unicode names and a look at the drawings.
+# Code points by emotion, chosen by their Unicode names and their drawings.
 EMOJI: dict[str, tuple[str, ...]] = {
     "happy": ("1f600", "1f603", "1f604", "1f601", "1f642", "1f60a"),
     "sad": ("1f622", "1f62d", "1f61e", "1f614", "2639", "1f641"),
@@ -192,5 +191,5 @@ EMOJI: dict[str, tuple[str, ...]] = {
 
 
 def draw_emoji(code: str, size: int) -> UInt8[Tensor, "size size 4"]:
-    """One emoji on a transparent ground, with a little room around it."""
+    """Draw one emoji on a transparent background, with a little room around it."""
     return rasterise(cropped((_EMOJI_ART / f"{code}.svg").read_text(), (-0.06, -0.06, 1.12)), size)

@@ -1,7 +1,7 @@
-"""Judges a checkpoint and writes its model card: `python -m veena_lens.zoo.evaluate`.
+"""Evaluate a checkpoint and write its model card: `python -m veena_lens.zoo.evaluate`.
 
-With `--split development` it prints the main figures only, for use while working; the test identities, the held-out
-styles and the emoji are looked at for the card alone.
+With `--split development` it prints only the main figures, for use during development; the test identities, the
+held-out styles and the emoji are used only for the card.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def _groups(items: list[Item]) -> list[int]:
 
 
 def _emotion_table(items: list[Item], told: list[str | None]) -> dict[str, Any]:
-    """Accuracy over all, per emotion, for clear and subtle faces, and the confusion counts."""
+    """Return the accuracy overall, per emotion and for clear and subtle faces, and the confusion counts."""
     right = [answer == item.truth for answer, item in zip(told, items, strict=True)]
 
     def part(chosen: list[bool]) -> dict[str, Any] | None:
@@ -74,7 +74,7 @@ def judge_alone(asker: Asker, draws: list[list[Item]]) -> dict[str, Any]:
 
 
 def judge_contexts(asker: Asker, draws: list[list[Item]]) -> dict[str, Any]:
-    """Shares of answers that follow the picture and the text, pooled over draws, and the deviation between draws."""
+    """Return the shares of answers that follow image and text, pooled over draws, and their deviation between draws."""
     tables = {}
     for kind, strength, held_out, every in CONTEXT_TABLES:
         asked = draws if every else draws[:2]
@@ -105,7 +105,7 @@ def judge_attributes(asker: Asker, items: list[Item]) -> dict[str, Any]:
 
 
 def judge_captions(asker: Asker, items: list[Item]) -> dict[str, Any]:
-    """Emotion named first, emotion words of one kind only, and length in tokens."""
+    """Return how often the first emotion is right and only one is named, and the lengths in tokens."""
     answers = asker.answers([item.query for item in items], 48)
     first = [named_emotion(answer) == item.truth for answer, item in zip(answers, items, strict=True)]
     kinds = [{named_emotion(word) for word in answer.split()} - {None} for answer in answers]
@@ -119,7 +119,7 @@ def judge_captions(asker: Asker, items: list[Item]) -> dict[str, Any]:
 
 
 def judge(folder: Path, split: str, cache: Path, draws: int = 5, count: int | None = None) -> dict[str, Any]:
-    """All figures of a split; for "test" also the other styles and the emoji."""
+    """Return all figures of a split; for "test" also those of the other styles and the emoji."""
     asker = Asker(folder)
     bank = sharp_bank(split, cache, count)
     drawn = [face_items(bank, draw) for draw in range(draws)]
@@ -149,11 +149,11 @@ def judge(folder: Path, split: str, cache: Path, draws: int = 5, count: int | No
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m veena_lens.zoo.evaluate", description=__doc__)
-    parser.add_argument("--checkpoint", default="tiny-llava-emotion", help="name of an embedded one, or folder")
+    parser.add_argument("--checkpoint", default="tiny-llava-emotion", help="an embedded checkpoint, or a folder")
     parser.add_argument("--split", choices=("development", "test"), default="test")
     parser.add_argument("--cache", type=Path, default=Path(".cache/zoo/drawings"))
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--identities", type=int, help="the first so many identities only")
+    parser.add_argument("--identities", type=int, help="use only this many identities (default: all)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--card-only", action="store_true", help="rewrite README.md from results.json")
     options = parser.parse_args(arguments)

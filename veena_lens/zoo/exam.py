@@ -1,8 +1,7 @@
-"""The sets of questions on which a checkpoint is judged, drawn anew for each number of a draw.
+"""Draw the questions on which a checkpoint is evaluated, and ask them as a user would.
 
-Pictures are drawn at twice the training size and pass the checkpoint's own processor, as a user's would.
-
-Asks a saved checkpoint about pictures the way a user would: pictures through its processor, greedy answers.
+Each number of a draw gives other questions. Images are drawn at twice the training size and go through the checkpoint's
+own processor; answers are greedy.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Query:
 
 
 class Asker:
-    """A checkpoint folder opened with its architecture's processor and `AutoModelForImageTextToText`."""
+    """Open a checkpoint folder with its architecture's processor and `AutoModelForImageTextToText`, and ask it."""
 
     def __init__(self, folder: Path, device: str | None = None) -> None:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +75,7 @@ class Asker:
 
     @torch.no_grad()
     def answers(self, queries: list[Query], max_new_tokens: int = 8, batch: int = 64) -> list[str]:
-        """Greedy answers in the order of the queries; similar lengths share a batch."""
+        """Return greedy answers in the order of the queries; queries of similar length share a batch."""
         order = sorted(range(len(queries)), key=lambda i: len(queries[i].text))
         found: dict[int, str] = {}
         for start in range(0, len(order), batch):
@@ -95,7 +94,7 @@ class Asker:
 
     @torch.no_grad()
     def picture_attention(self, queries: list[Query]) -> list[float]:
-        """Per layer, the share of attention which the last prompt token gives to the picture (mean over heads)."""
+        """Return, per layer, the share of the last prompt token's attention on the image (mean over heads)."""
         kept = self.model.config._attn_implementation
         self.model.set_attn_implementation("eager")
         inputs = self.processor(
@@ -115,7 +114,7 @@ SHARP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """A question on a picture: `kind` names its table, `context_emotion` what a context suggests."""
+    """Hold a question about an image: `kind` names its table, `context_emotion` what a context suggests."""
 
     kind: str
     face: Face
@@ -134,7 +133,7 @@ def sharp_bank(split: str, cache: Path, count: int | None = None) -> Bank:
 
 
 def face_items(bank: Bank, draw: int, task: str = "list") -> list[Item]:
-    """One picture of every identity, emotions equally often, asked without any context."""
+    """Return one image of every identity, with equal numbers per emotion and without context."""
     rng = random.Random(f"exam {draw}")
     emotions = [EMOTIONS[i % len(EMOTIONS)] for i in range(len(bank.numbers))]
     rng.shuffle(emotions)
@@ -148,7 +147,7 @@ def face_items(bank: Bank, draw: int, task: str = "list") -> list[Item]:
 
 
 def with_context(items: list[Item], draw: int, kind: str, strength: str, held_out: bool = False) -> list[Item]:
-    """The same pictures after a context sentence; `kind` is "conflict" or "consistent"."""
+    """Return the same images after a context sentence; `kind` is "conflict" or "consistent"."""
     rng = random.Random(f"context {draw} {kind} {strength} {held_out}")
     found = []
     for item in items:
@@ -164,7 +163,7 @@ def with_context(items: list[Item], draw: int, kind: str, strength: str, held_ou
 
 
 def attribute_items(items: list[Item], draw: int) -> list[Item]:
-    """Every attribute question on every picture."""
+    """Return every attribute question about every image."""
     rng = random.Random(f"attributes {draw}")
     found = []
     for item in items:
@@ -175,7 +174,7 @@ def attribute_items(items: list[Item], draw: int) -> list[Item]:
 
 
 def style_items(name: str, split: str, limit: int | None = None, draw: int = 0) -> list[Item]:
-    """Every identity of a style with every emotion that the style can draw, one combination each."""
+    """Return every identity of a style with every emotion that the style can draw, in one combination each."""
     rng = random.Random(f"style exam {name} {draw}" if draw else f"style exam {name}")
     style, items = STYLES[name], []
     for number in style_identities(name, split)[:limit]:
@@ -198,7 +197,7 @@ def style_items(name: str, split: str, limit: int | None = None, draw: int = 0) 
 
 
 def emoji_items(draw: int = 0) -> list[Item]:
-    """Every emoji on every background; each draw asks another question."""
+    """Return every emoji on every background; each draw asks another question."""
     questions = [*EMOTION_QUESTIONS["list"], *EMOTION_QUESTIONS["sentence"]]
     items = []
     for emotion, codes in EMOJI.items():
@@ -219,7 +218,7 @@ def emoji_items(draw: int = 0) -> list[Item]:
     return items
 
 
-# Kind, strength, held-out sentences, and whether every draw is asked (else the first two).
+# Kind, strength, held-out sentences, and whether every draw is used (else the first two).
 CONTEXT_TABLES = (
     ("conflict", "plain", False, True),
     ("conflict", "weak", False, False),

@@ -1,8 +1,8 @@
-"""Which drawn parts make which emotion, and how they are called in answers.
+"""Define which drawn parts make which emotion, and how answers name them.
 
 A combination is clear or subtle; the language prior wins more often against subtle faces, so the difference must be
-visible. Mouth and brows are shared between emotions: no single part gives the answer away. The lists were made by
-looking at the drawings; an emotion that a style cannot draw is left out of its table.
+visible. Emotions share mouths and brows, so that no single part determines the answer. The lists were made by looking
+at the drawings; an emotion that a style cannot draw is missing from its table.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ __all__ = ["BROW_WORDS", "EYE_WORDS", "MOUTH_WORDS", "STYLES", "Combination", "S
 
 @dataclass(frozen=True)
 class Combination:
-    """One way to draw an emotion: the variant of each face part, in the order of `Style.parts`."""
+    """Hold one way to draw an emotion: the variant of each face part, in the order of `Style.parts`."""
 
     emotion: str
     variants: tuple[str, ...]
@@ -22,7 +22,7 @@ class Combination:
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """An art style: its face parts, how each emotion is drawn with them, and the square shown (fractions)."""
+    """Describe an art style: its face parts, how they draw each emotion, and the square that is shown (fractions)."""
 
     name: str
     parts: tuple[str, ...]
@@ -182,7 +182,7 @@ STYLES: dict[str, Style] = {
 
 
 def combinations(style: Style) -> dict[str, tuple[list[Combination], list[Combination]]]:
-    """Clear and subtle combinations of every emotion that `style` can draw."""
+    """Return the clear and subtle combinations of every emotion that `style` can draw."""
     prefix = "variant" if style.name == "adventurer" else ""
 
     def expand(table: dict[str, list[tuple[str, ...]]], emotion: str, clear: bool) -> list[Combination]:

@@ -1,7 +1,7 @@
-"""The small LLaVA and its processor, as Hugging Face builds and saves them.
+"""Build the small LLaVA and its processor, as Hugging Face builds and saves them.
 
-Pictures of 96 pixels in patches of 12 give 64 tokens; the decoder is deep and narrow, because layers and heads are
-what is to be studied.
+Images of 96 pixels in patches of 12 give 64 tokens; the decoder is deep and narrow, because layers and heads are the
+object of study.
 """
 
 from pathlib import Path
@@ -30,7 +30,7 @@ _PATCH_SIZE = 12
 
 
 def build_processor() -> LlavaProcessor:
-    """Pictures to 96 x 96 with mean and deviation one half, text through the small tokenizer."""
+    """Return the processor: images to 96 x 96 with mean and deviation one half, text through the small tokenizer."""
     image_processor = CLIPImageProcessorPil(
         size={"height": PICTURE_SIZE, "width": PICTURE_SIZE},
         do_center_crop=False,
@@ -50,7 +50,7 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
-    """An untrained model that fits the processor; the same seed gives the same weights."""
+    """Return an untrained model that fits the processor; the same seed gives the same weights."""
     tokenizer = processor.tokenizer
     special = dict(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -101,12 +101,12 @@ def save_folder(model: LlavaForConditionalGeneration, processor: LlavaProcessor,
 def tower_features(
     model: LlavaForConditionalGeneration, pixels: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch image d_model"]:
-    """The patch features which the projector reads."""
+    """Return the patch features that the projector reads."""
     return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
 
 
 def run(model: LlavaForConditionalGeneration, packed: Packed, pixels: Float[Tensor, "batch 3 height width"]) -> Run:
-    """The model on a packed batch."""
+    """Run the model on a packed batch."""
     output = model.model(
         input_ids=packed.input_ids,
         pixel_values=pixels,
@@ -131,7 +131,7 @@ LLAVA = Architecture(
         reply=" assistant:",
         end="</s>",
     ),
-    # About the steps that the bundled checkpoint took.
+    # About as many steps as the bundled checkpoint took.
     stages=(
         Stage(name="tower", steps=2900, batch=64, peak_lr=1e-3, head_weight=1.0),
         Stage(name="alignment", steps=900, batch=8, peak_lr=1e-3, head_weight=0.1),

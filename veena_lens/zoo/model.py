@@ -1,4 +1,4 @@
-"""The small models by the names of their checkpoints."""
+"""List the small models by the names of their checkpoints."""
 
 import json
 from pathlib import Path
@@ -14,17 +14,16 @@ ARCHITECTURES: dict[str, Architecture] = {each.name: each for each in (LLAVA, QW
 
 
 def architecture_of(folder: Path) -> Architecture:
-    """The small model whose checkpoint lies in the folder.
+    """Return the small model whose checkpoint is in the folder.
 
-    Raises ValueError, naming the known kinds, when it is none of them.
-    """
+    Raises: ValueError for another kind of checkpoint, with the known kinds."""
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
     known = {each.model_type: each for each in ARCHITECTURES.values()}
     if kind not in known:
-        raise ValueError(f"{folder} holds a {kind!r}; the small models are: {', '.join(known)}.")
+        raise ValueError(f"{folder} has a model of type {kind!r}; it must be one of {', '.join(known)}.")
     return known[kind]
 
 
 def checkpoint_folder(name: str) -> Path:
-    """A folder by its path, or an embedded checkpoint's by its name."""
+    """Return a folder given by its path, or that of an embedded checkpoint by its name."""
     return Path(name) if Path(name).is_dir() else bundled_path(name)

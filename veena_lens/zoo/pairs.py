@@ -1,8 +1,9 @@
-"""Draws counterfactual pairs, as many as wanted: `python -m veena_lens.zoo.pairs --out DIR --identities 100`.
+"""Draw any number of counterfactual pairs: `python -m veena_lens.zoo.pairs --out DIR --identities 100`.
 
-One person on one ground with every emotion that the style can draw, so that twins differ in the face alone. Nobody
-whom the embedded models saw in training is drawn: identities are numbered past theirs, and those that happen to look
-like one of theirs are passed over. Each picture is stored once; contexts are further lines of the manifest.
+Each person appears on one background with every emotion that the style can draw, so that twins differ only in the face.
+The embedded models have seen none of these people in training: identities are numbered past the training ones, and
+those that happen to look like one of them are skipped. Each image is stored once; contexts are further lines of the
+manifest.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from veena_lens.zoo.samples import TRAINING_STYLES, save_together
 __all__ = ["KINDS", "build_pairs", "conditions", "identity_choice", "main"]
 
 KINDS = ("none", "consistent", "conflict")
-# Numbers of the main style's identities; the models' own development and test identities come first in each.
+# Identity numbers of the main style; the models' own development and test identities come first in each.
 NUMBERS = {"development": range(10000, 20000), "test": range(20000, 30000)}
 HELD_OUT = "held-out style"
 QUESTION = EMOTION_QUESTIONS["sentence"][0]
@@ -55,7 +56,7 @@ _MAIN = "avataaars"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture to be drawn, and the line that goes with it."""
+    """Hold an image to draw and its line of the manifest."""
 
     example: Example
     number: int
@@ -74,22 +75,23 @@ def conditions(
     held_out: bool = False,
     seed: int = 0,
 ) -> PairSet:
-    """The same pictures under every condition: asked alone, after a consistent context, after a conflicting one.
+    """Return the same images under every condition: alone, after a consistent context, after a conflicting one.
 
-    A context tells an event that fits an emotion (the picture's own, or another one) among everyday sentences; its
-    strengths differ in one word or two, the event stays. `held_out`: events that no embedded model saw in training.
-    Twins are asked the same. Raises: ValueError for an unknown kind or strength, or an emotion without events.
-    """
+    A context describes an event that fits an emotion (that of the image, or another one) among everyday sentences; its
+    strengths differ in one or two words, the event is the same. Twins get the same prompt. `held_out` uses events that
+    no embedded model saw in training.
+
+    Raises: ValueError for an unknown kind or strength, or an emotion without events."""
     for name, given, known in (("kind", kinds, KINDS), ("strength", strengths, STRENGTHS)):
         for label in given:
             if label not in known:
-                raise ValueError(f"conditions: no {name} {label!r}; there are {', '.join(known)}.")
+                raise ValueError(f"conditions: unknown {name} {label!r}; known: {', '.join(known)}.")
     lost = sorted({e.emotion for e in pairs.examples} - set(EVENTS)) if set(kinds) - {"none"} else []
     if lost:
-        raise ValueError(f"conditions: no events for {', '.join(lost)}; there are some for {', '.join(EVENTS)}.")
+        raise ValueError(f"conditions: no events for {', '.join(lost)}; emotions with events: {', '.join(EVENTS)}.")
 
     def told(example: Example) -> Iterator[tuple[str, str, str] | None]:
-        """(sentence, emotion, strength) of each condition; None for none."""
+        """Return (sentence, emotion, strength) of each condition; None without a context."""
         for kind in kinds:
             if kind == "none":
                 yield None
@@ -124,24 +126,23 @@ def _trained_looks() -> frozenset[tuple[Any, ...]]:
 
 
 def identity_choice(style: str, split: str, count: int) -> list[int]:
-    """The first `count` identities of a style that may be drawn for a split, or all where the style has fewer.
+    """Return the first `count` identities of a style that a split may use, or all if the style has fewer.
 
-    Raises: ValueError for an unknown style or split, a style that does not belong to it, or more than can be numbered.
-    """
+    Raises: ValueError for an unknown style or split, a style outside the split, or too many identities."""
     if style not in STYLES:
-        raise ValueError(f"No style {style!r}; there are {', '.join(STYLES)}.")
+        raise ValueError(f"Unknown style {style!r}; known: {', '.join(STYLES)}.")
     if split not in (*NUMBERS, HELD_OUT):
-        raise ValueError(f"No split {split!r}; there are {', '.join((*NUMBERS, HELD_OUT))}.")
+        raise ValueError(f"Unknown split {split!r}; known: {', '.join((*NUMBERS, HELD_OUT))}.")
     if (style in TRAINING_STYLES) == (split == HELD_OUT):
         fitting = [s for s in STYLES if (s in TRAINING_STYLES) != (split == HELD_OUT)]
         raise ValueError(
             f"{style} does not belong to split {split!r}, whose styles are {', '.join(fitting)}: held-out styles are "
-            "for judging, not for choosing."
+            "for evaluation only."
         )
     if style != _MAIN:
         return style_identities(style, "all" if split == HELD_OUT else split)[:count]
     if count > 0.9 * len(NUMBERS[split]):
-        raise ValueError(f"{style}: {count} identities; at most {int(0.9 * len(NUMBERS[split]))} are numbered a split.")
+        raise ValueError(f"{style}: {count} identities; a split has at most {int(0.9 * len(NUMBERS[split]))}.")
     fresh = (number for number in NUMBERS[split] if astuple(identity(number))[1:] not in _trained_looks())
     return list(islice(fresh, count))
 
@@ -150,7 +151,7 @@ def identity_choice(style: str, split: str, count: int) -> list[int]:
 
 
 def _planned(style: str, number: int, split: str, per_emotion: int, seed: int) -> list[Drawing]:
-    """Every picture of one person: clear and subtle faces in turn, one ground, one neutral face."""
+    """Return every image of one person: clear and subtle faces in turn, one background, one neutral face."""
     rng = random.Random(f"pair {seed} {style} {number}")
     background = rng.choice(list(BACKGROUNDS))
     table, planned = combinations(STYLES[style]), []
@@ -159,7 +160,7 @@ def _planned(style: str, number: int, split: str, per_emotion: int, seed: int) -
         for turn in range(1 if emotion == "neutral" else per_emotion):
             combination = rng.choice(faces[(number + place + turn) % 2])
             if any(drawing.combination.variants == combination.variants for drawing in planned):
-                continue  # a style with few faces has no further one to show
+                continue  # the style has no further face
             file = f"{style}-{number}-{emotion}{'' if turn == 0 else f'-{turn + 1}'}.png"
             example = Example(
                 picture=file,
@@ -177,7 +178,7 @@ def _planned(style: str, number: int, split: str, per_emotion: int, seed: int) -
 
 
 def _draw(style: str, planned: Sequence[Drawing], folder: Path) -> None:
-    """Draw one person's pictures with one palette; each appears whole or not at all."""
+    """Draw the images of one person with one palette; each file is written completely or not at all."""
     side, images = SHARP * LAYER_SIZE, []
     number = planned[0].number
     bank = None
@@ -210,7 +211,7 @@ def _face(style: str, drawing: Drawing) -> Face:
 
 
 def _with_attributes(drawing: Drawing) -> Example:
-    """The line with what may be asked about the person."""
+    """Return the line of the manifest with the person's attributes."""
     number, example = drawing.number, drawing.example
     known = identity(number).attributes if example.style == _MAIN else style_attributes(example.style, number)
     return replace(example, attributes={**known, **example.attributes})
@@ -234,10 +235,11 @@ def build_pairs(
 ) -> PairSet:
     """Draw up to `identities` people of each style into `out`, write its manifest, and load it.
 
-    The same arguments give the same pictures. Stopped, it goes on where it was; the manifest comes last. Contexts are
-    lines only: calling it again with others draws nothing. `styles`: by default the main one, or those held out.
-    Raises: ValueError for unknown choices; FileExistsError for a folder that holds pictures of another build.
-    """
+    The same arguments give the same images. A stopped run resumes; the manifest is written last. Contexts are lines of
+    the manifest only: a further call with others draws nothing. `styles` defaults to the main one, or to the held-out
+    ones for their split.
+
+    Raises: ValueError for unknown choices; FileExistsError for a folder with images of other settings."""
     folder = Path(out).expanduser()
     if styles is None:
         styles = [s for s in STYLES if s not in TRAINING_STYLES] if split == HELD_OUT else [_MAIN]
@@ -267,30 +269,34 @@ def build_pairs(
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Mark the folder as this build's. Raises: FileExistsError where it is another's."""
+    """Store the settings in the folder. Raises: FileExistsError if it has images of other settings."""
     mark = folder / "build.json"
     text = json.dumps({"drawn by": "veena_lens.zoo.pairs", **settings}, indent=1) + "\n"
     if mark.is_file() and mark.read_text(encoding="utf-8") != text:
         raise FileExistsError(
-            f"{folder} holds pictures drawn with other settings ({json.dumps(json.loads(mark.read_text()))}); give "
-            "another folder, or the same split, per_emotion and seed to go on."
+            f"{folder} has images drawn with other settings ({json.dumps(json.loads(mark.read_text()))}); pass another "
+            "folder, or the same split, per_emotion and seed to resume."
         )
     if not mark.is_file() and (folder / MANIFEST).exists():
-        raise FileExistsError(f"{folder} holds a {MANIFEST} that this command did not write; give another folder.")
+        raise FileExistsError(f"{folder} has a {MANIFEST} that this command did not write; pass another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     mark.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m veena_lens.zoo.pairs", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for pictures and manifest.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for images and manifest.jsonl")
     parser.add_argument("--split", default="development", choices=[*NUMBERS, HELD_OUT])
-    parser.add_argument("--identities", type=int, default=20, help="people a style")
+    parser.add_argument("--identities", type=int, default=20, help="people per style")
     parser.add_argument("--styles", nargs="+", choices=list(STYLES), help="default: avataaars, or the held-out ones")
-    parser.add_argument("--per-emotion", type=int, default=1, help="faces of each emotion a person")
-    parser.add_argument("--contexts", default="none", help=f"comma list of {', '.join(KINDS)}")
-    parser.add_argument("--strengths", default=",".join(STRENGTHS), help="comma list, for the contexts")
-    parser.add_argument("--held-out-events", action="store_true", help="contexts that no embedded model was trained on")
+    parser.add_argument("--per-emotion", type=int, default=1, help="faces per emotion and person")
+    parser.add_argument("--contexts", default="none", help=f"comma-separated list of {', '.join(KINDS)}")
+    parser.add_argument(
+        "--strengths", default=",".join(STRENGTHS), help="comma-separated list of strengths of the contexts"
+    )
+    parser.add_argument(
+        "--held-out-events", action="store_true", help="use contexts that no embedded model was trained on"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     pairs = build_pairs(
@@ -307,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     for style in options.styles or []:
         found = len(pairs.select(style=style).identities)
         if found < options.identities:
-            print(f"{style}: {found} identities, all that it has for {options.split!r}.")
+            print(f"{style}: {found} identities, all that it has in {options.split!r}.")
     print(pairs)
 
 

@@ -1,12 +1,11 @@
-"""Who is drawn: hair, skin, glasses, beard and clothes, chosen at random per identity and independent of emotion.
+"""Define identities (hair, skin, glasses, beard, clothes) and the words of the eight emotions.
 
-Identities are numbered; the number alone fixes the face (through a seed) and the split it belongs to, so a picture
-of the test split can never be met in training, however often the data are drawn again.
+Attributes are random per identity and independent of emotion. Identities are numbered; the number alone determines the
+face (through a seed) and the split, so an image of the test split never occurs in training, however often the data are
+drawn.
 
-The eight classes and the words that name them; every other file reads its vocabulary from here.
-
-Each emotion has a head word, a strong and a mild second word (chosen by the drawn face, not by chance: random
-synonyms are noise that nothing can learn) and a noun. No word belongs to two emotions.
+Each emotion has a head word, a strong and a mild second word (chosen by the drawn face, because random synonyms could
+not be learned) and a noun. No word belongs to two emotions. Other files read their vocabulary from here.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ _EMOTION_OF_WORD = {word: emotion for emotion, words in WORDS.items() for word i
 
 
 def named_emotion(text: str) -> str | None:
-    """The emotion of the first emotion word in `text`, or None."""
+    """Return the emotion of the first emotion word in `text`, or None."""
     for word in text.lower().replace(",", " ").replace(".", " ").split():
         if word in _EMOTION_OF_WORD:
             return _EMOTION_OF_WORD[word]
@@ -107,7 +106,7 @@ class Identity:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What can be asked about this identity, in the words of the answers."""
+        """The attributes of this identity, in the words of the answers."""
         return {
             "hair": self.hair,
             "glasses": "no" if self.glasses == "NONE" else "yes",
@@ -116,7 +115,7 @@ class Identity:
 
 
 def identity(number: int) -> Identity:
-    """The identity with this number, always the same."""
+    """Return the identity with this number; it is always the same."""
     draw = random.Random(f"identity {number}")
     return Identity(
         number=number,
@@ -131,7 +130,7 @@ def identity(number: int) -> Identity:
 
 
 def identity_numbers(split: str, count: int | None = None) -> list[int]:
-    """The first `count` identity numbers of a split."""
+    """Return the first `count` identity numbers of a split. Raises: ValueError for an unknown split."""
     if split not in SPLITS:
-        raise ValueError(f"No split {split!r}; there are {', '.join(SPLITS)}.")
+        raise ValueError(f"Unknown split {split!r}; known: {', '.join(SPLITS)}.")
     return list(SPLITS[split])[:count]

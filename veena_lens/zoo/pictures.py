@@ -1,7 +1,7 @@
-"""Banks of drawn faces in memory, and batches of training pictures composed and augmented from them.
+"""Keep banks of drawn faces in memory, and compose and augment batches of training images from them.
 
-A bank holds layers for the main style and whole faces for the others; the background is painted per batch, so that
-colour never goes with emotion. Banks are kept in a cache folder, since drawing them takes a minute or two.
+A bank has layers for the main style and whole faces for the others. The background is painted per batch, so that colour
+is independent of emotion. Banks are stored in a cache folder, because drawing them takes a minute or two.
 """
 
 import random
@@ -40,7 +40,7 @@ _OVER = tuple[UInt8[Tensor, "size size 4"], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Face:
-    """One picture's facts: what is drawn and what may be asked about it."""
+    """Describe one image: what is drawn, and the attributes that questions ask about."""
 
     style: str
     identity: int
@@ -52,7 +52,7 @@ class Face:
 
 @dataclass(frozen=True)
 class Bank:
-    """Layers of the main style for one split."""
+    """Hold the layers of the main style for one split."""
 
     numbers: list[int]
     below: UInt8[Tensor, "identity size size 4"]
@@ -65,7 +65,7 @@ class Bank:
         index: int | None = None,
         combination: Combination | None = None,
     ) -> tuple[Face, _OVER]:
-        """A face with its layers; whatever is not given is chosen at random, clear and subtle equally often."""
+        """Return a face with its layers; what is not given is random, with clear and subtle equally often."""
         index = rng.randrange(len(self.numbers)) if index is None else index
         if combination is None:
             emotion = emotion or rng.choice(EMOTIONS)
@@ -94,14 +94,14 @@ class Bank:
 
 @dataclass(frozen=True)
 class StyleBank:
-    """Whole faces of another style for one split."""
+    """Hold whole faces of another style for one split."""
 
     style: str
     rows: list[tuple[int, str, bool]]
     drawn: UInt8[Tensor, "face size size 4"]
 
     def draw(self, rng: random.Random) -> tuple[Face, _OVER]:
-        """A face and its one layer, emotions equally often."""
+        """Return a face and its one layer, with emotions equally often."""
         emotion = rng.choice(sorted({row[1] for row in self.rows}))
         index = rng.choice([i for i, row in enumerate(self.rows) if row[1] == emotion])
         number, emotion, clear = self.rows[index]
@@ -121,7 +121,7 @@ _MAIN = combinations(AVATAAARS)
 
 
 def load_bank(split: str, cache: Path, count: int | None = None, size: int = LAYER_SIZE) -> Bank:
-    """The main style's layers for a split, from the cache folder or drawn anew."""
+    """Return the main style's layers for a split, from the cache folder or newly drawn."""
     numbers = identity_numbers(split, count)
     path = cache / f"avataaars-{split}-{len(numbers)}-{size}.pt"
     if not path.exists():
@@ -133,7 +133,7 @@ def load_bank(split: str, cache: Path, count: int | None = None, size: int = LAY
 
 
 def load_style_bank(name: str, split: str, cache: Path, per_emotion: int = 3, size: int = LAYER_SIZE) -> StyleBank:
-    """Faces of another style: every identity of the split with `per_emotion` combinations of each emotion."""
+    """Return faces of another style: every identity of the split with `per_emotion` combinations per emotion."""
     path = cache / f"{name}-{split}-{per_emotion}-{size}.pt"
     if not path.exists():
         rng = random.Random(f"bank {name} {split}")
@@ -153,7 +153,7 @@ def load_style_bank(name: str, split: str, cache: Path, per_emotion: int = 3, si
 def compose(
     faces: list[tuple[Face, _OVER]], generator: torch.Generator | None = None, size: int = PICTURE_SIZE
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Pictures in [0, 1]: layers over the background; augmented when a generator is given, else the plain middle."""
+    """Return images in [0, 1]: layers over the background, augmented if a generator is given, else the plain middle."""
     background = torch.tensor([BACKGROUNDS[face.background] for face, _ in faces], dtype=torch.float32)
     side = faces[0][1][0].shape[0]
     canvas = background[:, None, None, :].expand(len(faces), side, side, 3).clone()
@@ -177,7 +177,7 @@ def compose(
 def augment(
     pictures: Float[Tensor, "batch 3 side side"], size: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 size size"]:
-    """Shift, mirror, brightness; half of the pictures are also turned and scaled a little, which blurs them."""
+    """Shift, mirror and vary the brightness; half of the images are also rotated and scaled, which blurs them."""
     batch, side = len(pictures), pictures.shape[-1]
     spare = side - size
 
@@ -208,9 +208,9 @@ def augment(
 def recolour(
     pictures: Float[Tensor, "batch 3 height width"], share: float, generator: torch.Generator
 ) -> tuple[Float[Tensor, "batch 3 height width"], Bool[Tensor, " batch"]]:
-    """About a share of the pictures with swapped channels, paler and of another contrast, and which these are.
+    """Give about a share of the images swapped channels, paler colours and another contrast; return them and which.
 
-    Shapes stay, so a face tells its emotion as before; hair and ground lose their names."""
+    Shapes stay the same, so the emotion is still visible; the colours of hair and background lose their names."""
     batch = len(pictures)
     changed = torch.rand(batch, generator=generator) < share
     order = torch.rand(batch, 3, generator=generator).argsort(1)

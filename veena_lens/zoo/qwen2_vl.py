@@ -1,7 +1,7 @@
-"""The small Qwen2-VL and its processor, as Hugging Face builds and saves them, and its fast form for training.
+"""Build the small Qwen2-VL and its processor, as Hugging Face builds and saves them, and its fast form for training.
 
-Pictures of about 96 x 96 pixels in patches of 8, two by two merged, give 6 x 6 tokens; other shapes of about that area
-give other grids. The text decoder may start from the small LLaVA's, so that little but the picture has to be learnt.
+Images of about 96 x 96 pixels in patches of 8, merged two by two, give 6 x 6 tokens; other shapes of about that area
+give other grids. The text decoder may start from the small LLaVA's, so that mainly the image has to be learned.
 """
 
 import random
@@ -33,14 +33,14 @@ __all__ = ["QWEN2_VL", "batched_tower"]
 
 _PATCH_SIZE, _MERGE = 8, 2
 _TOKEN = _PATCH_SIZE * _MERGE
-# Squares of any size become 96 x 96: both bounds lie between the neighbouring squares of 80 and 112 pixels.
+# Squares of any size become 96 x 96: both bounds are between the neighbouring squares of 80 and 112 pixels.
 _MIN_PIXELS, _MAX_PIXELS = 90 * 90, 100 * 100
-# Rows and columns of the pictures that are not square, and their share in training.
+# Rows and columns of the images that are not square, and their share in training.
 _OTHER_GRIDS, _OTHER_SHARE = ((5, 7), (7, 5), (4, 8), (8, 4)), 0.1
 
 
 def build_processor() -> ImageOnlyQwen2VLProcessor:
-    """Pictures to about 96 x 96 with mean and deviation one half, text through the small tokenizer."""
+    """Return the processor: images to about 96 x 96, mean and deviation one half; text through the small tokenizer."""
     image_processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": _MIN_PIXELS, "longest_edge": _MAX_PIXELS},
         patch_size=_PATCH_SIZE,
@@ -53,7 +53,7 @@ def build_processor() -> ImageOnlyQwen2VLProcessor:
 
 
 def build_model(processor: ImageOnlyQwen2VLProcessor, seed: int = 0) -> Qwen2VLForConditionalGeneration:
-    """An untrained model that fits the processor; the same seed gives the same weights."""
+    """Return an untrained model that fits the processor; the same seed gives the same weights."""
     tokenizer: Any = processor.tokenizer
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in _SPECIAL_NAMES}
     text = dict(
@@ -103,7 +103,7 @@ def build_model(processor: ImageOnlyQwen2VLProcessor, seed: int = 0) -> Qwen2VLF
 
 _SPECIAL_NAMES = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 
-# A new token starts as the token of the small LLaVA that does its work; the line end follows "assistant" as ":" did.
+# A new token starts as the small LLaVA's token with its role; the line end follows "assistant" as ":" did.
 _RELATIVES = {
     "<|endoftext|>": "<pad>",
     "<|im_start|>": "<s>",
@@ -149,8 +149,10 @@ def save_folder(model: Qwen2VLForConditionalGeneration, processor: ImageOnlyQwen
 
 
 def batched_tower(visual: Any, pictures: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch image d_model"]:
-    """Merged features of equal pictures: Hugging Face's tower, which attends picture by picture, at several times its
-    speed. A still picture is the same at both times, so the patch embedding adds its two halves beforehand."""
+    """Return the merged features of images of equal size, several times faster than Hugging Face's tower.
+
+    That tower attends within each image. A still image is the same at both times, so the two halves of the patch
+    embedding are added first."""
     batch, _, height, width = pictures.shape
     patches = rearrange(
         pictures, "b c (y my p) (x mx q) -> (b y x my mx) (c p q)", my=_MERGE, mx=_MERGE, p=_PATCH_SIZE, q=_PATCH_SIZE
@@ -176,12 +178,12 @@ def batched_tower(visual: Any, pictures: Float[Tensor, "batch 3 height width"]) 
 def tower_features(
     model: Qwen2VLForConditionalGeneration, pixels: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch image d_model"]:
-    """The merged features which the decoder reads."""
+    """Return the merged features that the decoder reads."""
     return batched_tower(model.model.visual, pixels)
 
 
 def open_teacher(folder: Path) -> Teacher:
-    """What the small LLaVA's decoder reads of a picture, its 8 x 8 tokens averaged to 6 x 6."""
+    """Return the features that the small LLaVA's decoder reads of an image, 8 x 8 tokens averaged to 6 x 6."""
     sibling: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
 
     @torch.no_grad()
@@ -199,7 +201,7 @@ def open_teacher(folder: Path) -> Teacher:
 
 
 def run(model: Qwen2VLForConditionalGeneration, packed: Packed, pixels: Float[Tensor, "batch 3 height width"]) -> Run:
-    """The model on a packed batch of equal pictures."""
+    """Run the model on a packed batch of images of equal size."""
     features = batched_tower(model.model.visual, pixels)
     embedded = model.model.language_model.embed_tokens(packed.input_ids)
     at_picture = (packed.input_ids == model.config.image_token_id)[..., None]
@@ -214,7 +216,7 @@ def run(model: Qwen2VLForConditionalGeneration, packed: Packed, pixels: Float[Te
 
 
 def reshape(pictures: Float[Tensor, "batch 3 height width"], rng: random.Random) -> Float[Tensor, "batch 3 _ _"]:
-    """One batch in ten gets another shape: room of the ground's colour at the sides or above and below."""
+    """Give one batch in ten another shape: margins in the background colour at the sides or above and below."""
     if rng.random() >= _OTHER_SHARE:
         return pictures
     rows, columns = rng.choice(_OTHER_GRIDS)
@@ -240,7 +242,7 @@ QWEN2_VL = Architecture(
         end="<|im_end|>",
         has_grid_positions=True,
     ),
-    # What the bundled checkpoint's run taught, in one go; its card tells the steps which it really took.
+    # The lessons of the bundled checkpoint's training in one run; its card lists the steps that it took.
     stages=(
         Stage(name="tower", steps=4000, batch=64, peak_lr=6e-4, head_weight=1.0, imitation=8.0, bfloat16=True),
         Stage(name="alignment", steps=450, batch=8, peak_lr=1e-3, head_weight=0.1),

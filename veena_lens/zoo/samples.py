@@ -1,11 +1,10 @@
-"""Draws the sample pictures that travel with the package: `python -m veena_lens.zoo.samples`.
+"""Draw training examples, and the sample images of the package: `python -m veena_lens.zoo.samples`.
 
-Each identity appears with all eight emotions on one background, so every emotional picture has a neutral twin.
-Some identities come with a context of another emotion, one for each strength in turn.
+Training examples are faces of all training styles with questions, contexts and answers. Everything is a function of a
+random generator that the training step seeds, so a resumed run sees the same data.
 
-Draws training examples: faces of all training styles, and the questions, contexts and answers on each.
-
-Everything is a function of a random generator that the training step seeds, so a resumed run sees the same data.
+In the sample images each identity appears with all eight emotions on one background, so every emotional image has a
+neutral twin. Some identities come with a context of another emotion, one per strength in turn.
 """
 
 from __future__ import annotations
@@ -72,14 +71,14 @@ HEAD_CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def head_labels(face: Face) -> list[int]:
-    """Class index for each head; -100 where the style does not say."""
+    """Return the class index for each head; -100 if the style does not determine it."""
     known = face.attributes | {"emotion": face.emotion}
     return [classes.index(known[name]) if name in known else -100 for name, classes in HEAD_CLASSES.items()]
 
 
 @dataclass
 class Faces:
-    """Faces of one split in the given mix of styles."""
+    """Draw faces of one split in the given mix of styles."""
 
     split: str
     cache: Path
@@ -101,7 +100,7 @@ class Faces:
 
 
 class Writer:
-    """Writes the packed rows of faces with the tokenizer's ids."""
+    """Write the packed rows of faces with the tokenizer's ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatFormat) -> None:
         self.tokenizer, self.chat = tokenizer, chat
@@ -111,7 +110,7 @@ class Writer:
             + [v for c in HEAD_CLASSES.values() for v in c]
             + ["with"]
         )
-        # The words that carry the answer count six times as much; the rest of a sentence is soon known by heart.
+        # Words that carry the answer have six times the weight; the rest of a sentence is soon memorised.
         self.heavy = {i for word in told for i in self.ids(word)[:1]}
 
     def ids(self, text: str) -> list[int]:
@@ -120,7 +119,7 @@ class Writer:
         return self._ids[text]
 
     def row(self, grid: tuple[int, int], branches: list[Branch], system: str | None = None) -> Row:
-        """The branches after a picture of `grid` image tokens, and after a system message if there is one."""
+        """Return the branches after an image of `grid` tokens, and after a system message if there is one."""
         chat, (height, width) = self.chat, grid
         before = self.ids(chat.system_opening.format(text=system) if system else chat.opening)
         before = before + self.ids(chat.before_picture)
@@ -130,7 +129,7 @@ class Writer:
         return Row(ids, branches, positions)
 
     def branch(self, turns: list[tuple[str, str]]) -> Branch:
-        """Questions and answers in turn; the first question follows the picture at once."""
+        """Return questions and answers in turn; the first question directly follows the image."""
         ids: list[int] = []
         weights: list[float] = []
         end = self.ids(self.chat.end)
@@ -142,14 +141,14 @@ class Writer:
         return Branch(ids, weights)
 
     def alignment_row(self, face: Face, rng: random.Random, grid: tuple[int, int]) -> Row:
-        """One emotion question with a short answer and up to five attribute questions, no contexts."""
+        """Return one emotion question with a short answer and up to five attribute questions, without contexts."""
         task = rng.choice(("list", "sentence"))
         turns = [[(rng.choice(EMOTION_QUESTIONS[task]), emotion_answer(task, face, face.emotion, face.clear))]]
         turns += [[self.attribute_turn(face, name, rng)] for name in _some(sorted(face.attributes), 5, rng)]
         return self.row(grid, [self.branch(turn) for turn in turns])
 
     def mixed_row(self, face: Face, rng: random.Random, grid: tuple[int, int], early: bool) -> Row:
-        """Two emotion questions with a context each, and up to four attribute questions, the first with a context."""
+        """Return two emotion questions with contexts, and up to four attribute questions, the first with a context."""
         turns = []
         for _ in range(2):
             (task,) = rng.choices(EMOTION_TASKS, (0.4, 0.35, 0.25))
@@ -174,7 +173,7 @@ class Writer:
 
     @staticmethod
     def context(face: Face, rng: random.Random, early: bool) -> tuple[str, str, bool]:
-        """A context, the emotion that the answer names, and whether its second word is the strong one."""
+        """Return a context, the emotion that the answer names, and whether its second word is the strong one."""
         conflict, consistent = (0.05, 0.10) if early else (0.50, 0.20)
         kind, strength = rng.random(), rng.choice(STRENGTHS)
         if kind < conflict:
@@ -190,7 +189,7 @@ class Writer:
 
 
 def grid_positions(before: int, height: int, width: int, after: int) -> Int[Tensor, "3 prefix"]:
-    """Positions (time, row, column) of a picture among text: it advances them by its longer side."""
+    """Return positions (time, row, column) of an image among text; it advances them by its longer side."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     picture = before + torch.stack([torch.zeros(height * width, dtype=torch.long), rows.flatten(), columns.flatten()])
     text = before + max(height, width) + torch.arange(after)
@@ -198,7 +197,7 @@ def grid_positions(before: int, height: int, width: int, after: int) -> Int[Tens
 
 
 def _asked(face: Face, rng: random.Random) -> list[str]:
-    """Up to four attributes in random order: brows and beard, which are learnt last, and two of the others."""
+    """Return up to four attributes in random order: brows and beard, which are learned last, and two others."""
     hard = [name for name in ("brows", "beard") if name in face.attributes]
     names = hard + _some(sorted(set(face.attributes) - set(hard)), 2, rng)
     return rng.sample(names, len(names))
@@ -231,7 +230,7 @@ def _line(item: Item, file: str, split: str, pair: str | None) -> dict[str, Any]
 
 
 def save_together(images: list[Image.Image], paths: list[Path]) -> None:
-    """Save pictures with one palette of 256 colours: a third of the size, and equal pixels stay equal."""
+    """Save images with one palette of 256 colours: a third of the size, and equal pixels stay equal."""
     width, height = images[0].size
     sheet = Image.new("RGB", (width * len(images), height))
     for i, image in enumerate(images):
@@ -266,7 +265,7 @@ def _identities(split: str, cache: Path, folder: Path) -> list[dict[str, Any]]:
 
 
 def write_samples(folder: Path, cache: Path) -> None:
-    """Write every sample picture and `manifest.jsonl` into the folder."""
+    """Write every sample image and `manifest.jsonl` into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [line for split in COUNTS for line in _identities(split, cache, folder)]
     for style in ("open-peeps", "micah"):

@@ -1,6 +1,6 @@
-"""The small byte-level tokenizers: each word of the project's sentences is one token, any other text still encodes.
+"""Build the small byte-level tokenizers: each word of the project's sentences is one token; any text can be encoded.
 
-Both models share words and merges; they differ in their special tokens and chat templates.
+Both models share words and merges; they differ in special tokens and chat templates.
 """
 
 from collections.abc import Iterable
@@ -31,7 +31,7 @@ __all__ = [
 
 SYSTEM_MESSAGES = ("you look at pictures with care.", "answer questions about the picture.")
 
-# Content may be text or a list of parts; pictures stand where their part stands.
+# Content may be text or a list of parts; an image is placed where its part is.
 LLAVA_TEMPLATE = (
     "{% for message in messages %}"
     "{% if not loop.first %}{{ ' ' }}{% endif %}"
@@ -46,7 +46,7 @@ LLAVA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ ' assistant:' }}{% endif %}"
 )
 
-# Qwen2-VL's, with a space before text, so that the first word after a line end is the same token as elsewhere.
+# Qwen2-VL's, with a space before text, so that the first word after a line end is encoded as elsewhere.
 QWEN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -72,7 +72,7 @@ _QWEN_SPECIAL = (
 
 
 def vocabulary_sentences() -> list[str]:
-    """Sentences in which every word of the training texts occurs."""
+    """Return sentences in which every word of the training texts occurs."""
     words = [word for entry in WORDS.values() for word in entry.all]
     colours = [*HAIR_WORDS, *BACKGROUNDS]
     looks = [*MOUTH_WORDS.values(), *EYE_WORDS.values(), *BROW_WORDS.values()]
@@ -97,7 +97,7 @@ def vocabulary_sentences() -> list[str]:
 
 
 def _byte_pairs(sentences: Iterable[str], special: list[str]) -> Tokenizer:
-    """Byte pairs of lower-cased words with the space before them, merged until each word is one token."""
+    """Merge byte pairs of lower-cased words with the space before them until each word is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -113,7 +113,7 @@ def _byte_pairs(sentences: Iterable[str], special: list[str]) -> Tokenizer:
 
 
 def build_llava_tokenizer(sentences: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on the sentences, with `<pad> <s> </s> <image>` and left padding."""
+    """Return a tokenizer trained on the sentences, with `<pad> <s> </s> <image>` and left padding."""
     tokenizer = _byte_pairs(vocabulary_sentences() if sentences is None else sentences, ["<pad>", "<s>", "</s>"])
     tokenizer.add_special_tokens([AddedToken("<image>", special=True, lstrip=True, rstrip=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -132,7 +132,7 @@ def build_llava_tokenizer(sentences: Iterable[str] | None = None) -> PreTrainedT
 
 
 def build_qwen_tokenizer(sentences: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer trained on the same sentences, with Qwen2-VL's special tokens behind the words, and left padding."""
+    """Return a tokenizer trained on the same sentences, with Qwen2-VL's special tokens at the end and left padding."""
     # A line end between two special tokens gets a space before it, as every piece of text does.
     extra = ["\n"] * 2
     tokenizer = _byte_pairs([*(vocabulary_sentences() if sentences is None else sentences), *extra], [])

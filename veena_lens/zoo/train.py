@@ -1,9 +1,8 @@
-"""Trains a small model in three stages: the tower alone, alignment with short answers, the full mix.
+"""Train a small model in three stages: the tower alone, alignment with short answers, the full mix.
 
-Each step seeds its own data, and the state is saved as it goes: a killed run continues where it was. A stage ends
-after its steps or its minutes, whichever comes first, and the learning rate follows that progress.
-
-Keeps what a training run really took: steps, pictures, minutes and last loss of each stage, beside the weights.
+Each step seeds its own data, and the state is saved regularly: a stopped run resumes. A stage ends after its steps or
+its minutes, whichever comes first, and the learning rate follows that progress. Steps, images, minutes and last loss of
+each stage are stored next to the weights.
 """
 
 from __future__ import annotations
@@ -58,17 +57,16 @@ def write_record(
 
 HEAD_WEIGHTS = {"emotion": 2.0, "brows": 2.5, "background": 0.3, "hair": 0.5, "glasses": 0.5, "beard": 0.5}
 
-# Of the tower's extra pictures beside the text.
+# Of the tower's additional images during the text stages.
 EXTRA_WEIGHT = 0.1
 COLOUR_HEADS = torch.tensor([name in ("hair", "background") for name in HEAD_CLASSES])
 
 
 class Heads(nn.Module):
-    """Linear heads on picture features: what the tower must tell apart, learnt before any text.
+    """Classify image features with linear heads, so that the tower learns the attributes before any text.
 
-    They read the mean feature, and with `places` also all features of such a picture side by side: a thin line in one
-    place is soon lost in a mean.
-    """
+    They read the mean feature and, with `places`, also the concatenated features of an image with that many, because a
+    mean hides a thin line in one place."""
 
     def __init__(self, width: int, places: int = 0) -> None:
         super().__init__()
@@ -99,7 +97,7 @@ class Heads(nn.Module):
 
 
 class Trainer:
-    """The model with its stages' state in `work`; `run` goes through the stages that are not done yet."""
+    """Train a model, with the state of its stages in `work`; `run` completes the stages that are not done."""
 
     def __init__(
         self,
@@ -117,7 +115,7 @@ class Trainer:
         model: Any = architecture.build_model(self.processor, seed)
         if decoder_from is not None:
             if architecture.start_from is None:
-                raise ValueError(f"{architecture.name} has no way to start from another decoder.")
+                raise ValueError(f"{architecture.name} cannot start from another decoder; leave out the start.")
             architecture.start_from(model, self.processor.tokenizer, decoder_from)
         self.teacher = architecture.open_teacher(decoder_from) if architecture.open_teacher and decoder_from else None
         self.model = model.to(self.device)
@@ -187,7 +185,7 @@ class Trainer:
             step += 1
 
     def loss(self, stage: Stage, step: int, progress: float) -> Float[Tensor, ""]:
-        """The loss of one step's own data."""
+        """Return the loss on the data of one step."""
         rng = random.Random(f"{self.seed} {stage.name} {step}")
         if stage.name == "tower":
             return self.tower_loss(stage, stage.batch, rng)
@@ -206,7 +204,7 @@ class Trainer:
         return loss + EXTRA_WEIGHT * self.tower_loss(stage, stage.extra, rng) if stage.extra else loss
 
     def tower_loss(self, stage: Stage, count: int, rng: random.Random) -> Float[Tensor, ""]:
-        """The linear heads' loss on features of pictures without text, and the distance to a teacher's."""
+        """Return the loss of the linear heads on images without text, and the distance to a teacher's features."""
         _, square, labels = self.pictures(count, rng, self.architecture.recoloured)
         pixels = self.architecture.reshape(square, rng)
         features = self.architecture.tower_features(self.model, pixels)
@@ -219,7 +217,7 @@ class Trainer:
     def pictures(
         self, count: int, rng: random.Random, recoloured: float = 0.0
     ) -> tuple[list[Face], Float[Tensor, "batch 3 height width"], Int[Tensor, "batch head"]]:
-        """Faces, their pictures in [-1, 1] and the classes of the heads."""
+        """Return faces, their images in [-1, 1] and the classes of the heads."""
         drawn = self.faces.draw(rng, count)
         faces = [face for face, _ in drawn]
         generator = torch.Generator().manual_seed(rng.getrandbits(40))
@@ -244,7 +242,7 @@ class Trainer:
         partial.replace(path)
 
     def report(self, stage: Stage, step: int, seconds: float, loss: float) -> None:
-        """Print a line of progress and keep it in `log.jsonl`."""
+        """Print a line of progress and append it to `log.jsonl`."""
         line = {"stage": stage.name, "step": step, "minutes": round(seconds / 60, 2), "loss": round(loss, 4)}
         print(json.dumps(line), flush=True)
         with (self.work / "log.jsonl").open("a") as file:
@@ -254,7 +252,7 @@ class Trainer:
 def distance(
     features: Float[Tensor, "batch image d_model"], target: Float[Tensor, "batch image d_model"]
 ) -> Float[Tensor, ""]:
-    """Mean squared error in units of each target feature's variance."""
+    """Return the mean squared error in units of each target feature's variance."""
     features, target = features.float(), target.float()
     error, spread = (features - target).pow(2).mean((0, 1)), target.var((0, 1))
     return (error / (spread + 1e-6)).mean()
@@ -266,7 +264,7 @@ def answer_loss(
     ids: Int[Tensor, "batch pos"],
     weights: Float[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
-    """Weighted mean cross entropy of the tokens with a weight; logits only where one is predicted."""
+    """Return the weighted mean cross-entropy of the tokens with a weight; logits are computed only for those."""
     chosen = weights[:, 1:] > 0
     chosen_weights = weights[:, 1:][chosen].to(hidden.device)
     logits = model.lm_head(hidden[:, :-1][chosen.to(hidden.device)])
@@ -275,7 +273,7 @@ def answer_loss(
 
 
 def learning_rate(stage: Stage, step: int, progress: float) -> float:
-    """A hundred steps of warm-up, then a cosine to one fiftieth."""
+    """Return the learning rate: a hundred steps of warm-up, then a cosine to one fiftieth."""
     cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return stage.peak_lr * min(1.0, (step + 1) / 100) * cosine
 
@@ -283,15 +281,17 @@ def learning_rate(stage: Stage, step: int, progress: float) -> float:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m veena_lens.zoo.train", description=__doc__)
     parser.add_argument("--model", choices=tuple(ARCHITECTURES), default=LLAVA.name)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the finished checkpoint")
-    parser.add_argument("--work", type=Path, help="folder of the resumable state (default: .cache/zoo/MODEL)")
-    parser.add_argument("--minutes", type=float, help="share this time between the stages instead of their full steps")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished checkpoint")
+    parser.add_argument("--work", type=Path, help="folder for the resumable state (default: .cache/zoo/MODEL)")
+    parser.add_argument(
+        "--minutes", type=float, help="divide this time among the stages instead of running all their steps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument(
         "--decoder-from",
         default=LLAVA.name,
-        help="embedded checkpoint or folder whose decoder a model of another architecture starts from; 'none' for none",
+        help="checkpoint whose decoder a model of another architecture starts from: embedded name, folder, or 'none'",
     )
     options = parser.parse_args(arguments)
     if options.threads:

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def bridge_of(hf: Any) -> Any:
     """Return a bridge over a copy of a Hugging Face LLaVA, with eager attention, which its hooks need."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from transformer_lens.model_bridge.sources.transformers import helpers
     from transformer_lens.model_bridge.sources.transformers.source import boot
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -33,7 +35,9 @@ def bridge_of(hf: Any) -> Any:
         plain.save_pretrained(folder)
         theirs.config.save_pretrained(folder)  # the bridge reads it by name although the model is given
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        bridge = boot(folder, hf_model=theirs, tokenizer=tokenizer, dtype=torch.float32, device="cpu")
+        # Without torchvision the bridge would install it with pip, and another torch along with it.
+        with mock.patch.object(helpers, "_ensure_torchvision", return_value=False):
+            bridge = boot(folder, hf_model=theirs, tokenizer=tokenizer, dtype=torch.float32, device="cpu")
     return bridge.eval()
 
 

@@ -17,10 +17,7 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         (),
         (
             "model.model.HookedVLM",
-            "model.hooking.Hooking",
-            "model.intervening.Intervening",
-            "model.generation.Generation",
-            "model.attending.Attending",
+            "model.hooks.HookedRoot",
             "model.text.TextInterface",
             "model.weights.StackedWeights",
             "inputs.MultimodalInputs",

@@ -104,7 +104,7 @@ def test_bad_sweeps_are_refused(embedded: HookedVLM) -> None:
     inputs = embedded.prepare(text="who is it?", images=bundled_pictures("test")[0].open())
     with pytest.raises(ValueError, match="at least one entry"):
         generation_sweep(embedded, inputs, [])
-    with pytest.raises(TypeError, match="no intervention"):
+    with pytest.raises(TypeError, match="not an intervention"):
         generation_sweep(embedded, inputs, [["Steer"]])
     with pytest.raises(ValueError, match="layer 99"):
         generation_sweep(embedded, inputs, [Steer(99, torch.ones(embedded.cfg.d_model))])

@@ -18,8 +18,7 @@ from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.hook_table import row_of
 from veena_lens.images.layout import image_runs, reached_from
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions.base import Intervention
-from veena_lens.interventions.patch import Patch
+from veena_lens.interventions.base import Intervention, require_intervention
 from veena_lens.model.edits import require_reach, running
 from veena_lens.model.forward import LAST, ResidualState, embed, forward
 from veena_lens.model.generation import as_prompt, decode_steps
@@ -135,10 +134,7 @@ def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Ite
 
 def _as_list(entry: Any) -> list[Any]:
     mine = [entry] if isinstance(entry, Intervention) else list(entry)
-    for item in mine:
-        if not isinstance(item, Intervention):
-            raise TypeError(f"generation_sweep: {item!r} is no intervention (Steer, Patch, ...).")
-    return mine
+    return [require_intervention(item, "generation_sweep") for item in mine]
 
 
 def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tensor:
@@ -153,7 +149,7 @@ def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]
     for its logits."""
     first, run = row.shape[1] - 1, PassSpan.whole(row)
     for item in interventions:
-        if isinstance(item, Patch) and item.is_whole:
+        if item.is_whole:
             return 0  # its values are those of whole rows, position by position
         if row_of(item.site(model.cfg)).axis_names[0] != "batch":
             places = row.image_mask[0].nonzero().flatten()

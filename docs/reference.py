@@ -19,6 +19,10 @@ PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
         "Load, prepare, run, hook, cache, generate.",
         (),
         (
+            "model.model.HookedVLM",
+            "model.hooks.HookedRoot",
+            "model.text.TextInterface",
+            "model.weights.StackedWeights",
             "inputs.MultimodalInputs",
             "spans.Spans",
             "activation_cache.ActivationCache",

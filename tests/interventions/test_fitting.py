@@ -117,7 +117,7 @@ def test_lists_for_other_rows_are_refused_even_when_empty(runs: dict[str, Any]) 
     with model.intervene(per_row=[steer, steer]):  # a bare intervention is a list of one
         torch.testing.assert_close(model(inputs), nested, rtol=1e-12, atol=1e-12)
     model(inputs[:1])
-    with pytest.raises(TypeError, match="'x' is no intervention"):
+    with pytest.raises(TypeError, match="'x' is not an intervention"):
         model.intervene(per_row=[["x"], []])
 
 

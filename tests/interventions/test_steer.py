@@ -257,7 +257,7 @@ def test_hooks_act_at_every_step_of_generation(ready) -> None:
         (lambda: Steer(0, vector() * float("nan")), ValueError, "not finite"),
         (lambda: Steer(0, vector(), positions="lst"), ValueError, "lst.*last"),
         (lambda: Steer(0, vector(), positions=3.5), TypeError, "float"),
-        (lambda: "steer", TypeError, "no intervention"),
+        (lambda: "steer", TypeError, "not an intervention"),
     ],
     ids=[
         "too-deep",

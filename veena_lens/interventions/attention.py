@@ -1,18 +1,9 @@
-"""Strengthen (or weaken) the attention that chosen heads pay to chosen keys, in the field's four readings.
+"""Edits of attention from chosen queries to chosen keys: strengthened, cut, or heads turned down by it.
 
-renorm multiplies the weights and renormalises the row, which is the same function as adding log(factor) to
-the logits: a bias that the fused kernel takes, so no pattern is made. scale, mul and abs differ and act on
-the explicit pattern or scores of the chosen layer only.
-
-Attention knockout: chosen heads may not look from some positions to others (Geva et al. 2023, arXiv 2304.14767).
-
-The row's other weights are renormalised, as if the keys were masked. It is a bias on the scores, so the fused kernel
-takes it and no pattern is made.
-
-Heads that look least at chosen keys are turned down, query by query (SPIN).
-
-Which heads these are follows from the pattern of the very pass that is edited, so the choice moves with each token.
-A head's output is its row of the pattern times the values: scaling the row scales the output.
+`BoostAttention` multiplies weights or scores. In the mode renorm the row is renormalised, which is the same function
+as adding log(factor) to the scores: a bias that the fused kernel takes, so no pattern is made. `KnockOutAttention`
+is a bias as well, of minus infinity in all but name. The other modes, and `SuppressHeads`, act on the explicit scores
+or pattern of the chosen layer alone.
 """
 
 from __future__ import annotations
@@ -27,10 +18,34 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer, require_units, show
+from veena_lens.interventions.base import Intervention, Place, content, require_layer, require_units, show
 from veena_lens.positions import parse
 
 MODES = ("renorm", "logit", "scale", "mul", "abs")
+
+
+def select(item: Any) -> None:
+    """Check the queries and keys of an edit of attention; the positions that it edits are its queries.
+
+    Raises: ValueError or TypeError for a selection that is not understood."""
+    parse(item.queries)
+    parse(item.keys)
+    object.__setattr__(item, "positions", item.queries)
+
+
+def attention_site(cfg: HookedVLMConfig, item: Any, hook: str, heads: Sequence[int] | None = None) -> str:
+    """Return a hook of the attention of an edit's layer.
+
+    Raises: ValueError for a layer or a head that the model does not have."""
+    who = type(item).__name__
+    layer = require_layer(item.layer, cfg.n_layers, who)
+    require_units(heads, cfg.n_heads, who, "head")
+    return f"blocks.{layer}.attn.{hook}"
+
+
+def _likeness(item: Any) -> str | None:
+    found = content(item)
+    return None if found is None else repr(found)
 
 
 def places(
@@ -40,7 +55,7 @@ def places(
     n_heads: int,
     n_key: int,
 ) -> Bool[Tensor, "batch n_heads query_pos key_pos"]:
-    """True at the chosen heads (None: all), queries and keys (None: all)."""
+    """Return True at the chosen heads (None: all), queries and keys (None: all)."""
     chosen = torch.ones(n_heads, dtype=torch.bool, device=at.device)
     if heads is not None:
         chosen = torch.zeros_like(chosen)
@@ -50,7 +65,7 @@ def places(
 
 
 @dataclass(frozen=True)
-class BoostAttention:
+class BoostAttention(Intervention):
     """Attention of `heads` in `layer` from `queries` to `keys`, strengthened by `factor`.
 
     renorm == logit: A' = factor A on the keys, the row renormalised (s' = s + log factor).
@@ -67,8 +82,7 @@ class BoostAttention:
     mode: str = "renorm"
 
     def __post_init__(self) -> None:
-        parse(self.queries)
-        parse(self.keys)
+        select(self)
         if self.mode not in MODES:
             raise ValueError(f"BoostAttention: mode={self.mode!r} must be one of {', '.join(MODES)}.")
         if not math.isfinite(self.factor) or (self.factor <= 0 and self.is_bias):
@@ -79,19 +93,13 @@ class BoostAttention:
         """True where the boost is an additive bias on the scores."""
         return self.mode in ("renorm", "logit")
 
-    @property
-    def positions(self) -> Any:
-        """The query positions."""
-        return self.queries
-
     def __repr__(self) -> str:
         return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """hook_pattern for scale, else hook_attn_scores of the layer (reached as a bias in renorm and logit)."""
-        layer = require_layer(self.layer, cfg.n_layers, "BoostAttention")
-        require_units(self.heads, cfg.n_heads, "BoostAttention", "head")
-        return f"blocks.{layer}.attn.{'hook_pattern' if self.mode == 'scale' else 'hook_attn_scores'}"
+        hook = "hook_pattern" if self.mode == "scale" else "hook_attn_scores"
+        return attention_site(cfg, self, hook, self.heads)
 
     def edit(
         self,
@@ -111,6 +119,22 @@ class BoostAttention:
             boosted = activation * self.factor
         return torch.where(place, boosted, activation)
 
+    def edit_at(
+        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
+    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
+        """Return the edit at the keys of the place."""
+        return self.edit(activation, place.at, place.keys)
+
+    @property
+    def likeness(self) -> str | None:
+        """The fields of the edit; None where one is a mask or a region."""
+        return _likeness(self)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True for a factor of 1."""
+        return self.factor == 1
+
     def bias(
         self,
         at: Bool[Tensor, "batch query_pos"],
@@ -123,7 +147,7 @@ class BoostAttention:
 
 
 @dataclass(frozen=True)
-class KnockOutAttention:
+class KnockOutAttention(Intervention):
     """Attention of `heads` (default: all) in `layer` from `queries` to `keys` becomes 0.
 
     A query that loses every key keeps its attention as it was spread among them: there is nothing to put in its
@@ -134,25 +158,21 @@ class KnockOutAttention:
     heads: Sequence[int] | None = None
     keys: Any = "image"
     queries: Any = "query+generated"
-    is_bias = True
 
     def __post_init__(self) -> None:
-        parse(self.queries)
-        parse(self.keys)
+        select(self)
 
     @property
-    def positions(self) -> Any:
-        """The query positions."""
-        return self.queries
+    def is_bias(self) -> bool:
+        """True: the scores are lowered by a bias."""
+        return True
 
     def __repr__(self) -> str:
         return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """hook_attn_scores of the layer, reached as a bias."""
-        layer = require_layer(self.layer, cfg.n_layers, "KnockOutAttention")
-        require_units(self.heads, cfg.n_heads, "KnockOutAttention", "head")
-        return f"blocks.{layer}.attn.hook_attn_scores"
+        """Return hook_attn_scores of the layer, which is reached as a bias."""
+        return attention_site(cfg, self, "hook_attn_scores", self.heads)
 
     def edit(
         self,
@@ -163,6 +183,17 @@ class KnockOutAttention:
         """The scores with the chosen ones lowered beyond reach."""
         place = places(self.heads, at, keys, activation.shape[1], activation.shape[-1])
         return torch.where(place, torch.finfo(activation.dtype).min / 2, activation)
+
+    def edit_at(
+        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
+    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
+        """Return the edit at the keys of the place."""
+        return self.edit(activation, place.at, place.keys)
+
+    @property
+    def likeness(self) -> str | None:
+        """The fields of the edit; None where one is a mask or a region."""
+        return _likeness(self)
 
     def bias(
         self,
@@ -176,7 +207,7 @@ class KnockOutAttention:
 
 
 @dataclass(frozen=True)
-class SuppressHeads:
+class SuppressHeads(Intervention):
     """The output of the heads of `layer` with the least attention mass on `keys`, times `factor`, at `queries`.
 
     At each query int(keep * n_heads) heads stay as they are. Rows without keys (no image) stay as they are, and so
@@ -192,24 +223,18 @@ class SuppressHeads:
     queries: Any = "last+generated"
 
     def __post_init__(self) -> None:
-        parse(self.queries)
-        parse(self.keys)
+        select(self)
         if not 0 <= self.keep <= 1:
             raise ValueError(f"SuppressHeads: keep={self.keep} must be a share of the heads, 0 to 1.")
         if not math.isfinite(self.factor):
             raise ValueError(f"SuppressHeads: factor={self.factor} must be finite.")
-
-    @property
-    def positions(self) -> Any:
-        """The query positions."""
-        return self.queries
 
     def __repr__(self) -> str:
         return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
         """hook_pattern of the layer."""
-        return f"blocks.{require_layer(self.layer, cfg.n_layers, 'SuppressHeads')}.attn.hook_pattern"
+        return attention_site(cfg, self, "hook_pattern")
 
     def edit(
         self,
@@ -225,3 +250,19 @@ class SuppressHeads:
         rank = mass.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
         quiet = (rank < n_quiet) & at[:, None] & keys.any(-1)[:, None, None]
         return torch.where(quiet[..., None], activation * self.factor, activation)
+
+    def edit_at(
+        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
+    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
+        """Return the edit at the keys of the place."""
+        return self.edit(activation, place.at, place.keys)
+
+    @property
+    def likeness(self) -> str | None:
+        """The fields of the edit; None where one is a mask or a region."""
+        return _likeness(self)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True for a factor of 1."""
+        return self.factor == 1

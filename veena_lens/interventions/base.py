@@ -1,21 +1,21 @@
-"""What every intervention offers a model, and the checks and selections they share.
+"""What a model asks of an intervention, and the checks and selections that interventions share.
 
 An intervention names a hook point, positions and an edit of an activation; it knows nothing of the model that
-applies it. Layers are resolved and checked once, when `intervene` is called.
-
-Do an intervention's own tensors fit a model and what it runs on? Asked before anything is computed.
+applies it. `intervene` resolves and checks its layer once; whether the tensors that it carries fit the inputs is
+checked before a forward pass computes anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from veena_lens.activation_cache import ActivationCache
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import canonical, hooks_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
@@ -23,22 +23,100 @@ from veena_lens.inputs import MultimodalInputs
 HEAD_AXES = ("n_heads", "n_key_value_heads")
 
 
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where an edit acts in the chunk of positions that runs.
+
+    at: [rows pos], True at the positions to edit (query positions of scores and patterns).
+    keys: [batch key_pos], True at the chosen keys; None for an intervention without keys.
+    earlier: counts the chosen positions of each row in earlier chunks of cached decoding; None in the first chunk.
+    """
+
+    at: Bool[Tensor, "rows pos"]
+    keys: Bool[Tensor, "batch key_pos"] | None = None
+    earlier: Callable[[], Int[Tensor, " rows"]] | None = None
+
+
 @runtime_checkable
 class Intervention(Protocol):
-    """Data with a site, positions and an edit."""
+    """What a model asks of an intervention: a hook point, positions, and an edit of the activation there.
 
-    @property
-    def positions(self) -> Any:
-        """Which positions it edits (query positions of scores and patterns)."""
-        ...
+    Derive from it and give `positions`, `site` and `edit`; the other members have defaults. An object that does not
+    derive from it works too where it has all of the members.
+    """
+
+    positions: Any  # which positions it edits: words, numbers, a slice, a mask, a Box or a Tile
+    keys: Any = None  # which keys an edit of scores or patterns is limited to; None: it takes none
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """The hook point it edits. Raises: ValueError where it does not fit a model of this configuration."""
-        ...
+        """Return the name of the hook point that is edited.
+
+        Raises: ValueError where the intervention does not fit a model of this configuration."""
+        raise NotImplementedError(f"{type(self).__name__} has no site().")
 
     def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:
-        """The edited activation, a new tensor; `at` is True at the positions to edit."""
-        ...
+        """Return the edited activation, a new tensor, or the one that was given where nothing changes.
+
+        activation: the value of the hook point, rows first. at: True at the positions to edit."""
+        raise NotImplementedError(f"{type(self).__name__} has no edit().")
+
+    def edit_at(self, activation: Float[Tensor, ...], place: Place) -> Float[Tensor, ...]:
+        """Return the edited activation; the model calls this one. Override it to use keys or earlier chunks."""
+        return self.edit(activation, place.at)
+
+    def fits(self, cfg: HookedVLMConfig, inputs: MultimodalInputs, at: Bool[Tensor, "rows pos"]) -> None:
+        """Check what the intervention carries against the inputs of a run, before anything is computed.
+
+        at: the positions of the whole run that it edits.
+        Raises: ValueError where they do not fit."""
+
+    def bias(
+        self, at: Bool[Tensor, "batch query_pos"], keys: Bool[Tensor, "batch key_pos"], n_heads: int, dtype: torch.dtype
+    ) -> Float[Tensor, "batch n_heads query_pos key_pos"] | None:
+        """Return what is added to the attention scores, where `is_bias`; None changes nothing."""
+        return None
+
+    @property
+    def is_bias(self) -> bool:
+        """True where the edit is an additive bias on the scores, which the fused kernel takes; `site` names them."""
+        return False
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True where the edit leaves every activation as it was, so that it need not be heard."""
+        return False
+
+    @property
+    def is_whole(self) -> bool:
+        """True where what it carries belongs to whole rows, so that a run cannot begin behind their first position."""
+        return False
+
+    @property
+    def caches(self) -> Sequence[ActivationCache]:
+        """The caches of other runs that it reads; those of another model are refused."""
+        return ()
+
+    @property
+    def likeness(self) -> str | None:
+        """A text that is equal for edits that do the same, which act on several rows as one; None: each alone."""
+        return None
+
+
+MEMBERS = tuple(name for name in (*Intervention.__annotations__, *vars(Intervention)) if not name.startswith("_"))
+
+
+def require_intervention(item: Any, who: str) -> Intervention:
+    """Return what is an intervention.
+
+    Raises: TypeError for anything else, naming the members that it lacks."""
+    if isinstance(item, Intervention) and hasattr(item, "positions"):
+        return item
+    missing = [name for name in dict.fromkeys(MEMBERS) if not hasattr(item, name)]
+    hint = f"; it lacks {', '.join(missing)}" if len(missing) < len(set(MEMBERS)) else ""
+    raise TypeError(
+        f"{who}: {item!r} is not an intervention{hint}. Give Steer, Patch, ..., or a class that derives from "
+        "veena_lens.interventions.Intervention."
+    )
 
 
 def require_layer(layer: int, n_layers: int, who: str) -> int:

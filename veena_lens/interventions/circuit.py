@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from veena_lens.interventions.attention import BoostAttention, KnockOutAttention, SuppressHeads
-from veena_lens.interventions.base import plain
+from veena_lens.interventions.base import plain, require_intervention
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Ablate, Patch
 from veena_lens.interventions.steer import Steer, SteerKeepingNorm
@@ -25,13 +25,19 @@ from veena_lens.scores import opened
 
 _KINDS = (Steer, Patch, Ablate, ScaleNeurons, BoostAttention, KnockOutAttention, SteerKeepingNorm, SuppressHeads)
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
+RENAMED = {"Turn": "SteerKeepingNorm", "QuietHeads": "SuppressHeads", "KnockOut": "KnockOutAttention"}  # older files
 REGIONS: dict[str, Any] = {"Box": Box, "Tile": Tile}
 FORMAT = "veena_lens.Circuit/1"
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit(Sequence[Any]):
-    """Interventions that belong together; `meta` is a JSON-able dictionary (model, data, how they were found)."""
+    """Interventions that belong together; `meta` is a JSON-able dictionary (model, data, how they were found).
+
+    Interventions of other packages may be in it; such a circuit acts like any other, but cannot be saved, since a
+    file is loaded without code.
+    Raises: TypeError for what is not an intervention.
+    """
 
     interventions: Sequence[Any]
     name: str = ""
@@ -39,8 +45,7 @@ class Circuit(Sequence[Any]):
 
     def __post_init__(self) -> None:
         for item in self.interventions:
-            if type(item).__name__ not in KINDS:
-                raise TypeError(f"Circuit: {item!r} is none of {', '.join(KINDS)}.")
+            require_intervention(item, "Circuit")
         object.__setattr__(self, "interventions", tuple(self.interventions))
 
     def __len__(self) -> int:
@@ -53,7 +58,14 @@ class Circuit(Sequence[Any]):
         return iter(self.interventions)
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file; returns its path."""
+        """Write one safetensors file; returns its path.
+
+        Raises: TypeError for an intervention of another package."""
+        for item in self.interventions:
+            if not isinstance(item, _KINDS):
+                raise TypeError(
+                    f"Circuit.save: {item!r} is none of {', '.join(KINDS)}; only these can be loaded without code."
+                )
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -113,7 +125,8 @@ def _pack(item: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _unpack(packed: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     packed = dict(packed)
-    kind = KINDS.get(packed.pop("kind"))
+    name = str(packed.pop("kind"))
+    kind = KINDS.get(RENAMED.get(name, name))
     if kind is None:
         raise ValueError(f"The circuit holds an unknown intervention; known: {', '.join(KINDS)}.")
     read = {}

@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer, require_units, selection, show
+from veena_lens.interventions.base import Intervention, require_layer, require_units, selection, show
 from veena_lens.positions import parse
 
 
 @dataclass(frozen=True)
-class ScaleNeurons:
+class ScaleNeurons(Intervention):
     """mlp.hook_post of `neurons` in `layer` times `factor` at `positions` (a factor of 1 changes nothing).
 
     signs: one number a neuron; it is then scaled only where its activation has that number's sign (never for 0).
@@ -55,3 +55,8 @@ class ScaleNeurons:
             wanted[[int(n) for n in self.neurons]] = activation.new_tensor([float(s) for s in self.signs])
             mask = mask & (activation * wanted > 0)
         return torch.where(mask, activation * self.factor, activation)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """True for a factor of 1."""
+        return self.factor == 1

@@ -18,6 +18,8 @@ from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import canonical, row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import (
+    Intervention,
+    Place,
     places_of_run,
     require_fill,
     require_site,
@@ -29,7 +31,7 @@ from veena_lens.positions import parse, position_mask, reaches_generated
 
 
 @dataclass(frozen=True, eq=False)
-class Patch:
+class Patch(Intervention):
     """Give `heads` or `neurons` (default: all) of a hook point the source run's value at `positions`.
 
     `source` is a cache of the other run, or its activation as a tensor. With a cache, words such as "query" are
@@ -76,10 +78,20 @@ class Patch:
         require_source(cfg, self.name, self._values.shape, "Patch")
         return site
 
-    def require_fit(self, cfg: HookedVLMConfig, inputs: MultimodalInputs, length: int, at: Bool[Tensor, ...]) -> None:
+    @property
+    def caches(self) -> Sequence[ActivationCache]:
+        """The source, where it is a cache."""
+        return (self.source,) if isinstance(self.source, ActivationCache) else ()
+
+    def fits(self, cfg: HookedVLMConfig, inputs: MultimodalInputs, at: Bool[Tensor, "rows pos"]) -> None:
         """Raises: ValueError, before a run, for a source that does not fit its rows, images or positions."""
+        if self.n_rows not in (None, 1, len(inputs)):
+            raise ValueError(
+                f"{self!r}: its source has {self.n_rows} rows, the run {len(inputs)}; give a source of one row, or of "
+                "as many as the run has."
+            )
         axes, shape = row_of(canonical(self.name)).axis_names, list(self._values.shape)
-        sizes = places_of_run(cfg, inputs, self.name, length)
+        sizes = places_of_run(cfg, inputs, self.name, inputs.shape[1])
         chosen = self._chosen
         answers = {0 if s.answer is None else s.answer.stop - s.answer.start for s in inputs.spans}
         n_answer = answers.pop() if len(answers) == 1 else 0  # of unequal ones the prompts would lie elsewhere
@@ -117,6 +129,11 @@ class Patch:
         nothing is patched."""
         values, at = self._aligned(activation, at, before)
         return torch.where(selection(self.name, activation, at, self.heads, self.neurons), values, activation)
+
+    def edit_at(self, activation: Float[Tensor, ...], place: Place) -> Float[Tensor, ...]:
+        """Return the edit of one chunk, which goes on where earlier chunks left the source."""
+        before = None if place.earlier is None else place.earlier().to(activation.device)
+        return self.edit(activation, place.at, before)
 
     def _aligned(self, activation: Tensor, at: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """The source's values moved to the positions that `at` marks, and those of them that it has."""
@@ -173,7 +190,7 @@ class Patch:
 
 
 @dataclass(frozen=True, eq=False)
-class Ablate:
+class Ablate(Intervention):
     """Set `heads` or `neurons` (default: all) of a hook point to `value` at `positions`.
 
     value: "zero"; "mean", over the rows and chosen positions of a `reference` cache; or a tensor that
@@ -226,6 +243,11 @@ class Ablate:
         site = require_site(cfg, self.name, self.heads, self.neurons, "Ablate")
         require_fill(cfg, self.name, self._fill.shape, "Ablate")
         return site
+
+    @property
+    def caches(self) -> Sequence[ActivationCache]:
+        """The reference, where it is a cache."""
+        return (self.reference,) if isinstance(self.reference, ActivationCache) else ()
 
     def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:
         """The value at the chosen places, else the activation as it was."""

@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.interventions.base import require_layer, shown
+from veena_lens.interventions.base import Intervention, require_layer, shown
 from veena_lens.positions import parse
 
 
 @dataclass(frozen=True, eq=False)  # holds a tensor: identity, not ==
-class Steer:
+class Steer(Intervention):
     """resid_post of `layer` += alpha * vector at `positions`; alpha is in units of `vector`.
 
     Raises: ValueError for a vector that is not [d_model], is not finite, or for unknown positions.
@@ -59,7 +59,7 @@ class Steer:
 
 
 @dataclass(frozen=True, eq=False)  # holds a tensor: identity, not ==
-class SteerKeepingNorm:
+class SteerKeepingNorm(Intervention):
     """hook_mlp_out of `layer` becomes ||x|| normalise(x^ + y) at `positions`, y = strength w v^, ^ meaning unit length.
 
     w is 1 + max(0, cos(x, -v)) where `adaptive` (an output that points away is turned more), else 1. A strength of 0

@@ -1,17 +1,15 @@
-"""Attention of chosen query rows, at the memory of a plain forward.
+"""Attention of chosen query rows, at the memory of a plain forward: `model.attention`, `model.record_attention`.
 
-The question asked most is where one token looks. A pattern of every row costs [n_heads pos pos] a layer; here
-each layer hands over its rotated queries and keys, only the asked rows are multiplied and kept, and the layer
+The question asked most is where one token looks. A pattern of every row costs [n_heads pos pos] per layer; here
+each layer hands over its rotated queries and keys, only the rows asked for are multiplied and kept, and the layer
 itself stays fused. Chunks of cached decoding append their rows.
-
-`model.attention` and `model.record_attention`: where chosen tokens look, in a forward pass or while generating.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -19,10 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens.components.masks import Mask, masked_softmax
-from veena_lens.model.edits import Frame
 from veena_lens.model.span import PassSpan
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.scores import Scores
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 class AttentionRows:
@@ -41,16 +41,16 @@ class AttentionRows:
         self._key_mask: Tensor | None = None
         self._now: tuple[Tensor, Tensor] | None = None
 
-    def begin(self, run: PassSpan) -> None:
+    def begin(self, span: PassSpan) -> None:
         """A chunk starts: find its query rows and, at the first one, the keys."""
-        if self._key_places is None or run.is_prefill:
+        if self._key_places is None or span.is_prefill:
             self._parts = {layer: [] for layer in self.layers}
             self._query_places, self._query_masks = [], []
-            self._key_places, self._key_mask = padded_places(position_mask(run.inputs, self.keys))
-        index, mask = padded_places(run.mask(self.queries))
+            self._key_places, self._key_mask = padded_places(position_mask(span.inputs, self.keys))
+        index, mask = padded_places(span.mask(self.queries))
         self._now = (index, mask) if index.shape[1] else None
         if self._now is not None:
-            self._query_places.append(index + run.start)
+            self._query_places.append(index + span.start)
             self._query_masks.append(mask)
 
     def read(
@@ -146,62 +146,41 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-class Attending:
-    """Mixin of HookedVLM."""
+def attention(
+    model: HookedVLM,
+    inputs: Any,
+    queries: Any,
+    keys: Any,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Scores:
+    """Return attention weights of chosen query rows: see `HookedVLM.attention`."""
+    span = PassSpan.whole(model.as_inputs(inputs))
+    for what, chosen in (("queries", queries), ("keys", keys)):
+        if not bool(span.mask(chosen).any()):
+            raise ValueError(f"attention: {what}={chosen!r} selects no position in {span.inputs!r}.")
+    with torch.no_grad(), record_attention(model, queries, keys, layers, heads) as seen:
+        model(span.inputs, stop_at_layer=max(seen.layers) + 1, return_type=None)
+    return seen.scores()
 
-    cfg: Any
 
-    def attention(
-        self,
-        inputs: Any,
-        queries: Any = "last",
-        keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
-    ) -> Scores:
-        """Attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
-
-        queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice,
-        a mask, a Box of pixels or a Tile. Only these rows are computed; every layer stays fused, so memory is that
-        of a plain forward.
-        `.meta` holds the positions of the rows; interventions in force are honoured.
-        Raises: ValueError for an empty selection, or for image keys without an image.
-        """
-        prepared = self.as_inputs(inputs)  # type: ignore[attr-defined]
-        run = PassSpan(prepared, 0, prepared.shape[1])
-        for what, chosen in (("queries", queries), ("keys", keys)):
-            if not bool(run.mask(chosen).any()):
-                raise ValueError(f"attention: {what}={chosen!r} selects no position in {prepared!r}.")
-        with torch.no_grad(), self.record_attention(queries, keys, layers, heads) as seen:
-            last = max(seen.layers) + 1
-            self(prepared, stop_at_layer=last if last < self.cfg.n_layers else None, return_type=None)  # type: ignore[operator]
-        return seen.scores()
-
-    @contextmanager
-    def record_attention(
-        self,
-        queries: Any = "generated",
-        keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
-    ) -> Iterator[AttentionRows]:
-        """Collect attention rows of whatever runs inside the block, `generate` included; read `.scores()` after.
-
-        "generated" queries are the tokens being generated (each row is that token's own look back)."""
-        cfg = self.cfg
-        chosen_layers = [_index(i, cfg.n_layers, "layer") for i in (range(cfg.n_layers) if layers is None else layers)]
-        chosen_heads = [_index(i, cfg.n_heads, "head") for i in (range(cfg.n_heads) if heads is None else heads)]
-        if not chosen_layers or not chosen_heads:
-            raise ValueError("attention: give at least one layer and one head (None means all).")
-        rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.score_scale)
-        with self.recording(rows):
-            yield rows
-
-    @contextmanager
-    def recording(self, rows: AttentionRows) -> Iterator[AttentionRows]:
-        """Let `rows` read the attention of whatever runs inside the block."""
-        with self._edits.entered(Frame(recorder=rows)):  # type: ignore[attr-defined]
-            yield rows
+@contextmanager
+def record_attention(
+    model: HookedVLM,
+    queries: Any,
+    keys: Any,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+) -> Iterator[AttentionRows]:
+    """Collect attention rows of whatever runs inside the block: see `HookedVLM.record_attention`."""
+    cfg = model.cfg
+    chosen_layers = [_index(i, cfg.n_layers, "layer") for i in (range(cfg.n_layers) if layers is None else layers)]
+    chosen_heads = [_index(i, cfg.n_heads, "head") for i in (range(cfg.n_heads) if heads is None else heads)]
+    if not chosen_layers or not chosen_heads:
+        raise ValueError("attention: give at least one layer and one head (None means all).")
+    rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.score_scale)
+    with model.recording(rows):
+        yield rows
 
 
 def _index(i: int, n: int, what: str) -> int:

@@ -7,21 +7,24 @@ Interventions act in the order of their list, before hooks that are added inside
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from veena_lens.activation_cache import ActivationCache
-from veena_lens.hook_table import layer_of, row_of
-from veena_lens.interventions.attention import BoostAttention, SuppressHeads
-from veena_lens.interventions.base import Intervention, content, is_same_model, picture_positions
-from veena_lens.interventions.patch import Patch
+from veena_lens.hook_table import layer_of, require_hook, row_of
+from veena_lens.interventions.base import (
+    Intervention,
+    Place,
+    is_same_model,
+    picture_positions,
+    require_intervention,
+)
 from veena_lens.model.span import PassSpan
 from veena_lens.positions import parse, position_mask, reaches_generated
 
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 class Applied:
     """One intervention in force: its hook point, and the rows it is for (None: every row of any batch)."""
 
-    intervention: Any
+    intervention: Intervention
     name: str
     of: tuple[int, ...] | None = None
 
@@ -66,7 +69,7 @@ class Applied:
     @property
     def bias_layer(self) -> int | None:
         """The layer whose fused attention takes it as a bias, None for an edit of an activation."""
-        return layer_of(self.name) if getattr(self.intervention, "is_bias", False) else None
+        return layer_of(self.name) if self.intervention.is_bias else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,11 +147,28 @@ def intervene(
 
 @contextmanager
 def _intervening(model: HookedVLM, frame: Frame) -> Iterator[HookedVLM]:
-    # A factor of 1 is no edit: to hear the pattern for it would leave the fused kernel, whose last bits differ.
-    acting = [p for p in frame.applied if getattr(p.intervention, "factor", None) != 1]
+    # To hear a pattern for an edit that changes nothing would leave the fused kernel, whose last bits differ.
+    acting = [p for p in frame.applied if not p.intervention.changes_nothing]
     edits = [(p.name, _hook_of(model, p)) for p in acting if p.bias_layer is None]
-    with model._edits.entered(frame), model.hooks(edits):
+    with model._edits.entered(frame), _listening(model, edits):
         yield model
+
+
+@contextmanager
+def _listening(model: HookedVLM, edits: Sequence[tuple[str, Callable[..., Tensor | None]]]) -> Iterator[None]:
+    """Let edits listen at their hook points inside the block. Each is taken away by itself: `model.hooks` counts how
+    deep blocks are nested, and would take another block's where one is left late."""
+    added = []
+    try:
+        for name, edit in edits:
+            point = model.hook_dict[name]
+            point.add_hook(edit)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
 
 
 def _words(positions: Any) -> tuple[str, ...]:
@@ -157,35 +177,34 @@ def _words(positions: Any) -> tuple[str, ...]:
 
 
 def _together(lists: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, tuple[int, ...]]]:
-    """(intervention, rows): those at the same place of several rows' lists that are alike act as one edit of all
-    (edits of attention that are numbers and words alone; the others stand for themselves).
+    """Yield (intervention, rows): those at the same place of several rows' lists that are alike act as one edit of all.
 
     Each row's own order is kept, and rows do not meet."""
     for place in range(max(map(len, lists), default=0)):
         groups: dict[Any, tuple[Any, list[int]]] = {}
         for row, mine in enumerate(lists):
             if place < len(mine):
-                item = mine[place]
-                told = content(item) if isinstance(item, (BoostAttention, SuppressHeads)) else None
-                groups.setdefault(row if told is None else repr(told), (item, []))[1].append(row)
+                item = require_intervention(mine[place], "intervene")
+                groups.setdefault(row if item.likeness is None else item.likeness, (item, []))[1].append(row)
         for intervention, rows in groups.values():
             yield intervention, tuple(rows)
 
 
-def _plan(model: HookedVLM, intervention: Any, of: tuple[int, ...] | None = None) -> Applied:
-    if not isinstance(intervention, Intervention):
-        raise TypeError(f"intervene: {intervention!r} is no intervention (Steer, ...).")
-    for source in (getattr(intervention, "source", None), getattr(intervention, "reference", None)):
-        theirs = getattr(source, "model", None)
-        if isinstance(source, ActivationCache) and theirs is not None and not is_same_model(model, theirs):
+def _plan(model: HookedVLM, item: Any, of: tuple[int, ...] | None = None) -> Applied:
+    """Return an intervention with its hook point in a model, checked.
+
+    Raises: TypeError for what is not an intervention, ValueError where it does not fit the model."""
+    intervention = require_intervention(item, "intervene")
+    for cache in intervention.caches:
+        if cache.model is not None and not is_same_model(model, cache.model):
             raise ValueError(
-                f"{intervention!r}: the cache was made by another model, {theirs!r}. To patch across models on "
+                f"{intervention!r}: the cache was made by another model, {cache.model!r}. To patch across models on "
                 "purpose, give the activation itself: source=cache[name]."
             )
-    return Applied(intervention, intervention.site(model.cfg), of)
+    return Applied(intervention, require_hook(intervention.site(model.cfg), model.hook_dict), of)
 
 
-def _hook_of(model: HookedVLM, applied: Applied) -> Any:
+def _hook_of(model: HookedVLM, applied: Applied) -> Callable[..., Tensor | None]:
     axes = row_of(applied.name).axis_names
 
     def edit(tensor: Tensor, hook: HookPoint) -> Tensor | None:
@@ -195,15 +214,19 @@ def _hook_of(model: HookedVLM, applied: Applied) -> Any:
         at = applied.mask(span, tensor.shape[-2 if "query_pos" in axes else 1]).to(tensor.device)
         if not bool(at.any()):
             return None
-        if isinstance(applied.intervention, Patch) and span.start > 0:
-            earlier = PassSpan(span.inputs, 0, span.start).mask(applied.intervention.positions)
-            return applied.intervention.edit(tensor, at, earlier.sum(-1).to(tensor.device))
-        keys = getattr(applied.intervention, "keys", None)
-        if keys is None:
-            return applied.intervention.edit(tensor, at)
-        return applied.intervention.edit(tensor, at, span.key_mask(keys).to(tensor.device))
+        return applied.intervention.edit_at(tensor, _place(applied.intervention, span, at))
 
     return edit
+
+
+def _place(intervention: Intervention, span: PassSpan, at: Bool[Tensor, "rows pos"]) -> Place:
+    """Return where an intervention acts in the pass that runs, given the positions of this chunk."""
+
+    def earlier() -> Int[Tensor, " rows"]:
+        return PassSpan(span.inputs, 0, span.start).mask(intervention.positions).sum(-1)
+
+    keys = None if intervention.keys is None else span.key_mask(intervention.keys).to(at.device)
+    return Place(at, keys, earlier if span.start > 0 else None)
 
 
 def attention_bias(model: HookedVLM, layer: int) -> Float[Tensor, "batch n_heads query_pos key_pos"] | None:
@@ -215,7 +238,7 @@ def attention_bias(model: HookedVLM, layer: int) -> Float[Tensor, "batch n_heads
         at, keys = applied.mask(span), span.key_mask(applied.intervention.keys)
         if bool(at.any()) and bool(keys.any()):
             bias = applied.intervention.bias(at, keys, model.cfg.n_heads, model.cfg.dtype)
-            total = bias if total is None else total + bias
+            total = bias if total is None else total if bias is None else total + bias
     return total
 
 
@@ -237,23 +260,16 @@ def require_reach(model: HookedVLM, span: PassSpan) -> None:
         if lists != n:
             raise ValueError(f"intervene(per_row=...): {lists} lists for a batch of {n} rows.")
     for applied in model._edits.applied:
-        n_source = getattr(applied.intervention, "n_rows", None)
-        if n_source not in (None, 1, n):
-            raise ValueError(
-                f"{applied.intervention!r}: its source has {n_source} rows, the run {n}; give a source of one row, "
-                "or of as many as the run has."
-            )
-        keys = getattr(applied.intervention, "keys", None)
-        needs_image = keys is not None and "image" in _words(keys)
-        if needs_image and applied.of is None and not bool(span.key_mask(applied.intervention.keys).any()):
-            raise ValueError(f"{applied.intervention!r} has no keys to act on: no row of {span.inputs!r} has an image.")
+        intervention = applied.intervention
+        needs_image = intervention.keys is not None and "image" in _words(intervention.keys)
+        if needs_image and applied.of is None and not bool(span.key_mask(intervention.keys).any()):
+            raise ValueError(f"{intervention!r} has no keys to act on: no row of {span.inputs!r} has an image.")
         at = applied.mask(span, _picture_positions(model, applied, span))
-        if isinstance(applied.intervention, Patch):
-            applied.intervention.require_fit(model.cfg, span.inputs, span.stop, at)
-        if reaches_generated(applied.intervention.positions):
+        intervention.fits(model.cfg, span.inputs, at)
+        if reaches_generated(intervention.positions):
             continue
         if (where := applied.nowhere(at)) is not None:
-            raise ValueError(f"{applied.intervention!r} selects no position in {where} of {span.inputs!r}.")
+            raise ValueError(f"{intervention!r} selects no position in {where} of {span.inputs!r}.")
 
 
 def _picture_positions(model: HookedVLM, applied: Applied, span: PassSpan) -> int:

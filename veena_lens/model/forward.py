@@ -30,6 +30,7 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.edits import attention_bias, running
 from veena_lens.model.span import PassSpan
 from veena_lens.vision.connector import TowerOutput
+from veena_lens.vision.qwen import DeepstackMerger
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
@@ -98,12 +99,10 @@ def residual_state(
     model: HookedVLM, span: PassSpan, resid: Float[Tensor, "batch pos d_model"], layer: int
 ) -> ResidualState:
     """Return a given residual stream as what enters block `layer`; images are encoded where later layers add them."""
-    seen = None
+    if layer > model.cfg.n_deepstack:
+        return ResidualState(resid, layer=layer)
     with running(model, span):
-        if layer <= model.cfg.n_deepstack and model.cfg.n_deepstack:
-            seen = run_tower(model, span.inputs)
-        deepstack = {} if seen is None else deepstack_features(model, seen, span.inputs)
-    return ResidualState(resid, deepstack, layer)
+        return ResidualState(resid, deepstack_of(model, span.inputs), layer)
 
 
 def blocks_share(
@@ -181,9 +180,15 @@ def deepstack_features(model: HookedVLM, seen: TowerOutput, inputs: MultimodalIn
     """Return, for each layer that receives features of an inner tower layer, what is added at its input."""
     out = {}
     for i, inner in enumerate(seen.inner[: model.cfg.n_deepstack]):
-        merger = model.deepstack[i]
+        merger = cast("DeepstackMerger", model.deepstack[i])
         out[i + 1] = scattered(merger.hook_out(pack(model, merger(inner), inputs)), inputs)
     return out
+
+
+def deepstack_of(model: HookedVLM, inputs: MultimodalInputs) -> Deepstack:
+    """Return the deep-stack features of the images; empty without images or in a model that has none."""
+    seen = run_tower(model, inputs) if model.cfg.n_deepstack else None
+    return {} if seen is None else deepstack_features(model, seen, inputs)
 
 
 def pack(

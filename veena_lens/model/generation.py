@@ -6,7 +6,7 @@ processors and stopping criteria are transformers' own classes, set by the check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,103 +18,63 @@ from veena_lens.components.kv_cache import KVCache
 from veena_lens.inputs import MultimodalInputs, text_positions
 from veena_lens.model.forward import LAST, forward
 from veena_lens.model.span import PassSpan
+from veena_lens.model.text import require_tokenizer
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 
-class Generation:
-    """Mixin of HookedVLM."""
+@torch.no_grad()
+def generate(model: HookedVLM, inputs: Any, settings: dict[str, Any], return_type: str, progress: bool) -> Any:
+    """Return the completions of a batch: see `HookedVLM.generate`, whose further arguments are `settings`."""
+    if return_type not in ("str", "tokens"):
+        raise ValueError(f"generate: return_type={return_type!r} must be 'str' or 'tokens'.")
+    if return_type == "str":
+        require_tokenizer(model.tokenizer, "generate(return_type='str')")
+    steps = _steps(model, inputs, settings)
+    if progress:
+        from tqdm.auto import tqdm
 
-    cfg: Any
-    tokenizer: Any
-    generation_config: Any
+        steps = tqdm(steps, total=settings["max_new_tokens"], desc="tokens", leave=False)
+    tokens = torch.empty(0)
+    for grown in steps:
+        tokens = grown
+    if return_type == "tokens":
+        # `inputs.with_answer(tokens)` reads it, to tell an answer's end from the padding after it.
+        tokens.end_token_ids = tuple(_settings(model.generation_config, settings)["eos"])  # type: ignore[attr-defined]
+        return tokens
+    return model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Any,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        *,
-        temperature: float | int | None = None,
-        top_k: int | None = None,
-        top_p: float | int | None = None,
-        repetition_penalty: float | int | None = None,
-        no_repeat_ngram_size: int | None = None,
-        min_new_tokens: int | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] | None = None,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        seed: int | None = None,
-        use_past_kv_cache: bool = True,
-        return_type: str = "str",
-        progress: bool = False,
-    ) -> Any:
-        """The completions of a batch: list[str], or their tokens [batch new] padded at the end.
 
-        inputs: prepared inputs, tokens, or text (prepared with the chat template). Stops as the checkpoint's
-        generation config says, at `stop_strings`, at the context's end, or after `max_new_tokens`. Values left
-        None come from that config (where it says nothing, nothing is filtered when sampling). `seed` makes
-        sampling repeat itself. Hooks and interventions act at every step; `use_past_kv_cache=False` recomputes
-        the whole sequence each step, with the same result.
-        Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer.
-        """
-        if return_type not in ("str", "tokens"):
-            raise ValueError(f"generate: return_type={return_type!r} must be 'str' or 'tokens'.")
-        if return_type == "str":
-            self._need_tokenizer("generate(return_type='str')")  # type: ignore[attr-defined]
-        given = {k: v for k, v in locals().items() if k in _SETTINGS}
-        steps = self._steps(inputs, given)
-        if progress:
-            from tqdm.auto import tqdm
+@torch.no_grad()
+def generate_stream(model: HookedVLM, inputs: Any, settings: dict[str, Any]) -> Iterator[Any]:
+    """Yield text as it grows: see `HookedVLM.generate_stream`."""
+    tokenizer = require_tokenizer(model.tokenizer, "generate_stream")
+    unknown = set(settings) - set(SETTINGS)
+    if unknown:
+        raise TypeError(f"generate_stream: unknown settings {sorted(unknown)}; known: {sorted(SETTINGS)}.")
+    said: list[str] = []
+    texts: list[str] = []
+    for tokens in _steps(model, inputs, settings):
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        said = said or [""] * len(texts)
+        # A character in the middle of its bytes decodes to U+FFFD: wait for the rest.
+        ready = [t if not t.endswith("\ufffd") and t.startswith(s) else s for t, s in zip(texts, said, strict=True)]
+        pieces = [t[len(s) :] for t, s in zip(ready, said, strict=True)]
+        said = ready
+        if any(pieces):
+            yield pieces[0] if len(pieces) == 1 else pieces
+    rest = [t[len(s) :] if t.startswith(s) else "" for t, s in zip(texts, said, strict=True)]
+    if any(rest):
+        yield rest[0] if len(rest) == 1 else rest
 
-            steps = tqdm(steps, total=max_new_tokens, desc="tokens", leave=False)
-        tokens = torch.empty(0)
-        for grown in steps:
-            tokens = grown
-        if return_type == "tokens":
-            # `inputs.with_answer(tokens)` reads it, to tell an answer's end from the padding after it.
-            tokens.end_token_ids = tuple(_settings(self.generation_config, given)["eos"])  # type: ignore[attr-defined]
-            return tokens
-        return self._decode(tokens)
 
-    @torch.no_grad()
-    def generate_stream(
-        self, inputs: Any, max_new_tokens: int = 64, do_sample: bool = False, **settings: Any
-    ) -> Iterator[Any]:
-        """Yields text as it grows: the new piece, str for one row, list[str] for a batch. Joined, the pieces are
-        what `generate` returns. Takes the settings of `generate`."""
-        self._need_tokenizer("generate_stream")  # type: ignore[attr-defined]
-        unknown = set(settings) - set(_SETTINGS)
-        if unknown:
-            raise TypeError(f"generate_stream: unknown settings {sorted(unknown)}; known: {sorted(_SETTINGS)}.")
-        defaults = {"use_past_kv_cache": True, **settings, "max_new_tokens": max_new_tokens, "do_sample": do_sample}
-        said: list[str] = []
-        texts: list[str] = []
-        for tokens in self._steps(inputs, defaults):
-            texts = self._decode(tokens)
-            said = said or [""] * len(texts)
-            # A character in the middle of its bytes decodes to U+FFFD: wait for the rest.
-            ready = [t if not t.endswith("\ufffd") and t.startswith(s) else s for t, s in zip(texts, said, strict=True)]
-            pieces = [t[len(s) :] for t, s in zip(ready, said, strict=True)]
-            said = ready
-            if any(pieces):
-                yield pieces[0] if len(pieces) == 1 else pieces
-        rest = [t[len(s) :] if t.startswith(s) else "" for t, s in zip(texts, said, strict=True)]
-        if any(rest):
-            yield rest[0] if len(rest) == 1 else rest
-
-    def _decode(self, tokens: Tensor) -> list[str]:
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    @torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
-    def _steps(self, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
-        """The tokens generated so far, after each step."""
-        prompt = as_prompt(self, inputs)
-        cache = KVCache(self.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
-        yield from decode_steps(self, prompt, settings, lambda new: next_logits(self, prompt, new, cache))
+@torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
+def _steps(model: HookedVLM, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
+    """The tokens generated so far, after each step."""
+    prompt = as_prompt(model, inputs)
+    cache = KVCache(model.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
+    yield from decode_steps(model, prompt, settings, lambda new: next_logits(model, prompt, new, cache))
 
 
 def as_prompt(model: HookedVLM, inputs: Any) -> MultimodalInputs:
@@ -200,7 +160,7 @@ def decode_steps(
             break
 
 
-_SETTINGS = (
+SETTINGS = (
     "max_new_tokens",
     "do_sample",
     "temperature",

@@ -1,24 +1,27 @@
-"""Hooks and caches: run_with_hooks, run_with_cache and their kin, with names checked and images respected.
+"""Hooks and caches on a model: the root module, with names checked and images respected.
 
-Overrides of transformer_lens's HookedRootModule where a text-only reading of names and axes would go wrong:
-positions are sliced by the hook table's axes, vision activations are never sliced by text positions, unknown
-names raise, and a cache beside user hooks stores copies (a hook may write in place).
+`HookedRoot` is transformer_lens's HookedRootModule where a text-only reading of names and axes would go wrong: unknown
+names raise, positions are sliced by the hook table's axes, vision activations are never sliced by text positions, and
+a cache beside user hooks stores copies (a hook may write in place).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
-from veena_lens.activation_cache import ActivationCache
+from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import aliases, canonical, hooks_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 class HookDict(dict[str, HookPoint]):
@@ -41,8 +44,10 @@ class HookDict(dict[str, HookPoint]):
         return self[name] if name in self else default  # noqa: SIM401 (dict.get skips __missing__)
 
 
-class Hooking(HookedRootModule):
-    """Mixin of HookedVLM."""
+class HookedRoot(HookedRootModule):
+    """The root of a module tree whose hook points the hook table names."""
+
+    cfg: HookedVLMConfig
 
     def setup(self) -> None:
         """Name every module and hook point."""
@@ -112,53 +117,6 @@ class Hooking(HookedRootModule):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*model_args, **model_kwargs)
 
-    def run_with_cache(
-        self,
-        *model_args: Any,
-        names_filter: Any = None,
-        device: Any = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        pos_slice: Any = None,
-        return_cache_object: bool = True,
-        **model_kwargs: Any,
-    ) -> tuple[Any, Any]:
-        """Forward, and an ActivationCache of every hook point, or of those that `names_filter` names.
-
-        names_filter: None (all but the large split inputs), a name, a list of names, or a predicate.
-        pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
-        of scores and patterns), never heads, never images. incl_bwd runs backward on the output (a scalar:
-        return_type="loss") and stores gradients under "..._grad". device moves what is stored.
-        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
-        """
-        inputs = self._remembered(model_args, model_kwargs)
-        if inputs is not None and model_kwargs.get("start_at_layer") is None:
-            model_args = (inputs, *model_args[1:])
-        if remove_batch_dim and inputs is not None and len(inputs) != 1:
-            raise ValueError(f"remove_batch_dim asks for one row; the batch has {len(inputs)}.")
-        cache, fwd, bwd = self.get_caching_hooks(
-            names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
-        )
-        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            out = self(*model_args, **model_kwargs)
-            if incl_bwd:
-                out.backward()
-        if not return_cache_object:
-            return out, cache
-        sliced = Slice.unwrap(pos_slice).mode != "identity"
-        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim, inputs=None if sliced else inputs)
-
-    def _remembered(self, args: Sequence[Any], kwargs: dict[str, Any]) -> MultimodalInputs | None:
-        """The inputs of a coming forward, prepared once so that a cache can keep them; None for a residual."""
-        if kwargs.get("start_at_layer") is not None:
-            given = kwargs.get("tokens")
-            return given if isinstance(given, MultimodalInputs) else None
-        if not args:
-            return None
-        return self.as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None))  # type: ignore[attr-defined, operator]
-
     def get_caching_hooks(
         self,
         names_filter: Any = None,
@@ -220,7 +178,7 @@ class Hooking(HookedRootModule):
 
         Raises: ValueError for an unknown name."""
         if names_filter is None:
-            table = hooks_of(self.cfg)  # type: ignore[arg-type, attr-defined]
+            table = hooks_of(self.cfg)
             return [n for n in self._points.canonical_names if table[n].by_default]
         if isinstance(names_filter, str):
             return self._hook_names(names_filter)
@@ -242,3 +200,44 @@ class Hooking(HookedRootModule):
             if point.fwd_hooks or point.bwd_hooks:
                 point.remove_hooks(direction, including_permanent=including_permanent, level=level)
         self.is_caching = False
+
+
+def run_with_cache(
+    model: HookedVLM,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    *,
+    names_filter: Any,
+    device: Any,
+    remove_batch_dim: bool,
+    incl_bwd: bool,
+    reset_hooks_end: bool,
+    clear_contexts: bool,
+    pos_slice: Any,
+) -> tuple[Any, dict[str, Tensor], MultimodalInputs | None]:
+    """Run forward with `args` and `kwargs`; return its output, the activations and the inputs (None where positions are
+    sliced): see `HookedVLM.run_with_cache`."""
+    inputs = _inputs_of(model, args, kwargs)
+    if inputs is not None and kwargs.get("start_at_layer") is None:
+        args = (inputs, *args[1:])
+    if remove_batch_dim and inputs is not None and len(inputs) != 1:
+        raise ValueError(f"remove_batch_dim asks for one row; the batch has {len(inputs)}.")
+    cache, fwd, bwd = model.get_caching_hooks(
+        names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
+    )
+    with model.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+        out = model(*args, **kwargs)
+        if incl_bwd:
+            out.backward()
+    sliced = Slice.unwrap(pos_slice).mode != "identity"
+    return out, cache, None if sliced else inputs
+
+
+def _inputs_of(model: HookedVLM, args: Sequence[Any], kwargs: dict[str, Any]) -> MultimodalInputs | None:
+    """The inputs of a coming forward, prepared once so that a cache can keep them; None for a residual."""
+    if kwargs.get("start_at_layer") is not None:
+        given = kwargs.get("tokens")
+        return given if isinstance(given, MultimodalInputs) else None
+    if not args:
+        return None
+    return model.as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None))

@@ -18,44 +18,31 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from veena_lens import checkpoints
+from veena_lens.activation_cache import ActivationCache
 from veena_lens.components.block import Block, Embed, Unembed
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
 from veena_lens.images.layout import layout_of
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.model.attention_rows import Attending
-from veena_lens.model.edits import EditStack, Frame, intervene
-from veena_lens.model.forward import (
-    Deepstack,
-    connect,
-    deepstack_features,
-    embed,
-    forward,
-    last_logits,
-    next_token_loss,
-    residual_state,
-    resolve_layer,
-    run_tower,
-    scattered,
-    unembed,
-)
-from veena_lens.model.generation import Generation, end_tokens
-from veena_lens.model.hooks import Hooking
+from veena_lens.interventions.base import Intervention
+from veena_lens.model import attention_rows, edits, forward, generation, hooks, loading, text
+from veena_lens.model.attention_rows import AttentionRows
+from veena_lens.model.hooks import HookedRoot
 from veena_lens.model.span import PassSpan
-from veena_lens.model.text import TextInterface, as_inputs, inputs_of_residual
+from veena_lens.model.text import TextInterface
 from veena_lens.model.weights import StackedWeights
+from veena_lens.scores import Scores
 from veena_lens.vision import make_tower
 from veena_lens.vision.connector import make_connector
 from veena_lens.vision.qwen import DeepstackMerger
 
 
-class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
+class HookedVLM(StackedWeights, TextInterface, HookedRoot):
     """A native multimodal model with named, live hook points.
 
     `HookedVLM.from_pretrained("tiny-llava-emotion")` loads an embedded checkpoint, a folder or a hub id;
-    `HookedVLM(cfg)` makes a random one. Fields: cfg, tokenizer, processor, generation_config (None without).
-    """
+    `HookedVLM(cfg)` makes a random one. Fields: cfg, tokenizer, processor, generation_config (None without)."""
 
     cfg: HookedVLMConfig
 
@@ -65,7 +52,7 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
         self.generation_config: Any = None
         self.adapter: Any = None
         self.device_map: dict[str, Any] | None = None
-        self._edits = EditStack()
+        self._edits = edits.EditStack()
         if cfg.vision is not None and cfg.connector is not None:
             self.vision = make_tower(cfg.vision)
             self.connector = make_connector(cfg.connector)
@@ -73,16 +60,14 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
             if layout_of(cfg).has_newline:
                 self.image_newline = nn.Parameter(torch.zeros(cfg.d_model))
             if cfg.vision.deepstack_layers:
-                n = len(cfg.vision.deepstack_layers)
-                reach = (i < cfg.n_deepstack for i in range(n))
+                reach = [i < cfg.n_deepstack for i in range(len(cfg.vision.deepstack_layers))]
                 self.deepstack = nn.ModuleList(DeepstackMerger(cfg.vision, cfg.connector, live) for live in reach)
         self.embed = Embed(cfg.d_vocab, cfg.d_model, cfg.scales_embeddings)
         self.hook_embed = HookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg)
-        self.unembed = Unembed(
-            cfg.d_vocab, cfg.d_model, self.embed if cfg.tie_word_embeddings else None, cfg.unembed_bias
-        )
+        tied_to = self.embed if cfg.tie_word_embeddings else None
+        self.unembed = Unembed(cfg.d_vocab, cfg.d_model, tied_to, cfg.unembed_bias)
         self._rotary = LayerRotary(cfg)
         self.setup()
         self.eval()
@@ -101,55 +86,31 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
         revision: str | None = None,
         lora: str | Path | None = None,
     ) -> HookedVLM:
-        """An embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
+        """Load an embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
 
-        dtype: None keeps what is stored. device: None is the CPU. device_map="auto" spreads the blocks over the
-        machine's GPUs. casts="none" computes norms in the model's dtype instead of rounding as Hugging Face does.
-        lora: a folder or hub id of a LoRA adapter in peft's files, merged into the weights; a folder that holds an
-        adapter and no model may be given as `name` itself, and its base is loaded. Weights in 4 or 8 bits
-        (bitsandbytes, torchao) stay packed. Weights stream into an empty model: peak memory is about one copy.
+        Weights stream into an empty model: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes,
+        torchao) stay packed.
+        dtype: None keeps what is stored. device: None is the CPU. device_map: "auto" spreads the blocks over the
+            machine's GPUs. revision: of a hub id.
+        casts: "hf" rounds norms as Hugging Face does, "none" computes them in the model's dtype.
+        lora: a folder or hub id of a LoRA adapter in peft's files, merged into the weights. A folder that holds an
+            adapter and no model may be given as `name` itself; its base is loaded.
         Raises: FileNotFoundError; ValueError for an unknown architecture, or weights that do not fit (all listed).
         """
-        if lora is None and checkpoints.is_lora_folder(name):
-            name, lora = checkpoints.base_of(name), name
-        tuned = None if lora is None else checkpoints.open_lora(lora)
-        checkpoint = checkpoints.open_checkpoint(name, dtype=dtype, casts=casts, revision=revision)
-        with torch.device("meta"):
-            model = cls(checkpoint.cfg)
-        checkpoints.fill_from_files(model, checkpoint, dtype=dtype, device=device, device_map=device_map, lora=tuned)
-        processor = checkpoints.load_processor(checkpoint.path)
-        return model._loaded(
-            checkpoint.adapter, processor, checkpoints.load_generation_config(checkpoint.path, checkpoint.hf_config)
+        return loading.from_pretrained(
+            cls, name, dtype=dtype, device=device, device_map=device_map, casts=casts, revision=revision, lora=lora
         )
 
     @classmethod
     def from_hf(cls, hf_model: Any, processor: Any = None, *, copy: bool = False, casts: str = "hf") -> HookedVLM:
-        """A Hugging Face model that is in memory, converted; keeps its dtype and device and shares its storage
-        unless `copy`. The processor (or a tokenizer, for text models) is optional.
+        """Convert a Hugging Face model that is in memory, with its dtype and device, and its storage unless `copy`.
 
+        processor: optional; of a text model its tokenizer. casts: as `from_pretrained`.
         Raises: ValueError for an unknown architecture."""
-        adapter = checkpoints.find_adapter(type(hf_model).__name__)
-        cfg = replace(adapter.read_config(hf_model.config), architecture=adapter.architecture, casts=casts)
-        cfg = replace(cfg, model_name=getattr(hf_model.config, "_name_or_path", "") or "")
-        with torch.device("meta"):
-            model = cls(cfg)
-        checkpoints.fill_from_state_dict(model, hf_model.state_dict(), adapter, cfg, copy=copy)
-        if cfg.scales_embeddings:  # the factor as their model holds it, rounded to the dtype that it was made in
-            model.embed.scale = float(hf_model.get_input_embeddings().embed_scale)
-        return model._loaded(adapter, processor, getattr(hf_model, "generation_config", None))
-
-    def _loaded(self, adapter: Any, processor: Any, generation_config: Any) -> HookedVLM:
-        """Attach what belongs to a checkpoint beside its weights."""
-        self.adapter, self.generation_config = adapter, generation_config
-        self.setup()  # quantised weights came in modules of their own
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.processor = processor
-        self.eval()
-        self._refresh_cfg()
-        return self
+        return loading.from_hf(cls, hf_model, processor, copy, casts)
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
-        """Every weight under the name and in the shape that Hugging Face's model of this architecture has.
+        """Return every weight under the name and in the shape that Hugging Face's model of this architecture has.
 
         Raises: ValueError for a model that came from no checkpoint."""
         if self.adapter is None:
@@ -170,30 +131,27 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
     def prepare(
         self, text: Any = None, images: Any = None, *, chat: bool = True, answer: Any = None, messages: Any = None
     ) -> MultimodalInputs:
-        """Text and images as inputs, through the checkpoint's own processor.
+        """Make inputs of text and images, through the checkpoint's own processor.
 
-        text: a prompt or a list of prompts; images: for one prompt an image (PIL, path) or several, for a list
-        one list a prompt (or one image each). chat=True wraps the prompt in the chat template; chat=False
-        takes it raw, holding the model's image token itself. answer: a lead-in or teacher-forced answer, with
-        its span. messages: a conversation in Hugging Face's format instead of text.
+        text: a prompt or a list of prompts. images: for one prompt an image (PIL, path) or several; for a list of
+            prompts one list per prompt, or one image each.
+        chat: True wraps the prompt in the chat template; False takes it raw, holding the model's image token itself.
+        answer: a lead-in or teacher-forced answer, with its span. messages: a conversation in Hugging Face's format
+            instead of text.
         Raises: ValueError for images that do not match their placeholders, no template, or a prompt too long.
         """
-        inputs = checkpoints.prepare(
-            self.processor, self.cfg, text, images, chat=chat, answer=answer, messages=messages
-        )
-        return self._placed(inputs)
+        made = checkpoints.prepare(self.processor, self.cfg, text, images, chat=chat, answer=answer, messages=messages)
+        return self._placed(made)
 
     def inputs_from_hf(self, **outputs: Any) -> MultimodalInputs:
-        """Whatever a Hugging Face processor emits as inputs; padding side and position ids are kept.
+        """Make inputs of whatever a Hugging Face processor emits; padding side and position ids are kept.
 
         Raises: ValueError for unknown keys, missing images, or padding without a mask."""
-        inputs = checkpoints.inputs_from_hf(self.cfg, self.tokenizer, **outputs)
-        return self._placed(inputs)
+        return self._placed(checkpoints.inputs_from_hf(self.cfg, self.tokenizer, **outputs))
 
     def _placed(self, inputs: MultimodalInputs) -> MultimodalInputs:
         """Inputs on the model's device, knowing which tokens end an answer."""
-        ends = end_tokens(self.generation_config)
-        return replace(inputs, end_token_ids=ends).to(self.embed.weight.device)
+        return replace(inputs, end_token_ids=generation.end_tokens(self.generation_config)).to(self.embed.weight.device)
 
     def as_inputs(
         self, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -205,7 +163,7 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
         Raises: ValueError for padding without a mask, image tokens without images, a context too long, or a mask
         beside prepared inputs; TypeError for anything else than inputs, tokens or text.
         """
-        return as_inputs(self, input, attention_mask, position_ids)
+        return text.as_inputs(self, input, attention_mask, position_ids)
 
     # --- forward ---------------------------------------------------------------------------------------
     def forward(
@@ -220,87 +178,85 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Any:
-        """Logits [batch pos d_vocab] of prepared inputs, tokens [batch pos] or raw text.
+        """Return logits [batch pos d_vocab], a loss or the residual stream that enters a block.
 
-        return_type: "logits", "loss" (mean next-token loss over text targets), "both", or None.
-        stop_at_layer=l returns the residual stream that enters block l; start_at_layer=l takes such a residual
-        as `input` (with the inputs it came from as `tokens`, where positions, padding, a loss or images whose tokens
-        read each other in both directions matter).
+        input: prepared inputs, tokens [batch pos], raw text; with start_at_layer a residual [batch pos d_model].
+        return_type: "logits", "loss" (next-token loss over text targets), "both", or None for nothing.
+        loss_per_token: the loss of each position instead of their mean.
+        start_at_layer: the block that `input` enters; `tokens` are then the inputs it came from, needed where
+            positions, padding, a loss, or images whose tokens read each other in both directions matter.
+        stop_at_layer: the block whose input is returned, 0 .. n_layers. attention_mask, position_ids: of bare tokens.
         Raises: ValueError for padding without a mask, image tokens without images, or a context too long.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None.")
         n = self.cfg.n_layers
-        stop = resolve_layer(stop_at_layer, n, "stop_at_layer")
-        start = resolve_layer(start_at_layer, n, "start_at_layer")
+        stop = forward.resolve_layer(stop_at_layer, n, "stop_at_layer")
+        start = forward.resolve_layer(start_at_layer, n, "start_at_layer")
         if start is None:
             span, entering = PassSpan.whole(self.as_inputs(input, attention_mask, position_ids)), None
         else:
-            span = PassSpan.whole(inputs_of_residual(self, input, tokens, attention_mask, position_ids))
-            entering = residual_state(self, span, input, start)
+            span = PassSpan.whole(text.inputs_of_residual(self, input, tokens, attention_mask, position_ids))
+            entering = forward.residual_state(self, span, input, start)
         if stop is not None:
-            return forward(self, span, entering=entering, stop=stop)
+            return forward.forward(self, span, entering=entering, stop=stop)
         if return_type is None:
-            forward(self, span, entering=entering, stop=n)
+            forward.forward(self, span, entering=entering, stop=n)
             return None
-        logits = forward(self, span, entering=entering)
+        logits = forward.forward(self, span, entering=entering)
         if return_type == "logits":
             return logits
-        loss = next_token_loss(logits, span.inputs, loss_per_token)
+        loss = forward.next_token_loss(logits, span.inputs, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def forward_hf(self, **outputs: Any) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits for a Hugging Face processor's tensors: equals Hugging Face's `model(**outputs).logits`."""
+        """Return logits for a Hugging Face processor's tensors: equals Hugging Face's `model(**outputs).logits`."""
         return self(self.inputs_from_hf(**outputs))
 
     def last_logits(self, inputs: Any) -> Float[Tensor, "batch d_vocab"]:
         """Return the logits of the last real position of each row; the other positions are not unembedded.
 
-        inputs: prepared inputs, tokens [batch pos] or raw text. Hooks of `ln_final` and `unembed` hear one position
-        per row; interventions in force act.
-        Raises: as `forward`.
-        """
-        return last_logits(self, self.as_inputs(inputs))
+        inputs: as `forward` takes them. Hooks of `ln_final` and `unembed` hear one position per row."""
+        return forward.last_logits(self, self.as_inputs(inputs))
 
     def unembed_resid(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         """Return the logits of a residual stream that left the last block: final norm and unembedding.
 
         resid: at any number of positions; it is moved to the device of the final norm."""
-        return unembed(self, resid)
+        return forward.unembed(self, resid)
 
     def embed_inputs(self, inputs: MultimodalInputs) -> Float[Tensor, "batch pos d_model"]:
         """Return the merged sequence that enters block 0: token embeddings with image features in their places."""
-        return embed(self, PassSpan.whole(inputs)).resid
+        return forward.embed(self, PassSpan.whole(inputs)).resid
 
     def image_features(self, inputs: MultimodalInputs) -> Float[Tensor, "n_image_tokens d_model"] | None:
         """Return what the tower and the connector make of the images, row after row; None without images."""
-        seen = run_tower(self, inputs)
-        return None if seen is None else connect(self, seen, inputs)
+        seen = forward.run_tower(self, inputs)
+        return None if seen is None else forward.connect(self, seen, inputs)
 
-    def deepstack_of(self, inputs: MultimodalInputs) -> Deepstack:
+    def deepstack_of(self, inputs: MultimodalInputs) -> forward.Deepstack:
         """Return, by layer, what is added at its input, zero away from the image tokens; empty without deep-stack."""
-        seen = run_tower(self, inputs) if self.cfg.n_deepstack else None
-        return {} if seen is None else deepstack_features(self, seen, inputs)
+        return forward.deepstack_of(self, inputs)
 
     def scatter_deepstack(
         self, features: Float[Tensor, "n_image_tokens d_model"], inputs: MultimodalInputs
     ) -> Float[Tensor, "batch pos d_model"]:
         """Return features in the places of their image tokens, zeros elsewhere."""
-        return scattered(features, inputs)
+        return forward.scattered(features, inputs)
 
-    # --- interventions ---------------------------------------------------------------------------------
+    # --- interventions and attention -------------------------------------------------------------------
     def intervene(
         self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None
     ) -> AbstractContextManager[HookedVLM]:
-        """Apply interventions inside a `with` block; `per_row` gives one list per row of the batch.
+        """Apply interventions inside a `with` block. An empty list changes nothing; outer blocks act first.
 
-        An empty list changes nothing; blocks nest, outer interventions acting first.
+        interventions: a list, a Circuit, or a single one. per_row: one list per row of the batch instead.
         Raises: TypeError for what is not an intervention; ValueError for one that does not fit the model.
         """
-        return intervene(self, interventions, per_row)
+        return edits.intervene(self, interventions, per_row)
 
     @property
-    def interventions(self) -> tuple[Any, ...]:
+    def interventions(self) -> tuple[Intervention, ...]:
         """The interventions in force, outer `with` blocks first."""
         return tuple(applied.intervention for applied in self._edits.applied)
 
@@ -312,9 +268,126 @@ class HookedVLM(Attending, Generation, StackedWeights, TextInterface, Hooking):
 
     @contextmanager
     def without_interventions(self) -> Iterator[HookedVLM]:
-        """Interventions in force, and recorders of attention, rest inside the block; hooks added by hand do not."""
-        with self._edits.entered(Frame(hides=True)):
+        """Let interventions in force, and recorders of attention, rest inside a `with` block; hooks stay."""
+        with self._edits.entered(edits.Frame(hides=True)):
             yield self
+
+    def attention(
+        self,
+        inputs: Any,
+        queries: Any = "last",
+        keys: Any = "image",
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> Scores:
+        """Return attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
+
+        Only these rows are computed and every layer stays fused, so memory is that of a plain forward.
+        inputs: as `forward` takes them.
+        queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice,
+            a mask, a Box of pixels or a Tile; `.meta` of the result holds their positions.
+        layers, heads: which; None for all.
+        Interventions in force act.
+        Raises: ValueError for an empty selection, or for image keys without an image.
+        """
+        return attention_rows.attention(self, inputs, queries, keys, layers, heads)
+
+    def record_attention(
+        self,
+        queries: Any = "generated",
+        keys: Any = "image",
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+    ) -> AbstractContextManager[AttentionRows]:
+        """Collect attention rows of whatever runs inside a `with` block, `generate` too; read `.scores()` after it.
+
+        The arguments are those of `attention`; "generated" queries are the tokens being generated, each of which
+        looks back.
+        Raises: ValueError, on entering, for a layer or a head that does not exist, or none.
+        """
+        return attention_rows.record_attention(self, queries, keys, layers, heads)
+
+    @contextmanager
+    def recording(self, rows: AttentionRows) -> Iterator[AttentionRows]:
+        """Let `rows` read the attention of whatever runs inside a `with` block."""
+        with self._edits.entered(edits.Frame(recorder=rows)):
+            yield rows
+
+    # --- caches and generation -------------------------------------------------------------------------
+    def run_with_cache(
+        self,
+        *model_args: Any,
+        names_filter: Any = None,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        return_cache_object: bool = True,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run forward; return its output, and an ActivationCache of hook points.
+
+        model_args, model_kwargs: those of `forward`.
+        names_filter: None (all but the large split inputs), a name, a list of names, or a predicate.
+        device: where activations are stored; None: where they are computed.
+        remove_batch_dim: store the activations of a single row without the batch axis.
+        incl_bwd: run backward on the output (a scalar: return_type="loss"), store gradients under "..._grad".
+        pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
+            of scores and patterns), never heads, never images.
+        reset_hooks_end, clear_contexts: as transformer_lens. return_cache_object: False for a plain dictionary.
+        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
+        """
+        caching = dict(names_filter=names_filter, device=device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice)
+        ending = dict(incl_bwd=incl_bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts)
+        out, cache, inputs = hooks.run_with_cache(self, model_args, model_kwargs, **caching, **ending)
+        if not return_cache_object:
+            return out, cache
+        return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim, inputs=inputs)
+
+    def generate(
+        self,
+        inputs: Any,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        *,
+        temperature: float | int | None = None,
+        top_k: int | None = None,
+        top_p: float | int | None = None,
+        repetition_penalty: float | int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        min_new_tokens: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        seed: int | None = None,
+        use_past_kv_cache: bool = True,
+        return_type: str = "str",
+        progress: bool = False,
+    ) -> Any:
+        """Return the completions of a batch: list[str], or ("tokens") [batch new], padded at the end.
+
+        Generation stops as the checkpoint's generation config says, at `stop_strings`, at the context's end, or after
+        `max_new_tokens`. Hooks and interventions act at every step.
+        inputs: prepared inputs, tokens, or text (prepared with the chat template).
+        temperature .. eos_token_id: as in transformers; None takes the generation config's value (where it has
+            none, nothing is filtered when sampling). logits_processor, stopping_criteria: transformers' classes.
+        seed: makes sampling repeat itself. use_past_kv_cache: False recomputes the whole sequence at each step.
+        Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer.
+        """
+        settings = {name: value for name, value in locals().items() if name in generation.SETTINGS}
+        return generation.generate(self, inputs, settings, return_type, progress)
+
+    def generate_stream(
+        self, inputs: Any, max_new_tokens: int = 64, do_sample: bool = False, **settings: Any
+    ) -> Iterator[Any]:
+        """Yield text as it grows: the new piece, str for one row, list[str] for a batch; joined they are `generate`'s.
+
+        settings: those of `generate`. Raises: as `generate`; TypeError for an unknown setting."""
+        settings |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
+        return generation.generate_stream(self, inputs, settings)
 
     def __repr__(self) -> str:
         cfg = self.cfg

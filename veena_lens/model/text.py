@@ -1,6 +1,4 @@
-"""Text in and out of tokens, as HookedTransformer offers it.
-
-Bare tokens as inputs, and the checks at the border of a forward pass.
+"""Text in and out of tokens, as HookedTransformer offers it, and the checks at the border of a forward pass.
 
 Elsewhere a padded batch without a mask, or image tokens without an image, give wrong numbers in silence.
 """
@@ -16,6 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens import checkpoints
+from veena_lens.components.block import Embed, Unembed
+from veena_lens.components.norms import Norm
 from veena_lens.config import HookedVLMConfig
 from veena_lens.images.layout import require_own_images
 from veena_lens.inputs import MultimodalInputs, is_any_of, text_positions
@@ -64,7 +64,7 @@ def as_inputs(
         inputs = input.to(device)
     else:
         if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
-            rows = model._encode(input)
+            rows = encode_text(model.tokenizer, input)
             length, pad = max(map(len, rows)), model.pad_token_id
             attention_mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
             input = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
@@ -139,23 +139,30 @@ def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Non
         )
 
 
+def require_tokenizer(tokenizer: Any, what: str) -> Any:
+    """Return the tokenizer. Raises: ValueError, naming what needs it, where there is none."""
+    if tokenizer is None:
+        raise ValueError(f"{what} needs a tokenizer, and this model was loaded without one; give token ids instead.")
+    return tokenizer
+
+
+def encode_text(tokenizer: Any, text: str | Sequence[str], special: bool = True) -> list[list[int]]:
+    """Return the token ids of each text, with or without special tokens."""
+    tokenizer = require_tokenizer(tokenizer, "Text input")
+    texts = [text] if isinstance(text, str) else list(text)
+    return [list(tokenizer(t, add_special_tokens=special)["input_ids"]) for t in texts]
+
+
 class TextInterface:
-    """Mixin of HookedVLM."""
+    """View of a model as HookedTransformer shows it: text to tokens and back, and tokens as directions.
+
+    It reads the tokenizer, the embedding and the unembedding, and nothing else."""
 
     tokenizer: Any
-    cfg: Any
-
-    def _need_tokenizer(self, what: str) -> Any:
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{what} needs a tokenizer, and this model was loaded without one; give token ids instead."
-            )
-        return self.tokenizer
-
-    def _encode(self, text: str | Sequence[str], special: bool = True) -> list[list[int]]:
-        tokenizer = self._need_tokenizer("Text input")
-        texts = [text] if isinstance(text, str) else list(text)
-        return [list(tokenizer(t, add_special_tokens=special)["input_ids"]) for t in texts]
+    cfg: HookedVLMConfig
+    embed: Embed
+    unembed: Unembed
+    ln_final: Norm
 
     def to_tokens(
         self, input: str | Sequence[str], prepend_bos: bool | None = None, move_to_device: bool = True, **_: Any
@@ -164,14 +171,14 @@ class TextInterface:
 
         prepend_bos: None follows the tokenizer; False leaves every special token out; True adds the BOS token
         where the tokenizer has not."""
-        tokenizer = self._need_tokenizer("to_tokens")
-        rows = self._encode(input, special=prepend_bos is not False)
+        tokenizer = require_tokenizer(self.tokenizer, "to_tokens")
+        rows = encode_text(self.tokenizer, input, special=prepend_bos is not False)
         bos = tokenizer.bos_token_id
         if prepend_bos and bos is not None:
             rows = [r if r[:1] == [bos] else [bos, *r] for r in rows]
         length, pad = max(map(len, rows)), self.pad_token_id
         tokens = torch.tensor([[pad] * (length - len(r)) + r for r in rows], dtype=torch.long)
-        return tokens.to(self.embed.weight.device) if move_to_device else tokens  # type: ignore[attr-defined]
+        return tokens.to(self.embed.weight.device) if move_to_device else tokens
 
     @property
     def pad_token_id(self) -> int:
@@ -180,13 +187,13 @@ class TextInterface:
 
     def to_string(self, tokens: Any) -> str | list[str]:
         """Text of tokens: a string for one row [pos], a list for [batch pos]; special tokens shown."""
-        tokenizer = self._need_tokenizer("to_string")
+        tokenizer = require_tokenizer(self.tokenizer, "to_string")
         ids = torch.as_tensor(tokens)
         return tokenizer.batch_decode(ids) if ids.ndim == 2 else tokenizer.decode(ids)
 
     def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[Any]:
         """Each token as text; for more than one row a list a row."""
-        tokenizer = self._need_tokenizer("to_str_tokens")
+        tokenizer = require_tokenizer(self.tokenizer, "to_str_tokens")
         if isinstance(input, MultimodalInputs):
             ids = input.tokens
         elif isinstance(input, (str, list)) and (isinstance(input, str) or (input and isinstance(input[0], str))):
@@ -201,7 +208,7 @@ class TextInterface:
         """The id of a text that is one token.
 
         Raises: ValueError when it is more, listing them."""
-        ids = self._encode(string, special=False)[0]
+        ids = encode_text(self.tokenizer, string, special=False)[0]
         if len(ids) != 1:
             parts = [self.tokenizer.decode([i]) for i in ids]
             raise ValueError(f"{string!r} is {len(ids)} tokens, not one: {parts}.")
@@ -209,7 +216,7 @@ class TextInterface:
 
     def to_single_str_token(self, int_token: int) -> str:
         """The text of one token."""
-        return self._need_tokenizer("to_single_str_token").decode([int_token])
+        return require_tokenizer(self.tokenizer, "to_single_str_token").decode([int_token])
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*pos d_model"]:
         """Directions of the last residual stream that raise these tokens' logits, [d_model] for one token.
@@ -218,7 +225,7 @@ class TextInterface:
         `ln_final.hook_scale` is the logit exactly."""
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
-        ids = torch.as_tensor(tokens, device=self.unembed.matrix.device)  # type: ignore[attr-defined]
+        ids = torch.as_tensor(tokens, device=self.unembed.matrix.device)
         if ids.ndim and ids.numel() == 1:
             ids = ids.reshape(())
-        return self.unembed.matrix[ids] * self.ln_final.w  # type: ignore[attr-defined]
+        return self.unembed.matrix[ids] * self.ln_final.w

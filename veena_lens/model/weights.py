@@ -5,20 +5,27 @@ A layer's matrices are views of the parameters (write through them); the stacks 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities import composition_scores
 
+from veena_lens.components.block import Block, Embed, Unembed
+from veena_lens.components.norms import Norm
+from veena_lens.config import HookedVLMConfig
+
 
 class StackedWeights:
-    """Mixin of HookedVLM: W_Q [layer n_heads d_model d_head] and its kin."""
+    """View of a model's weights as HookedTransformer stacks them: W_Q [layer n_heads d_model d_head] and its kin."""
 
-    blocks: Any
-    cfg: Any
+    blocks: nn.ModuleList
+    cfg: HookedVLMConfig
+    embed: Embed
+    unembed: Unembed
+    ln_final: Norm
 
     def _stack(self, part: str, name: str) -> Tensor:
         return torch.stack([getattr(getattr(block, part), name) for block in self.blocks])
@@ -80,15 +87,15 @@ class StackedWeights:
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        return self.embed.W_E  # type: ignore[attr-defined]
+        return self.embed.W_E
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.unembed.W_U  # type: ignore[attr-defined]
+        return self.unembed.W_U
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"]:
-        return self.unembed.b_U  # type: ignore[attr-defined]
+        return self.unembed.b_U
 
     @property
     def QK(self) -> Any:
@@ -116,11 +123,12 @@ class StackedWeights:
                 "each position. Decompose by attn_out and mlp_out (`decompose_resid`)."
             )
         total = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
-        for block in list(self.blocks)[:layer]:
+        blocks = cast("list[Block]", list(self.blocks))
+        for block in blocks[:layer]:
             total = total + block.attn.b_O
             if include_mlp_biases:
                 total = total + block.mlp.b_out
-        return total + self.blocks[layer].attn.b_O if mlp_input else total
+        return total + blocks[layer].attn.b_O if mlp_input else total
 
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
         """Composition of earlier heads' output with later heads' Q, K or V (Elhage et al. 2021).
@@ -151,7 +159,7 @@ class StackedWeights:
             ):
                 for name in names:
                     out[f"blocks.{layer}.{part}.{name}"] = getattr(getattr(block, part), name)
-        return out | {"ln_final.w": self.ln_final.w, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}  # type: ignore[attr-defined]
+        return out | {"ln_final.w": self.ln_final.w, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
 
     # Computed when heard, so always on; the setters are there for code written for HookedTransformer.
     def set_use_attn_result(self, use_attn_result: bool) -> None:

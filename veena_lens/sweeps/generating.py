@@ -17,8 +17,7 @@ from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.hook_table import row_of
 from veena_lens.images.layout import image_runs, reached_from
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.interventions.base import Intervention
-from veena_lens.interventions.patch import Patch
+from veena_lens.interventions.base import Intervention, require_intervention
 from veena_lens.model.edits import require_reach, running
 from veena_lens.model.forward import LAST, ResidualState, embed, forward
 from veena_lens.model.generation import as_prompt, decode_steps
@@ -116,10 +115,7 @@ def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Ite
 
 def _as_list(entry: Any) -> list[Any]:
     mine = [entry] if isinstance(entry, Intervention) else list(entry)
-    for item in mine:
-        if not isinstance(item, Intervention):
-            raise TypeError(f"generation_sweep: {item!r} is not an intervention (Steer, Patch, ...).")
-    return mine
+    return [require_intervention(item, "generation_sweep") for item in mine]
 
 
 def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tensor:
@@ -135,7 +131,7 @@ def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequenc
     At most the last one, which is run anew for its logits."""
     first, run = row.shape[1] - 1, PassSpan.whole(row)
     for item in interventions:
-        if isinstance(item, Patch) and item.is_whole:
+        if item.is_whole:
             return 0  # its values are those of whole rows, position by position
         if _on_pictures(model, item):
             places = row.image_mask[0].nonzero().flatten()

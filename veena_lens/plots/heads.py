@@ -278,7 +278,9 @@ def _name(inputs: MultimodalInputs | None, row: int, position: int, tokens: Sequ
                 return f"patch {found[0][0]}, {found[0][1]}" if found else f"a token of image {image}"
     if tokens is not None:
         if not 0 <= position < len(tokens):
-            raise ValueError(f"head_view: got {len(tokens)} tokens, so position {position} has no name; give one per position.")
+            raise ValueError(
+                f"head_view: got {len(tokens)} tokens, so position {position} has no name; give one per position."
+            )
         return repr(tokens[position])
     return f"token {int(inputs.tokens[row, position])}" if inputs is not None else ""
 

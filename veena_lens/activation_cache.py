@@ -241,10 +241,10 @@ class ActivationCache(ResidualParts):
         size = sum(v.numel() * v.element_size() for v in self.cache_dict.values()) / 2**20
         layers = {n.split(".")[1] for n in self.cache_dict if n.startswith("blocks.")}
         rows = f"{self._batch_size()} rows" if self.has_batch_dim else "one row"
-        pictures = sum(not self._is_text(n) for n in self.cache_dict)
+        on_images = sum(not self._is_text(n) for n in self.cache_dict)
         return (
             f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
-            f"{len(layers)} decoder layers, {pictures} on pictures)"
+            f"{len(layers)} decoder layers, {on_images} on images)"
         )
 
 

@@ -25,7 +25,7 @@ from veena_lens.plots import theme
 from veena_lens.plots.image_overlay import cell_boxes, colour_bar, lay, picture_scale, show
 
 PART_COLOURS: dict[str, str] = {
-    "image": "#D55E00", "query": "#0072B2", "other": "#8C8C8C", "sinks": "#000000", "elsewhere": "#8C8C8C"
+    "picture": "#D55E00", "query": "#0072B2", "other": "#8C8C8C", "sinks": "#000000", "elsewhere": "#8C8C8C"
 }  # fmt: skip
 PARTS = tuple(PART_COLOURS)
 
@@ -157,12 +157,12 @@ def _from_rows(
         part["sinks"] = _sinks_of(sinks, layer, row, inputs)
     spans = inputs.spans[row]
     image = spans.images[image_index]
-    part["image"][image] = inputs.image_mask[row, image].cpu()
+    part["picture"][image] = inputs.image_mask[row, image].cpu()
     part["query"][spans.query] = True
-    part["image"] &= ~part["sinks"]
-    part["query"] &= ~part["sinks"] & ~part["image"]
+    part["picture"] &= ~part["sinks"]
+    part["query"] &= ~part["sinks"] & ~part["picture"]
     seen = inputs.attention_mask[row].cpu() & (torch.arange(inputs.shape[1]) <= asked)
-    part["other"] = seen & ~part["sinks"] & ~part["image"] & ~part["query"]
+    part["other"] = seen & ~part["sinks"] & ~part["picture"] & ~part["query"]
     read = torch.zeros_like(seen)
     read[keys] = True
     shares = {}
@@ -170,8 +170,8 @@ def _from_rows(
         names = [name for name in PARTS if name in part and (name != "sinks" or sinks is not None)]
         shares = {name: full[:, part[name]].sum(-1).tolist() for name in names}
     elif bool(read[cells.flatten()].all()):
-        of_image = full[:, part["image"]].sum(-1)
-        shares = {"image": of_image.tolist(), "elsewhere": (1 - of_image).tolist()}
+        picture = full[:, part["picture"]].sum(-1)
+        shares = {"picture": picture.tolist(), "elsewhere": (1 - picture).tolist()}
     else:
         raise ValueError("head_view: these rows do not hold all tokens of the image; read model.attention(keys='all').")
     maps = full[:, cells.flatten()].view(-1, *cells.shape)
@@ -203,7 +203,7 @@ def _from_grids(
         raise ValueError(f"head_view: row {row} has no such image.")
     values = values[:, :height, :width]
     total = values.nansum((1, 2))
-    shares = {"image": total.tolist()}
+    shares = {"picture": total.tolist()}
     if attention.name.startswith("attention"):
         shares["elsewhere"] = (1 - total).tolist()
     boxes = None
@@ -275,12 +275,10 @@ def _name(inputs: MultimodalInputs | None, row: int, position: int, tokens: Sequ
         for image, span in enumerate(inputs.spans[row].images):
             if span.start <= position < span.stop and bool(inputs.image_mask[row, position]):
                 found = (inputs.grid_tokens(row, image) == position).nonzero().tolist()
-                return f"patch {found[0][0]}, {found[0][1]}" if found else f"a token of image {image}"
+                return f"patch {found[0][0]}, {found[0][1]}" if found else f"a token of picture {image}"
     if tokens is not None:
         if not 0 <= position < len(tokens):
-            raise ValueError(
-                f"head_view: got {len(tokens)} tokens, so position {position} has no name; give one per position."
-            )
+            raise ValueError(f"head_view: {len(tokens)} tokens name no position {position}; give one a position.")
         return repr(tokens[position])
     return f"token {int(inputs.tokens[row, position])}" if inputs is not None else ""
 

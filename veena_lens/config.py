@@ -131,7 +131,7 @@ class VisionConfig(TransformerConfig):
 
     CLIP and SigLIP: `feature_layers` index the L + 1 hidden states (0 is the input of block 0), already
     non-negative; `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
-    `has_last_norm` says that features are normed after the last block. With `positions_by_fraction` (Idefics3) a
+    `has_last_norm` says that features are normed after the last block. With `positions_by_fraction` (Idefics3) an
     image may be smaller than the square it lies in, and a patch's position follows from the share of the image's
     height and width at which it lies. Squares of `merge_size` patches a side are then joined into what one token reads,
     or, with `averages_patches` (Gemma-3), averaged.

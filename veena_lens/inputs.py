@@ -384,7 +384,7 @@ class MultimodalInputs:
     def __repr__(self) -> str:
         n, length = self.shape
         images = self.n_images
-        shown = f"{images[0]} image{'s' * (images[0] != 1)} a row" if len(set(images)) == 1 else f"images {images}"
+        shown = f"{images[0]} image{'s' * (images[0] != 1)} per row" if len(set(images)) == 1 else f"images {images}"
         lines = [f"MultimodalInputs({n} row{'s' * (n != 1)}, {length} positions, {shown}"]
         for i, (spans, grids) in enumerate(zip(self.spans[:3], self.grids[:3], strict=False)):
             cells = ", ".join(f"{h}x{w}" for h, w in grids)

@@ -196,7 +196,8 @@ def _drawn_tokens(model: HookedVLM) -> MultimodalInputs:
     for n_images, (before, after) in zip(counts, texts, strict=True):
         parts = [torch.randint(3, high, (before,), generator=generator)]
         for _ in range(n_images):
-            parts += [torch.full((next(left),), cfg.image_token_id), torch.randint(3, high, (2,), generator=generator)]
+            image = torch.full((next(left),), cfg.image_token_ids[0])
+            parts += [image, torch.randint(3, high, (2,), generator=generator)]
         rows.append(torch.cat([*parts, torch.randint(3, high, (after,), generator=generator)]))
     length = max(map(len, rows))
     ids = torch.stack([torch.cat([torch.zeros(length - len(r), dtype=torch.long), r]) for r in rows])

@@ -108,7 +108,7 @@ def fingerprint(value: Any) -> Any:
         return [type(value).__qualname__, parts]
     if hasattr(value, "tobytes"):  # an array of numpy, or an image of PIL
         about = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
-        return [*about, hashlib.sha256(value.tobytes()).hexdigest()]
+        return [*about, hashlib.sha256(value.tobytes()).hexdigest()]  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(value, "__dict__") and callable(value) and not isinstance(value, type):
         return [type(value).__qualname__, fingerprint(vars(value))]
     return repr(value)

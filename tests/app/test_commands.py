@@ -12,10 +12,11 @@ import torch
 from tests.emotion.asked import bundled
 from tests.emotion.test_results import TABLE
 from veena_lens.app import commands
-from veena_lens.app.commands import enhance_command, run_command, settings_for, table_command
+from veena_lens.app.commands import drawn_questions, enhance_command, run_command, table_command
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.results import main_table
+from veena_lens.emotion.settings import settings_for
 from veena_lens.interventions import Circuit, Steer
 from veena_lens.model.model import HookedVLM
 
@@ -82,11 +83,11 @@ def test_a_dry_run_estimates_and_loads_and_writes_nothing(loaded, tmp_path: Path
 
 def test_settings_take_seed_and_question_and_ask_for_attributes_of_drawn_faces() -> None:
     pairs = load_pairs()
-    found = settings_for(pairs, "tiny", seed=3, question="What is felt?")
+    found = settings_for("tiny", seed=3, question="What is felt?", **drawn_questions(pairs))
     assert (found.seed, found.question, found.preset) == (3, "What is felt?", "tiny")
     assert found.questions and set(found.questions) <= {"hair", "background", "glasses"}
     photographs: Any = type("Pairs", (), {"examples": [type("E", (), {"style": "photo"})()]})()
-    assert settings_for(photographs, "tiny").questions is None
+    assert settings_for("tiny", **drawn_questions(photographs)).questions is None
 
 
 def test_the_table_of_a_file_is_printed_and_a_missing_file_says_how_to_make_it(tmp_path: Path, capsys) -> None:

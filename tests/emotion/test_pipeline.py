@@ -14,8 +14,9 @@ import pytest
 from tests.emotion.asked import bundled
 from tests.emotion.small_run import MODEL, Stopped, small_pairs, small_run, small_settings, stopped_in
 from veena_lens.emotion import methods, pipeline
+from veena_lens.emotion.estimates import estimate
 from veena_lens.emotion.pairs.loading import load_pairs
-from veena_lens.emotion.pipeline import _claim, estimate, part_identities, run_veena
+from veena_lens.emotion.pipeline import _claim, part_identities, run_veena
 from veena_lens.emotion.results import results_of
 from veena_lens.emotion.settings import preset
 from veena_lens.interventions import BoostAttention, Circuit
@@ -112,7 +113,8 @@ def test_a_run_writes_the_circuit_that_it_judged() -> None:
     judged: Any = run.tuned["VEENA"].method.interventions
     assert [repr(x) for x in found] == [repr(x) for x in judged]
     assert found.meta["model"] == MODEL and "chosen:" in repr(run)
-    assert {(x.layer, h) for x in found if isinstance(x, BoostAttention) for h in x.heads or ()} == set(run.ways.heads)
+    boosted = {(x.layer, h) for x in found if isinstance(x, BoostAttention) for h in x.heads or ()}
+    assert boosted == set(run.head_rankings.heads)
 
 
 def masked(run: Any) -> str:

@@ -60,7 +60,7 @@ def test_results_of_a_run_are_strict_json_and_hold_every_stage() -> None:
         assert found[name], f"{name} is empty"
     hits = {(r["condition"], r["method"]): r["hit"] for r in found["test"]["table"]}
     assert hits["alone", "VEE"] == pytest.approx(float(run.test.hits["alone"]["VEE"].mean()))
-    assert found["settings"]["max_new_tokens"] == 6 and found["ways"]["winner"] == list(run.ways.winner)
+    assert found["settings"]["max_new_tokens"] == 6 and found["ways"]["winner"] == list(run.head_rankings.winner)
     table = main_table(found).splitlines()
     assert len(table) == 2 + len(run.test.methods) and table[2].startswith("| plain | ")
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from veena_lens.circuits.statistics import paired_difference
 from veena_lens.zoo.compare import Asked, compare, verdict
 from veena_lens.zoo.exam import Asker, Item, Query, emoji_items, style_items
 from veena_lens.zoo.pictures import Face
-from veena_lens.zoo.statistics import paired_difference
 
 FACE = Face(style="avataaars", identity=0, emotion="happy", clear=True, background="blue", attributes={})
 

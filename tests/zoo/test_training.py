@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
+from veena_lens.circuits.statistics import share
 from veena_lens.zoo.architecture import Architecture, Row, Stage, pack
+from veena_lens.zoo.evaluate import confusion
 from veena_lens.zoo.llava import LLAVA
 from veena_lens.zoo.model import ARCHITECTURES
 from veena_lens.zoo.samples import Writer
-from veena_lens.zoo.statistics import confusion, share
 from veena_lens.zoo.train import Trainer, answer_loss, learning_rate
 
 MAIN_STYLE = {"avataaars": 1.0}

@@ -1,6 +1,7 @@
-"""What `veena-lens mer-unibench` does, below its parsing: check a root, score answers, answer a set.
+"""The commands `run`, `enhance`, `results` and `mer-unibench`, below their parsing.
 
-The commands `run` and `enhance`: the whole method on a model and images, and one image with and without.
+The whole method on a model and images; images described with and without a circuit; tables of a run; and answers to the
+sets of MER-UniBench, made and scored.
 """
 
 from __future__ import annotations
@@ -10,25 +11,27 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from veena_lens.app.veena_report import write_veena_report
+from veena_lens.emotion.estimates import dry_estimate
 from veena_lens.emotion.mer_unibench.answers import Answers, answer_files, read_answers, set_in_path
 from veena_lens.emotion.mer_unibench.data_sets import SETS, find_set
 from veena_lens.emotion.mer_unibench.loading import LoadedSet, Overrides, load_set
 from veena_lens.emotion.mer_unibench.scoring import SetScore, benchmark_mean, score_answers
-from veena_lens.emotion.methods import Method
+from veena_lens.emotion.methods import Method, generate_answers
+from veena_lens.emotion.pairs.loading import load_pairs
+from veena_lens.emotion.pairs.pair_set import Example, PairSet
 from veena_lens.emotion.pipeline import VeenaRun, part_identities, run_veena
 from veena_lens.emotion.results import main_table, part_table, results_of, save_results
-from veena_lens.emotion.settings import Settings, preset
+from veena_lens.emotion.settings import settings_for
 from veena_lens.emotion.words.wheels import EmotionWheels
 from veena_lens.interventions import Circuit
 
-DRY_TOKENS_PER_SECOND = 2.0e12  # multiply-adds a second assumed for an estimate without a run: a modest GPU
+DRAWN_STYLES = ("avataaars", "open-peeps", "micah", "emoji")  # images whose attributes are known
 
 
 def run_command(
@@ -47,13 +50,11 @@ def run_command(
     """Run everything and write report.html, results.json, circuit.safetensors; prints the main table.
 
     dry_run prints the estimate of memory and time from the model's configuration alone, and reads no weights."""
-    from veena_lens.emotion.pairs.loading import load_pairs
-
     unreadable = "skip" if skip_unreadable else "error"
     found = load_pairs(pairs, unreadable=unreadable)
-    settings = settings_for(found, preset_name, seed, question, embedded=pairs is None)
+    settings = settings_for(preset_name, seed, question, **drawn_questions(found))
     if dry_run:
-        print(dry_estimate(model, found, settings, dtype or "bfloat16"))
+        print(dry_estimate(model, part_identities(found, settings), settings, dtype or "bfloat16"))
         return None
     from veena_lens import HookedVLM
 
@@ -81,64 +82,17 @@ def _command(
     return ["veena-lens", "run", *parts, *(["--skip-unreadable"] if skip_unreadable else [])]
 
 
-def settings_for(
-    pairs: Any, preset_name: str, seed: int | None = None, question: str | None = None, embedded: bool = False
-) -> Settings:
-    """The preset with what the images allow: their attributes are asked for where questions are known."""
-    settings = preset(preset_name)
-    if seed is not None:
-        settings = replace(settings, seed=seed)
-    if question is not None:
-        settings = replace(settings, question=question)
-    if embedded or all(e.style in ("avataaars", "open-peeps", "micah", "emoji") for e in pairs.examples):
-        from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
+def drawn_questions(pairs: PairSet) -> dict[str, Any]:
+    """Return questions about the attributes of drawn people, as `settings_for` takes them; none for other images."""
+    from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
 
-        settings = replace(
-            settings,
-            questions={name: ATTRIBUTE_QUESTIONS[name][0] for name in ("hair", "background", "glasses")},
-            describe=EMOTION_QUESTIONS["caption"][0],
-            templates={"hair": ["{} hair"], "background": ["{} background"]},
-        )
-    return settings
-
-
-def dry_estimate(path: str, pairs: Any, settings: Settings, dtype: str) -> str:
-    """Memory and time of a run from a checkpoint's configuration alone; the model is built on the meta device."""
-    from veena_lens.checkpoints.loading import open_checkpoint
-    from veena_lens.model.model import HookedVLM
-
-    checkpoint = open_checkpoint(path)
-    with torch.device("meta"):
-        model = HookedVLM(checkpoint.cfg)
-    cfg = model.cfg
-    n = sum(p.numel() for p in model.parameters())
-    size = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
-    parts = part_identities(pairs, settings)
-    prompt = 640  # tokens: an image of 576 and a question
-    kv = 2 * cfg.n_layers * cfg.n_key_value_heads * cfg.d_head * size
-    staircase = settings.max_rows * (4 * cfg.d_model + 2 * cfg.d_mlp) * size
-    conditions = 2 + len(settings.strengths)
-    n_test = len(parts["test"].examples) if settings.test_pictures is None else settings.test_pictures
-    n_validation = settings.validation_pictures or len(parts["validation"].examples)
-    families = 4 + (8 if settings.rivals else 0)
-    answers = n_validation * conditions * (families * settings.trials + 1)
-    answers += n_test * (conditions * (families + 1) + 2 * settings.random_draws * len(settings.strengths))
-    answers += 2 * (settings.direction_pairs or len(parts["directions"]))
-    work = answers * 2.0 * n * (prompt + settings.max_new_tokens)
-    gib = 2.0**30
-    return "\n".join(
-        [
-            f"{path}: {n / 1e9:.2f} billion parameters, {cfg.n_layers} layers, {cfg.n_heads} heads",
-            f"  weights, {dtype}: {n * size / gib:.1f} GiB",
-            f"  keys and values of {settings.batch_size} prompts of {prompt} tokens: "
-            f"{kv * prompt * settings.batch_size / gib:.1f} GiB",
-            f"  rows of a sweep ({settings.max_rows}): {staircase / gib:.2f} GiB at each position",
-            f"  about {answers} answers of {settings.max_new_tokens} tokens (preset {settings.preset}): "
-            f"{work:.2g} multiply-adds, {work / DRY_TOKENS_PER_SECOND / 3600:.1f} hours at 2e12 a second, "
-            f"{work / 1e14 / 3600:.1f} hours at 1e14 (a large GPU, batched)",
-            "Nothing was loaded. The run itself times eight answers and prints a closer estimate.",
-        ]
-    )
+    if any(e.style not in DRAWN_STYLES for e in pairs.examples):
+        return {}
+    return {
+        "questions": {name: ATTRIBUTE_QUESTIONS[name][0] for name in ("hair", "background", "glasses")},
+        "describe": EMOTION_QUESTIONS["caption"][0],
+        "templates": {"hair": ["{} hair"], "background": ["{} background"]},
+    }
 
 
 def enhance_command(
@@ -156,8 +110,6 @@ def enhance_command(
     The model is that named in the circuit unless given. Raises: ValueError where neither says which, and
     FileNotFoundError for images that are not there, all at once."""
     from veena_lens import HookedVLM
-    from veena_lens.emotion.methods import generate_answers
-    from veena_lens.emotion.pairs.pair_set import Example
 
     missing = [image for image in images if not Path(image).is_file()]
     if missing:
@@ -300,14 +252,11 @@ def _means(stems: Mapping[str, list[SetScore]], mappings: tuple[str, ...]) -> li
 def answer_command(args: Any) -> str:
     """Answer one set with a model, under a saved circuit if one is given; says what was written."""
     from veena_lens.emotion.mer_unibench.answering import answer_set
-    from veena_lens.emotion.methods import Method
 
     # The set is read first: a lost folder should not cost the loading of a model.
     samples = load_set(args.root, args.set, overrides=parse_folders(args.folder))
     method = None
     if args.circuit:
-        from veena_lens.interventions.circuit import Circuit
-
         circuit = Circuit.load(args.circuit)
         # The content names the circuit: a file of answers is not continued under another of the same name.
         digest = hashlib.sha256(Path(args.circuit).read_bytes()).hexdigest()[:16]
@@ -317,8 +266,6 @@ def answer_command(args: Any) -> str:
 
     loading: dict[str, Any] = {"device": args.device}
     if args.dtype is not None:
-        import torch
-
         loading["dtype"] = getattr(torch, args.dtype)
     model = HookedVLM.from_pretrained(args.model, **loading)
     run = answer_set(

@@ -1,48 +1,56 @@
-"""The report of a run: report.html, one self-contained page that tells what was found and what it is worth."""
+"""The report of a run: report.html, one self-contained page that says what was found and how well it works."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veena_lens import plots
 from veena_lens.app.html import Report, Thumbnail, Tone
 from veena_lens.circuits import direct_attribution_map
+from veena_lens.emotion import tables
 from veena_lens.emotion.locate.tracing import show_run
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.emotion.pipeline import VeenaRun
+from veena_lens.emotion.results import results_of
+from veena_lens.emotion.tables import display_name, percent
 from veena_lens.images.files import open_image
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 TONES: dict[str, Tone] = {"hit": "good", "miss": "bad", "key": "good"}
 SHOWN_HEADS = 8
 
 
-def write_veena_report(run: VeenaRun, model: Any, path: str | Path, command: Sequence[str] = ()) -> Path:
-    """Write the page; `model` is asked where its best heads read. `command` is shown as what makes the page again."""
-    report = Report(
-        f"Emotion circuit of {run.model}",
-        lead=_lead(run),
-    )
-    _main_table(report, run)
+def write_veena_report(run: VeenaRun, model: HookedVLM, path: str | Path, command: Sequence[str] = ()) -> Path:
+    """Write the page, and return its path.
+
+    Args:
+        run: what `run_veena` returned.
+        model: the model of the run, which is asked where its best heads read.
+        path: the file.
+        command: a command line that is shown as what makes the page again.
+    """
+    report = Report(f"Emotion circuit of {run.model}", lead=_lead(run))
+    results = results_of(run)
+    _main_table(report, run, results)
     _answers(report, run)
     _layers(report, run)
-    _heads(report, run, model)
-    _neurons(report, run)
-    _choices(report, run)
-    _controls(report, run)
+    _heads(report, run, model, results)
+    _neurons(report, run, results)
+    _choices(report, run, results)
+    _controls(report, run, results)
     _how(report, run, command)
     return report.save(path)
 
 
-def _percent(x: float | None, digits: int = 1) -> str:
-    return "" if x is None or x != x else f"{100 * x:.{digits}f}"
-
-
-def _shown(method: str) -> str:
-    """A method's name on the page, where "plain" is also a strength of contexts."""
-    return "plain model" if method == "plain" else method
+def _table(report: Report, table: tables.Table, caption: str = "") -> None:
+    columns, rows = table.page()
+    report.table(columns, rows, caption=caption, tones=TONES)
 
 
 def _lead(run: VeenaRun) -> str:
@@ -53,26 +61,16 @@ def _lead(run: VeenaRun) -> str:
         rows = table[(table["method"] == method) & table["condition"].isin(conflict)]
         return float(rows["hit"].mean())
 
-    parts = [f"{name} {_percent(mean(name))} %" for name in ("VEE", "ENA", "VEENA") if name in run.test.methods]
+    parts = [f"{name} {percent(mean(name))} %" for name in ("VEE", "ENA", "VEENA") if name in run.test.methods]
     return (
         f"Of held-out pictures whose context says another emotion, the untouched model names the picture's in "
-        f"{_percent(mean('plain'))} % of answers; {', '.join(parts)}. The direction takes hold at layer "
+        f"{percent(mean('plain'))} % of answers; {', '.join(parts)}. The direction takes hold at layer "
         f"{run.layers.best} of {len(run.layers.by_layer.labels['layer'])}."
     )
 
 
-def _main_table(report: Report, run: VeenaRun) -> None:
-    table = run.test.table()
+def _main_table(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     conditions = list(run.test.hits)
-    rows = []
-    for method in run.test.methods:
-        cells: list[Any] = [_shown(method)]
-        for condition in conditions:
-            row = table[(table["method"] == method) & (table["condition"] == condition)].iloc[0]
-            star = "*" if row.get("p") is not None and row["p"] < 0.05 else ""
-            cells.append(f"{_percent(row['hit'])}{star} [{_percent(row['low'], 0)}, {_percent(row['high'], 0)}]")
-        alone = table[(table["method"] == method) & (table["condition"] == conditions[0])].iloc[0]
-        rows.append([*cells, _percent(alone["false"])])
     n = len(next(iter(run.test.examples.values())))
     report.section(
         "What each method is worth",
@@ -82,12 +80,12 @@ def _main_table(report: Report, run: VeenaRun) -> None:
         "plainly or strongly. A star marks a paired difference to the plain model with p < 0.05. The last column is "
         "the share of neutral pictures, without context, that are given an emotion.",
         "VEE strengthens the attention of key heads to the picture, ENA amplifies key neurons, VEENA does both; the "
-        "adaptive variant sets its strength for each picture. Other rows are rivals, tuned with as many trials.",
+        "adaptive variant sets its strength for each picture. Other rows are baselines, tuned with as many trials.",
     )
-    report.table(["method", *conditions, "false emotion, %"], rows)
+    _table(report, tables.main(results))
     values = run.test.scores().select(bound="mean").values.T
     figure = plots.heatmap(
-        100 * values, x=conditions, y=[_shown(m) for m in run.test.methods], unit="percent",
+        100 * values, x=conditions, y=[display_name(m) for m in run.test.methods], unit="percent",
         title="Hit rate on held-out pictures", name="hit rate", limits=(0, 100),
     )  # fmt: skip
     report.figure(figure, alt="heat map of hit rates by method and condition", caption="The table as a picture.")
@@ -116,7 +114,7 @@ def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
         picture = Thumbnail(open_image(example.picture), f"picture of {example.emotion}")
         told = f"{example.context} ({example.context_emotion}, {example.context_strength})"
         rows.append([picture, example.emotion, told, *[x for pair in zip(said, marks, strict=True) for x in pair]])
-    columns = ["picture", "shows", "context", *[x for n in names for x in (_shown(n), "")]]
+    columns = ["picture", "shows", "context", *[x for n in names for x in (display_name(n), "")]]
     report.section(
         "Before and after",
         f"Of {len(found)} answers under a conflicting context {len(better)} became right with {names[-1]} and "
@@ -160,8 +158,8 @@ def _layers(report: Report, run: VeenaRun) -> None:
     stages = ", ".join(f"{name}: {show_run(x)}" for name, x in spans.items())
     report.section(
         "Key layers",
-        f"Best layer {layers.best}; {band} above the control. Emotional pictures hit {_percent(layers.emotional)} %, "
-        f"neutral ones {_percent(layers.neutral)} % ({layers.n_pairs} pairs). C is how far the direction, put into "
+        f"Best layer {layers.best}; {band} above the control. Emotional pictures hit {percent(layers.emotional)} %, "
+        f"neutral ones {percent(layers.neutral)} % ({layers.n_pairs} pairs). C is how far the direction, put into "
         f"runs on neutral pictures, takes the hit rate to that of emotional ones (0 not at all, 1 all the way). It is "
         f"averaged over doses whose answers "
         f"stay fluent. Soft and generated changes agree with a rank correlation of {layers.agreement:.2f}.",
@@ -186,7 +184,7 @@ def _stack(rows: Sequence[Any]) -> Any:
     return torch.stack(list(rows))
 
 
-def _heads(report: Report, run: VeenaRun, model: Any) -> None:
+def _heads(report: Report, run: VeenaRun, model: HookedVLM, results: dict[str, Any]) -> None:
     heads = run.heads
     report.section(
         "Key heads",
@@ -198,29 +196,9 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
     report.figure(
         figure, alt="heat map of what each head restores", caption="At the query or the last token, the better."
     )
-    rows = [
-        [f"L{r['layer']}H{r['head']}", "key" if r["key"] else "", f"{r['effect']:.3f}"]
-        + [f"[{r['low']:.3f}, {r['high']:.3f}]", str(r["rows"]), float(r["intention"]), _percent(r["from_picture"], 0)]
-        + [_number(r["tau"]), _number(r["tau_crossed"]), str(r["label"]), str(r["emotion"])]
-        for r in heads.table.head(16).to_dict("records")
-    ]
-    columns = [
-        "head",
-        "",
-        "restores",
-        "95 %",
-        "at",
-        "intention",
-        "from picture, %",
-        "tau",
-        "cross-fitted",
-        "kind",
-        "most",
-    ]
-    unsure = all(r["tau"] != r["tau"] for r in heads.table.to_dict("records"))
-    if unsure:
-        columns, rows = columns[:7], [row[:7] for row in rows]
-    report.table(columns, rows, tones=TONES)
+    table = replace(tables.heads(results), records=results["key_heads"]["table"][:16])
+    unsure = all(r["tau"] is None for r in results["key_heads"]["table"])
+    _table(report, table.without("tau", "cross-fitted", "kind", "most") if unsure else table)
     report.text(
         "Each head's own emotion is left open: there are too few pairs of each."
         if unsure
@@ -241,40 +219,14 @@ def _heads(report: Report, run: VeenaRun, model: Any) -> None:
             patch_boxes=boxes, title=f"Where the push towards {pair.emotion} comes from", name="push",
         )  # fmt: skip
         report.figure(figure, alt=f"maps of the push of {len(shown)} heads over the picture of a person")
-    kept = run.edges[run.edges["kept"]] if len(run.edges) else run.edges
     if len(run.edges):
-        rows = [
-            [
-                int(r["level"]),
-                _part(r["sender"]),
-                _part(r["receiver"]),
-                _interval(r),
-                float(r["path"]),
-            ]
-            for r in kept.to_dict("records")
-        ]
-        report.text(
-            f"Traced back: {len(kept)} of {len(run.edges)} candidate edges are confirmed by the direct path alone."
-        )
-        report.table(["level", "from", "to", "effect", "direct path"], rows)
+        edges = tables.edges(results)
+        n, all_ = len(edges.records), len(run.edges)
+        report.text(f"Traced back: {n} of {all_} candidate edges are confirmed by the direct path alone.")
+        _table(report, edges)
     if len(run.execution):
-        rows = [[f"L{r['layer']}H{r['head']}", _interval(r)] for r in run.execution.to_dict("records")]
         report.text("After the key layer: what single heads restore of the lead of the emotion's words.")
-        report.table(["head", "restores"], rows)
-
-
-def _part(name: str) -> str:
-    """A part of the model as people write it: "3_mlp_out" is the MLP of layer 3."""
-    return f"MLP {name.removesuffix('_mlp_out')}" if name.endswith("_mlp_out") else name
-
-
-def _number(x: Any) -> float | None:
-    """A cell of a table; what is not known stays empty."""
-    return None if x is None or x != x else float(x)
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return f"{row['effect']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        _table(report, tables.execution(results))
 
 
 def _example_pair(run: VeenaRun) -> Any:
@@ -290,19 +242,7 @@ def _example_pair(run: VeenaRun) -> Any:
     return None
 
 
-def _neurons(report: Report, run: VeenaRun) -> None:
-    rows = [
-        [
-            f"L{r['layer']}N{r['neuron']}",
-            str(r["kind"]),
-            str(r["emotion"] or "all"),
-            str(r["rows"]),
-            float(r["value"]),
-            float(r["consistency"]),
-        ]
-        + [int(r["lexicon_tokens"]), ", ".join(w.strip() for w in r["promotes"] if any(c.isalnum() for c in w))]
-        for r in run.neurons.table.head(40).to_dict("records")
-    ]
+def _neurons(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     counts = run.neurons.table["kind"].value_counts().to_dict()
     report.section(
         "Key neurons",
@@ -310,30 +250,20 @@ def _neurons(report: Report, run: VeenaRun) -> None:
         + ", ".join(f"{n} {kind}" for kind, n in counts.items())
         + ". Kinds follow a fixed rule on what the output weights promote and where the push was read.",
     )
-    report.table(["neuron", "kind", "pairs", "at", "push", "consistency", "emotion words of 20", "promotes"], rows)
+    table = tables.neurons(results)
+    _table(report, replace(table, records=table.records[:40]))
 
 
-def _choices(report: Report, run: VeenaRun) -> None:
+def _choices(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     report.section(
         "What was chosen, and how",
         "Heads are ranked on the mechanism's identities and compared on the validation's at one strength. worth: mean "
         "hit rate under conflict; harm: largest loss elsewhere; perplexity: growth without emotion words. Chosen: "
-        f"{run.ways.winner[0]}, mode {run.ways.winner[1]}.",
+        f"{run.head_rankings.winner[0]}, mode {run.head_rankings.winner[1]}.",
     )
-    rows = [
-        [str(r["way"]), str(r["mode"]), _percent(r["worth"]), _percent(r["harm"]), float(r["perplexity"])]
-        for r in run.ways.table.to_dict("records")
-    ]
-    report.table(["ranking", "mode", "worth, %", "harm, %", "perplexity"], rows)
-    rows = []
-    for name, tuned in run.tuned.items():
-        settings = ", ".join(f"{k} {v}" for k, v in tuned.method.settings.items())
-        allowed = int(tuned.trials["allowed"].sum())
-        rows.append([name, settings, _percent(tuned.worth), f"{allowed} of {len(tuned.trials)}"])
-    plain = _percent(float(next(iter(run.tuned.values())).trials["plain"].iloc[0]))
-    report.table(
-        ["method", "settings", "worth, %", "trials allowed"], rows, caption=f"The plain model's worth is {plain} %."
-    )
+    _table(report, tables.head_rankings(results))
+    plain = percent(float(next(iter(run.tuned.values())).trials["plain"].iloc[0]))
+    _table(report, tables.tuned(results), caption=f"The plain model's worth is {plain} %.")
     for kind in dict.fromkeys(run.doses["method"]):
         part = run.doses[run.doses["method"] == kind]
         conditions = list(dict.fromkeys(part["condition"]))
@@ -351,42 +281,16 @@ def _tensor(column: Any) -> Any:
     return torch.tensor([float(x) for x in column], dtype=torch.float64)
 
 
-def _controls(report: Report, run: VeenaRun) -> None:
-    table = run.random.table
+def _controls(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     report.section(
         "Controls and side effects",
         f"{run.random.draws} random sets of as many heads or neurons from the same layers, at the tuned strength. The "
         "percentile is that of the chosen set among them.",
     )
-    rows = [
-        [r["method"], r["condition"], _percent(r["plain"]), _percent(r["real"]), _percent(r["random"])]
-        + [f"[{_percent(r['low'], 0)}, {_percent(r['high'], 0)}]", _percent(r["percentile"], 0)]
-        for r in table.to_dict("records")
-    ]
-    report.table(
-        ["method", "condition", "plain model, %", "chosen, %", "random, %", "95 % of random", "percentile"], rows
-    )
+    _table(report, tables.random(results))
     if run.elsewhere is not None:
-        other = run.elsewhere.table()
-        rows = [
-            [
-                r["condition"],
-                _shown(r["method"]),
-                int(r["n"]),
-                _percent(r["hit"]),
-                f"[{_percent(r['low'], 0)}, {_percent(r['high'], 0)}]",
-            ]
-            for r in other.to_dict("records")
-        ]
-        report.table(["pictures", "method", "n", "hit rate, %", "95 %"], rows, caption="Other pictures, no context.")
-    names = ("perplexity", "distinct_2", "repetition", "length", "drift", "attributes", "described", "latency")
-    rows = []
-    for effect in run.effects:
-        values = effect.to_dict()
-        rows.append([_shown(values["method"]), *[_number(values[n]) for n in names]])
-    columns = ["method", "perplexity", "distinct-2", "repetition", "words", "drift on neutral, nats"]
-    columns += ["other answers right", "described right", "time ratio"]
-    report.table(columns, rows, caption="On test pictures without context.")
+        _table(report, tables.elsewhere(results), caption="Other pictures, no context.")
+    _table(report, tables.effects(results), caption="On test pictures without context.")
 
 
 def _how(report: Report, run: VeenaRun, command: Sequence[str]) -> None:

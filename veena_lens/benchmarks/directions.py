@@ -7,7 +7,7 @@ added to the neutral test images (other people): how many of the answers then na
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veena_lens.emotion import (
     Directions,
@@ -18,6 +18,9 @@ from veena_lens.emotion import (
     sample_hit,
 )
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 LIST = "name the emotions of the person in the picture."
 WAYS: dict[str, dict[str, str]] = {
     "the question alone": {},
@@ -27,7 +30,9 @@ WAYS: dict[str, dict[str, str]] = {
 EMOTIONS = ["happy", "angry", "afraid"]
 
 
-def named(model: Any, directions: Directions, examples: list[Any], layer: int, alpha: float | int) -> tuple[int, int]:
+def named(
+    model: HookedVLM, directions: Directions, examples: list[Any], layer: int, alpha: float | int
+) -> tuple[int, int]:
     """(answers that name the emotion added, all answers), over emotions."""
     hits = 0
     for emotion in directions.emotions:

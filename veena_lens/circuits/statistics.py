@@ -8,11 +8,13 @@ draws. Entries that do not exist (`Scores.mask`), or are NaN, are left out.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -20,6 +22,7 @@ from torch import Tensor
 from veena_lens.scores import Scores
 
 ROOM = 2**24  # numbers held at once
+BOUNDS = ("low", "mean", "high")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +127,7 @@ def bootstrap(
         out[:, cells] = torch.stack([low, sums[:, cells].sum(0) / counts[:, cells].sum(0), high])
     out[:, (counts > 0).sum(0) < 2] = math.nan
     about = {"axis": axis, "entries": table.n, "groups": n, "draws": draws, "level": level, "seed": seed}
-    return table.back(out, scores.name, scores.unit, {"bound": ["low", "mean", "high"]}, bootstrap=about)
+    return table.back(out, scores.name, scores.unit, {"bound": list(BOUNDS)}, bootstrap=about)
 
 
 def sign_flip_test(
@@ -252,3 +255,116 @@ def student_quantile(p: float, df: int) -> float:
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / df ** (i + 1) for i, term in enumerate(terms))
+
+
+# --- means and ratios of paired entries ------------------------------------------------------------
+
+
+def drawn_weights(groups: Sequence[Hashable], draws: int = 2000, seed: int = 0) -> Float[Tensor, "draw n"]:
+    """How often each entry counts in each draw of whole groups; the same seed and groups give the same draws, so that
+    differences of two methods on the same entries are paired."""
+    index = group_index(groups, len(groups), "drawn_weights", at_least=1)
+    n = int(index.max()) + 1
+    chosen = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
+    counts = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, chosen, torch.ones(draws, n).double())
+    return counts[:, index]
+
+
+def mean_interval(
+    values: Float[Tensor, "n ..."], weights: Float[Tensor, "draw n"], level: float | int = 0.95
+) -> Float[Tensor, "... 3"]:
+    """(low, mean, high) of the mean over entries; NaN entries are left out."""
+    return ratio_interval(values, None, weights, level)
+
+
+def ratio_interval(
+    above: Float[Tensor, "n ..."],
+    below: Float[Tensor, " n"] | None,
+    weights: Float[Tensor, "draw n"],
+    level: float | int = 0.95,
+) -> Float[Tensor, "... 3"]:
+    """(low, mean, high) of sum(above) / sum(below) over entries (below None: their number), percentile intervals."""
+    flat = above.double().reshape(len(above), -1)
+    there = ~flat.isnan()
+    top = torch.where(there, flat, 0.0)
+    bottom = there.double() * (1.0 if below is None else below.double()[:, None])
+    mean = top.sum(0) / bottom.sum(0)
+    drawn = (weights @ top) / (weights @ bottom)
+    tail = (1 - level) / 2
+    low, high = drawn.nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return torch.stack([low, mean, high], -1).reshape(*above.shape[1:], 3)
+
+
+# --- shares of yes answers ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of yes answers with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A first share minus a second over the same questions, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def share(yes: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamples: int = 2000) -> Share:
+    """The share of yes, resampling groups; where all answers agree, Wilson's interval over the number of groups."""
+    if not yes:
+        raise ValueError("A share of no answers is undefined.")
+    by_group: dict[Hashable, list[bool]] = defaultdict(list)
+    for answer, group in zip(yes, groups, strict=True):
+        by_group[group].append(answer)
+    hits = np.array([sum(row) for row in by_group.values()], dtype=float)
+    sizes = np.array([len(row) for row in by_group.values()], dtype=float)
+    value = float(hits.sum() / sizes.sum())
+    if value in (0.0, 1.0) or len(hits) == 1:
+        low, high = wilson(value, len(hits))
+    else:
+        chosen = np.random.default_rng(seed).integers(0, len(hits), (resamples, len(hits)))
+        means = hits[chosen].sum(1) / sizes[chosen].sum(1)
+        low, high = (float(x) for x in np.quantile(means, (0.025, 0.975)))
+    return Share(value, low, high, len(yes))
+
+
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamples: int = 2000
+) -> Difference:
+    """First share minus second over the same questions, with its interval from resampling groups.
+
+    Where no answer differs the interval is that of a share of no differences among the groups, to both sides."""
+    differences: dict[Hashable, list[int]] = defaultdict(list)
+    for ours, theirs, group in zip(first, second, groups, strict=True):
+        differences[group].append(int(ours) - int(theirs))
+    if not differences:
+        raise ValueError("A difference of no answers is undefined.")
+    sums = np.array([sum(row) for row in differences.values()], dtype=float)
+    sizes = np.array([len(row) for row in differences.values()], dtype=float)
+    value = float(sums.sum() / sizes.sum())
+    if not any(any(row) for row in differences.values()):
+        high = wilson(0.0, len(sums))[1]
+        return Difference(0.0, -high, high)
+    chosen = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+    means = sums[chosen].sum(1) / sizes[chosen].sum(1)
+    low, high = (float(x) for x in np.quantile(means, (0.025, 0.975)))
+    return Difference(value, low, high)
+
+
+def wilson(value: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` independent answers."""
+    z = 1.959964
+    centre = (value + z * z / (2 * count)) / (1 + z * z / count)
+    half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count)) / (1 + z * z / count)
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -18,22 +18,24 @@ _HOMES = homes_of(
         "enhance.contrastive_decoding": "guidance",
         "enhance.random_controls": "RandomUnits neuron_sizes random_directions random_heads random_neurons",
         "enhance.veena": "Adaptive ena fit_adaptive vee veena",
-        "judge.choosing": (
+        "judge.evaluation": "Evaluation evaluate score_answers",
+        "judge.fluency": "Fluency perplexity",
+        "judge.held_out": "RandomControls random_controls",
+        "judge.model_selection": (
             "HeadRankings compare_head_rankings conditions_of dose_response final_circuit rank_heads "
             "spread_examples tune_baselines"
         ),
-        "judge.evaluation": "Evaluation evaluate score_answers",
-        "judge.fluency": "Fluency",
-        "judge.held_out": "RandomControls random_controls",
         "judge.side_effects": (
             "Asked Questions SideEffects answer_lengths attribute_accuracy described_accuracy distinct_n "
-            "kl_from_plain latency_ratio measure_side_effects other_questions perplexity repetition"
+            "kl_from_plain latency_ratio measure_side_effects other_questions repetition"
         ),
         "judge.tuning": "Tuned fluency_ratio trial_score tune",
         "locate.answer_slot": "AnswerPosition answer_position emotion_tokens",
         "locate.boost_gradients": "head_boost_effects head_boost_gradients top_heads",
-        "locate.direction_controls": "noise_directions person_directions shuffled_directions swapped_directions",
-        "locate.directions": "Directions TooFewPairs directions_from extract_directions select_pairs",
+        "locate.directions": (
+            "Directions TooFewPairs directions_from extract_directions noise_directions person_directions select_pairs "
+            "shuffled_directions swapped_directions"
+        ),
         "locate.heads": "KeyHeads best_rows execution_heads head_effects head_readings key_heads specificity",
         "locate.layers": "KeyLayers key_layers",
         "locate.neurons": "KeyNeurons key_neurons neuron_projections strongest_neurons",
@@ -49,9 +51,9 @@ _HOMES = homes_of(
         "results": "main_table part_table results_of save_results",
         "settings": "Settings preset",
         "words.lexicon": "LabelExtractor Lexicon extract_emotions string_to_list",
-        "words.scores": "hit_rate open_vocabulary_score sample_hit sample_hits sentiment_score token_hit_rate",
+        "words.scores": "sentiment_score",
         "words.wheel": "Wheel",
-        "words.wheels": "EmotionWheels",
+        "words.wheels": "EmotionWheels hit_rate open_vocabulary_score sample_hit sample_hits token_hit_rate",
     },
 )
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

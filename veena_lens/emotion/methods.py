@@ -1,4 +1,4 @@
-"""A method: all that is done to a model while it answers, as one value, so that rivals stand on the same footing.
+"""A method: all that is done to a model while it answers, as one value, so that all are compared on the same footing.
 
 It may intervene (one list for every row, or lists that follow from the batch), reword the prompt, and change how
 tokens are chosen. `answers` and `next_logits` run any method over examples in batches.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from veena_lens import long_runs
 from veena_lens.inputs import MultimodalInputs
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 PerRow = Callable[[Any, MultimodalInputs], Sequence[Sequence[Any]]]
 
@@ -38,7 +41,7 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
-    def applied(self, model: Any, inputs: MultimodalInputs) -> Iterator[None]:
+    def applied(self, model: HookedVLM, inputs: MultimodalInputs) -> Iterator[None]:
         """The method's interventions in force for this batch."""
         if callable(self.interventions):
             per_row = [list(mine) for mine in self.interventions(model, inputs)]
@@ -69,7 +72,7 @@ ROWS: dict[str, Any] = {"last": -1, "query": "query+answer"}
 PLAIN = Method(name="plain", about="the model as it is")
 
 
-def prepared(model: Any, examples: Sequence[Any], method: Method = PLAIN, lead_in: str | None = None) -> Any:
+def prepared(model: HookedVLM, examples: Sequence[Any], method: Method = PLAIN, lead_in: str | None = None) -> Any:
     """The examples as one batch: each one's image and prompt, reworded by the method, with an answer begun."""
     texts = [example.prompt if method.prompt is None else method.prompt(example.prompt) for example in examples]
     pictures = [[example.picture] for example in examples]
@@ -79,7 +82,7 @@ def prepared(model: Any, examples: Sequence[Any], method: Method = PLAIN, lead_i
 
 
 def generate_answers(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Any],
     method: Method = PLAIN,
     *,
@@ -99,16 +102,16 @@ def generate_answers(
     return texts
 
 
-def answers_to(model: Any, inputs: MultimodalInputs, method: Method, max_new_tokens: int) -> list[str]:
+def answers_to(model: HookedVLM, inputs: MultimodalInputs, method: Method, max_new_tokens: int) -> list[str]:
     """What the model says of one prepared batch under the method."""
-    extra = {} if method.decoding is None else {"logits_processor": list(method.decoding(model, inputs))}
+    rules = () if method.decoding is None else list(method.decoding(model, inputs))
     with method.applied(model, inputs):
-        return model.generate(inputs, max_new_tokens=max_new_tokens, **extra)
+        return model.generate(inputs, max_new_tokens=max_new_tokens, logits_processor=rules or None)
 
 
 @torch.no_grad()
 def next_logits(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Any],
     method: Method = PLAIN,
     lead_in: str | None = None,

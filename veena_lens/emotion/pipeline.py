@@ -1,4 +1,4 @@
-"""The whole method in order: directions, key layers, heads, neurons; choosing on validation; the judgement on test.
+"""The whole method in order: directions, key layers, heads, neurons; model selection; evaluation on the test part.
 
 Identities are parted into directions, mechanism, validation and test, and never cross. Every stage keeps its results
 in the output folder as they come, so that a run stopped at any moment goes on with the same result.
@@ -12,11 +12,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veena_lens.emotion.enhance.veena import Adaptive, fit_adaptive
-from veena_lens.emotion.judge import choosing, held_out
+from veena_lens.emotion.estimates import estimate
+from veena_lens.emotion.judge import held_out
 from veena_lens.emotion.judge.evaluation import NEUTRAL, Evaluation, evaluate
+from veena_lens.emotion.judge.model_selection import (
+    HeadRankings,
+    compare_head_rankings,
+    conditions_of,
+    dose_response,
+    final_circuit,
+    tune_baselines,
+)
 from veena_lens.emotion.judge.tuning import Tuned
 from veena_lens.emotion.locate.answer_slot import LEAD_IN, AnswerPosition, answer_position
 from veena_lens.emotion.locate.directions import Directions, extract_directions
@@ -24,11 +33,18 @@ from veena_lens.emotion.locate.heads import KeyHeads, execution_heads, key_heads
 from veena_lens.emotion.locate.layers import KeyLayers, key_layers
 from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons
 from veena_lens.emotion.locate.tracing import Stages, find_stages, spread_over, trace_back
+from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.settings import Settings, preset
+from veena_lens.emotion.study import Study
 from veena_lens.interventions import Circuit
 from veena_lens.long_runs import fingerprint
 
-N_RIVALS = 8  # about; for the estimate alone
+if TYPE_CHECKING:
+    from veena_lens.emotion.pairs.pair_set import PairSet
+    from veena_lens.emotion.words.wheels import EmotionWheels
+    from veena_lens.model.model import HookedVLM
+
+TRACING_DRAWS = 1000  # of the intervals of edges
 STAGES = (
     "directions",
     "key layers",
@@ -57,7 +73,7 @@ class VeenaRun:
     stages: Stages
     neurons: KeyNeurons
     slot: AnswerPosition
-    ways: choosing.HeadRankings
+    head_rankings: HeadRankings
     tuned: Mapping[str, Tuned]
     adaptive: Adaptive
     circuit: Circuit
@@ -72,7 +88,7 @@ class VeenaRun:
     def __repr__(self) -> str:
         lines = [f"VeenaRun of {self.model} ({self.settings.preset})"]
         lines += [f"  {part!r}" for part in (self.layers, self.heads, self.neurons, self.stages)]
-        lines.append(f"  chosen: {self.ways.winner}")
+        lines.append(f"  chosen: {self.head_rankings.winner}")
         lines += ["  " + line for line in repr(self.test).splitlines()]
         if self.out is not None:
             lines.append(f"  written to {self.out}")
@@ -80,111 +96,107 @@ class VeenaRun:
 
 
 def run_veena(
-    model: Any,
-    pairs: Any = None,
+    model: HookedVLM,
+    pairs: PairSet | None = None,
     out: str | Path = "out/veena",
     settings: Settings | str = "quick",
     *,
-    wheels: Any = None,
+    wheels: EmotionWheels | None = None,
     progress: bool = True,
 ) -> VeenaRun:
-    """Locate, enhance and judge on one model and one set of pairs (default: the embedded images).
+    """Locate, enhance and judge on one model and one set of pairs.
 
-    Writes under `out`: work/ (everything as it comes), circuit.safetensors, directions.safetensors. The same call
-    resumes. Raises: ValueError where `out` holds another run, identities are too few to be parted, or as the stages.
+    1. Part the identities into directions, mechanism, validation and test.
+    2. Extract directions; find key layers, heads, the edges between them, stages and neurons on the mechanism's.
+    3. Choose the ranking of heads, and tune every family on the validation's.
+    4. Evaluate on the test's: the main table, random controls, other images, side effects.
+
+    Args:
+        model: the model that is studied.
+        pairs: emotional images with neutral twins; by default the embedded ones.
+        out: the folder for work/ (everything as it comes), circuit.safetensors and directions.safetensors; the same
+            call resumes there.
+        settings: a preset's name, or settings.
+        wheels: emotion wheels that judge answers; by default the project's own.
+        progress: True prints the stages and shows progress bars.
+
+    Raises: ImportError without scikit-learn; ValueError where `out` holds another run, identities are too few to be
+    parted, or as the stages.
     """
-    from veena_lens.emotion.pairs.loading import load_pairs
-    from veena_lens.emotion.words.wheels import EmotionWheels
-
     settings = preset(settings) if isinstance(settings, str) else settings
     if importlib.util.find_spec("sklearn") is None:
         raise ImportError("run_veena fits linear probes with scikit-learn; install it: pip install 'veena-lens[demo]'.")
-    wheels = EmotionWheels.default() if wheels is None else wheels
     pairs = load_pairs() if pairs is None else pairs
     out = Path(out)
-    work = out / "work"
     _claim(out, {"model": fingerprint(model), "pairs": pairs.fingerprint, "settings": settings.as_json()})
+    study = Study.of(
+        model, wheels=wheels, **settings.for_study(), seed=settings.seed, out=out / "work", progress=progress
+    )
+    judging = study.but(seed=0)  # intervals of different runs are drawn alike
     clock = _Clock(progress)
     parts = part_identities(pairs, settings)
     if progress:
         print(estimate(model, parts, settings))
-    bs, tokens = settings.batch_size, settings.max_new_tokens
 
     clock.start("directions")
     directions = extract_directions(
-        model, _some(parts["directions"], settings.direction_pairs), tau=settings.tau, wheels=wheels, batch_size=bs,
-        max_new_tokens=tokens, minimum=settings.minimum, lead_in=settings.lead_in, store=work / "directions",
-        seed=settings.seed, progress=progress,
+        study.but(out=out / "work" / "directions"), _some(parts["directions"], settings.direction_pairs),
+        tau=settings.tau, minimum=settings.minimum,
     )  # fmt: skip
     directions.save(out / "directions.safetensors")
-    slot = answer_position(model, [*directions.emotions, NEUTRAL], wheels, settings.lead_in or LEAD_IN)
+    slot = answer_position(model, [*directions.emotions, NEUTRAL], study.wheels, settings.lead_in or LEAD_IN)
     mechanism = [p for p in parts["mechanism"] if p.emotion in directions.emotions]
 
     clock.start("key layers")
     layers = key_layers(
-        model, _some(mechanism, settings.layer_pairs), directions, alphas=settings.alphas, scale=settings.scale,
-        slot=slot, wheels=wheels, max_new_tokens=tokens, max_rows=settings.max_rows, draws=settings.draws,
-        seed=settings.seed, out=work, progress=progress,
+        study, _some(mechanism, settings.layer_pairs), directions, alphas=settings.alphas, scale=settings.scale,
+        slot=slot, max_rows=settings.max_rows,
     )  # fmt: skip
 
     clock.start("key heads")
     traced = _some(mechanism, settings.mechanism_pairs)
-    heads = key_heads(
-        model, traced, directions, layers.best, k=settings.k_heads, lead_in=settings.lead_in, batch_size=bs,
-        draws=settings.draws, seed=settings.seed, out=work, progress=progress,
-    )  # fmt: skip
-    edges = trace_back(
-        model, traced, heads, directions, depth=settings.depth, seed=settings.seed, out=work, progress=progress
-    )
+    heads = key_heads(study, traced, directions, layers.best, k=settings.k_heads)
+    edges = trace_back(study.but(draws=TRACING_DRAWS), traced, heads, directions, depth=settings.depth)
     few = spread_over(list(traced), 24)
-    execution = execution_heads(
-        model, few, slot, layers.best, k=settings.k_heads, draws=settings.draws, out=work, progress=progress
-    )
+    execution = execution_heads(judging, few, slot, layers.best, k=settings.k_heads)
 
     clock.start("stages")
-    stages = find_stages(model, mechanism, layers, heads, batch_size=bs, seed=settings.seed, progress=progress)
+    stages = find_stages(study, mechanism, layers, heads)
 
     clock.start("key neurons")
-    neurons = key_neurons(
-        model, traced, directions, layers.best, heads=heads, lead_in=settings.lead_in, k=settings.k_neurons,
-        wheels=wheels, batch_size=bs,
-        progress=progress,
-    )  # fmt: skip
+    neurons = key_neurons(study, traced, directions, layers.best, heads=heads, k=settings.k_neurons)
 
     clock.start("choosing")
-    located = choosing.conditions_of(parts["mechanism"], settings, settings.mechanism_pairs, held_out=False)
-    validation = choosing.conditions_of(parts["validation"], settings, settings.validation_pictures, held_out=False)
-    call: dict[str, Any] = {"wheels": wheels, "out": work, "progress": progress}
-    ways = choosing.compare_head_rankings(model, located, validation, slot, heads, settings, **call)
+    located = conditions_of(parts["mechanism"], settings, settings.mechanism_pairs, held_out=False)
+    validation = conditions_of(parts["validation"], settings, settings.validation_pictures, held_out=False)
+    ranked = compare_head_rankings(judging, located, validation, slot, heads, settings)
 
     clock.start("tuning")
+    asking = study.asking
     adaptive = fit_adaptive(
-        model, validation["alone"], directions, layers.best, lead_in=settings.lead_in, batch_size=bs
+        model, validation["alone"], directions, layers.best, lead_in=asking.lead_in, batch_size=asking.batch_size
     )
-    tuned = choosing.tune_baselines(
-        model, validation, ways, neurons, adaptive, directions, layers.best, settings, **call
-    )
-    circuit = choosing.final_circuit(tuned, model.cfg.model_name, settings)
+    tuned = tune_baselines(judging, validation, ranked, neurons, adaptive, directions, layers.best, settings)
+    circuit = final_circuit(tuned, model.cfg.model_name, settings)
     circuit.save(out / "circuit.safetensors")
-    doses = choosing.dose_response(model, validation, ways, neurons, settings, **call)
+    doses = dose_response(judging, validation, ranked, neurons, settings)
 
     clock.start("test")
-    conditions = choosing.conditions_of(parts["test"], settings, settings.test_pictures, held_out=True)
-    sizes = {"batch_size": bs, "max_new_tokens": tokens, "draws": settings.draws}
-    test = evaluate(model, conditions, [t.method for t in tuned.values()], **sizes, **call)
-    controls = held_out.random_controls(model, conditions, tuned, test, ways, neurons, settings, **call)
+    conditions = conditions_of(parts["test"], settings, settings.test_pictures, held_out=True)
+    test = evaluate(judging, conditions, [t.method for t in tuned.values()])
+    controls = held_out.random_controls(judging, conditions, tuned, test, ranked, neurons, settings)
     other = held_out.elsewhere(parts["elsewhere"], settings)
     chosen = [tuned[name].method for name in ("VEE", "ENA", "VEENA") if name in tuned]
-    away = evaluate(model, other, chosen, **sizes, **call) if other else None
+    away = evaluate(judging, other, chosen) if other else None
 
     clock.start("side effects")
-    effects = held_out.side_effects(model, conditions, test, tuned, settings, out=work, progress=progress)
+    effects = held_out.side_effects(judging, conditions, test, tuned, settings)
     clock.stop()
     return VeenaRun(
         model=model.cfg.model_name, settings=settings,
         splits={name: sorted({e.identity for e in part.examples}) for name, part in parts.items()},
         directions=directions, layers=layers, heads=heads, edges=edges, execution=execution, stages=stages,
-        neurons=neurons, slot=slot, ways=ways, tuned=tuned, adaptive=adaptive, circuit=circuit, test=test,
+        neurons=neurons, slot=slot, head_rankings=ranked, tuned=tuned, adaptive=adaptive, circuit=circuit, test=test,
         random=controls, elsewhere=away, doses=doses, effects=effects, seconds=clock.seconds, out=out,
     )  # fmt: skip
 
@@ -220,40 +232,6 @@ def part_identities(pairs: Any, settings: Settings) -> dict[str, Any]:
         "directions": directions, "mechanism": mechanism, "validation": validation, "test": test,
         "elsewhere": elsewhere,
     }  # fmt: skip
-
-
-def estimate(model: Any, parts: Mapping[str, Any], settings: Settings) -> str:
-    """How many answers and forward passes a run will take, and how long: eight answers are timed for it."""
-    from veena_lens.emotion.methods import generate_answers
-
-    some = [p.emotional for p in list(parts["validation"])[:8]]
-    generate_answers(model, some[:2], max_new_tokens=2)
-    began = time.perf_counter()
-    generate_answers(model, some, batch_size=8, max_new_tokens=settings.max_new_tokens)
-    each = (time.perf_counter() - began) / max(1, len(some))
-    n_conditions = 2 + len(settings.strengths)
-
-    def bounded(n: int, most: int | None) -> int:
-        return n if most is None else min(n, most)
-
-    n_families = 4 + (N_RIVALS if settings.rivals else 0)
-    counts = {
-        "directions": 2 * bounded(len(parts["directions"]), settings.direction_pairs),
-        "key layers": bounded(len(parts["mechanism"]), settings.layer_pairs)
-        * 2 * model.cfg.n_layers * len(settings.alphas) // 4,
-        "choosing": bounded(8 * len(parts["validation"]) // 7, settings.validation_pictures)
-        * n_conditions * len(settings.ways) * len(settings.modes),
-        "tuning": bounded(8 * len(parts["validation"]) // 7, settings.validation_pictures)
-        * n_conditions * (n_families * settings.trials + 1),
-        "test": bounded(8 * len(parts["test"]) // 7, settings.test_pictures)
-        * (n_conditions * (n_families + 1) + settings.random_draws * 2 * len(settings.strengths)),
-    }  # fmt: skip
-    total = sum(counts.values())
-    detail = ", ".join(f"{name} {n}" for name, n in counts.items())
-    return (
-        f"About {total} answers ({detail}) at {each:.3f} s each: {total * each / 60:.1f} minutes and about half as "
-        "long again for patching. Stopped at any moment, the same command goes on."
-    )
 
 
 def _some(pairs: Any, most: int | None) -> Any:

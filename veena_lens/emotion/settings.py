@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MODES = ("scale", "renorm")
@@ -14,7 +14,7 @@ class Settings:
     """Sizes and grids of one run. Numbers of pairs and images are upper bounds; None takes all there are.
 
     tau, alphas, k_heads, k_neurons: as method and paper name them. trials: settings tried for every family on the
-    validation split, ours and rivals alike. random_draws: matched random components, judged under
+    validation split, our own and baselines alike. random_draws: matched random components, judged under
     random_conditions (None: alone and every conflict). ways, modes: how heads are ranked and act. lead_in: put before
     the answer wherever states are read, so that the last token is where the emotion is said next; None reads at the
     last prompt token, as the paper does. events: context sentences by emotion in place of the built-in ones. questions:
@@ -48,7 +48,7 @@ class Settings:
     asked_pictures: int | None = None
     attribute_harm: float | None = 0.05
     latency_repeats: int = 5
-    rivals: bool = True
+    baselines: bool = True
     random_draws: int = 20
     random_conditions: tuple[str, ...] | None = None
     depth: int = 2
@@ -71,15 +71,21 @@ class Settings:
         if self.random_draws < 0:
             raise ValueError(f"Settings: random_draws={self.random_draws} must not be negative.")
 
+    def for_study(self) -> dict[str, Any]:
+        """Return the settings that a `Study` holds, by its names; the seed of a run is not that of the judgement."""
+        names = ("lead_in", "batch_size", "max_new_tokens", "draws")
+        return {name: getattr(self, name) for name in names}
+
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the settings as results.json holds them, where `baselines` is called "rivals"."""
+        return {{"baselines": "rivals"}.get(name, name): value for name, value in asdict(self).items()}
 
 
 PRESETS: dict[str, Settings] = {
     "tiny": Settings(
         preset="tiny", minimum=2, alphas=(0.4, 1.6), direction_pairs=35, mechanism_pairs=14, layer_pairs=7,
         conflict_examples=14, validation_pictures=8, test_pictures=16, betas=(2.0, 5.0), gammas=(2.0, 5.0), trials=2,
-        ways=WAYS[:2], modes=("scale",), random_draws=2, rivals=False, depth=1, draws=200, strengths=("plain",),
+        ways=WAYS[:2], modes=("scale",), random_draws=2, baselines=False, depth=1, draws=200, strengths=("plain",),
         random_conditions=("conflict, plain",), asked_pictures=4, latency_repeats=1,
     ),
     "quick": Settings(
@@ -93,6 +99,20 @@ PRESETS: dict[str, Settings] = {
         max_new_tokens=20,
     ),
 }  # fmt: skip
+
+
+def settings_for(preset_name: str, seed: int | None = None, question: str | None = None, **questions: Any) -> Settings:
+    """Return a preset with what was chosen for a run.
+
+    Args:
+        preset_name: the preset.
+        seed: of every draw; None keeps the preset's.
+        question: asked in place of the pairs' own; None keeps those.
+        questions: `questions`, `describe` and `templates`, where the images' attributes are to be asked for.
+
+    Raises: ValueError for an unknown preset."""
+    chosen = {"seed": seed, "question": question, **questions}
+    return replace(preset(preset_name), **{name: value for name, value in chosen.items() if value is not None})
 
 
 def preset(name: str) -> Settings:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from veena_lens.circuits.statistics import paired_difference
 from veena_lens.zoo.captions import EMOTION_TASKS
 from veena_lens.zoo.card import write_card
 from veena_lens.zoo.evaluate import HELD_OUT_STYLES
@@ -28,7 +29,6 @@ from veena_lens.zoo.exam import (
 from veena_lens.zoo.faces import STYLES
 from veena_lens.zoo.model import checkpoint_folder
 from veena_lens.zoo.people import EMOTIONS, named_emotion
-from veena_lens.zoo.statistics import paired_difference
 
 __all__ = ["Asked", "compare", "main", "tables"]
 

@@ -7,10 +7,13 @@ held-out styles and the emoji are used only for the card.
 import argparse
 import json
 import statistics
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from veena_lens.circuits.statistics import share
 from veena_lens.zoo.captions import EMOTION_TASKS
 from veena_lens.zoo.card import write_card
 from veena_lens.zoo.exam import (
@@ -28,7 +31,6 @@ from veena_lens.zoo.faces import STYLES
 from veena_lens.zoo.model import checkpoint_folder
 from veena_lens.zoo.people import EMOTIONS, named_emotion
 from veena_lens.zoo.samples import TRAINING_STYLES
-from veena_lens.zoo.statistics import confusion, share
 
 __all__ = ["HELD_OUT_STYLES", "judge", "main"]
 
@@ -176,3 +178,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def confusion(truth: Sequence[str], told: Sequence[str | None]) -> dict[str, dict[str, int]]:
+    """Counts by truth, then by the emotion told ("none" where no emotion word came)."""
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    for true, answer in zip(truth, told, strict=True):
+        table[true][answer or "none"] += 1
+    return {true: dict(row) for true, row in table.items()}

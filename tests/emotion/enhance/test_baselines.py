@@ -1,4 +1,4 @@
-"""Rivals: each equals its formula by hand, a batch its rows alone, and every family has the same number of trials."""
+"""Baselines: each equals its formula by hand, a batch its rows alone, and every family has equally many trials."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ OFF = (
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", OFF, ids=repr)
-def test_a_rival_that_is_off_leaves_the_model_as_it_is(name: str, method: Method) -> None:
+def test_a_baseline_that_is_off_leaves_the_model_as_it_is(name: str, method: Method) -> None:
     model = bundled(name)
     torch.testing.assert_close(next_logits(model, examples(), method), next_logits(model, examples()))
     assert generate_answers(model, examples(), method, max_new_tokens=8) == generate_answers(
@@ -306,6 +306,6 @@ def test_a_models_own_depth_scales_the_layers_that_the_sources_give() -> None:
     assert [s["layer"] for s in steered] == [8, 16, 24] * 4 and len({s["alpha"] for s in steered}) == 4
 
 
-def test_public_names_of_rivals_exist_and_questions_stay_different() -> None:
+def test_public_names_of_baselines_exist_and_questions_stay_different() -> None:
     assert all(hasattr(baselines, name) for name in baselines.__all__)
     assert len(set(QUESTIONS)) == 3

@@ -153,7 +153,7 @@ def test_answers_of_other_interventions_are_not_taken_for_these(tmp_path: Path) 
 
 def test_two_methods_of_one_name_and_empty_conditions_are_refused() -> None:
     twins = [Method(name="VEE"), Method(name="VEE")]
-    with pytest.raises(ValueError, match="two methods are called 'VEE'"):
+    with pytest.raises(ValueError, match="two methods are named 'VEE'; names must be unique"):
         evaluate(None, conditions(), twins, progress=False)
     for empty in ({}, {"alone": []}):
         with pytest.raises(ValueError, match="every condition needs at least one example"):

@@ -13,9 +13,9 @@ import torch
 
 from tests.emotion.asked import bundled
 from veena_lens.emotion.judge import held_out
-from veena_lens.emotion.judge.choosing import HeadRankings
 from veena_lens.emotion.judge.evaluation import score_answers
 from veena_lens.emotion.judge.held_out import elsewhere, random_controls, side_effects
+from veena_lens.emotion.judge.model_selection import HeadRankings
 from veena_lens.emotion.judge.side_effects import SideEffects
 from veena_lens.emotion.judge.tuning import Tuned
 from veena_lens.emotion.locate.neurons import KeyNeurons
@@ -63,7 +63,7 @@ def judge(monkeypatch: pytest.MonkeyPatch, draws: int, **settings: Any) -> tuple
     texts = {c: {name: ["happy", "no idea"] for name in ("plain", *SETTINGS)} for c in CONDITIONS}
     test = score_answers(CONDITIONS, texts, EmotionWheels.default(), "plain", {}, draws=20)
     tuned = {
-        name: Tuned(family=name, method=Method(name=name, settings=s), trials=pd.DataFrame(), worth=0.5)
+        name: Tuned(family=name, method=Method(name=name, settings=s), trials=pd.DataFrame(), score=0.5)
         for name, s in SETTINGS.items()
     }
     rows = pd.DataFrame([{"layer": a, "neuron": n, "rows": "last"} for a, n in NEURONS])
@@ -132,7 +132,7 @@ def test_side_effects_are_measured_once_and_other_answers_are_other_effects(
     monkeypatch.setattr(held_out, "latency_ratio", lambda *given, **more: 1.0)
     some = list(load_pairs().select(split="test").without_context().examples[:2])
     settings = replace(preset("tiny"), questions={"glasses": "does the person wear glasses?"}, asked_pictures=1)
-    tuned = {"VEE": Tuned(family="VEE", method=Method(name="VEE"), trials=pd.DataFrame(), worth=0.0)}
+    tuned = {"VEE": Tuned(family="VEE", method=Method(name="VEE"), trials=pd.DataFrame(), score=0.0)}
 
     def run(said: str, **more: Any) -> list[SideEffects]:
         calls.clear()

@@ -76,8 +76,8 @@ def scripted(monkeypatch) -> Any:
         names = [f"VEE #{i}" for i in range(len(trials))]
         seen: list[Any] = []
 
-        def answered(model: Any, conditions: Any, methods: Any, **settings: Any) -> Evaluation:
-            seen.append(([m.name for m in methods], settings))
+        def answered(study: Any, conditions: Any, methods: Any) -> Evaluation:
+            seen.append(([m.name for m in methods], study.draws))
             return said({"plain": PLAIN} | dict(zip(names, trials, strict=True)))
 
         monkeypatch.setattr(tuning, "evaluate", answered)
@@ -86,7 +86,7 @@ def scripted(monkeypatch) -> Any:
             None, CONDITIONS, "VEE", grid, lambda beta: Method(name="?", about=f"{beta}", settings={"mode": "scale"}),
             draws=20, **guards,
         )  # fmt: skip
-        assert seen[0][0] == ["plain", *names] and seen[0][1]["draws"] == 20
+        assert seen[0][0] == ["plain", *names] and seen[0][1] == 20
         return found
 
     return start
@@ -99,7 +99,7 @@ HARMFUL = RIGHT | {"alone": ["sad", "neutral"]}
 def test_the_trial_worth_most_is_taken_and_named_after_its_family(scripted) -> None:
     found = scripted([PLAIN, HALF, RIGHT])
     assert found.method.name == "VEE" and dict(found.method.settings) == {"mode": "scale", "beta": 3.0}
-    assert found.worth == 1.0 and found.trials["worth"].tolist() == [0.25, 0.5, 1.0]
+    assert found.score == 1.0 and found.trials["worth"].tolist() == [0.25, 0.5, 1.0]
     assert (found.trials["plain"] == 0.25).all() and found.method.about == "3.0"
     assert "3 of 3 trials allowed" in repr(found) and "worth 1.000" in repr(found)
 

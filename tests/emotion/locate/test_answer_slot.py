@@ -33,7 +33,7 @@ def test_the_metric_of_an_emotion_is_its_column_of_soft_hits() -> None:
         torch.testing.assert_close(THREE.metric(emotion)(logits), THREE.soft_hits(logits)[:, i])
 
 
-def test_given_rivals_are_the_only_ones() -> None:
+def test_given_others_are_the_only_ones() -> None:
     found = THREE.metric("happy", ["angry"])(LOGITS.double())
     assert found.tolist() == pytest.approx([math.log(0.3 / 0.05), math.log(0.5 / 0.3)], abs=1e-6)
 
@@ -42,7 +42,7 @@ def test_soft_hits_do_not_change_with_a_shift_of_all_logits() -> None:
     torch.testing.assert_close(THREE.soft_hits(LOGITS), THREE.soft_hits(LOGITS + 7), atol=1e-5, rtol=1e-5)
 
 
-def test_an_unknown_emotion_or_rival_is_named() -> None:
+def test_an_unknown_emotion_or_other_is_named() -> None:
     with pytest.raises(ValueError, match="no tokens for 'proud'; known: happy, sad, angry"):
         THREE.metric("proud")
     with pytest.raises(ValueError, match="no tokens for 'proud'"):

@@ -18,25 +18,24 @@ from PIL import Image
 from torch import Tensor
 
 from veena_lens import HookedVLM
-from veena_lens.emotion.locate import streaming
-from veena_lens.emotion.locate.direction_controls import (
-    noise_directions,
-    person_directions,
-    shuffled_directions,
-    swapped_directions,
-)
+from veena_lens.emotion import study
+from veena_lens.emotion.locate import pair_states
 from veena_lens.emotion.locate.directions import (
     Directions,
     Selected,
     TooFewPairs,
     directions_from,
     extract_directions,
+    noise_directions,
+    person_directions,
     select_pairs,
+    shuffled_directions,
+    swapped_directions,
 )
-from veena_lens.emotion.locate.streaming import PairHits, halves_of
+from veena_lens.emotion.locate.pair_states import PairHits, halves_of
 from veena_lens.emotion.methods import generate_answers, prepared
 from veena_lens.emotion.pairs.loading import Example, Pair, PairSet, load_pairs
-from veena_lens.emotion.words.scores import sample_hit
+from veena_lens.emotion.words.wheels import sample_hit
 
 QUESTION = "name the emotions of the person in the picture."
 EMOTIONS = ["happy", "angry"]
@@ -306,7 +305,7 @@ def found(model: HookedVLM, pairs: PairSet) -> Directions:
 
 def test_states_are_those_of_the_last_prompt_token(model: HookedVLM, pairs: PairSet) -> None:
     examples = [pairs[0].emotional, pairs[1].neutral.asked("how does the person in the picture feel?")]
-    states, _ = streaming.states_of(model, examples, "last", 2)
+    states, _ = pair_states.states_of(model, examples, "last", 2)
     for example, state in zip(examples, states, strict=True):
         inputs = prepared(model, [example])
         _, cache = model.run_with_cache(inputs)
@@ -316,7 +315,7 @@ def test_states_are_those_of_the_last_prompt_token(model: HookedVLM, pairs: Pair
 
 
 def test_lead_in_moves_the_state_to_its_last_token(model: HookedVLM, pairs: PairSet) -> None:
-    states, _ = streaming.states_of(model, [pairs[0].emotional], "last", 2, "the person feels")
+    states, _ = pair_states.states_of(model, [pairs[0].emotional], "last", 2, "the person feels")
     inputs = prepared(model, [pairs[0].emotional], lead_in="the person feels")
     _, cache = model.run_with_cache(inputs)
     assert inputs.spans[0].last < inputs.shape[1] - 1
@@ -324,7 +323,7 @@ def test_lead_in_moves_the_state_to_its_last_token(model: HookedVLM, pairs: Pair
 
 
 def test_query_states_are_the_mean_over_the_question(model: HookedVLM, pairs: PairSet) -> None:
-    states, _ = streaming.states_of(model, [pairs[0].emotional], "query", 2)
+    states, _ = pair_states.states_of(model, [pairs[0].emotional], "query", 2)
     inputs = prepared(model, [pairs[0].emotional])
     _, cache = model.run_with_cache(inputs)
     torch.testing.assert_close(
@@ -372,10 +371,11 @@ def test_stopped_run_goes_on_to_the_same_bits(
 ) -> None:
     settings: dict[str, Any] = dict(minimum=6, max_new_tokens=6, batch_size=6, progress=False)
     whole = extract_directions(model, pairs, **settings)
-    calls = {"answers": 0, "states_of": 0}
+    calls = {"generate_answers": 0, "states_of": 0}
 
     def counting(name: str, last: int) -> None:
-        real = getattr(streaming, name)
+        module = study if name == "generate_answers" else pair_states
+        real = getattr(module, name)
 
         def run(*args: Any, **more: Any) -> Any:
             calls[name] += 1
@@ -383,26 +383,26 @@ def test_stopped_run_goes_on_to_the_same_bits(
                 raise _Stopped
             return real(*args, **more)
 
-        monkeypatch.setattr(streaming, name, run)
+        monkeypatch.setattr(module, name, run)
 
     for name in calls:
-        calls.update(answers=0, states_of=0)
+        calls.update(generate_answers=0, states_of=0)
         with monkeypatch.context(), pytest.raises(_Stopped):
             counting(name, 2)
             extract_directions(model, pairs, store=tmp_path, **settings)
         monkeypatch.undo()
-    calls.update(answers=0, states_of=0)
+    calls.update(generate_answers=0, states_of=0)
     for name in calls:
         counting(name, -1)
     again = extract_directions(model, pairs, store=tmp_path, **settings)
-    assert calls == {"answers": 0, "states_of": 2}  # of three batches each
+    assert calls == {"generate_answers": 0, "states_of": 2}  # of three batches each
     for name in ("overall", "per_emotion", "norms", "neutral_mean"):
         assert torch.equal(getattr(again, name), getattr(whole, name))
     assert torch.equal(again.measured["split_half"], whole.measured["split_half"])
-    calls.update(answers=0, states_of=0)
+    calls.update(generate_answers=0, states_of=0)
     selected = select_pairs(model, pairs, store=tmp_path, **settings)
     assert torch.equal(swapped_directions(selected, share=1).overall, -whole.overall)
-    assert calls == {"answers": 0, "states_of": 0}
+    assert calls == {"generate_answers": 0, "states_of": 0}
 
 
 def test_too_few_pairs_say_how_many_and_which_tau(model: HookedVLM, pairs: PairSet) -> None:
@@ -428,7 +428,7 @@ def test_filter_wants_the_emotion_on_the_picture_and_not_on_its_twin() -> None:
 def test_every_pair_is_taken_and_none_asked_with_a_tau_below_0(
     model: HookedVLM, pairs: PairSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(streaming, "answers")
+    monkeypatch.delattr(study, "generate_answers")
     found = extract_directions(model, pairs[:4], tau=-1, require_neutral=False, minimum=2, progress=False)
     assert found.counts == {"happy": 2, "angry": 2}
 
@@ -442,13 +442,13 @@ def test_contexts_are_left_out_unless_asked_for(model: HookedVLM, pairs: PairSet
 
 
 def test_twins_of_other_tokens_are_refused(model: HookedVLM, pairs: PairSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = streaming.states_of
+    real = pair_states.states_of
 
     def longer(*args: Any) -> Any:
         states, tokens = real(*args)
         return states, [(*row, i) for i, row in enumerate(tokens)]
 
-    monkeypatch.setattr(streaming, "states_of", longer)
+    monkeypatch.setattr(pair_states, "states_of", longer)
     with pytest.raises(ValueError, match="twins of pair 'development-10000'.*same size"):
         extract_directions(model, pairs[:2], minimum=1, max_new_tokens=6, progress=False)
 

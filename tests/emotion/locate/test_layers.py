@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,12 +15,14 @@ from PIL import Image
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, slot, twins
+from veena_lens.emotion import study
 from veena_lens.emotion.judge.fluency import Fluency
 from veena_lens.emotion.locate import layers as module
-from veena_lens.emotion.locate.direction_controls import noise_directions
+from veena_lens.emotion.locate.directions import noise_directions
 from veena_lens.emotion.locate.layers import KeyLayers, _choose, _judged, key_layers
 from veena_lens.emotion.methods import Method, generate_answers, next_logits
 from veena_lens.emotion.pairs.loading import Example, Pair
+from veena_lens.emotion.study import Study
 from veena_lens.emotion.words.wheels import EmotionWheels
 
 # --- by hand ----------------------------------------------------------------------------------------------
@@ -73,9 +76,16 @@ def said(plain: list[str], texts: list[str], random: list[str], logs: list[float
     return {"plain": plain, "texts": texts, "random": random, "fluency": fluency}
 
 
+def plan(asked: Study, d: Any, layers: list[int], alphas: Sequence[float], **more: Any) -> Any:
+    """An injection of these layers and doses."""
+    about = {"scale": "relative", "positions": "last+generated", "slot": None, "max_rows": 256} | more
+    fluency = Fluency(asked.model, d.emotions, asked.wheels)
+    return module._Injection(study=asked, directions=d, layers=layers, alphas=list(alphas), fluency=fluency, **about)
+
+
 def judged(found: list[dict[str, Any]], alphas: list[float], pairs: list[Pair] = PAIRS) -> KeyLayers:
     names = SimpleNamespace(emotions=["happy", "angry"])
-    return _judged(pairs, found, [3, 4], alphas, names, EmotionWheels.default(), 100, 0, {})
+    return _judged(plan(Study.of(bundled(LLAVA), draws=100), names, [3, 4], alphas), pairs, found, {})
 
 
 def two_pairs(third: float = 0.0) -> list[dict[str, Any]]:
@@ -178,10 +188,8 @@ def test_answers_and_soft_hits_equal_those_of_one_injection_at_a_time() -> None:
     model, pair, d = bundled(LLAVA), twins()[0], directions()
     units = d.overall.float()
     plain = generate_answers(model, [pair.neutral], max_new_tokens=5)[0]
-    fluency = Fluency(model, d.emotions, EmotionWheels.default())
-    one = module._inject(
-        model, pair, plain, d, [1, 5], (0.4, 1.5), "relative", "last+generated", units, slot(), fluency, 5, 256
-    )
+    asked = plan(Study.of(model, max_new_tokens=5), d, [1, 5], (0.4, 1.5), slot=slot())
+    one = module._inject(asked, pair, plain, units)
     steered = []
     for layer in (1, 5):
         for alpha in (0.4, 1.5):
@@ -233,7 +241,7 @@ def test_results_of_another_setting_are_not_taken(tmp_path: Path, monkeypatch: p
         return said([given[1].emotion, NOTHING], [given[1].emotion], [NOTHING], [0.0])
 
     monkeypatch.setattr(module, "_inject", counted)
-    monkeypatch.setattr(module, "generate_answers", lambda model, some, **settings: [e.emotion for e in some])
+    monkeypatch.setattr(study, "generate_answers", lambda model, some, *method, **more: [e.emotion for e in some])
     settings: dict[str, Any] = dict(alphas=[0.1], layers=[5], draws=20, out=tmp_path, progress=False)
 
     def run(**more: Any) -> int:
@@ -259,11 +267,11 @@ def test_results_of_another_setting_are_not_taken(tmp_path: Path, monkeypatch: p
 
 def test_negative_layers_count_from_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     def one(*given: Any) -> Any:
-        assert list(given[4]) == [7]
+        assert given[0].layers == [7]
         return said([given[1].emotion, NOTHING], [given[1].emotion], [NOTHING], [0.0])
 
     monkeypatch.setattr(module, "_inject", one)
-    monkeypatch.setattr(module, "generate_answers", lambda model, some, **settings: [e.emotion for e in some])
+    monkeypatch.setattr(study, "generate_answers", lambda model, some, *method, **more: [e.emotion for e in some])
     found = key_layers(bundled(LLAVA), twins()[:2], directions(), alphas=[0.1], layers=[-1], draws=20, progress=False)
     assert found.best == 7
 

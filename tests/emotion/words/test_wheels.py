@@ -7,9 +7,8 @@ import pytest
 
 from tests.emotion.wheel_data import golden, needs_original, original
 from veena_lens.emotion.words.lexicon import default_lexicon
-from veena_lens.emotion.words.scores import sample_hit
 from veena_lens.emotion.words.wheel import Wheel, direct_sector, official_sector
-from veena_lens.emotion.words.wheels import EmotionWheels
+from veena_lens.emotion.words.wheels import EmotionWheels, sample_hit
 from veena_lens.zoo.people import EMOTIONS, WORDS
 
 WHEELS = EmotionWheels.default()

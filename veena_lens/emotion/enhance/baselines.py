@@ -1,12 +1,9 @@
-"""Rivals of VEENA on the same footing: each a `Method` with its source, each family with the same number of trials.
+"""Baselines of VEENA on the same footing: each a `Method` with its source, each family with equally many trials.
 
-All are free of training. Here are steering, VISTA and prompts, and the table of families; `attention_rivals` and
-`decoding` hold the others, which are named here too.
-
-Rivals that change attention to the image: PAI, ScalingVis, AdaptVis, VAF and SPIN, as interventions of ours.
-
-All were made against object hallucination or for spatial questions; here they answer about emotion, so each is tuned
-on the same validation split as the method that it is held against.
+None is trained. Here are those that change attention to the image (PAI, ScalingVis, AdaptVis, VAF, SPIN), steering,
+VISTA and prompts; `contrastive_decoding` holds VCD and PAI's guidance. All were made against object hallucination or
+for spatial questions; here they answer about emotion, so each is tuned on the same validation split as the method that
+it is compared with.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -28,25 +25,14 @@ from veena_lens.emotion.methods import Method
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import BoostAttention, SteerKeepingNorm, SuppressHeads
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 __all__ = [
-    "Baseline",
-    "WORDINGS",
-    "adaptvis",
-    "all_baselines",
-    "first_token_confidence",
-    "pai",
-    "plain_steering",
-    "prompt_only",
-    "random_directions",
-    "random_heads",
-    "random_neurons",
-    "scalingvis",
-    "spin",
-    "vaf",
-    "vcd",
-    "vista",
+    "Baseline", "WORDINGS", "adaptvis", "all_baselines", "first_token_confidence", "pai", "plain_steering",
+    "prompt_only", "random_directions", "random_heads", "random_neurons", "scalingvis", "spin", "vaf", "vcd", "vista",
     "visual_directions",
-]
+]  # fmt: skip
 
 
 def pai(alpha: float | int, layers: Sequence[int], cfg_gamma: float | int | None = None) -> Method:
@@ -95,7 +81,7 @@ def adaptvis(threshold: float | int, layers: Sequence[int], w1: float | int = 0.
     _require_finite("adaptvis", threshold=threshold, w1=w1, w2=w2)
     chosen = _layers("adaptvis", layers)
 
-    def per_row(model: Any, inputs: MultimodalInputs) -> list[list[Any]]:
+    def per_row(model: HookedVLM, inputs: MultimodalInputs) -> list[list[Any]]:
         require_pictures("adaptvis", inputs)
         sure = first_token_confidence(model, inputs).tolist()
         return [_scaled(w1 if confidence < threshold else w2, chosen) for confidence in sure]
@@ -118,7 +104,7 @@ def vaf(layers: Sequence[int], enhance: float | int = 1.15, suppress: float | in
     _require_finite("vaf", enhance=enhance, suppress=suppress)
     chosen = _layers("vaf", layers)
 
-    def per_row(model: Any, inputs: MultimodalInputs) -> list[list[Any]]:
+    def per_row(model: HookedVLM, inputs: MultimodalInputs) -> list[list[Any]]:
         require_pictures("vaf", inputs)
         rows = []
         for row, spans in enumerate(inputs.spans):
@@ -161,7 +147,7 @@ def spin(layers: Sequence[int], keep: float | int = 0.95, factor: float | int = 
 
 
 @torch.no_grad()
-def first_token_confidence(model: Any, inputs: MultimodalInputs) -> Float[Tensor, " batch"]:
+def first_token_confidence(model: HookedVLM, inputs: MultimodalInputs) -> Float[Tensor, " batch"]:
     """The largest probability of the token after the prompt, from a run that no intervention touches."""
     with model.without_interventions():
         resid = model(inputs, stop_at_layer=model.cfg.n_layers)
@@ -258,7 +244,7 @@ def vista(
         chosen = range(len(directions)) if layers is None else layers
         return [SteerKeepingNorm(int(layer), directions[layer], lam, positions) for layer in chosen] if lam else []
 
-    def per_row(model: Any, inputs: MultimodalInputs) -> list[list[Any]]:
+    def per_row(model: HookedVLM, inputs: MultimodalInputs) -> list[list[Any]]:
         require_pictures("vista", inputs)
         if not lam:
             return [[] for _ in range(len(inputs))]
@@ -278,7 +264,7 @@ def vista(
 
 
 @torch.no_grad()
-def visual_directions(model: Any, inputs: MultimodalInputs) -> Float[Tensor, "batch layer d_model"]:
+def visual_directions(model: HookedVLM, inputs: MultimodalInputs) -> Float[Tensor, "batch layer d_model"]:
     """What the image adds to each row's last prompt token: resid_post with it minus resid_post without it.
 
     Interventions in force do not act. Raises: ValueError for a row without an image."""
@@ -286,7 +272,7 @@ def visual_directions(model: Any, inputs: MultimodalInputs) -> Float[Tensor, "ba
     return _last_states(model, inputs) - _last_states(model, without_pictures(model, inputs))
 
 
-def _last_states(model: Any, inputs: MultimodalInputs) -> Float[Tensor, "batch layer d_model"]:
+def _last_states(model: HookedVLM, inputs: MultimodalInputs) -> Float[Tensor, "batch layer d_model"]:
     last = [spans.last for spans in inputs.spans]
     states: list[Tensor] = []
 
@@ -314,7 +300,7 @@ def prompt_only(kind: str = "look") -> Method:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Baseline:
-    """A rival with the settings it is tuned over: `build(**grid[i])` is a Method. Grids go from weak to strong."""
+    """A baseline with the settings it is tuned over: `build(**grid[i])` is a Method. Grids go from weak to strong."""
 
     name: str
     grid: list[dict[str, Any]]
@@ -322,22 +308,28 @@ class Baseline:
     about: str
 
     def __repr__(self) -> str:
-        return f"Family({self.name!r}: {len(self.grid)} trials over {', '.join(self.grid[0])}; {self.about})"
+        return f"Baseline({self.name!r}: {len(self.grid)} trials over {', '.join(self.grid[0])}; {self.about})"
 
 
 def all_baselines(
-    model: Any, *, directions: Any = None, key_layer: int | None = None, trials: int = 12, seed: int = 0
+    model: HookedVLM, *, directions: Any = None, key_layer: int | None = None, trials: int = 12, seed: int = 0
 ) -> list[Baseline]:
-    """Every rival with as many trials as the others, around the defaults of its source, scaled to the model's depth.
+    """Return every baseline with as many trials as the others, around its source's defaults, scaled to the depth.
 
-    directions: for plain steering, left out without them; at `key_layer` with both sets of positions, or over layers at
-    a quarter, half and three quarters of the depth. trials: 12 or fewer, spread over each grid. seed: of VCD's noise.
+    Args:
+        model: the model that will be tuned.
+        directions: for plain steering, which is left out without them.
+        key_layer: where plain steering acts, with both sets of positions; by default over layers at a quarter, half and
+            three quarters of the depth.
+        trials: 12 or fewer, spread over each grid.
+        seed: of VCD's noise.
+
     Raises: ValueError for trials outside 1 .. 12, or a key layer that the model does not have."""
     if not 1 <= trials <= 12:
-        raise ValueError(f"families: trials={trials} must be in 1 .. 12.")
+        raise ValueError(f"all_baselines: trials={trials} must be in 1 .. 12.")
     n, heads = model.cfg.n_layers, model.cfg.n_heads
     if key_layer is not None and not 0 <= key_layer < n:
-        raise ValueError(f"families: key_layer={key_layer} does not exist; the model has layers 0 to {n - 1}.")
+        raise ValueError(f"all_baselines: key_layer={key_layer} does not exist; the model has layers 0 to {n - 1}.")
     every, upper = list(range(n)), list(range(n // 2, n))
     deeper = list(range(min(max(1, round(n * 2 / 32)), n - 1), n))  # layers 2 .. 31 of 32
     middle = list(range(n * 9 // 32, max(n * 9 // 32 + 1, -(-n * 15 // 32))))  # layers 9 .. 14 of 32

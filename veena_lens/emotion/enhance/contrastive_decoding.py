@@ -1,4 +1,4 @@
-"""Rivals that change how tokens are chosen: a second stream of logits beside the model's own, contrasted with it.
+"""Baselines that change how tokens are chosen: a second stream of logits beside the model's own, contrasted with it.
 
 VCD's second stream sees a noised image, PAI's guidance none. Each stream keeps its own keys and values, so a step
 costs one further token, and runs untouched by the interventions of the first.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,9 @@ from veena_lens.components.kv_cache import KVCache
 from veena_lens.emotion.methods import Method
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 from veena_lens.model.generation import as_prompt, next_logits
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 Combine = Callable[[Tensor, Tensor], Tensor]
 N_NOISE_STEPS = 1000
@@ -36,7 +39,7 @@ def vcd(a: float | int = 1.0, b: float | int = 0.1, noise_step: int = 500, seed:
     _require("vcd", "b", b, 0 < b <= 1, "a share above 0, at most 1")
     _require("vcd", "noise_step", noise_step, 0 <= noise_step < N_NOISE_STEPS, f"in 0 .. {N_NOISE_STEPS - 1}")
 
-    def decoding(model: Any, inputs: MultimodalInputs) -> Sequence[Any]:
+    def decoding(model: HookedVLM, inputs: MultimodalInputs) -> Sequence[Any]:
         require_pictures("vcd", inputs)
         if a == 0:
             return ()
@@ -59,7 +62,7 @@ def guidance(gamma: float | int, cutoff: float | int = 0.1) -> Callable[[Any, Mu
     _require("pai", "cfg_gamma", gamma, math.isfinite(gamma), "a finite number")
     _require("pai", "cutoff", cutoff, 0 < cutoff <= 1, "a share above 0, at most 1")
 
-    def decoding(model: Any, inputs: MultimodalInputs) -> Sequence[Any]:
+    def decoding(model: HookedVLM, inputs: MultimodalInputs) -> Sequence[Any]:
         require_pictures("pai", inputs)
         if gamma == 1:
             return ()
@@ -96,7 +99,7 @@ class SecondStream:
     tokens starts afresh. Rows that have ended go along and are ignored by `generate`, as in the first stream.
     """
 
-    def __init__(self, model: Any, inputs: MultimodalInputs, other: MultimodalInputs, combine: Combine) -> None:
+    def __init__(self, model: HookedVLM, inputs: MultimodalInputs, other: MultimodalInputs, combine: Combine) -> None:
         self.model, self.combine = model, combine
         self.n_prompt = inputs.shape[1]
         self.prompt = as_prompt(model, other)
@@ -122,7 +125,7 @@ class SecondStream:
         return self.combine(scores, other.to(scores))
 
 
-def with_noise(model: Any, inputs: MultimodalInputs, step: int, seed: int = 0) -> MultimodalInputs:
+def with_noise(model: HookedVLM, inputs: MultimodalInputs, step: int, seed: int = 0) -> MultimodalInputs:
     """The inputs with every image as a diffusion has it after `step` steps: sqrt(A) x + sqrt(1 - A) noise.
 
     A is the product of 1 - beta over the steps 0 .. step, beta rising from 1e-5 to 5e-3 as a sigmoid. Each row draws
@@ -152,7 +155,7 @@ def _patch_noise(vision: Any, n: int, generator: torch.Generator) -> Float[Tenso
     return noise.expand(-1, -1, frames, -1).reshape(n, -1)
 
 
-def without_pictures(model: Any, inputs: MultimodalInputs) -> MultimodalInputs:
+def without_pictures(model: HookedVLM, inputs: MultimodalInputs) -> MultimodalInputs:
     """The same rows with their image tokens taken out, padded on the left; positions count what is left.
 
     A pair of added tokens right around an image (Qwen's vision start and end) goes with it."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_unit
 from veena_lens.positions import position_mask
 from veena_lens.residual_parts import neuron_rows
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 Unit = tuple[int, int]  # (layer, head) or (layer, neuron)
 N_NEAREST = 8  # how many neurons of nearest size a matched one is drawn from
@@ -85,7 +88,7 @@ def random_neurons(
 
 
 @torch.no_grad()
-def neuron_sizes(model: Any, inputs: MultimodalInputs, positions: Any = "last") -> Float[Tensor, "layer d_mlp"]:
+def neuron_sizes(model: HookedVLM, inputs: MultimodalInputs, positions: Any = "last") -> Float[Tensor, "layer d_mlp"]:
     """How much each neuron writes: mean |a_n| over the chosen positions of all rows, times ||W_out[n]||.
 
     Raises: ValueError where `positions` select nothing."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,9 @@ from torch import Tensor
 
 from veena_lens.emotion.methods import Method, batches, prepared
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 PHASES = ("both", "paper", "prefill", "decode")
 VARIANTS = ("factor", "add", "positive")
@@ -72,7 +75,7 @@ def ena(
     *,
     positions: str = "last+generated",
     variant: str = "factor",
-    model: Any = None,
+    model: HookedVLM | None = None,
     activations: Any = None,
     weights: Any = None,
 ) -> Circuit:
@@ -205,7 +208,7 @@ class Adaptive:
 
         Costs one partial prefill, up to the key layer. `settings`: those of `veena`."""
 
-        def per_row(model: Any, inputs: Any) -> list[list[Any]]:
+        def per_row(model: HookedVLM, inputs: Any) -> list[list[Any]]:
             states = states_at(model, inputs, self.layer, self.lead_in)
             betas, gammas = self.strengths(states, beta, kind), self.strengths(states, gamma, kind)
             return [list(veena(heads, neurons, b, g, **settings)) for b, g in zip(betas.tolist(), gammas.tolist())]
@@ -224,7 +227,7 @@ class Adaptive:
 
 
 @torch.no_grad()
-def states_at(model: Any, inputs: Any, layer: int, lead_in: str | None = None) -> Float[Tensor, "row d_model"]:
+def states_at(model: HookedVLM, inputs: Any, layer: int, lead_in: str | None = None) -> Float[Tensor, "row d_model"]:
     """resid_post of a layer at each row's last token (of `lead_in`, put after the prompt), in float64 on the CPU; the
     run goes no further."""
     inputs = inputs.left_padded() if lead_in is None else inputs.with_answer(f" {lead_in}")
@@ -240,7 +243,7 @@ def states_at(model: Any, inputs: Any, layer: int, lead_in: str | None = None) -
 
 
 def fit_adaptive(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Any],
     directions: Any,
     layer: int,

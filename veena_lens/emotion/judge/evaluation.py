@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.circuits import sign_flip_test
-from veena_lens.emotion.judge.intervals import drawn_weights, share
+from veena_lens.circuits.statistics import drawn_weights, mean_interval
 from veena_lens.emotion.methods import PLAIN, Method, answers_to, batches, prepared, require_sizes
-from veena_lens.long_runs import Store, counting
+from veena_lens.emotion.study import Study, stage
+from veena_lens.long_runs import counting
 from veena_lens.scores import Scores
 
 NEUTRAL = "neutral"
@@ -27,7 +27,7 @@ NEUTRAL = "neutral"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluation:
-    """What every method said of every example: `texts` [condition][method], and what it was worth.
+    """What every method said of every example, `texts` [condition][method], and the scores of the answers.
 
     `hits`, `followed` (condition, method, example): 1 where the answer names the image's emotion, or the context's;
     rows of examples that a condition lacks are masked. `table()` sums up; `per_emotion()` gives recalls.
@@ -59,10 +59,10 @@ class Evaluation:
             plain = by_method[self.baseline]
             for method in self.methods:
                 mine = by_method[method]
-                low, mean, high = share(mine, weights).tolist()
+                low, mean, high = mean_interval(mine, weights).tolist()
                 row = {"condition": condition, "method": method, "n": len(mine), "hit": mean, "low": low, "high": high}
                 if method != self.baseline:
-                    change = share(mine - plain, weights).tolist()
+                    change = mean_interval(mine - plain, weights).tolist()
                     row |= {"difference": change[1], "difference_low": change[0], "difference_high": change[2]}
                     row |= {"p": _p(mine - plain, identities, self.seed)}
                 row |= {"follows_context": _mean(self.followed[condition][method])}
@@ -115,60 +115,56 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(
-    model: Any,
-    conditions: Mapping[str, Sequence[Any]],
-    methods: Sequence[Method],
-    *,
-    wheels: Any = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 24,
-    draws: int = 2000,
-    seed: int = 0,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> Evaluation:
-    """Every method's answers to every condition's examples, judged. The plain model is the baseline; it is added in
-    front where `methods` lacks it. out: answers are kept there batch by batch, and the same evaluation resumes.
+@stage(wheels=None, batch_size=16, max_new_tokens=24, draws=2000, seed=0, out=None, progress=True)
+def evaluate(study: Study, conditions: Mapping[str, Sequence[Any]], methods: Sequence[Method]) -> Evaluation:
+    """Ask every method about every condition's examples, and judge the answers.
+
+    Args:
+        study: the model, or a `Study` that holds the settings `wheels` to `progress` below.
+        conditions: examples by the name of their condition.
+        methods: what is compared; the plain model is the baseline, and is added in front where it is missing.
+        wheels: emotion wheels that judge answers; by default the project's own.
+        batch_size, max_new_tokens: of the answers.
+        draws, seed: of the intervals.
+        out: a folder where answers are kept batch by batch, and from which the same evaluation resumes.
+        progress: True shows a progress bar.
 
     Raises: ValueError for no examples, two methods of one name, or a batch size or length below 1.
     """
-    from veena_lens.emotion.words.wheels import EmotionWheels
-
-    wheels = EmotionWheels.default() if wheels is None else wheels
-    require_sizes(batch_size, max_new_tokens)
+    model, asking = study.model, study.asking
+    require_sizes(asking.batch_size, asking.max_new_tokens)
     methods = list(methods) if any(m.name == PLAIN.name for m in methods) else [PLAIN, *methods]
     names = [m.name for m in methods]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"evaluate: two methods are called {twice[0]!r}; names tell them apart in the table.")
+        raise ValueError(f"evaluate: two methods are named {twice[0]!r}; names must be unique.")
     if not conditions or not all(len(examples) for examples in conditions.values()):
         raise ValueError("evaluate: every condition needs at least one example.")
     total = sum(len(x) for x in conditions.values()) * len(methods)
     texts: dict[str, dict[str, list[str]]] = {}
-    store = Store(out, {"what": "answers", "model": model, "tokens": max_new_tokens})
+    store = study.store("answers", tokens=asking.max_new_tokens)
     # Named by what a method does: the same heads and strength are not asked again under another name.
     does = [store.key(method) for method in methods]
-    with counting(total, "answers", progress) as advance:
+    with counting(total, "answers", study.progress) as advance:
         for condition, examples in conditions.items():
             texts[condition] = {m.name: [] for m in methods}
-            for some in batches(examples, batch_size):
+            for some in batches(examples, asking.batch_size):
                 asked = store.key(some)
                 shared: list[Any] = []  # prepared once for all methods that leave the prompt as it is
                 for method, what in zip(methods, does, strict=True):
 
                     def run(some: list[Any] = some, method: Method = method, shared: list[Any] = shared) -> Any:
                         if method.prompt is not None:
-                            return {"texts": answers_to(model, prepared(model, some, method), method, max_new_tokens)}
-                        if not shared:
-                            shared.append(prepared(model, some))
-                        return {"texts": answers_to(model, shared[0], method, max_new_tokens)}
+                            inputs = prepared(model, some, method)
+                        else:
+                            inputs = shared[0] if shared else prepared(model, some)
+                            shared[:] = [inputs]
+                        return {"texts": answers_to(model, inputs, method, asking.max_new_tokens)}
 
                     texts[condition][method.name] += store.do([what, asked], run)["texts"]
                     advance(len(some))
-    return score_answers(
-        conditions, texts, wheels, PLAIN.name, {m.name: dict(m.settings) for m in methods}, draws, seed
-    )
+    settings = {m.name: dict(m.settings) for m in methods}
+    return score_answers(conditions, texts, study.wheels, PLAIN.name, settings, study.draws, study.seed)
 
 
 def score_answers(
@@ -181,7 +177,7 @@ def score_answers(
     seed: int = 0,
 ) -> Evaluation:
     """The evaluation of texts that are there already."""
-    from veena_lens.emotion.words.scores import sample_hit
+    from veena_lens.emotion.words.wheels import sample_hit
 
     hits: dict[str, dict[str, Tensor]] = {}
     followed: dict[str, dict[str, Tensor]] = {}

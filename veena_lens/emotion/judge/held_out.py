@@ -1,19 +1,18 @@
-"""The judgement beside the main table: random components of the same layers, other images, and side effects."""
+"""Held-out evaluation beside the main table: random components of the same layers, other images, side effects."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from veena_lens.emotion.enhance.random_controls import random_heads, random_neurons
 from veena_lens.emotion.enhance.veena import ena, vee, veena
-from veena_lens.emotion.judge.choosing import HeadRankings
 from veena_lens.emotion.judge.evaluation import NEUTRAL, Evaluation, evaluate
+from veena_lens.emotion.judge.model_selection import HeadRankings
 from veena_lens.emotion.judge.side_effects import (
     SideEffects,
     described_accuracy,
@@ -23,9 +22,9 @@ from veena_lens.emotion.judge.side_effects import (
 )
 from veena_lens.emotion.judge.tuning import Tuned
 from veena_lens.emotion.locate.neurons import KeyNeurons
-from veena_lens.emotion.methods import PLAIN, Method, generate_answers
+from veena_lens.emotion.methods import PLAIN, Method
 from veena_lens.emotion.settings import Settings
-from veena_lens.long_runs import Store
+from veena_lens.emotion.study import Study, stage
 
 DESCRIPTION = 48  # tokens
 
@@ -44,24 +43,32 @@ class RandomControls:
         return f"RandomControls({self.draws} draws{note})\n{self.table.round(3).to_string(index=False)}"
 
 
+@stage(wheels=None, out=None, progress=True)
 def random_controls(
-    model: Any,
+    study: Study,
     conditions: Mapping[str, Sequence[Any]],
     tuned: Mapping[str, Tuned],
     test: Evaluation,
-    ways: HeadRankings,
+    ranked: HeadRankings,
     neurons: KeyNeurons,
     settings: Settings,
-    *,
-    wheels: Any = None,
-    out: Path | None = None,
-    progress: bool = True,
 ) -> RandomControls:
-    """Layer-matched random heads and neurons with the settings that were tuned for the real ones, under
-    `settings.random_conditions`. The random sets have as many members in each layer as the chosen ones."""
+    """Evaluate random heads and neurons with the settings that were tuned for the chosen ones.
+
+    The random sets have as many members in each layer as the chosen ones.
+
+    Args:
+        study: the model, or a `Study` that holds `wheels`, `out` and `progress`.
+        conditions: test examples by the name of their condition.
+        tuned: what was tuned, by family.
+        test: the evaluation of the tuned methods.
+        ranked, neurons: the chosen heads and neurons.
+        settings: `random_draws`, and the `random_conditions` that are asked.
+        wheels, out, progress: as in `evaluate`."""
     import pandas as pd
 
     chosen = settings.random_conditions
+    cfg = study.model.cfg
     names = [c for c in conditions if c == "alone" or c.startswith("conflict")] if chosen is None else list(chosen)
     wanted = {c: conditions[c] for c in names if c in conditions}
     rows, crowded = [], False
@@ -69,19 +76,19 @@ def random_controls(
     families: list[tuple[str, Any, Any]] = []
     if n and "VEE" in tuned:
         chosen = dict(tuned["VEE"].method.settings)
-        drawn = random_heads(ways.heads, model.cfg, n, settings.seed)
+        drawn = random_heads(ranked.heads, cfg, n, settings.seed)
         crowded |= bool(drawn.crowded)
         families.append(("VEE", drawn, lambda x, s=chosen: vee(x, s["beta"], mode=s["mode"])))
     if n and "ENA" in tuned:
         chosen = dict(tuned["ENA"].method.settings)
-        drawn = random_neurons(neurons.neurons[: chosen["k"]], model.cfg, n, settings.seed)
+        drawn = random_neurons(neurons.neurons[: chosen["k"]], cfg, n, settings.seed)
         crowded |= bool(drawn.crowded)
         families.append(("ENA", drawn, lambda x, s=chosen: ena(x, s["gamma"])))
     if n and "VEENA" in tuned:
         both = dict(tuned["VEENA"].method.settings)
         pairs = zip(
-            random_heads(ways.heads, model.cfg, n, settings.seed + 1),
-            random_neurons(neurons.neurons, model.cfg, n, settings.seed + 1),
+            random_heads(ranked.heads, cfg, n, settings.seed + 1),
+            random_neurons(neurons.neurons, cfg, n, settings.seed + 1),
             strict=True,
         )
         families.append(
@@ -93,10 +100,7 @@ def random_controls(
             made = build(units)
             about = {"made": made.name, "units": json.loads(json.dumps(units))}
             methods.append(Method(name=f"{name}, random {i}", interventions=made, settings=about))
-        found = evaluate(
-            model, wanted, methods, wheels=wheels, batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens, draws=settings.draws, out=out, progress=progress,
-        )  # fmt: skip
+        found = evaluate(study, wanted, methods)
         for condition in wanted:
             values = torch.stack([found.hits[condition][m.name].mean() for m in methods])
             real = test.hits[condition][name].mean()
@@ -110,7 +114,7 @@ def random_controls(
 
 
 def elsewhere(part: Any, settings: Settings) -> dict[str, list[Any]]:
-    """Pictures of other kinds (held-out styles, emoji), by split and style, without contexts."""
+    """Return images of other kinds (held-out styles, emoji), by split and style, without contexts."""
     found: dict[str, list[Any]] = {}
     for example in part.examples:
         name = example.style if example.split in ("", example.style) else f"{example.split}: {example.style}"
@@ -122,42 +126,45 @@ def _most(examples: list[Any], most: int | None) -> list[Any]:
     return examples if most is None else examples[:most]
 
 
+@stage(out=None, progress=True)
 def side_effects(
-    model: Any,
+    study: Study,
     conditions: Mapping[str, Sequence[Any]],
     test: Evaluation,
     tuned: Mapping[str, Tuned],
     settings: Settings,
-    *,
-    out: Path | None = None,
-    progress: bool = True,
 ) -> list[SideEffects]:
-    """Fluency, repetition, drift on neutral images, other questions' answers and time, of the plain model and of
-    every tuned method, on test images without context. Attributes only where `settings.questions` has questions."""
+    """Measure the side effects of the plain model and of every tuned method, on test images without context.
+
+    Fluency, repetition, drift on neutral images, other questions' answers, and time. Attributes only where
+    `settings.questions` has questions.
+
+    Args:
+        study: the model, or a `Study` that holds `out` and `progress`.
+        conditions: test examples by the name of their condition; "alone" is used.
+        test: the evaluation of the tuned methods.
+        tuned: what was tuned, by family.
+        settings: what is asked besides.
+        out, progress: as in `evaluate`."""
+    model, asking = study.model, study.asking
     examples = list(conditions["alone"])
     neutral = [e for e in examples if e.emotion == NEUTRAL]
     some = examples[: settings.asked_pictures]
     others = other_questions(some, settings.questions)
     methods = [PLAIN, *[t.method for t in tuned.values()]]
-    asking = asdict(settings)
-    names = ("questions", "describe", "templates", "lead_in", "batch_size", "max_new_tokens", "latency_repeats")
-    about = {"what": "side effects", **{name: asking[name] for name in names}, "asked": len(some)}
-    store = Store(out, about | {"model": model, "examples": examples})
+    names = ("questions", "describe", "templates", "latency_repeats")
+    about = {**{name: getattr(settings, name) for name in names}, "asking": asking, "asked": len(some)}
 
     def measured(method: Method) -> dict[str, Any]:
-        one = measure_side_effects(
-            model, examples, method, test.texts["alone"][method.name], neutral=neutral, lead_in=settings.lead_in,
-            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
-        ).to_dict()  # fmt: skip
-        one["latency"] = latency_ratio(
-            model, some[: settings.batch_size], method, repeats=settings.latency_repeats,
-            batch_size=settings.batch_size, max_new_tokens=settings.max_new_tokens,
-        )  # fmt: skip
+        said = test.texts["alone"][method.name]
+        one = measure_side_effects(study, examples, method, said, neutral=neutral).to_dict()
+        timed = some[: asking.batch_size]
+        one["latency"] = latency_ratio(model, timed, method, repeats=settings.latency_repeats, **asking.sizes)
         if len(others):
-            one["attributes"] = others.share_right(model, method, batch_size=settings.batch_size)
+            one["attributes"] = others.share_right(model, method, batch_size=asking.batch_size)
         if settings.describe and settings.templates:
             told = [e.asked(settings.describe) for e in some]
-            said = generate_answers(model, told, method, batch_size=settings.batch_size, max_new_tokens=DESCRIPTION)
+            said = study.but(max_new_tokens=DESCRIPTION).answers(told, method)
             facts = [{name: str(value) for name, value in e.attributes.items()} for e in some]
             one["described"] = float(described_accuracy(said, facts, settings.templates).nanmean())
         return {"one": one}
@@ -165,5 +172,5 @@ def side_effects(
     def name(method: Method) -> list[Any]:
         return [method.name, method, test.texts["alone"][method.name]]
 
-    found = store.each(methods, measured, name=name, label="side effects", show=progress)
+    found = study.each("side effects", methods, measured, name=name, examples=examples, **about)
     return [SideEffects(**x["one"]) for x in found]

@@ -8,61 +8,23 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import mean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.emotion.judge.fluency import perplexity, require_pairs
 from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers, next_logits, prepared
+from veena_lens.emotion.study import Study, stage
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 _WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*")
-
-
-@torch.no_grad()
-def perplexity(
-    model: Any,
-    examples: Sequence[Any],
-    texts: Sequence[str],
-    *,
-    skip: Collection[int] = (),
-    batch_size: int = 16,
-) -> Float[Tensor, " example"]:
-    """How surprised the untouched model is by each text, given the example's image and own prompt.
-
-    exp(mean over the text's tokens of -log p(token | image, prompt, tokens before)), at least 1; NaN for a text
-    without tokens. The end of the text is not counted, nor are tokens of `skip` (which still stand before others): a
-    text that names another emotion than the image's need not be less fluent. Interventions in force do not act.
-    Raises: ValueError for numbers of texts and examples that differ, or a batch size below 1.
-    """
-    _require_pairs("perplexity", examples, texts)
-    if batch_size < 1:
-        raise ValueError(f"perplexity: batch_size={batch_size} must be at least 1.")
-    found = []
-    skipped = set(skip)
-    pairs = list(zip(examples, texts, strict=True))
-    with model.without_interventions():
-        for batch in batches(pairs, batch_size):
-            prompts = [example.prompt for example, _ in batch]
-            pictures = [[example.picture] for example, _ in batch]
-            inputs = model.prepare(text=prompts, images=pictures, answer=[text for _, text in batch])
-            resid = model(inputs, stop_at_layer=model.cfg.n_layers)
-            for row, spans in enumerate(inputs.spans):
-                at = spans.answer
-                if at.start == at.stop:
-                    found.append(math.nan)
-                    continue
-                # Only the rows that predict a token of the text are unembedded: a vocabulary is wide.
-                logits = model.unembed_resid(resid[row : row + 1, at.start - 1 : at.stop - 1])[0].float()
-                tokens = inputs.tokens[row, at].to(logits.device)
-                loss = F.cross_entropy(logits, tokens, reduction="none")
-                counted = loss[[int(token) not in skipped for token in tokens]]
-                found.append(float(counted.mean().exp()) if len(counted) else math.nan)
-    return torch.tensor(found)
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> Float[Tensor, " example"]:
@@ -103,7 +65,7 @@ def words(text: str) -> list[str]:
 
 @torch.no_grad()
 def kl_from_plain(
-    model: Any, examples: Sequence[Any], method: Method, lead_in: str | None = None, *, batch_size: int = 16
+    model: HookedVLM, examples: Sequence[Any], method: Method, lead_in: str | None = None, *, batch_size: int = 16
 ) -> Float[Tensor, " example"]:
     """KL(method || plain) of the token after the prompt (or `lead_in`), in nats; 0 where nothing changes.
 
@@ -133,7 +95,7 @@ class Asked:
 
 
 def attribute_accuracy(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Any],
     questions: Sequence[str],
     truths: Sequence[str | Sequence[str]],
@@ -146,8 +108,8 @@ def attribute_accuracy(
 
     truths: one text a question, or several of which any will do.
     Raises: ValueError for numbers that do not match, or a truth without words."""
-    _require_pairs("attribute_accuracy", examples, questions)
-    _require_pairs("attribute_accuracy", examples, truths)
+    require_pairs("attribute_accuracy", examples, questions)
+    require_pairs("attribute_accuracy", examples, truths)
     wanted = [[words(t) for t in ([truth] if isinstance(truth, str) else truth)] for truth in truths]
     for truth, options in zip(truths, wanted, strict=True):
         if not options or not all(options):
@@ -169,7 +131,7 @@ class Questions:
     def __len__(self) -> int:
         return len(self.asked)
 
-    def share_right(self, model: Any, method: Method = PLAIN, *, batch_size: int = 16) -> float:
+    def share_right(self, model: HookedVLM, method: Method = PLAIN, *, batch_size: int = 16) -> float:
         """Share answered right under a method. Raises: as `attribute_accuracy`."""
         right = attribute_accuracy(model, self.examples, self.asked, self.truths, method, batch_size=batch_size)
         return float(right.mean())
@@ -194,7 +156,7 @@ def described_accuracy(
     as {"hair": ["{} hair", "hair is {}"]}. The values of all examples are looked for, as whole words; naming a wrong
     value beside the true one counts as wrong.
     Raises: ValueError for numbers that do not match, or a template without "{}"."""
-    _require_pairs("described_accuracy", truths, texts)
+    require_pairs("described_accuracy", truths, texts)
     for name, ways in templates.items():
         if not ways or any("{}" not in way for way in ways):
             raise ValueError(f'described_accuracy: the templates {list(ways)} of {name!r} need a "{{}}" each.')
@@ -216,7 +178,7 @@ def _holds(said: list[str], wanted: list[str]) -> bool:
 
 
 def latency_ratio(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Any],
     method: Method,
     *,
@@ -241,7 +203,7 @@ def latency_ratio(
     return median(ratios)
 
 
-def _seconds(model: Any, examples: Sequence[Any], method: Method, batch_size: int, max_new_tokens: int) -> float:
+def _seconds(model: HookedVLM, examples: Sequence[Any], method: Method, batch_size: int, max_new_tokens: int) -> float:
     """Seconds a step of generation, all of a method's preparations included."""
     steps = 0
 
@@ -264,7 +226,7 @@ def _seconds(model: Any, examples: Sequence[Any], method: Method, batch_size: in
     return (time.perf_counter() - start) / steps
 
 
-def _wait(model: Any) -> None:
+def _wait(model: HookedVLM) -> None:
     if model.cfg.device is not None and model.cfg.device.type == "cuda":
         torch.cuda.synchronize(model.cfg.device)
 
@@ -299,33 +261,43 @@ class SideEffects:
         return f"SideEffects({self.method!r} on {self.n} examples: {parts})"
 
 
+@stage(lead_in=None, batch_size=16, max_new_tokens=32)
 def measure_side_effects(
-    model: Any,
+    study: Study,
     examples: Sequence[Any],
     method: Method = PLAIN,
     texts: Sequence[str] | None = None,
     *,
     neutral: Sequence[Any] = (),
-    lead_in: str | None = None,
     questions: Sequence[str] = (),
     truths: Sequence[str | Sequence[str]] = (),
     templates: Mapping[str, Sequence[str]] | None = None,
     repeats: int = 0,
-    batch_size: int = 16,
-    max_new_tokens: int = 32,
 ) -> SideEffects:
-    """All side effects of a method in one value.
+    """Measure all side effects of a method.
 
-    texts: what the method said of the examples, made anew where left out. neutral: examples for the drift,
-    after `lead_in` (of an answer that always opens alike, the first token says little).
-    questions, truths: one an example, asked under the method. templates: for the attributes that the texts name
-    (`described_accuracy`), held against the examples' `.attributes`. repeats: pairs of runs for the latency, 0: none.
+    Args:
+        study: the model, or a `Study` that holds the settings `lead_in` to `max_new_tokens` below.
+        examples: images with prompts.
+        method: what is measured; by default the plain model.
+        texts: what the method said of the examples; by default it is asked.
+        neutral: examples for the drift, after `lead_in` (of an answer that always opens alike, the first token says
+            little).
+        questions, truths: one per example, asked under the method.
+        templates: for the attributes that the texts name (`described_accuracy`), held against the examples'
+            `.attributes`.
+        repeats: pairs of runs for the latency; 0 measures none.
+        lead_in: begun answer after which the drift is read.
+        batch_size, max_new_tokens: of the answers.
+
     Raises: ValueError for no examples, or numbers that do not match."""
+    model, asking = study.model, study.asking
+    batch_size = asking.batch_size
     if not examples:
         raise ValueError("measure_side_effects: give at least one example.")
     said = texts
     if said is None:
-        said = generate_answers(model, examples, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        said = study.answers(examples, method)
     surprise = perplexity(model, examples, said, batch_size=batch_size)
     right = kl = ratio = named = None
     if templates:
@@ -334,11 +306,9 @@ def measure_side_effects(
     if questions or truths:
         right = _mean(attribute_accuracy(model, examples, questions, truths, method, batch_size=batch_size))
     if neutral:
-        kl = _mean(kl_from_plain(model, neutral, method, lead_in, batch_size=batch_size))
+        kl = _mean(kl_from_plain(model, neutral, method, asking.lead_in, batch_size=batch_size))
     if repeats:
-        ratio = latency_ratio(
-            model, examples, method, repeats=repeats, batch_size=batch_size, max_new_tokens=max_new_tokens
-        )
+        ratio = latency_ratio(model, examples, method, repeats=repeats, **asking.sizes)
     return SideEffects(
         method=method.name,
         n=len(examples),
@@ -358,8 +328,3 @@ def _mean(values: Tensor) -> float:
     """The mean of the entries that exist, NaN where none does."""
     there = values[~values.isnan()].tolist()
     return mean(there) if there else math.nan
-
-
-def _require_pairs(who: str, examples: Sequence[Any], others: Sequence[Any]) -> None:
-    if len(examples) != len(others):
-        raise ValueError(f"{who}: {len(others)} texts for {len(examples)} examples; give one an example.")

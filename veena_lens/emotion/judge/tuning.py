@@ -1,9 +1,9 @@
-"""Choosing a method's settings on a validation split, every family with the same number of trials.
+"""Tuning of a method's settings on a validation split, every family with the same number of trials.
 
-A trial's worth is the mean hit rate over the conditions where context and image disagree. It must do no harm: where
-they agree, or no context is there, the hit rate may fall by at most `harm`; it must leave the answers fluent, since
-broken text can hit by chance; and other questions about the images, where some are given, must be answered as before
-but for `attribute_harm`. Nothing here sees held-out images.
+Trials are ranked by their mean hit rate on the conditions where context and image disagree, among those that pass three
+checks: where they agree, or no context is there, the hit rate falls by at most `harm`; the answers stay fluent, since
+broken text can hit by chance; and other questions about the images, where some are given, are answered as before but
+for `attribute_harm`. Held-out images are never used.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veena_lens.emotion.judge.evaluation import Evaluation, evaluate
 from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
 from veena_lens.emotion.judge.side_effects import Questions
 from veena_lens.emotion.methods import PLAIN, Method
-from veena_lens.emotion.words.wheels import EmotionWheels
-from veena_lens.long_runs import Store
+from veena_lens.emotion.study import Study, stage
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 HARM = 0.02
 ATTRIBUTE_HARM = 0.05  # share of other questions that may be lost
@@ -27,18 +28,25 @@ ATTRIBUTE_HARM = 0.05  # share of other questions that may be lost
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tuned:
-    """The method chosen, and the table of all trials: settings, worth, the worst fall, perplexity, whether it was
-    allowed; with other questions also the share answered right, NaN for trials that were not asked."""
+    """What tuning chose for a family.
+
+    Attributes:
+        family: its name.
+        method: the method with the chosen settings.
+        trials: a table of all trials: settings, score (column "worth"), the worst fall ("harm"), perplexity, whether it
+            was allowed; with other questions also the share answered right, NaN for trials that were not asked.
+        score: mean hit rate of the chosen trial over the conflict conditions.
+    """
 
     family: str
     method: Method
     trials: Any
-    worth: float
+    score: float
 
     def __repr__(self) -> str:
         allowed = int(self.trials["allowed"].sum())
         trials = f"{allowed} of {len(self.trials)} trials allowed"
-        return f"Tuned({self.family}: {dict(self.method.settings)}, worth {self.worth:.3f}; {trials})"
+        return f"Tuned({self.family}: {dict(self.method.settings)}, score {self.score:.3f}; {trials})"
 
 
 def is_conflict(examples: Sequence[Any]) -> bool:
@@ -47,11 +55,11 @@ def is_conflict(examples: Sequence[Any]) -> bool:
 
 
 def trial_score(evaluation: Evaluation, method: str) -> tuple[float, float]:
-    """(worth, harm): mean hit rate over conflict conditions (all conditions where none is), and the largest fall of
-    the hit rate, or rise of false emotions, in the other conditions."""
+    """Return (score, harm): the mean hit rate over conflict conditions (all conditions where none is), and the largest
+    fall of the hit rate, or rise of false emotions, in the other conditions."""
     conflict = [c for c, examples in evaluation.examples.items() if is_conflict(examples)]
     wanted = conflict or list(evaluation.examples)
-    worth = sum(evaluation.hits[c][method].mean().item() for c in wanted) / len(wanted)
+    score = sum(evaluation.hits[c][method].mean().item() for c in wanted) / len(wanted)
     falls = [0.0]
     for c in evaluation.examples:
         if c in conflict:
@@ -61,11 +69,11 @@ def trial_score(evaluation: Evaluation, method: str) -> tuple[float, float]:
         before, after = false[evaluation.baseline].nanmean().item(), false[method].nanmean().item()
         if before == before and after == after:
             falls.append(after - before)
-    return worth, max(falls)
+    return score, max(falls)
 
 
 def fluency_ratio(
-    model: Any, evaluation: Evaluation, method: str, wheels: Any, fluency: Fluency | None = None
+    model: HookedVLM, evaluation: Evaluation, method: str, wheels: Any, fluency: Fluency | None = None
 ) -> float:
     """Perplexity of a method's answers under the untouched model, emotion words left out, relative to the plain
     model's: geometric mean over the answers, the worst condition's, at least 1. fluency: what measures, and keeps what
@@ -80,8 +88,9 @@ def fluency_ratio(
     return math.exp(worst)
 
 
+@stage(wheels=None, batch_size=16, max_new_tokens=24, draws=2000, seed=0, out=None, progress=True)
 def tune(
-    model: Any,
+    study: Study,
     conditions: Mapping[str, Sequence[Any]],
     name: str,
     grid: Sequence[Mapping[str, Any]],
@@ -92,19 +101,26 @@ def tune(
     others: Questions | None = None,
     attribute_harm: float | int = ATTRIBUTE_HARM,
     measure: Fluency | None = None,
-    out: str | Path | None = None,
-    progress: bool = True,
-    **settings: Any,
 ) -> Tuned:
-    """The settings of `grid` whose method is worth most on the validation conditions without doing harm.
+    """Choose the settings of `grid` whose method scores best on the validation conditions without doing harm.
 
-    `fluency`: how often the perplexity of the answers, emotion words left out, may grow in any condition (`measure`
-    keeps what was measured for the next family). `others`: further questions about validation images; the share
-    answered right may fall by at most `attribute_harm`. They are asked of the trials that pass the other guards, from
-    the one worth most on, until one passes. Of equals the earlier in the grid is taken, so grids go from weak to
-    strong. Where no trial is allowed, the least harmful of the fluent ones is returned, and `trials` says so.
-    `settings`: those of `evaluate`. Raises: ValueError for an empty grid.
-    """
+    Of equals the earlier in the grid is taken, so grids go from weak to strong. Where no trial is allowed, the least
+    harmful of the fluent ones is returned, and `trials` says so.
+
+    Args:
+        study: the model, or a `Study` that holds the settings of `evaluate`.
+        conditions: validation examples by the name of their condition.
+        name: the family's name, which the method gets.
+        grid: settings to try, from weak to strong.
+        build: makes a method of one entry's settings.
+        harm: how far the hit rate may fall where context and image agree, or no context is there.
+        fluency: how many times the perplexity of the answers, emotion words left out, may grow in any condition.
+        others: further questions about validation images, asked of the trials that pass the other guards, from the
+            best on, until one passes.
+        attribute_harm: how far the share of those answered right may fall.
+        measure: keeps what was measured of fluency for the next family.
+
+    Raises: ValueError for an empty grid."""
     import pandas as pd
 
     if not grid:
@@ -114,20 +130,19 @@ def tune(
         built = build(**chosen)
         about = {**built.settings, **{k: _plain(v) for k, v in chosen.items()}}
         methods.append(replace(built, name=f"{name} #{i}", settings=about))
-    wheels = settings.get("wheels") or EmotionWheels.default()
-    found = evaluate(model, conditions, [PLAIN, *methods], out=out, progress=progress, **settings)
+    found = evaluate(study, conditions, [PLAIN, *methods])
     plain, _ = trial_score(found, PLAIN.name)
     rows: list[dict[str, Any]] = []
     for chosen, method in zip(grid, methods, strict=True):
-        worth, fall = trial_score(found, method.name)
-        ratio = fluency_ratio(model, found, method.name, wheels, measure)
+        score, fall = trial_score(found, method.name)
+        ratio = fluency_ratio(study.model, found, method.name, study.wheels, measure)
         about = {k: _plain(v) for k, v in chosen.items()}
         allowed = fall <= harm and ratio <= fluency
-        rows.append({**about, "worth": worth, "harm": fall, "perplexity": ratio, "allowed": allowed})
+        rows.append({**about, "worth": score, "harm": fall, "perplexity": ratio, "allowed": allowed})
     order = sorted((i for i, row in enumerate(rows) if row["allowed"]), key=lambda i: -rows[i]["worth"])
     lost = [0.0] * len(rows)
     if others is not None and len(others):
-        order = _kept(model, methods, rows, order, lost, others, attribute_harm, out, settings.get("batch_size", 16))
+        order = _kept(study, methods, rows, order, lost, others, attribute_harm)
     table = pd.DataFrame(rows).assign(plain=plain)
     best = (
         order[0]
@@ -135,26 +150,24 @@ def tune(
         else min(range(len(rows)), key=lambda i: (rows[i]["perplexity"] > fluency, max(rows[i]["harm"], lost[i])))
     )
     final = replace(methods[best], name=name)
-    return Tuned(family=name, method=final, trials=table, worth=float(rows[best]["worth"]))
+    return Tuned(family=name, method=final, trials=table, score=float(rows[best]["worth"]))
 
 
 def _kept(
-    model: Any,
+    study: Study,
     methods: Sequence[Method],
     rows: list[dict[str, Any]],
     order: Sequence[int],
     lost: list[float],
     others: Questions,
     attribute_harm: float | int,
-    out: str | Path | None,
-    batch_size: int,
 ) -> list[int]:
     """The first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was seen."""
-    store = Store(out, {"what": "other questions", "model": model, "others": others})
+    store = study.store("other questions", others=others)
 
     def right(method: Method) -> float:
         def run() -> dict[str, Any]:
-            return {"right": others.share_right(model, method, batch_size=batch_size)}
+            return {"right": others.share_right(study.model, method, batch_size=study.asking.batch_size)}
 
         return float(store.do(method, run)["right"])
 

@@ -9,13 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.emotion.words.wheels import EmotionWheels
 from veena_lens.sweeps.metrics import Metric, soft_hit
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 LEAD_IN = "The person feels"
 
@@ -34,15 +38,15 @@ class AnswerPosition:
     def emotions(self) -> list[str]:
         return list(self.tokens)
 
-    def metric(self, emotion: str, rivals: Sequence[str] | None = None) -> Metric:
-        """R_e = log p_e - log mean p of the rivals (default: all other emotions), as a metric for sweeps.
+    def metric(self, emotion: str, others: Sequence[str] | None = None) -> Metric:
+        """R_e = log p_e - log mean p of the `others` (default: all other emotions), as a metric for sweeps.
 
         Raises: ValueError for an emotion that the slot does not know."""
-        for name in (emotion, *(rivals or ())):
+        for name in (emotion, *(others or ())):
             if name not in self.tokens:
                 raise ValueError(f"AnswerPosition: no tokens for {name!r}; known: {', '.join(self.tokens)}.")
-        others = [e for e in self.tokens if e != emotion] if rivals is None else list(rivals)
-        return soft_hit(self.tokens[emotion], [self.tokens[e] for e in others])
+        wanted = [e for e in self.tokens if e != emotion] if others is None else others
+        return soft_hit(self.tokens[emotion], [self.tokens[e] for e in wanted])
 
     def log_probs(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row emotion"]:
         """log p_e of each emotion."""
@@ -65,7 +69,9 @@ class AnswerPosition:
         return f"AnswerPosition({self.lead_in!r}: tokens {counts}; {self.dropped} dropped)"
 
 
-def answer_position(model: Any, emotions: Sequence[str], wheels: Any = None, lead_in: str = LEAD_IN) -> AnswerPosition:
+def answer_position(
+    model: HookedVLM, emotions: Sequence[str], wheels: Any = None, lead_in: str = LEAD_IN
+) -> AnswerPosition:
     """The slot after `lead_in` with the words that `wheels` list for each emotion.
 
     A word counts by its first token where that token is the whole word; an emotion without such a word takes the
@@ -76,10 +82,7 @@ def answer_position(model: Any, emotions: Sequence[str], wheels: Any = None, lea
         raise ValueError("answer_position needs a model with a tokenizer.")
     if len(set(emotions)) < 2:
         raise ValueError(f"answer_position: {list(emotions)} must name at least two emotions.")
-    if wheels is None:
-        from veena_lens.emotion.words.wheels import EmotionWheels
-
-        wheels = EmotionWheels.default()
+    wheels = EmotionWheels.default() if wheels is None else wheels
     wheels.require(emotions)
     start = _ids(model, lead_in)
     found: dict[str, set[int]] = {}
@@ -108,11 +111,11 @@ def answer_position(model: Any, emotions: Sequence[str], wheels: Any = None, lea
     return AnswerPosition(lead_in=lead_in, tokens=tokens, dropped=len(shared))
 
 
-def emotion_tokens(model: Any, emotions: Sequence[str], wheels: Any) -> set[int]:
+def emotion_tokens(model: HookedVLM, emotions: Sequence[str], wheels: EmotionWheels) -> set[int]:
     """Ids of all tokens of words that name one of the emotions, in the middle of a text and at its start."""
     texts = [f"{space}{word}" for e in emotions for word in wheels.lexicon(e) if " " not in word for space in (" ", "")]
     return {token for text in texts for token in _ids(model, text)}
 
 
-def _ids(model: Any, text: str) -> list[int]:
+def _ids(model: HookedVLM, text: str) -> list[int]:
     return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])

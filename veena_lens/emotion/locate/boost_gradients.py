@@ -8,7 +8,7 @@ sum_{q, k in V} A (dm/dA - sum_j A_j dm/dA_j) ("renorm"). One pass forward and b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from veena_lens.interventions import BoostAttention
 from veena_lens.positions import position_mask
 from veena_lens.scores import Scores
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 UNITS = {"scale": "log odds per unit of beta", "renorm": "log odds per unit of beta"}
 Head = tuple[int, int]
 
@@ -32,13 +35,13 @@ def margins(
     found = []
     for example, row in zip(examples, logits, strict=True):
         told = example.context_emotion
-        rivals = None if told is None or told == example.emotion else [told]
-        found.append(slot.metric(example.emotion, rivals)(row[None])[0])
+        others = None if told is None or told == example.emotion else [told]
+        found.append(slot.metric(example.emotion, others)(row[None])[0])
     return torch.stack(found)
 
 
 def head_boost_gradients(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Any],
     slot: AnswerPosition,
     mode: str = "scale",
@@ -85,7 +88,7 @@ def head_boost_gradients(
 
 @torch.no_grad()
 def head_boost_effects(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Any],
     slot: AnswerPosition,
     heads: Sequence[Head],

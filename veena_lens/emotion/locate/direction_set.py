@@ -30,6 +30,8 @@ from veena_lens.scores import Scores, opened
 if TYPE_CHECKING:
     import pandas as pd
 
+    from veena_lens.model.model import HookedVLM
+
 FORMAT = "veena_lens.Directions/1"
 SCALES = ("relative", "raw", "unit")
 OVERALL = "overall"
@@ -223,7 +225,7 @@ class Directions:
 
     # --- files and models -----------------------------------------------------------------------------
 
-    def check(self, model: Any) -> None:
+    def check(self, model: HookedVLM) -> None:
         """Raises: ValueError where the directions are not of a model of this size."""
         found, wanted = (self.n_layers, self.d_model), (model.cfg.n_layers, model.cfg.d_model)
         if found != wanted:

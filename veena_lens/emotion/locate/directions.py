@@ -1,27 +1,58 @@
-"""Stage I as a run: ask, filter, read the states, sum; `extract_directions`, and what its controls share with it."""
+"""Stage I: extract directions from pairs of images, and the controls that a direction must beat.
+
+1. Ask the model about both twins of every pair, and keep the pairs that it answers right (`select_pairs`).
+2. Read the residual stream of both twins and sum the differences (`directions_from`).
+3. Controls, all but the first summed from the same states: random vectors of the same length, pairs whose twins change
+   places at random, emotion labels dealt out anew, and the pairs of one person alone. With the same `store` nothing is
+   run twice.
+"""
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.circuits.reading import EPS
+from veena_lens.emotion.enhance.random_controls import random_directions
 from veena_lens.emotion.locate.direction_set import FEW, Directions
-from veena_lens.emotion.locate.streaming import WHO, Batch, PairHits, PairStates, Sums, halves_of, pair_hits, unasked
+from veena_lens.emotion.locate.pair_states import (
+    WHO,
+    Batch,
+    PairHits,
+    PairStates,
+    Sums,
+    halves_of,
+    pair_hits,
+    unasked,
+)
 from veena_lens.emotion.pairs.loading import Pair, PairSet
-from veena_lens.long_runs import Store
+from veena_lens.emotion.study import Asking, Study, stage
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 SPLITS = 50
 POSITIONS = ("last", "query")
 
-__all__ = ["Directions", "Selected", "TooFewPairs", "directions_from", "extract_directions", "select_pairs"]
+__all__ = [
+    "Directions",
+    "Selected",
+    "TooFewPairs",
+    "directions_from",
+    "extract_directions",
+    "noise_directions",
+    "person_directions",
+    "select_pairs",
+    "shuffled_directions",
+    "swapped_directions",
+]
 
 
 class TooFewPairs(ValueError):
@@ -40,7 +71,7 @@ class TooFewPairs(ValueError):
 class Selected:
     """The pairs that passed, and their states: everything that directions and their controls are summed from."""
 
-    model: Any
+    model: HookedVLM
     hits: PairHits
     chosen: Sequence[int]
     states: Iterable[Batch]
@@ -52,117 +83,109 @@ class Selected:
         return [self.hits.pairs[i] for i in self.chosen]
 
 
+@stage(
+    wheels=None, question=None, batch_size=16, max_new_tokens=24, lead_in=None, store=None, progress=True
+)  # fmt: skip
 def select_pairs(
-    model: Any,
+    study: Study,
     pairs: PairSet | Sequence[Pair],
     *,
     tau: float | int = 0.5,
-    wheels: Any = None,
-    question: str | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 24,
     positions: str = "last",
-    lead_in: str | None = None,
     require_neutral: bool = True,
     minimum: int = 8,
     contexts: bool = False,
-    store: str | Path | None = None,
-    progress: bool = True,
 ) -> Selected:
     """Ask the model about every pair and choose those with H(X+, y) > tau and H(X-, y) <= tau; states come lazily.
 
-    Settings and errors: `extract_directions`."""
-    _require(tau, batch_size, max_new_tokens, positions, minimum)
-    if lead_in is not None and positions != "last":
-        raise ValueError(f"{WHO}: lead_in={lead_in!r} goes with positions='last', not {positions!r}.")
+    Arguments and errors: those of `extract_directions`."""
+    asking = study.asking
+    _require(tau, asking, positions, minimum)
     pairs = pairs if isinstance(pairs, PairSet) else PairSet(tuple(pairs))
     if not len(pairs):
         raise ValueError(f"{WHO}: the set holds no pairs; a direction needs emotional images with neutral twins.")
     pairs = pairs if contexts else pairs.without_context()
-    pairs = pairs if question is None else pairs.asked(question)
-    if wheels is not None:
-        wheels.require(pairs.emotions)
-    about = {"what": "directions", "model": model, "pairs": pairs, "settings": [batch_size, max_new_tokens]}
-    kept = Store(store, about)
+    pairs = pairs if asking.question is None else pairs.asked(asking.question)
+    store = study.store("directions", pairs=pairs, settings=[asking.batch_size, asking.max_new_tokens])
     if tau < 0 and not require_neutral:
         hits = unasked(pairs)
     else:
-        asking = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        hits = pair_hits(model, pairs, wheels=wheels, store=kept, progress=progress, **asking)
+        study.wheels.require(pairs.emotions)
+        hits = pair_hits(study, pairs, store)
     chosen = hits.kept(tau, require_neutral)
     total = Counter(pair.emotion for pair in pairs)
     used = Counter(pairs[i].emotion for i in chosen)
     counts = {emotion: used[emotion] for emotion in pairs.emotions}
     if min(counts.values()) < minimum:
         raise TooFewPairs(counts, minimum, tau, total)
-    states = PairStates(
-        model=model,
-        pairs=pairs,
-        chosen=chosen,
-        positions=positions,
-        lead_in=lead_in,
-        batch_size=batch_size,
-        store=kept,
-        progress=progress,
-    )
+    states = PairStates(study=study, pairs=pairs, chosen=chosen, positions=positions, store=store)
     settings = {
         "tau": tau,
         "require_neutral": require_neutral,
         "positions": positions,
-        "lead_in": lead_in,
+        "lead_in": asking.lead_in,
         "question": pairs[0].emotional.question if len({p.emotional.question for p in pairs}) == 1 else "several",
         "contexts": contexts,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
+        "max_new_tokens": asking.max_new_tokens,
+        "batch_size": asking.batch_size,
         "minimum": minimum,
         "dropped": hits.dropped(tau, require_neutral),
         "asked": dict(total),
     }
-    return Selected(model=model, hits=hits, chosen=chosen, states=states, settings=settings)
+    return Selected(model=study.model, hits=hits, chosen=chosen, states=states, settings=settings)
 
 
+@stage(
+    wheels=None, question=None, batch_size=16, max_new_tokens=24, lead_in=None, store=None, seed=0, progress=True
+)  # fmt: skip
 def extract_directions(
-    model: Any,
+    study: Study,
     pairs: PairSet | Sequence[Pair],
     *,
     tau: float | int = 0.5,
-    wheels: Any = None,
-    question: str | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 24,
     positions: str = "last",
-    lead_in: str | None = None,
     require_neutral: bool = True,
     minimum: int = 8,
     contexts: bool = False,
-    store: str | Path | None = None,
-    seed: int = 0,
     n_splits: int = SPLITS,
-    progress: bool = True,
 ) -> Directions:
-    """Steering vectors of every layer: S_l^e = mean over U_e of h_l(X+)[N] - h_l(X-)[N], and S_l = mean_e S_l^e.
+    """Extract steering vectors at every layer: S_l^e = mean over U_e of h_l(X+)[N] - h_l(X-)[N], S_l = mean_e S_l^e.
 
     h_l is `blocks.{l}.hook_resid_post`, N the last prompt token (positions="query": the mean over the question), U_e
     the pairs of emotion e with H(X+, e) > tau and, with `require_neutral`, H(X-, e) <= tau, H the hit rate of the
-    greedy answer (tau=-1 without `require_neutral` takes every pair and asks nothing). The state at N says what comes
-    next, so it holds the emotion where the answer begins with it: ask for a list of emotions (`question`), or give a
-    `lead_in` such as "the person feels", of which N is then the last token. Contexts before the question are left out
-    unless `contexts`.
-    In units of the residual stream, summed in float64, a batch at a time: memory does not depend on the number of
+    greedy answer. The state at N says what comes next, so it holds the emotion where the answer begins with it: ask
+    for a list of emotions (`question`), or give a `lead_in` such as "the person feels", of which N is then the last
+    token. In units of the residual stream, summed in float64 batch by batch: memory does not depend on the number of
     pairs (the halves of `n_splits` divisions take 8 n_splits E L D bytes, 260 MB for 50, 5 emotions and a 7B model).
-    `store`: a folder that keeps answers and states; run again after a stop, the result is the same to the bit.
-    `seed`: of the random halves.
+
+    Args:
+        study: the model, or a `Study` that holds the settings `wheels` to `progress` below.
+        pairs: emotional images with their neutral twins.
+        tau: hit rate that a pair's emotional image must exceed, in [0, 1); -1 without `require_neutral` takes every
+            pair and asks nothing.
+        positions: "last", or "query" for the mean over the question's tokens.
+        require_neutral: leave out pairs whose neutral twin is said to show the emotion too.
+        minimum: the least number of pairs that each emotion needs.
+        contexts: keep the contexts before the question, which are left out otherwise.
+        n_splits: random divisions into halves by which reliability is measured.
+        wheels: emotion wheels that judge answers; by default the project's own.
+        question: asked in place of the pairs' own.
+        batch_size, max_new_tokens: of the answers.
+        lead_in: begun answer after which states are read.
+        store: a folder that keeps answers and states; run again after a stop, the result is the same to the bit.
+        seed: of the random halves.
+        progress: True shows progress bars.
+
     Raises: TooFewPairs (a ValueError) where fewer than `minimum` pairs of an emotion pass; ValueError for no pairs,
     settings out of range, an emotion off all wheels, or twins that become different tokens.
+
     Source: Zhang et al. 2026, arXiv 2605.21980, steering vectors; the neutral condition, the balance over emotions and
     the measures of quality are our own.
     """
     selected = select_pairs(
-        model, pairs, tau=tau, wheels=wheels, question=question, batch_size=batch_size, max_new_tokens=max_new_tokens,
-        positions=positions, lead_in=lead_in, require_neutral=require_neutral, minimum=minimum, contexts=contexts,
-        store=store, progress=progress,
-    )  # fmt: skip
-    return directions_from(selected, seed=seed, n_splits=n_splits)
+        study, pairs, tau=tau, positions=positions, require_neutral=require_neutral, minimum=minimum, contexts=contexts
+    )
+    return directions_from(selected, seed=study.seed, n_splits=n_splits)
 
 
 def directions_from(
@@ -267,14 +290,85 @@ def _spread(
     return (square - norm**2).clamp(min=0).sqrt() / (norm + EPS)
 
 
-def _require(tau: float | int, batch_size: int, max_new_tokens: int, positions: str, minimum: int) -> None:
+def _require(tau: float | int, asking: Asking, positions: str, minimum: int) -> None:
     if not -1 <= tau < 1:
         raise ValueError(
             f"{WHO}: tau={tau} must lie in [0, 1), such as 0.5, the share of wheels that must agree, or be -1 to take "
             "every pair."
         )
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens), ("minimum", minimum)):
+    for name in ("batch_size", "max_new_tokens", "minimum"):
+        value = getattr(asking, name, minimum)
         if value < 1:
             raise ValueError(f"{WHO}: {name}={value} must be at least 1.")
     if positions not in POSITIONS:
         raise ValueError(f"{WHO}: positions={positions!r} must be one of {', '.join(POSITIONS)}.")
+    if asking.lead_in is not None and positions != "last":
+        raise ValueError(f"{WHO}: lead_in={asking.lead_in!r} goes with positions='last', not {positions!r}.")
+
+
+# --- controls --------------------------------------------------------------------------------------
+
+
+def noise_directions(directions: Directions, seed: int = 0) -> Directions:
+    """`random_directions` in place of a whole set: each layer's and emotion's with the norm of the direction that it
+    stands for; nothing measured.
+
+    Axes and units as `directions`."""
+    drawn = random_directions(torch.cat([directions.overall[None], directions.per_emotion]), 1, seed)[0]
+    return replace(
+        directions,
+        overall=drawn[0],
+        per_emotion=drawn[1:],
+        measured={},
+        meta={**directions.meta, "kind": "random, norms matched", "control_seed": seed},
+    )
+
+
+def swapped_directions(selected: Selected, *, share: float | int = 0.5, seed: int = 0) -> Directions:
+    """Directions from pairs of which about a `share`, drawn at random, has its twins in each other's place.
+
+    With a share of one half nothing but noise is left; with 1 every direction is the real one negated.
+    Raises: ValueError for a share outside [0, 1]."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"swapped_directions: share={share} must lie between 0 and 1.")
+    rng = random.Random(f"swapped {seed}")
+    signs = [-1 if rng.random() < share else 1 for _ in selected.chosen]
+    found = directions_from(selected, signs=signs, seed=seed, kind="twins swapped at random")
+    return replace(found, meta={**found.meta, "control_seed": seed, "share": share})
+
+
+def shuffled_directions(selected: Selected, *, seed: int = 0) -> Directions:
+    """Directions whose emotion labels are dealt out anew among the pairs, as many of each as before.
+
+    What is left in a contrast between emotions is noise; the overall direction stays about the same."""
+    labels = [pair.emotion for pair in selected.pairs]
+    known = list(dict.fromkeys(labels))
+    random.Random(f"shuffled {seed}").shuffle(labels)
+    found = directions_from(selected, labels=labels, seed=seed, kind="labels shuffled")
+    order = [list(found.emotions).index(emotion) for emotion in known]
+    rows = [*order, len(order)]
+    by_direction = ("split_half", "agreement", "spread")
+    return replace(
+        found,
+        emotions=tuple(known),
+        per_emotion=found.per_emotion[order],
+        counts={emotion: found.counts[emotion] for emotion in known},
+        measured={k: v[rows] if k in by_direction else v for k, v in found.measured.items()},
+        meta={**found.meta, "control_seed": seed},
+    )
+
+
+def person_directions(selected: Selected, identity: str | Sequence[str], *, seed: int = 0) -> Directions:
+    """Directions from the pairs of one person (or of several) alone, to be tried on everybody else.
+
+    Raises: ValueError for a person of whom no pair passed the filter."""
+    wanted = {identity} if isinstance(identity, str) else set(identity)
+    known = {pair.identity for pair in selected.pairs}
+    if not wanted or wanted - known:
+        raise ValueError(
+            f"person_directions: no pair of {sorted(wanted - known) or 'nobody'} passed the filter; there are "
+            f"{len(known)} people, such as {sorted(known)[:4]}."
+        )
+    only = [pair.identity in wanted for pair in selected.pairs]
+    found = directions_from(selected, only=only, seed=seed, kind=f"from {', '.join(sorted(wanted))} alone")
+    return replace(found, meta={**found.meta, "people": sorted(wanted)})

@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -32,11 +31,17 @@ from veena_lens.circuits import (
 )
 from veena_lens.emotion.locate.answer_slot import AnswerPosition
 from veena_lens.emotion.methods import ROWS, batches, prepared
+from veena_lens.emotion.study import Study, stage
 from veena_lens.interventions.base import require_layer
-from veena_lens.long_runs import Store
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import project
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from veena_lens.emotion.locate.direction_set import Directions
+    from veena_lens.model.model import HookedVLM
 
 Head = tuple[int, int]
 
@@ -86,34 +91,45 @@ def best_rows(effects: Scores) -> Scores:
     return Scores(values, ("pair", "layer", "head"), labels, effects.name, effects.unit)
 
 
+@stage(lead_in=None, out=None, progress=True)
 def head_effects(
-    model: Any,
+    study: Study,
     pairs: Sequence[Any],
-    directions: Any,
+    directions: Directions,
     layer: int,
     *,
     rows: Sequence[str] = ("query", "last"),
-    lead_in: str | None = None,
     layers: Sequence[int] | None = None,
     max_rows: int = 512,
-    out: str | Path | None = None,
-    progress: bool = True,
 ) -> Scores:
-    """What each head's emotional output restores of m = <resid_post[layer] at the last token, unit S of the pair's
-    emotion>: (m_patched - m_neutral) / (m_emotional - m_neutral), the head patched at the given rows.
+    """Measure what each head's emotional output restores of m = <resid_post[layer] at the last token, unit S of the
+    pair's emotion>: (m_patched - m_neutral) / (m_emotional - m_neutral), the head patched at the given rows.
 
-    Axes (pair, rows, layer, head), layers up to `layer`; dimensionless, 1 is all of it. NaN, masked, for pairs whose
-    runs differ by less than 0.05 standard deviations of m. out: kept pair by pair, and resumed.
-    Raises: ValueError for no pairs or an unknown layer. Source: denoising, Zhang and Nanda 2023, arXiv 2309.16042.
+    Args:
+        study: the model, or a `Study` that holds the settings `lead_in`, `out` and `progress`.
+        pairs: emotional images with their neutral twins.
+        directions: directions of this model.
+        layer: the layer at which m is read.
+        rows: "query", "last" or both: where heads are patched.
+        layers: the layers of the heads; by default all up to `layer`.
+        max_rows: rows of one batch of patched runs.
+        lead_in: begun answer of which "last" is the last token.
+        out: a folder where effects are kept pair by pair, and resumed.
+        progress: True shows a progress bar.
+
+    Returns: Scores with axes (pair, rows, layer, head); dimensionless, 1 is all of it. NaN, masked, for pairs whose
+    runs differ by less than 0.05 standard deviations of m.
+
+    Raises: ValueError for no pairs or an unknown layer.
+
+    Source: denoising, Zhang and Nanda 2023, arXiv 2309.16042.
     """
-    pairs = list(pairs)
+    model, pairs, lead_in = study.model, list(pairs), study.asking.lead_in
     if not pairs:
         raise ValueError("head_effects: there are no pairs.")
     directions.check(model)
     layer = require_layer(layer, model.cfg.n_layers, "head_effects")
     chosen = list(range(layer + 1)) if layers is None else [int(x) for x in layers]
-    about = {"what": "heads", "layer": layer, "rows": list(rows), "layers": chosen, "lead_in": lead_in}
-    store = Store(out, about | {"model": model, "directions": directions})
 
     def effects(pair: Any) -> dict[str, Any]:
         clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
@@ -128,7 +144,8 @@ def head_effects(
         ends = torch.stack([parts[0].clean[0], parts[0].corrupted[0]])
         return {"values": torch.stack([p.values for p in parts]).double(), "ends": ends.double()}
 
-    found = store.each(pairs, effects, label="heads: pairs", show=progress)
+    about = {"layer": layer, "rows": list(rows), "layers": chosen, "lead_in": lead_in, "directions": directions}
+    found = study.each("heads: pairs", pairs, effects, **about)
     values, ends = torch.stack([f["values"] for f in found]), torch.stack([f["ends"] for f in found])
     return relative_effects(values, ends, rows, chosen)
 
@@ -153,40 +170,50 @@ def relative_effects(
     return Scores(effects, axes, labels, "restored", "share", mask=mask, meta=about)
 
 
+@stage(lead_in=None, batch_size=16, draws=2000, seed=0, out=None, progress=True)
 def key_heads(
-    model: Any,
+    study: Study,
     pairs: Sequence[Any],
-    directions: Any,
+    directions: Directions,
     layer: int,
     *,
     k: int = 10,
     q: float | int = 0.05,
-    lead_in: str | None = None,
-    batch_size: int = 16,
-    draws: int = 2000,
-    seed: int = 0,
     max_rows: int = 512,
-    out: str | Path | None = None,
-    progress: bool = True,
 ) -> KeyHeads:
-    """The at most `k` heads, up to the key layer, that carry the emotion there.
+    """Find at most `k` heads, up to the key layer, that carry the emotion there.
 
     Key: the lower bound of the mean effect is above 0, I_delta > 0, and the change that the head makes to m positive
     and significant at false discovery rate `q` among all heads when signs of whole identities are flipped (twins
     exchanged). In the order of their effect. The table adds that change, I_delta (cosine) and W (push) at the last
     token, the image's share of the push, the specificity index of the push over emotions (tau; cross-fitted; p by
     shuffled labels) and its label.
+
+    Args:
+        study: the model, or a `Study` that holds the settings `lead_in` to `progress` below.
+        pairs: emotional images with their neutral twins, of at least two identities.
+        directions: directions of this model.
+        layer: the key layer.
+        k: the most heads that are called key.
+        q: false discovery rate among all heads.
+        max_rows: rows of one batch of patched runs.
+        lead_in: begun answer after which states are read.
+        batch_size: pairs in a batch where heads are read.
+        draws, seed: of intervals and sign flips.
+        out: a folder where effects are kept pair by pair, and resumed.
+        progress: True shows a progress bar.
+
     Raises: ValueError for no pairs, fewer than two identities, or an unknown layer.
+
     Source: Zhang et al. 2026, arXiv 2605.21980, names the steps; the rules are ours.
     """
     pairs = list(pairs)
     if pairs and len({p.identity for p in pairs}) < 2:
         raise ValueError(f"key_heads: all pairs are of {pairs[0].identity!r}; intervals need at least two identities.")
+    model, asking, draws, seed = study.model, study.asking, study.draws, study.seed
     layer = require_layer(layer, model.cfg.n_layers, "key_heads")
-    effects = head_effects(
-        model, pairs, directions, layer, lead_in=lead_in, max_rows=max_rows, out=out, progress=progress
-    )
-    intention, push, routes = head_readings(model, pairs, directions, layer, batch_size, lead_in)
+    effects = head_effects(study, pairs, directions, layer, max_rows=max_rows)
+    intention, push, routes = head_readings(model, pairs, directions, layer, asking.batch_size, asking.lead_in)
     identities, emotions = [p.identity for p in pairs], [p.emotion for p in pairs]
     best = best_rows(effects)
     bounds = bootstrap(best, groups=identities, draws=draws, seed=seed)
@@ -212,7 +239,7 @@ def key_heads(
     heads = [(int(r.layer), int(r.head)) for r in table[is_key].head(k).itertuples()]
     table = table.assign(key=[(a, b) in heads for a, b in zip(table["layer"], table["head"], strict=True)])
     dropped = 0 if effects.mask is None else int((~effects.mask[:, 0, 0, 0]).sum())
-    about = {"k": k, "q": q, "lead_in": lead_in, "draws": draws, "seed": seed, "emotions": sorted(set(emotions))}
+    about = {"k": k, "q": q, "lead_in": asking.lead_in, "draws": draws, "seed": seed, "emotions": sorted(set(emotions))}
     return KeyHeads(
         table=table,
         heads=heads,
@@ -236,7 +263,12 @@ def _ranked(rows: list[dict[str, Any]]) -> Any:
 
 
 def head_readings(
-    model: Any, pairs: Sequence[Any], directions: Any, layer: int, batch_size: int = 16, lead_in: str | None = None
+    model: HookedVLM,
+    pairs: Sequence[Any],
+    directions: Directions,
+    layer: int,
+    batch_size: int = 16,
+    lead_in: str | None = None,
 ) -> tuple[Scores, Scores, Scores]:
     """(I_delta, push W, routes): cosine and projection of each head's change at the last token on the direction of the
     pair's emotion at the head's own layer, by pair; and from which tokens the push comes, averaged over pairs."""
@@ -307,31 +339,33 @@ def specificity(
     }
 
 
+@stage(draws=2000, seed=0, out=None, progress=True)
 def execution_heads(
-    model: Any,
-    pairs: Sequence[Any],
-    slot: AnswerPosition,
-    after: int,
-    *,
-    k: int = 10,
-    draws: int = 2000,
-    seed: int = 0,
-    max_rows: int = 512,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> Any:
-    """Heads after the key layer by what they restore of the soft hit at the answer slot: a table, best first.
+    study: Study, pairs: Sequence[Any], slot: AnswerPosition, after: int, *, k: int = 10, max_rows: int = 512
+) -> pd.DataFrame:
+    """Rank heads after the key layer by what they restore of the soft hit at the answer position.
 
-    Columns layer, head, effect, low, high (interval over identities). Empty where no layer follows. out: effects are
-    kept there pair by pair, and the same call resumes.
+    Args:
+        study: the model, or a `Study` that holds the settings `draws` to `progress` below.
+        pairs: emotional images with their neutral twins.
+        slot: where the emotion is said.
+        after: the key layer.
+        k: how many heads the table holds.
+        max_rows: rows of one batch of patched runs.
+        draws, seed: of the intervals.
+        out: a folder where effects are kept pair by pair, and the same call resumes.
+        progress: True shows a progress bar.
+
+    Returns: a table, best first, with columns layer, head, effect, low, high (interval over identities); empty where
+    no layer follows.
+
     Raises: ValueError for no pairs, an unknown layer, or an emotion that the slot does not know."""
-    pairs = list(pairs)
+    model, pairs = study.model, list(pairs)
     if not pairs:
         raise ValueError("execution_heads: there are no pairs.")
     after = require_layer(after, model.cfg.n_layers, "execution_heads")
     metrics = {emotion: slot.metric(emotion) for emotion in dict.fromkeys(p.emotion for p in pairs)}
     layers = list(range(after + 1, model.cfg.n_layers))
-    store = Store(out, {"what": "execution heads", "layers": layers, "slot": slot, "model": model})
     if not layers:
         return _ranked([{"layer": 0, "head": 0, "effect": 0.0, "low": 0.0, "high": 0.0}]).iloc[:0]
 
@@ -343,10 +377,10 @@ def execution_heads(
         )
         return {"values": one.values.double(), "ends": torch.stack([one.clean[0], one.corrupted[0]]).double()}
 
-    found = store.each(pairs, restored, label="execution heads: pairs", show=progress)
+    found = study.each("execution heads: pairs", pairs, restored, layers=layers, slot=slot)
     values, ends = torch.stack([f["values"] for f in found]), torch.stack([f["ends"] for f in found])
     effects = best_rows(relative_effects(values[:, None], ends, ["last"], layers))
-    bounds = bootstrap(effects, groups=[p.identity for p in pairs], draws=draws, seed=seed)
+    bounds = bootstrap(effects, groups=[p.identity for p in pairs], draws=study.draws, seed=study.seed)
     rows = []
     for i, at in enumerate(layers):
         for head in range(effects.shape[2]):

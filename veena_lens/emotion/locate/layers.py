@@ -10,27 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens import long_runs
+from veena_lens.circuits.statistics import BOUNDS, drawn_weights, mean_interval, ratio_interval
 from veena_lens.emotion.enhance import random_controls
 from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
-from veena_lens.emotion.judge.intervals import BOUNDS, drawn_weights, ratio, share
 from veena_lens.emotion.locate.answer_slot import AnswerPosition
-from veena_lens.emotion.methods import batches, generate_answers, prepared
-from veena_lens.emotion.words.scores import sample_hit
-from veena_lens.emotion.words.wheels import EmotionWheels
+from veena_lens.emotion.methods import batches, prepared
+from veena_lens.emotion.study import Study, stage
+from veena_lens.emotion.words.wheels import sample_hit
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
+from veena_lens.long_runs import fingerprint, progress
 from veena_lens.scores import Scores
 from veena_lens.sweeps import generation_sweep, steer_sweep
 from veena_lens.sweeps.measuring import rank_correlation
+
+if TYPE_CHECKING:
+    from veena_lens.emotion.locate.direction_set import Directions
 
 ALPHAS = (0.05, 0.1, 0.2, 0.4)
 APART = 0.05  # least difference of the hit rates of emotional and neutral twins
@@ -101,39 +103,51 @@ class KeyLayers:
         )
 
 
+@stage(wheels=None, max_new_tokens=24, draws=2000, seed=0, out=None, progress=True)
 def key_layers(
-    model: Any,
+    study: Study,
     pairs: Sequence[Any],
-    directions: Any,
+    directions: Directions,
     *,
     alphas: Sequence[float | int] = ALPHAS,
     scale: str = "relative",
     positions: str = "last+generated",
     layers: Sequence[int] | None = None,
     slot: AnswerPosition | None = None,
-    wheels: Any = None,
     random_directions: int = 5,
-    max_new_tokens: int = 24,
     max_rows: int = 256,
-    draws: int = 2000,
-    seed: int = 0,
-    out: str | Path | None = None,
-    progress: bool = True,
 ) -> KeyLayers:
-    """The layers where injecting each pair's emotion into its neutral twin brings the hit rate back.
+    """Find the layers where injecting each pair's emotion into its neutral twin brings the hit rate back.
 
     For every pair, layer and alpha the neutral twin is answered under `directions.steer(layer, alpha, emotion)`, all as
-    one batch that shares the image and the prompt; random directions of the same length likewise (`random_directions`
-    of them in turn over the pairs). scale: as `Directions.steer`. slot: also measure the soft hit there (dimensionless,
-    log odds). Best layer: the largest C averaged over fluent doses; band: the longest run of layers whose lower bound
-    lies above the control's upper one and whose C is at least half the peak. Intervals draw identities. out: results
-    are kept there pair by pair, and the same search resumes.
+    one batch that shares the image and the prompt; random directions of the same length likewise. Best layer: the
+    largest C averaged over fluent doses; band: the longest run of layers whose lower bound lies above the control's
+    upper one and whose C is at least half the peak. Intervals draw identities.
+
+    Args:
+        study: the model, or a `Study` that holds the settings `wheels` to `progress` below.
+        pairs: emotional images with their neutral twins.
+        directions: the directions to inject, of this model.
+        alphas: doses, in the unit of `scale`.
+        scale: "relative", "raw" or "unit", as in `Directions.steer`.
+        positions: where the direction is added.
+        layers: the layers to try; by default all.
+        slot: also measure the soft hit there (log odds); by default not.
+        random_directions: control directions, taken in turn over the pairs.
+        max_rows: rows of one batch of continuations.
+        wheels: emotion wheels that judge answers; by default the project's own.
+        max_new_tokens: the longest answer, in tokens.
+        draws, seed: of the intervals; the seed is that of the random directions too.
+        out: a folder where results are kept pair by pair, and from which the same search resumes.
+        progress: True shows progress bars.
+
     Raises: ValueError for no pairs, unknown layers, or, before anything is injected, hit rates of emotional and neutral
     twins less than 0.05 apart.
+
     Source: Zhang et al. 2026, arXiv 2605.21980 (injection, relative change); C towards the emotional run, control, dose
     curve and fluency rule are ours.
     """
-    pairs = list(pairs)
+    model, pairs = study.model, list(pairs)
     chosen = list(range(model.cfg.n_layers)) if layers is None else [int(layer) for layer in layers]
     if not pairs or not chosen or not len(alphas):
         raise ValueError(f"key_layers: {len(pairs)} pairs, layers {chosen}, alphas {list(alphas)}: none may be empty.")
@@ -144,124 +158,119 @@ def key_layers(
     directions.vectors(scale)
     for emotion in dict.fromkeys(pair.emotion for pair in pairs):
         directions.of(emotion)
-    wheels = EmotionWheels.default() if wheels is None else wheels
-    fluency = Fluency(model, [*directions.emotions, "neutral"], wheels)
-    noise = F.normalize(random_controls.random_directions(directions.overall.float(), random_directions, seed), dim=-1)
-    settings = {"alphas": list(alphas), "scale": scale, "positions": positions, "layers": chosen, "seed": seed}
-    settings |= {"tokens": max_new_tokens, "random": random_directions, "slot": long_runs.fingerprint(slot)}
-    plain = _plain(model, pairs, max_new_tokens, out, progress)
+    plan = _Injection(
+        study=study, directions=directions, layers=chosen, alphas=list(alphas), scale=scale, positions=positions,
+        slot=slot, fluency=Fluency(model, [*directions.emotions, "neutral"], study.wheels), max_rows=max_rows,
+    )  # fmt: skip
+    noise = F.normalize(
+        random_controls.random_directions(directions.overall.float(), random_directions, study.seed), dim=-1
+    )
+    plain = _plain(study, pairs)
     emotional, neutral = (
-        sum(sample_hit(said[i], p.emotion, wheels) for p, said in zip(pairs, plain, strict=True)) / len(pairs)
+        sum(sample_hit(said[i], p.emotion, study.wheels) for p, said in zip(pairs, plain, strict=True)) / len(pairs)
         for i in (0, 1)
     )
     if emotional - neutral < APART:
         raise ValueError(
             f"key_layers: the hit rate is {emotional:.2f} on emotional and {neutral:.2f} on neutral images: less "
             f"than {APART} apart there is nothing to restore. Check the question, or whether the model sees the "
-            "pictures."
+            "images."
         )
-    about = settings | {"what": "key layers", "skip": sorted(fluency.skip)}
-    store = long_runs.Store(out, about | {"model": model, "directions": directions})
-
-    def inject(i: int) -> dict[str, Any]:
-        return _inject(
-            model, pairs[i], plain[i][1], directions, chosen, alphas, scale, positions, noise[i % random_directions],
-            slot, fluency, max_new_tokens, max_rows,
-        )  # fmt: skip
-
-    injected = store.each(
-        range(len(pairs)), inject, name=lambda i: [pairs[i], i % random_directions], label="key layers: pairs",
-        show=progress,
-    )  # fmt: skip
+    settings = {"alphas": plan.alphas, "scale": scale, "positions": positions, "layers": chosen, "seed": study.seed}
+    settings |= {"tokens": study.asking.max_new_tokens, "random": random_directions, "slot": fingerprint(slot)}
+    injected = study.each(
+        "key layers: pairs",
+        range(len(pairs)),
+        lambda i: _inject(plan, pairs[i], plain[i][1], noise[i % random_directions]),
+        name=lambda i: [pairs[i], i % random_directions],
+        **settings,
+        skip=sorted(plan.fluency.skip),
+        directions=directions,
+    )
     found = [{"plain": said} | one for said, one in zip(plain, injected, strict=True)]
-    return _judged(pairs, found, chosen, list(alphas), directions, wheels, draws, seed, settings)
+    return _judged(plan, pairs, found, settings)
 
 
-def _plain(
-    model: Any, pairs: Sequence[Any], max_new_tokens: int, out: str | Path | None, progress: bool
-) -> list[tuple[str, str]]:
+def _plain(study: Study, pairs: Sequence[Any]) -> list[tuple[str, str]]:
     """What the untouched model says of both twins of every pair."""
-    store = long_runs.Store(out, {"what": "twins", "model": model, "tokens": max_new_tokens})
+    store = study.store("twins", tokens=study.asking.max_new_tokens)
+    asked = study.but(batch_size=16)
     found: list[tuple[str, str]] = []
-    for some in long_runs.progress(batches(pairs, 8), "key layers: twins", progress, total=len(pairs), size=len):
-
-        def run(some: list[Any] = some) -> dict[str, Any]:
-            both = [side for pair in some for side in (pair.emotional, pair.neutral)]
-            return {"texts": generate_answers(model, both, batch_size=16, max_new_tokens=max_new_tokens)}
-
-        said = store.do(some, run)["texts"]
+    for some in progress(batches(pairs, 8), "key layers: twins", study.progress, total=len(pairs), size=len):
+        both = [side for pair in some for side in (pair.emotional, pair.neutral)]
+        said = store.do(some, lambda both=both: {"texts": asked.answers(both)})["texts"]
         found += list(zip(said[::2], said[1::2], strict=True))
     return found
 
 
-def _inject(
-    model: Any,
-    pair: Any,
-    plain: str,
-    directions: Any,
-    layers: Sequence[int],
-    alphas: Sequence[float | int],
-    scale: str,
-    positions: str,
-    units: Float[Tensor, "layer d_model"],
-    slot: AnswerPosition | None,
-    fluency: Fluency,
-    max_new_tokens: int,
-    max_rows: int,
-) -> dict[str, Any]:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Injection:
+    """What is injected into every pair's neutral twin, and how: layers times alphas, with one control each."""
+
+    study: Study
+    directions: Directions
+    layers: list[int]
+    alphas: list[float | int]
+    scale: str
+    positions: str
+    slot: AnswerPosition | None
+    fluency: Fluency
+    max_rows: int
+
+
+def _inject(plan: _Injection, pair: Any, plain: str, units: Float[Tensor, "layer d_model"]) -> dict[str, Any]:
     """One pair: answers to the neutral twin under each injection; soft hits where there is a slot."""
+    model, how = plan.study.model, {"emotion": pair.emotion, "scale": plan.scale}
     real = [
-        directions.steer(la, a, emotion=pair.emotion, scale=scale, positions=positions) for la in layers for a in alphas
+        plan.directions.steer(layer, alpha, positions=plan.positions, **how)
+        for layer in plan.layers
+        for alpha in plan.alphas
     ]
     fake = []
     for steer in real:
         length = steer.vector.norm()
-        fake.append(Steer(steer.layer, units[steer.layer].to(steer.vector) * length, steer.alpha, positions))
+        fake.append(Steer(steer.layer, units[steer.layer].to(steer.vector) * length, steer.alpha, plan.positions))
     inputs = prepared(model, [pair.neutral])
     entries = [[s] for s in (*real, *fake)]
-    sweep = generation_sweep(model, inputs, entries, max_new_tokens=max_new_tokens, max_rows=max_rows, progress=False)
+    sweep = generation_sweep(
+        model, inputs, entries, max_new_tokens=plan.study.asking.max_new_tokens, max_rows=plan.max_rows, progress=False
+    )
     texts = sweep.texts[0]
     n = len(real)
     result: dict[str, Any] = {
         "texts": texts[:n],
         "random": texts[n:],
-        "fluency": fluency.changes([pair.neutral] * n, texts[:n], [plain] * n),
+        "fluency": plan.fluency.changes([pair.neutral] * n, texts[:n], [plain] * n),
     }
-    if slot is not None:
-        begun = prepared(model, [pair.neutral], lead_in=slot.lead_in)
+    if plan.slot is not None:
+        begun = prepared(model, [pair.neutral], lead_in=plan.slot.lead_in)
         vectors = torch.zeros(model.cfg.n_layers, model.cfg.d_model)
-        for layer in layers:
-            one = directions.steer(layer, 1.0, emotion=pair.emotion, scale=scale)
+        for layer in plan.layers:
+            one = plan.directions.steer(layer, 1.0, **how)
             vectors[layer] = (one.alpha * one.vector).float().cpu()
+        metric = plan.slot.metric(pair.emotion)
         swept = steer_sweep(
-            model, begun, vectors, slot.metric(pair.emotion), alphas, positions, layers=layers, progress=False
+            model, begun, vectors, metric, plan.alphas, plan.positions, layers=plan.layers, progress=False
         )
-        result["soft"] = (swept.values - swept.corrupted).double().reshape(len(layers), len(alphas))
+        result["soft"] = (swept.values - swept.corrupted).double().reshape(len(plan.layers), len(plan.alphas))
     return result
 
 
 def _judged(
-    pairs: Sequence[Any],
-    found: Sequence[dict[str, Any]],
-    layers: list[int],
-    alphas: list[Any],
-    directions: Any,
-    wheels: Any,
-    draws: int,
-    seed: int,
-    settings: dict[str, Any],
+    plan: _Injection, pairs: Sequence[Any], found: Sequence[dict[str, Any]], settings: dict[str, Any]
 ) -> KeyLayers:
     """Hit rates, C with intervals, and the choice of layers, from what the model said."""
+    study, layers, alphas = plan.study, plan.layers, plan.alphas
     shape = (len(pairs), len(layers), len(alphas))
 
     def hits(name: str) -> Tensor:
-        rows = [[sample_hit(t, p.emotion, wheels) for t in f[name]] for p, f in zip(pairs, found, strict=True)]
+        rows = [[sample_hit(t, p.emotion, study.wheels) for t in f[name]] for p, f in zip(pairs, found, strict=True)]
         return torch.tensor(rows, dtype=torch.float64)
 
     plain, real, fake = hits("plain"), hits("texts").view(shape), hits("random").view(shape)
     emotional, neutral = plain[:, 0].mean().item(), plain[:, 1].mean().item()
     gap = plain[:, 0] - plain[:, 1]
-    weights = drawn_weights([p.identity for p in pairs], draws, seed)
+    weights = drawn_weights([p.identity for p in pairs], study.draws, study.seed)
     base = plain[:, 1][:, None, None]
     fluency = torch.stack([f["fluency"] for f in found]).view(shape).mean(0).exp()
     fluent = fluency <= FLUENCY
@@ -273,7 +282,7 @@ def _judged(
     usable = torch.where(fluent, 1.0, torch.nan)
 
     def averaged(x: Tensor) -> Tensor:
-        return ratio((x - base).mul(usable).nanmean(-1), gap, weights)
+        return ratio_interval((x - base).mul(usable).nanmean(-1), gap, weights)
 
     by_layer, control = averaged(real), averaged(fake)
     best, band = _choose(by_layer, control, layers)
@@ -286,11 +295,11 @@ def _judged(
         agreement = rank_correlation(change.flatten(), (real - base).mean(0).flatten())
     axes = ("layer", "alpha", "bound")
     return KeyLayers(
-        restored=Scores(ratio(real - base, gap, weights), axes, bounds, "C"),
-        control=Scores(ratio(fake - base, gap, weights), axes, bounds, "C of random directions"),
+        restored=Scores(ratio_interval(real - base, gap, weights), axes, bounds, "C"),
+        control=Scores(ratio_interval(fake - base, gap, weights), axes, bounds, "C of random directions"),
         by_layer=Scores(by_layer, ("layer", "bound"), per_layer, "C"),
         control_by_layer=Scores(control, ("layer", "bound"), per_layer, "C of random directions"),
-        crossed=_crossed(pairs, found, layers, alphas, fluent, directions.emotions, wheels),
+        crossed=_crossed(plan, pairs, found, fluent),
         fluency=Scores(fluency, ("layer", "alpha"), labels, "perplexity", "ratio"),
         soft=soft,
         agreement=agreement,
@@ -300,7 +309,10 @@ def _judged(
         neutral=neutral,
         n_pairs=len(pairs),
         meta=settings
-        | {"neutral": share(plain[:, 1], weights).tolist(), "emotional": share(plain[:, 0], weights).tolist()},
+        | {
+            "neutral": mean_interval(plain[:, 1], weights).tolist(),
+            "emotional": mean_interval(plain[:, 0], weights).tolist(),
+        },
     )
 
 
@@ -319,18 +331,11 @@ def _choose(
     return layers[best], (layers[first], layers[first + length - 1]) if length else None
 
 
-def _crossed(
-    pairs: Sequence[Any],
-    found: Sequence[dict[str, Any]],
-    layers: list[int],
-    alphas: Sequence[float | int],
-    fluent: Tensor,
-    emotions: Sequence[str],
-    wheels: Any,
-) -> Scores:
+def _crossed(plan: _Injection, pairs: Sequence[Any], found: Sequence[dict[str, Any]], fluent: Tensor) -> Scores:
     """Share of answers that name each emotion when each is injected, at each layer's largest fluent dose."""
+    layers, alphas, wheels = plan.layers, plan.alphas, plan.study.wheels
     n_alphas = fluent.shape[1]
-    names = list(emotions)
+    names = list(plan.directions.emotions)
     counts = torch.zeros(len(layers), len(names), len(names), dtype=torch.float64)
     totals = torch.zeros(len(names), dtype=torch.float64)
     wanted = [wheels.basic(name) or name for name in names]

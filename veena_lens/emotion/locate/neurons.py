@@ -9,19 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from veena_lens import long_runs
 from veena_lens.circuits import classify_neurons, neuron_trace, path_patching, promoted_tokens, top_neurons
 from veena_lens.emotion.locate.heads import KeyHeads
 from veena_lens.emotion.locate.tracing import projection_of, spread_over
 from veena_lens.emotion.methods import ROWS, batches, prepared
+from veena_lens.emotion.study import Study, stage
 from veena_lens.interventions.base import require_layer
+from veena_lens.long_runs import progress
 from veena_lens.residual_parts import neuron_rows
 from veena_lens.scores import Scores
+
+if TYPE_CHECKING:
+    from veena_lens.emotion.locate.direction_set import Directions
+    from veena_lens.model.model import HookedVLM
 
 Neuron = tuple[int, int]
 
@@ -60,26 +65,30 @@ class KeyNeurons:
         return f"KeyNeurons: {len(self.table)} neurons ({kinds or 'none'}) of {self.n_pairs} pairs"
 
 
+@stage(lead_in=None, batch_size=16, progress=False)
 def neuron_projections(
-    model: Any,
-    pairs: Sequence[Any],
-    directions: Any,
-    at: str = "last",
-    *,
-    lead_in: str | None = None,
-    batch_size: int = 16,
-    progress: bool = False,
+    study: Study, pairs: Sequence[Any], directions: Directions, at: str = "last"
 ) -> tuple[Scores, Scores]:
-    """(push, activations): each pair's push of each neuron along its emotion's direction at the neuron's layer, axes
-    (pair, layer, neuron), and mean activations (side, layer, neuron), side "emotional" or "neutral"."""
+    """Return (push, activations): each pair's push of each neuron along its emotion's direction at the neuron's layer,
+    axes (pair, layer, neuron), and mean activations (side, layer, neuron), side "emotional" or "neutral".
+
+    Args:
+        study: the model, or a `Study` that holds the settings `lead_in`, `batch_size` and `progress`.
+        pairs: emotional images with their neutral twins.
+        directions: directions of this model.
+        at: "last" or "query": where neurons are read.
+        lead_in: begun answer of which "last" is the last token.
+        batch_size: pairs in a batch.
+        progress: True shows a progress bar."""
+    model, asking = study.model, study.asking
     pushes: list[Tensor] = []
     sums = torch.zeros(2, model.cfg.n_layers, model.cfg.d_mlp, dtype=torch.float64)
     names = [f"blocks.{layer}.mlp.hook_post" for layer in range(model.cfg.n_layers)]
-    label = f"neurons, {at}: pairs"
-    for some in long_runs.progress(batches(pairs, batch_size), label, progress, total=len(pairs), size=len):
+    each = batches(pairs, asking.batch_size)
+    for some in progress(each, f"neurons, {at}: pairs", study.progress, total=len(pairs), size=len):
         caches = []
         for i, side in enumerate(("emotional", "neutral")):
-            inputs = prepared(model, [getattr(p, side) for p in some], lead_in=lead_in)
+            inputs = prepared(model, [getattr(p, side) for p in some], lead_in=asking.lead_in)
             _, cache = model.run_with_cache(inputs, names_filter=names)
             caches.append(cache)
             for layer, name in enumerate(names):
@@ -99,32 +108,46 @@ def neuron_projections(
     return trace, Scores(sums / len(pairs), ("side", "layer", "neuron"), sides, "activation")
 
 
+@stage(wheels=None, lead_in=None, batch_size=16, progress=True)
 def key_neurons(
-    model: Any,
+    study: Study,
     pairs: Sequence[Any],
-    directions: Any,
+    directions: Directions,
     layer: int,
     *,
     heads: KeyHeads | None = None,
-    lead_in: str | None = None,
     k: int = 30,
     consistency: float | int = 0.8,
-    wheels: Any = None,
-    batch_size: int = 16,
     confirm: int = 10,
-    progress: bool = True,
 ) -> KeyNeurons:
-    """The `k` neurons that push most along the direction at the last token, and `confirm` early ones at the query.
+    """Find the `k` neurons that push most along the direction at the last token, and `confirm` early ones at the query.
 
     Kept where at least `consistency` of the pairs agree in sign, all or those of one emotion (`strongest_neurons`).
     Neurons up to the key `layer` that push at the query become contextual triggers where path patching confirms their
-    effect on a key head (`heads`). Kinds follow `circuits.classify_neurons` with all emotion words of `wheels`.
+    effect on a key head. Kinds follow `circuits.classify_neurons` with all emotion words of the wheels.
+
+    Args:
+        study: the model, or a `Study` that holds the settings `wheels` to `progress` below.
+        pairs: emotional images with their neutral twins.
+        directions: directions of this model.
+        layer: the key layer.
+        heads: key heads that early neurons may feed; by default no early neurons are looked for.
+        k: how many neurons are taken at the last token.
+        consistency: least share of pairs that agree in sign, in [0, 1].
+        confirm: how many early neurons are tried.
+        wheels: emotion wheels with the emotion words; by default the project's own.
+        lead_in: begun answer after which states are read.
+        batch_size: pairs in a batch.
+        progress: True shows a progress bar.
+
     Raises: ValueError for no pairs, an unknown layer, directions of another model, or an emotion without a direction,
-    before anything is computed. Source: Zhang et al. 2026, arXiv 2605.21980, names the kinds; the rules are ours.
+    before anything is computed.
+
+    Source: Zhang et al. 2026, arXiv 2605.21980, names the kinds; the rules are ours.
     """
     import pandas as pd
 
-    pairs = list(pairs)
+    model, pairs, batch_size = study.model, list(pairs), study.asking.batch_size
     if not pairs:
         raise ValueError("key_neurons: there are no pairs.")
     layer = require_layer(layer, model.cfg.n_layers, "key_neurons")
@@ -133,18 +156,13 @@ def key_neurons(
     directions.check(model)
     for emotion in dict.fromkeys(p.emotion for p in pairs):
         directions.of(emotion)
-    if wheels is None:
-        from veena_lens.emotion.words.wheels import EmotionWheels
-
-        wheels = EmotionWheels.default()
-    words = {w for e in directions.emotions for w in wheels.lexicon(e) if " " not in w}
-    call: dict[str, Any] = {"lead_in": lead_in, "batch_size": batch_size, "progress": progress}
-    trace, means = neuron_projections(model, pairs, directions, **call)
+    words = {w for e in directions.emotions for w in study.wheels.lexicon(e) if " " not in w}
+    trace, means = neuron_projections(study, pairs, directions)
     emotions = [p.emotion for p in pairs]
     late = _kinds(model, strongest_neurons(trace, emotions, k, consistency), words, directions, layer, "last", None)
     tables, sides = [late], {"last": means.values}
     if heads is not None and heads.heads and confirm:
-        early, at_query = neuron_projections(model, pairs, directions, "query", **call)
+        early, at_query = neuron_projections(study, pairs, directions, "query")
         first = max(head for head in heads.heads)[0]
         kept = Scores(early.values[:, :first], early.axes, {"layer": list(range(first))}, early.name)
         if first > 0:
@@ -190,7 +208,7 @@ def strongest_neurons(trace: Scores, emotions: Sequence[str], k: int, consistenc
 
 
 def _kinds(
-    model: Any, table: Any, words: set[str], directions: Any, layer: int, rows: str, confirmed: set[Neuron] | None
+    model: HookedVLM, table: Any, words: set[str], directions: Any, layer: int, rows: str, confirmed: set[Neuron] | None
 ) -> Any:
     """The table with kinds, each neuron on the direction of its own emotion, in the same order."""
     import pandas as pd
@@ -204,13 +222,13 @@ def _kinds(
     return pd.concat(parts).sort_index().assign(rows=rows)
 
 
-def _weight(model: Any, directions: Any, layer: int, neuron: int, emotion: str = "") -> float:
+def _weight(model: HookedVLM, directions: Any, layer: int, neuron: int, emotion: str = "") -> float:
     """<W_out[neuron], unit direction of the emotion at its layer>, the row as it joins the residual."""
     row = neuron_rows(model.blocks[layer]).detach()[neuron]
     return float(row.double() @ directions.unit(emotion or None)[layer].to(row).double())
 
 
-def _words(model: Any, layer: int, neuron: int, signed: float, n: int = 8) -> list[str]:
+def _words(model: HookedVLM, layer: int, neuron: int, signed: float, n: int = 8) -> list[str]:
     """The tokens that the neuron raises when it acts as it does on emotional images."""
     found = promoted_tokens(model, layer, neuron, k=n)
     texts = found.meta.get("texts")
@@ -219,7 +237,7 @@ def _words(model: Any, layer: int, neuron: int, signed: float, n: int = 8) -> li
     return [text.strip() for text in texts[0 if signed >= 0 else 1]]
 
 
-def _confirmed(model: Any, pairs: Sequence[Any], directions: Any, heads: Any, table: Any) -> set[Neuron]:
+def _confirmed(model: HookedVLM, pairs: Sequence[Any], directions: Any, heads: Any, table: Any) -> set[Neuron]:
     """Neurons whose change, on the direct path to a later key head alone, raises that head's push in the mean."""
     sure: set[Neuron] = set()
     neurons = [(int(a), int(n)) for a, n in zip(table["layer"], table["neuron"], strict=True)]

@@ -14,21 +14,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens import long_runs
 from veena_lens.circuits import bootstrap, linear_probes, path_patching
 from veena_lens.emotion.locate.heads import Head, KeyHeads
 from veena_lens.emotion.locate.layers import KeyLayers
 from veena_lens.emotion.methods import ROWS, prepared
+from veena_lens.emotion.study import Study, stage
+from veena_lens.long_runs import progress
 from veena_lens.residual_parts import head_rows
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from veena_lens.emotion.locate.direction_set import Directions
+    from veena_lens.model.model import HookedVLM
 
 SATURATED = 0.95
 
@@ -91,21 +97,25 @@ def stage_bounds(
     return first, min(n - 1, max(first, saturates, ends))
 
 
-def find_stages(
-    model: Any,
-    pairs: Sequence[Any],
-    layers: KeyLayers,
-    heads: KeyHeads,
-    *,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-) -> Stages:
-    """The three stages of a model, from key layers, key heads and linear probes at the query on the same pairs.
+@stage(batch_size=16, seed=0, progress=True)
+def find_stages(study: Study, pairs: Sequence[Any], layers: KeyLayers, heads: KeyHeads) -> Stages:
+    """Find the three stages of a model, from key layers, key heads and linear probes at the query on the same pairs.
 
-    Needs scikit-learn (extra `circuits`). Raises: ImportError without it; as `linear_probes`.
+    Needs scikit-learn (extra `circuits`).
+
+    Args:
+        study: the model, or a `Study` that holds the settings `batch_size`, `seed` and `progress`.
+        pairs: emotional images with their neutral twins.
+        layers, heads: what `key_layers` and `key_heads` found on them.
+        batch_size: rows of a batch where states are read.
+        seed: of the probes' folds.
+        progress: True shows a progress bar.
+
+    Raises: ImportError without scikit-learn; as `linear_probes`.
+
     Source: Zhang et al. 2026, arXiv 2605.21980, names the stages; the rule is ours.
     """
+    model = study.model
     examples = [p.emotional for p in pairs]
     neutral = {p.neutral.key: p.neutral for p in pairs}
     examples += list(neutral.values())
@@ -113,7 +123,8 @@ def find_stages(
     identities = [e.identity for e in examples]
     probes = linear_probes(
         model, inputs, [e.emotion for e in examples], identities, positions=ROWS["query"],
-        folds=min(5, len(set(identities))), max_rows=batch_size, seed=seed, progress=progress,
+        folds=min(5, len(set(identities))), max_rows=study.asking.batch_size, seed=study.seed,
+        progress=study.progress,
     )  # fmt: skip
     table = probes.scores.values[:, 0].double()
     names = list(probes.scores.labels["statistic"])
@@ -159,37 +170,49 @@ class head_push:  # noqa: N801 (read as a function, as the metrics of sweeps are
         return (z[:, :, self.head] @ self.reader.to(z)).mean(-1)
 
 
-def projection_of(model: Any, head: Head, unit: Float[Tensor, " d_model"], positions: Any = "last") -> head_push:
+def projection_of(model: HookedVLM, head: Head, unit: Float[Tensor, " d_model"], positions: Any = "last") -> head_push:
     """The metric of one head's push along a unit direction, a following norm's denominator left out."""
     layer, number = head
     W_O = head_rows(model.blocks[layer]).detach()[number]
     return head_push(layer, number, W_O @ unit.to(W_O), positions)
 
 
+@stage(draws=1000, seed=0, out=None, progress=True)
 def trace_back(
-    model: Any,
+    study: Study,
     pairs: Sequence[Any],
     found: KeyHeads,
-    directions: Any,
+    directions: Directions,
     *,
     depth: int = 2,
     top: int = 5,
     targets: int = 5,
     max_pairs: int = 16,
     max_rows: int = 512,
-    draws: int = 1000,
-    seed: int = 0,
-    out: str | Path | None = None,
-    progress: bool = True,
-) -> Any:
-    """Edges of the circuit as a table: sender, receiver, effect on the receiver's push with its interval over
-    identities, the effect on the direct path alone, and whether the edge is kept (both above zero).
+) -> pd.DataFrame:
+    """Trace key heads back to what feeds them: the edges of the circuit as a table.
 
-    Level 1 asks for the `targets` best key heads after layer 0 (nothing feeds those of layer 0), level 2 for the heads
-    found there; `top` candidates a target are checked by path patching. Senders are "L3H2" or "3_mlp_out", patched at
-    the receiver's rows. Effects: share of the way from the neutral to the emotional run. out: kept there target by
-    target, and the same call resumes.
+    Columns: sender, receiver, effect on the receiver's push with its interval over identities, the effect on the
+    direct path alone, and whether the edge is kept (both above zero). Level 1 asks for the best key heads after layer 0
+    (nothing feeds those of layer 0), level 2 for the heads found there. Senders are "L3H2" or "3_mlp_out", patched at
+    the receiver's rows. Effects: share of the way from the neutral to the emotional run.
+
+    Args:
+        study: the model, or a `Study` that holds the settings `draws` to `progress` below.
+        pairs: emotional images with their neutral twins.
+        found: the key heads, with the lead-in after which they were found.
+        directions: directions of this model.
+        depth: levels of tracing.
+        top: candidates per target that are checked by path patching.
+        targets: key heads that are traced at level 1.
+        max_pairs: pairs that are patched, identities in turn.
+        max_rows: rows of one batch of patched runs.
+        draws, seed: of the intervals.
+        out: a folder where edges are kept target by target, and the same call resumes.
+        progress: True shows a progress bar.
+
     Raises: ValueError for no pairs, or sizes below 1.
+
     Source: method named in Zhang et al. 2026, arXiv 2605.21980; the procedure is ours; path patching, Wang et al. 2022,
     arXiv 2211.00593.
     """
@@ -201,19 +224,18 @@ def trace_back(
     if not some:
         raise ValueError("trace_back: there are no pairs.")
     lead_in = found.meta.get("lead_in")
+    study = study.but(lead_in=lead_in)
     rows_of = {(int(r.layer), int(r.head)): str(r.rows) for r in found.table.itertuples()}
-    about = {"what": "tracing back", "model": model, "directions": directions, "lead_in": lead_in, "top": top}
-    about |= {"pairs": [[pair, pair.identity] for pair in some], "draws": draws, "seed": seed}
-    store = long_runs.Store(out, about)
+    about = {"directions": directions, "lead_in": lead_in, "top": top, "draws": study.draws, "seed": study.seed}
+    store = study.store("tracing back", **about, pairs=[[pair, pair.identity] for pair in some])
     targeted = [head for head in found.heads if head[0] > 0][:targets]
     seen, edges = set(targeted), []
     for level in range(1, depth + 1):
         found_here: list[Head] = []
-        for head in long_runs.progress(targeted, f"tracing back, level {level}: heads", progress):
+        for head in progress(targeted, f"tracing back, level {level}: heads", study.progress):
 
             def run(head: Head = head) -> dict[str, Any]:
-                lines = _senders(model, some, directions, head, rows_of[head], lead_in, top, max_rows, draws, seed)
-                return {"lines": lines}
+                return {"lines": _senders(study, some, directions, head, rows_of[head], top, max_rows)}
 
             lines = store.do(f"L{head[0]}H{head[1]} {rows_of[head]}", run)["lines"]
             edges += [{"level": level, **line} for line in lines]
@@ -251,18 +273,10 @@ def _as_head(label: str) -> Head | None:
 
 
 def _senders(
-    model: Any,
-    pairs: Sequence[Any],
-    directions: Any,
-    head: Head,
-    rows: str,
-    lead_in: str | None,
-    top: int,
-    max_rows: int,
-    draws: int,
-    seed: int,
+    study: Study, pairs: Sequence[Any], directions: Directions, head: Head, rows: str, top: int, max_rows: int
 ) -> list[dict[str, Any]]:
     """The candidates of one target, with their effects and the check on the direct path."""
+    model, lead_in = study.model, study.asking.lead_in
     layer, number = head
     earlier = list(range(layer))
     by_head, by_mlp, ends = [], [], []
@@ -282,7 +296,7 @@ def _senders(
     keep = gap.abs() > 0.05 * both.flatten().std()
     effects = torch.where(keep[:, None], (values - both[:, 1:]) / gap[:, None], torch.nan)
     scores = Scores(effects, ("pair", "sender"), {"pair": list(range(len(pairs))), "sender": names})
-    bounds = bootstrap(scores, groups=[p.identity for p in pairs], draws=draws, seed=seed).values
+    bounds = bootstrap(scores, groups=[p.identity for p in pairs], draws=study.draws, seed=study.seed).values
     order = bounds[:, 1].nan_to_num(-torch.inf).argsort(descending=True)[:top].tolist()
     picked = [names[i] for i in order if bounds[i, 1] > 0]
     if not picked:

@@ -1,4 +1,4 @@
-"""Answers of a model on one set: one JSON line a sample, written as they come, resumed where they stopped.
+"""Answers of a model on one set: one JSON line per sample, written as they come, resumed where they stopped.
 
 The first line holds the settings, so that a file is never continued under others. Which images were seen stands
 beside every answer. Scoring reads the file like any other (`answers.py`).
@@ -14,10 +14,11 @@ from typing import Any
 
 from PIL import Image
 
-from veena_lens import long_runs
 from veena_lens.emotion.mer_unibench.loading import Sample
 from veena_lens.emotion.mer_unibench.media import Seen, face_file, find_video, frame_places, see
-from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers
+from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers, require_sizes
+from veena_lens.emotion.study import Asking, Study, stage
+from veena_lens.long_runs import Lines, progress
 
 QUESTION = "Which emotions does the person in this picture show? Name every emotion that you see."
 
@@ -45,8 +46,9 @@ class _Asked:
     prompt: str
 
 
+@stage(question=QUESTION, batch_size=16, max_new_tokens=32, progress=False)
 def answer_set(
-    model: Any,
+    study: Study,
     samples: Iterable[Sample],
     *,
     out: str | Path,
@@ -54,35 +56,46 @@ def answer_set(
     faces: bool = False,
     subtitle: bool = True,
     method: Method | None = None,
-    question: str = QUESTION,
     model_name: str = "",
-    batch_size: int = 16,
-    max_new_tokens: int = 32,
     missing: str = "error",
-    progress: bool = False,
 ) -> AnswerRun:
     """Ask a model about every sample and write each answer to `out` (JSON Lines) as it comes.
 
-    frames: 1 takes the middle frame (or face), more a uniform choice; each image is asked about alone and a clip's
-    answers are joined by line ends. subtitle: say in the prompt what is said in the clip. missing="skip" leaves out
-    samples without a video, and names them. Run again with the same arguments to do the rest.
+    Run again with the same arguments to do the rest.
+
+    Args:
+        study: the model, or a `Study` that holds the settings `question` to `progress` below.
+        samples: samples of one set.
+        out: the file.
+        frames: 1 takes the middle frame (or face), more a uniform choice; each image is asked about alone and a clip's
+            answers are joined by line ends.
+        faces: show face crops where the set has them.
+        subtitle: say in the prompt what is said in the clip.
+        method: what is done while the model answers; by default nothing.
+        model_name: what the file calls the model; by default its type.
+        missing: "error", or "skip" to leave out samples without a video, and name them.
+        question: what is asked of every image.
+        batch_size, max_new_tokens: of the answers.
+        progress: True shows a progress bar.
+
     Raises: FileNotFoundError listing samples without images, before any is asked; ValueError for a file of another
     run, naming what differs; OSError on a full disk, with every finished answer kept."""
-    samples, method, out = list(samples), PLAIN if method is None else method, Path(out)
+    samples, method, out, asking = list(samples), PLAIN if method is None else method, Path(out), study.asking
+    question = asking.question or QUESTION
     frame_places(1, frames)
-    _require_arguments(samples, missing, batch_size, max_new_tokens)
+    _require_arguments(samples, missing, asking)
     run = {
         "set": samples[0].info.key,
-        "model": model_name or type(model).__name__,
+        "model": model_name or type(study.model).__name__,
         "method": method.name,
         "settings": json.loads(json.dumps(dict(method.settings), default=str)),
         "frames": frames,
         "faces": faces,
         "subtitle": subtitle,
         "question": question,
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": asking.max_new_tokens,
     }
-    lines = long_runs.Lines(out, run)
+    lines = Lines(out, run)
     kept = {row["name"]: row["answer"] for row in lines.rows}
     left_out = _without_pictures(samples, faces)
     if left_out and missing == "error":
@@ -96,11 +109,11 @@ def answer_set(
     lines.add([])  # the settings, also where nothing is left to ask
     label = f"{run['set']} {method.name}"
     # A batch of clips holds `frames` images each; the model's batch stays at batch_size images.
-    each = batches(todo, max(1, batch_size // frames))
-    for batch in long_runs.progress(each, label, progress, total=len(todo), size=len):
+    each = batches(todo, max(1, asking.batch_size // frames))
+    for batch in progress(each, label, study.progress, total=len(todo), size=len):
         seen = [see(sample, frames=frames, faces=faces) for sample in batch]
         asked = _asked(batch, seen, question, subtitle)
-        texts = generate_answers(model, asked, method, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        texts = generate_answers(study.model, asked, method, **asking.sizes)
         rows = _rows(batch, seen, texts)
         lines.add(rows)
         kept |= {row["name"]: row["answer"] for row in rows}
@@ -155,7 +168,7 @@ def _why(samples: Sequence[Sample], name: str, faces: bool) -> str:
     return ""
 
 
-def _require_arguments(samples: Sequence[Sample], missing: str, batch_size: int, max_new_tokens: int) -> None:
+def _require_arguments(samples: Sequence[Sample], missing: str, asking: Asking) -> None:
     if not samples:
         raise ValueError("No samples were given: nothing to ask.")
     keys = sorted({sample.info.key for sample in samples})
@@ -167,5 +180,4 @@ def _require_arguments(samples: Sequence[Sample], missing: str, batch_size: int,
         raise ValueError(f"Samples came twice: {', '.join(twice[:10])}.")
     if missing not in ("error", "skip"):
         raise ValueError(f'missing={missing!r} must be "error" or "skip".')
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")
+    require_sizes(asking.batch_size, asking.max_new_tokens)

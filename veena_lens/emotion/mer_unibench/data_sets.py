@@ -1,13 +1,7 @@
-"""The nine sets as a table: where each lies, what its labels look like, how many there are, and who gives it out.
-
-Paths, columns and counts are those that AffectGPT's public code and the published label files use.
-
-Reading numpy archives whose arrays are pickles, without trusting them.
+"""The nine sets of MER-UniBench (`sets.toml`), and their labels, read from numpy archives without trusting them.
 
 A pickle can call any function it names. Label and answer files need four names of numpy; an unpickler that knows no
-other reads them and refuses the rest.
-
-Labels of one set: name -> truth, checked value by value, in the order of the file.
+other reads them and refuses the rest. Labels are checked value by value, in the order of the file.
 """
 
 from __future__ import annotations
@@ -16,6 +10,7 @@ import csv
 import io
 import math
 import pickle
+import tomllib
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -197,16 +192,6 @@ def _lost(path: Path, info: SetInfo) -> str:
 
 Kind = Literal["open", "emotion", "sentiment"]
 
-MER_WORDS = ("worried", "happy", "neutral", "angry", "surprise", "sad")
-IEMOCAP_WORDS = ("happy", "sad", "neutral", "anger")  # in the order of the integer labels
-MELD_WORDS = ("anger", "joy", "sadness", "neutral", "disgust", "fear", "surprise")
-
-PROCESSED = (
-    "the processed sets linked in AffectGPT's readme (Baidu 1kbfs5pG_hAri0QwvQl-Ecg, TeraBox 1AE7uAU3Ib8aRBSyF1TMpow)"
-)
-_EULA = "after an EULA; academic research only, samples may not be edited or passed on"
-_POLISHED = (("transcription-engchi-polish.csv",), "english")
-
 
 @dataclass(frozen=True, kw_only=True)
 class SetInfo:
@@ -223,7 +208,7 @@ class SetInfo:
     integers: bool = False
     session: str = ""  # the fifth letter of the test part's names, where the file holds more
     bound: float = 0.0  # sentiment values lie in [-bound, bound]
-    subtitles: tuple[tuple[str, ...], str] = _POLISHED  # (files, column)
+    subtitles: tuple[tuple[str, ...], str] = (("transcription-engchi-polish.csv",), "english")  # (files, column)
     videos: tuple[str, ...] = ("video",)
     endings: tuple[str, ...] = ("mp4", "avi")
     uncropped: tuple[str, ...] = field(default=())  # video folders that show more than the speaker
@@ -239,126 +224,19 @@ class SetInfo:
         return f"SetInfo({self.key!r}: {self.title}, {self.count} samples, {self.metric})"
 
 
-SETS: tuple[SetInfo, ...] = (
-    SetInfo(
-        key="ovmerdplus",
-        title="OV-MERD+",
-        kind="open",
-        folders=("ovmerdplus-process",),
-        label_file="ovlabel.csv",
-        count=532,
-        subtitles=(("subtitle_eng.csv",), "sentence"),
-        source="Baidu 1nBTw_ujSTQPAMyIs5Qv8Zw or TeraBox 1O130fc81FVsGGsrjLuHyDA (AffectGPT's readme)",
-        terms="none stated beside the link; the earlier OV-MERD is part of MER2025: CC BY-NC 4.0, academic use only",
-    ),
-    SetInfo(
-        key="mer2023",
-        title="MER2023 MER-MULTI",
-        kind="emotion",
-        folders=("mer2023-dataset-process",),
-        label_file="label-6way.npz",
-        array="test1_corpus",
-        count=411,
-        classes=MER_WORDS,
-        source=f"Hugging Face MERChallenge/MER2023, or {PROCESSED}",
-        terms=_EULA,
-    ),
-    SetInfo(
-        key="mer2024",
-        title="MER2024 MER-SEMI",
-        kind="emotion",
-        folders=("mer2024-dataset-process",),
-        label_file="label-6way.npz",
-        array="test1_corpus",
-        count=1169,
-        classes=MER_WORDS,
-        subtitles=(("transcription_merge.csv", "transcription-merge.csv"), "chinese"),
-        source=f"the organisers of MER2024 (Hugging Face MERChallenge/MER2024), or {PROCESSED}",
-        terms=_EULA,
-    ),
-    SetInfo(
-        key="iemocapfour",
-        title="IEMOCAP (four classes)",
-        kind="emotion",
-        folders=("iemocap-process", "iemocap-dataset"),
-        label_file="label_4way.npz",
-        array="whole_corpus",
-        count=1241,
-        classes=IEMOCAP_WORDS,
-        session="5",
-        integers=True,
-        videos=("subvideo-tgt", "subvideo"),
-        uncropped=("subvideo",),
-        endings=("avi", "mp4"),
-        source=f"USC SAIL, sail.usc.edu/iemocap, by release form; or {PROCESSED}",
-        terms="the release form's",
-    ),
-    SetInfo(
-        key="meld",
-        title="MELD",
-        kind="emotion",
-        folders=("meld-process", "meld-dataset"),
-        label_file="label.npz",
-        array="test_corpus",
-        count=2610,
-        classes=MELD_WORDS,
-        integers=True,
-        videos=("subvideo",),
-        source=f"Hugging Face declare-lab/MELD, or {PROCESSED}",
-        terms="GPL-3.0 as stated on its card",
-    ),
-    SetInfo(
-        key="cmumosi",
-        title="CMU-MOSI",
-        kind="sentiment",
-        folders=("cmumosi-process", "cmumosi-dataset"),
-        label_file="label.npz",
-        array="test_corpus",
-        count=686,
-        bound=3.0,
-        videos=("subvideo",),
-        source=f"the CMU MultimodalSDK, or {PROCESSED}",
-        terms="CMU's own; ask there",
-    ),
-    SetInfo(
-        key="cmumosei",
-        title="CMU-MOSEI",
-        kind="sentiment",
-        folders=("cmumosei-process", "cmumosei-dataset"),
-        label_file="label.npz",
-        array="test_corpus",
-        count=4659,
-        bound=3.0,
-        videos=("subvideo_new", "subvideo"),
-        source=f"the CMU MultimodalSDK, or {PROCESSED}",
-        terms="CMU's own; ask there",
-    ),
-    SetInfo(
-        key="sims",
-        title="CH-SIMS",
-        kind="sentiment",
-        folders=("sims-process", "sims-dataset"),
-        label_file="label.npz",
-        array="test_corpus",
-        count=457,
-        bound=1.0,
-        source=f"THUIAR, github.com/thuiar/MMSA, or {PROCESSED}",
-        terms="THUIAR's own; ask there",
-    ),
-    SetInfo(
-        key="simsv2",
-        title="CH-SIMS v2",
-        kind="sentiment",
-        folders=("simsv2-process", "simsv2-dataset"),
-        label_file="label.npz",
-        array="test_corpus",
-        count=1034,
-        bound=1.0,
-        videos=("video_new", "video"),
-        source=f"THUIAR, github.com/thuiar/MMSA, or {PROCESSED}",
-        terms="THUIAR's own; ask there",
-    ),
-)
+def _read_sets() -> tuple[SetInfo, ...]:
+    """Read the table of the nine sets, with lists as tuples."""
+    table = tomllib.loads((Path(__file__).parent / "sets.toml").read_text(encoding="utf-8"))
+
+    def value(found: Any) -> Any:
+        if isinstance(found, list):
+            return tuple(value(part) for part in found)
+        return found.replace("{processed}", table["processed"]) if isinstance(found, str) else found
+
+    return tuple(SetInfo(**{name: value(found) for name, found in row.items()}) for row in table["sets"])
+
+
+SETS: tuple[SetInfo, ...] = _read_sets()
 
 
 def find_set(name: str) -> SetInfo:

@@ -20,8 +20,8 @@ from veena_lens.emotion.mer_unibench.data_sets import SETS, SetInfo
 from veena_lens.emotion.mer_unibench.loading import LoadedSet, Overrides, Sample, load_set, require_root, set_folder
 from veena_lens.emotion.mer_unibench.media import face_file, find_video
 from veena_lens.emotion.words.lexicon import string_to_list
-from veena_lens.emotion.words.scores import sentiment_score, wheel_scores
-from veena_lens.emotion.words.wheels import EmotionWheels
+from veena_lens.emotion.words.scores import sentiment_score
+from veena_lens.emotion.words.wheels import EmotionWheels, wheel_scores
 
 
 @dataclass(frozen=True, kw_only=True)

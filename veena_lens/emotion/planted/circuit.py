@@ -14,7 +14,7 @@ import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from veena_lens.circuits.reading import read
 from veena_lens.emotion.methods import batches, prepared
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 Unit = tuple[int, int]  # (layer, head) or (layer, neuron)
 _WHO = "plant_circuit"
@@ -38,7 +41,7 @@ class Plant:
     pair of e, in units of the residual stream; `natural`: how far twins differ there without the plant.
     """
 
-    model: Any
+    model: HookedVLM
     heads: Mapping[Unit, tuple[str, ...]]
     decoys: list[Unit]
     neurons: Mapping[Unit, str]
@@ -66,7 +69,7 @@ class Plant:
 
 
 def plant_circuit(
-    model: Any,
+    model: HookedVLM,
     pairs: Sequence[Any],
     words: Mapping[str, Sequence[str]],
     *,
@@ -131,7 +134,13 @@ def plant_circuit(
 
 
 def _require_room(
-    model: Any, pairs: Sequence[Any], emotions: Sequence[str], layer: int, heads: int, neurons: int, strength: float
+    model: HookedVLM,
+    pairs: Sequence[Any],
+    emotions: Sequence[str],
+    layer: int,
+    heads: int,
+    neurons: int,
+    strength: float,
 ) -> None:
     cfg = model.cfg
     if cfg.post_norms:
@@ -153,7 +162,7 @@ def _require_room(
 
 
 @torch.no_grad()
-def _scramble(model: Any, generator: torch.Generator) -> None:
+def _scramble(model: HookedVLM, generator: torch.Generator) -> None:
     """Every matrix of the decoder's blocks drawn anew at its own scale, queries and keys wider."""
     for block in model.blocks:
         parts = [block.attn.v, block.attn.o, block.mlp.up, block.mlp.down]
@@ -168,12 +177,12 @@ def _scramble(model: Any, generator: torch.Generator) -> None:
 class _Twins:
     """Pairs whose prompts are prepared once: planting runs the model over them again and again."""
 
-    model: Any
+    model: HookedVLM
     labels: list[str]
     sides: Mapping[str, list[Any]]
 
     @staticmethod
-    def of(model: Any, pairs: Sequence[Any], batch_size: int) -> _Twins:
+    def of(model: HookedVLM, pairs: Sequence[Any], batch_size: int) -> _Twins:
         sides = {
             side: [prepared(model, [getattr(pair, side) for pair in some]) for some in batches(pairs, batch_size)]
             for side in ("emotional", "neutral")
@@ -193,7 +202,7 @@ class _Twins:
         return torch.tensor([label == emotion for label in self.labels])
 
 
-def _word_direction(model: Any, words: Sequence[str]) -> Float[Tensor, " d_model"]:
+def _word_direction(model: HookedVLM, words: Sequence[str]) -> Float[Tensor, " d_model"]:
     """The unit direction in the last residual that raises these words against all others."""
     tokens = [model.to_single_token(f" {word}") for word in words]
     reader = model.unembed.weight.detach().double().cpu()  # [d_vocab d_model]
@@ -211,7 +220,7 @@ def _fresh_directions(
 
 
 @torch.no_grad()
-def _silence(model: Any, u: Float[Tensor, "emotion d_model"]) -> None:
+def _silence(model: HookedVLM, u: Float[Tensor, "emotion d_model"]) -> None:
     """No head or neuron writes along any u_e."""
     for block in model.blocks:
         for part in (block.attn.o, block.mlp.down):

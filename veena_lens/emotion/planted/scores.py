@@ -156,7 +156,7 @@ def localise(
 
 
 def _named(said: Sequence[str], pairs: Sequence[Any], wheels: Any) -> float:
-    from veena_lens.emotion.words.scores import sample_hit
+    from veena_lens.emotion.words.wheels import sample_hit
 
     hits = [sample_hit(text, pair.emotion, wheels) > 0.5 for text, pair in zip(said, pairs, strict=True)]
     return sum(hits) / len(hits)

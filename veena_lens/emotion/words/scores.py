@@ -1,4 +1,4 @@
-"""Hit rate, set scores and sentiment scores: MER-UniBench's metrics and the per-sample hit of the method.
+"""Arithmetic of MER-UniBench's metrics, on sets of sectors and on sentiments; wheels say which sectors labels have.
 
 Every score of emotion labels is a mean over wheels: Y and P are the sector sets of truth and prediction on one wheel,
 and samples whose truth lies on no sector of a wheel take no part there. Source: Lian et al. 2025, AffectGPT (ICML).
@@ -6,13 +6,12 @@ and samples whose truth lies on no sector of a wheel take no part there. Source:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from veena_lens.emotion.words.lexicon import Extractor, matches, read_labels, string_to_list
-from veena_lens.emotion.words.wheels import NEUTRAL, EmotionWheels
+from veena_lens.emotion.words.lexicon import Extractor, read_labels, string_to_list
 
 Labels = str | Sequence[str]
 Sectors = frozenset[str]
@@ -49,88 +48,20 @@ class SentimentScore:
     counted: int
 
 
-def hit_rate(
-    truths: Mapping[str, Labels],
-    predictions: Mapping[str, Labels],
-    wheels: EmotionWheels | None = None,
-    *,
-    mapping: str | None = None,
-    level: str = "level1",
-    missing: str = "error",
-    extractor: Extractor | None = None,
-) -> float:
-    """The share of samples whose predicted labels hit the true one's sector: mean over wheels of mean |Y & P|.
+def wheel_score(wheel: str, pairs: Iterable[tuple[Sectors, Sectors]], at_most_one: bool = True) -> WheelScore:
+    """Return hit rate, precision, recall and F of one wheel.
 
-    Truths and predictions: name -> label, bracketed list string or list of labels; `extractor` turns predicted texts
-    into labels first (`wheels.extract`, or a judge of your own). In [0, 1], but several true labels can take the
-    official mapping above 1, as in MER-UniBench; the direct one counts at most 1 a sample. A wheel on which no truth
-    lies has no say. mapping: None is `wheels.mapping`. Raises: as `wheel_scores`."""
-    scores = wheel_scores(
-        truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor
-    )
-    return _mean([score.hit_rate for score in scores if score.counted])
-
-
-def open_vocabulary_score(
-    truths: Mapping[str, Labels],
-    predictions: Mapping[str, Labels],
-    wheels: EmotionWheels | None = None,
-    *,
-    level: str = "level1",
-    mapping: str | None = None,
-    missing: str = "error",
-    extractor: Extractor | None = None,
-) -> OpenVocabularyScore:
-    """Set-based F-score, precision and recall of open-vocabulary labels: means over the wheels.
-
-    Per wheel, precision = mean |Y & P|/|P| and recall = mean |Y & P|/|Y|, both 0 for an empty P; F is the harmonic
-    mean of these two means, 0 for 0/0. A wheel on which no truth lies has no say. Dimensionless, in [0, 1].
-    Raises: as `wheel_scores`."""
-    scores = wheel_scores(
-        truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor
-    )
-    counted = [score for score in scores if score.counted]
-    return OpenVocabularyScore(
-        f_score=_mean([score.f_score for score in counted]),
-        precision=_mean([score.precision for score in counted]),
-        recall=_mean([score.recall for score in counted]),
-        per_wheel=scores,
-    )
-
-
-def wheel_scores(
-    truths: Mapping[str, Labels],
-    predictions: Mapping[str, Labels],
-    wheels: EmotionWheels | None = None,
-    *,
-    mapping: str | None = None,
-    level: str = "level1",
-    missing: str = "error",
-    extractor: Extractor | None = None,
-) -> tuple[WheelScore, ...]:
-    """Hit rate, precision, recall and F of each wheel.
-
-    Raises: ValueError without truths, for truths without a prediction (all named; `missing="empty"` scores them as
-    no label), or for a mapping or level that does not exist."""
-    wheels = EmotionWheels.default() if wheels is None else wheels
-    mapping = wheels.mapping if mapping is None else mapping
-    joined = _joined(truths, predictions, missing)
-    guesses = _read([guess for _, guess in joined], extractor)
-    pairs = [(string_to_list(truth), guess) for (truth, _), guess in zip(joined, guesses)]
-    return tuple(_wheel_score(pairs, wheels, wheel.name, level, mapping) for wheel in wheels.wheels)
-
-
-def _wheel_score(
-    pairs: Sequence[tuple[list[str], list[str]]], wheels: EmotionWheels, wheel: str, level: str, mapping: str
-) -> WheelScore:
+    Args:
+        wheel: its name.
+        pairs: the sectors of each sample's truth and of its prediction; a truth on no sector takes no part.
+        at_most_one: a sample counts one hit at most, however many of its sectors are named.
+    """
     hits, precisions, recalls = [], [], []
-    for truth, guess in pairs:
-        true = wheels.sectors(truth, wheel, level, mapping)
+    for true, guessed in pairs:
         if not true:
             continue
-        guessed = wheels.sectors(guess, wheel, level, mapping)
         shared = len(true & guessed)
-        hits.append(shared if mapping == "official" else min(1, shared))
+        hits.append(min(1, shared) if at_most_one else shared)
         precisions.append(shared / len(guessed) if guessed else 0.0)
         recalls.append(shared / len(true))
     if not hits:
@@ -146,6 +77,17 @@ def _wheel_score(
     )
 
 
+def over_wheels(scores: Sequence[WheelScore]) -> OpenVocabularyScore:
+    """Return the means over the wheels on which some truth lies."""
+    counted = [score for score in scores if score.counted]
+    return OpenVocabularyScore(
+        f_score=mean([score.f_score for score in counted]),
+        precision=mean([score.precision for score in counted]),
+        recall=mean([score.recall for score in counted]),
+        per_wheel=tuple(scores),
+    )
+
+
 def sentiment_score(
     truths: Mapping[str, float], predictions: Mapping[str, str], *, missing: str = "error"
 ) -> SentimentScore:
@@ -157,8 +99,8 @@ def sentiment_score(
     odd = [name for name, value in truths.items() if not abs(float(value)) < float("inf")]
     if odd:
         raise ValueError(f"Sentiment truths must be finite numbers; not so: {_some(odd)}.")
-    joined = _joined(truths, predictions, missing)
-    pairs = [(float(value) > 0, guess == "positive") for value, guess in joined if float(value) != 0]
+    samples = joined(truths, predictions, missing)
+    pairs = [(float(value) > 0, guess == "positive") for value, guess in samples if float(value) != 0]
     if not pairs:
         raise ValueError("Every sentiment truth is 0, and such samples are dropped: nothing to score.")
     waf = 0.0
@@ -172,72 +114,7 @@ def sentiment_score(
     return SentimentScore(waf=waf, accuracy=accuracy, counted=len(pairs))
 
 
-def sample_hit(
-    text_or_labels: Labels,
-    truth: str,
-    wheels: EmotionWheels | None = None,
-    mapping: str = "direct",
-    *,
-    extractor: Extractor | None = None,
-) -> float:
-    """H(X, y): the share of wheels, among those on which the truth lies, whose sector of the truth is named.
-
-    Above 0.5 a majority of wheels agrees. A text is searched for labels by `extractor` (default: the lexicon); labels
-    are taken as they are. In [0, 1]. With the direct mapping, neutral as truth is hit by words of neutral, though no
-    wheel shows it. Raises: ValueError for a truth that lies on no wheel."""
-    return sample_hits([text_or_labels], [truth], wheels, mapping, extractor=extractor)[0]
-
-
-def sample_hits(
-    texts_or_labels: Sequence[Labels],
-    truths: Sequence[str],
-    wheels: EmotionWheels | None = None,
-    mapping: str = "direct",
-    *,
-    extractor: Extractor | None = None,
-) -> list[float]:
-    """`sample_hit` of every text and truth; an extractor with `.batch` reads all texts at once.
-
-    Raises: ValueError for unequal lengths; otherwise as `sample_hit`."""
-    if len(texts_or_labels) != len(truths):
-        raise ValueError(f"{len(texts_or_labels)} texts and {len(truths)} truths: give one truth for each text.")
-    wheels = EmotionWheels.default() if wheels is None else wheels
-    if extractor is None:
-        read = [wheels.labels(said) for said in texts_or_labels]
-    else:
-        read = _read(texts_or_labels, extractor)
-    return [_hit(labels, truth, wheels, mapping) for labels, truth in zip(read, truths)]
-
-
-def _hit(labels: Sequence[str], truth: str, wheels: EmotionWheels, mapping: str) -> float:
-    hits = []
-    for wheel in wheels.wheels:
-        true = wheels.sector(truth, wheel.name, mapping=mapping)
-        if true:
-            hits.append(true in wheels.sectors(labels, wheel.name, mapping=mapping))
-    if hits:
-        return fmean(hits)
-    if mapping == "direct" and wheels.basic(truth) == NEUTRAL:
-        return float(any(wheels.basic(label) == NEUTRAL for label in labels))
-    wheels.require([truth])
-    raise ValueError(f"{truth!r} lies on no wheel under mapping={mapping!r}; use a label of theirs as truth.")
-
-
-def token_hit_rate(text: str, truth: str, wheels: EmotionWheels | None = None) -> float:
-    """Emotion words of the truth's basic emotion over all emotion words of a text, repeats counted; 0 without any.
-
-    Another quantity than the hit rate: "happy happy sad" has 2/3 for happy, and hits both. Negated words do not count.
-    In [0, 1]. Raises: ValueError for a truth that the lexicon lacks."""
-    wheels = EmotionWheels.default() if wheels is None else wheels
-    emotion = wheels.basic(truth)
-    if not emotion:
-        known = ", ".join(wheels.words.valence_of)
-        raise ValueError(f"The lexicon has no basic emotion for the truth {truth!r}; its basic emotions: {known}.")
-    found = [wheels.words.emotion_of[match.label] for match in matches(text, wheels.words) if not match.negated]
-    return found.count(emotion) / len(found) if found else 0.0
-
-
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     """The mean, 0 without values: every truth lay on no wheel."""
     return fmean(values) if values else 0.0
 
@@ -247,7 +124,7 @@ def harmonic(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def _read(guesses: Sequence[Any], extractor: Extractor | None) -> list[list[str]]:
+def read_guesses(guesses: Sequence[Any], extractor: Extractor | None) -> list[list[str]]:
     """Labels of each guess: texts through the extractor, all at once; without one, labels and list strings."""
     if extractor is None:
         return [string_to_list(guess) for guess in guesses]
@@ -255,7 +132,7 @@ def _read(guesses: Sequence[Any], extractor: Extractor | None) -> list[list[str]
     return [next(read) if isinstance(guess, str) else string_to_list(guess) for guess in guesses]
 
 
-def _joined(truths: Mapping[str, Any], predictions: Mapping[str, Any], missing: str) -> list[tuple[Any, Any]]:
+def joined(truths: Mapping[str, Any], predictions: Mapping[str, Any], missing: str) -> list[tuple[Any, Any]]:
     """(truth, prediction) per sample of the truths; None where there is no prediction."""
     if missing not in ("error", "empty"):
         raise ValueError(f'missing={missing!r} must be "error" or "empty".')

@@ -1,7 +1,8 @@
-"""Emotion wheels: several published arrangements of emotion words, read as data, and the lexicon that goes with them.
+"""Emotion wheels: several published arrangements of emotion words, the lexicon that goes with them, and their scores.
 
 `EmotionWheels.default()` holds the project's own wheels (Ekman, Plutchik, Willcox, Geneva, Parrott);
-`EmotionWheels.from_affectgpt(folder)` the five of MER-UniBench. Metrics are means over the wheels (`metrics.py`).
+`EmotionWheels.from_affectgpt(folder)` the five of MER-UniBench. Scores are means over the wheels: MER-UniBench's
+metrics, and the hit rate of one sample.
 """
 
 from __future__ import annotations
@@ -12,16 +13,33 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from statistics import fmean
 
 from veena_lens.emotion.words import lexicon as extraction
-from veena_lens.emotion.words.lexicon import DATA, Extractor, Lexicon, default_lexicon, plain
+from veena_lens.emotion.words.lexicon import (
+    DATA,
+    Extractor,
+    Lexicon,
+    default_lexicon,
+    matches,
+    plain,
+    string_to_list,
+)
+from veena_lens.emotion.words.scores import (
+    OpenVocabularyScore,
+    SentimentScore,
+    WheelScore,
+    joined,
+    mean,
+    over_wheels,
+    read_guesses,
+    sentiment_score,
+    wheel_score,
+)
 from veena_lens.emotion.words.wheel import LEVELS, MAPPINGS, Wheel, direct_sector, official_sector
 
-if TYPE_CHECKING:
-    from veena_lens.emotion.words.scores import OpenVocabularyScore, SentimentScore
-
 NEUTRAL = "neutral"
+Labels = str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -145,11 +163,7 @@ class EmotionWheels:
         extractor: Extractor | None = None,
     ) -> float:
         """See `veena_lens.emotion.hit_rate`."""
-        from veena_lens.emotion.words import scores
-
-        return scores.hit_rate(
-            truths, predictions, self, mapping=mapping, level=level, missing=missing, extractor=extractor
-        )
+        return hit_rate(truths, predictions, self, mapping=mapping, level=level, missing=missing, extractor=extractor)
 
     def open_vocabulary_score(
         self,
@@ -162,9 +176,7 @@ class EmotionWheels:
         extractor: Extractor | None = None,
     ) -> OpenVocabularyScore:
         """See `veena_lens.emotion.open_vocabulary_score`."""
-        from veena_lens.emotion.words import scores
-
-        return scores.open_vocabulary_score(
+        return open_vocabulary_score(
             truths, predictions, self, level=level, mapping=mapping, missing=missing, extractor=extractor
         )
 
@@ -176,9 +188,7 @@ class EmotionWheels:
         missing: str = "error",
     ) -> SentimentScore:
         """See `veena_lens.emotion.sentiment_score`."""
-        from veena_lens.emotion.words import scores
-
-        return scores.sentiment_score(truths, predictions, missing=missing)
+        return sentiment_score(truths, predictions, missing=missing)
 
     def sentiment(self, text_or_labels: str | Sequence[str]) -> str:
         """positive, negative or neutral: the sign of the sum of the labels' valences in the lexicon; a rule of ours."""
@@ -233,3 +243,143 @@ def _default() -> EmotionWheels:
     }
     forms = {form: (base,) for form, base in lexicon.base_of.items()}
     return EmotionWheels(wheels=wheels, forms=forms, synonyms=synonyms, words=lexicon, own=True)
+
+
+# --- scores -------------------------------------------------------------------------------------------
+
+
+def hit_rate(
+    truths: Mapping[str, Labels],
+    predictions: Mapping[str, Labels],
+    wheels: EmotionWheels | None = None,
+    *,
+    mapping: str | None = None,
+    level: str = "level1",
+    missing: str = "error",
+    extractor: Extractor | None = None,
+) -> float:
+    """The share of samples whose predicted labels hit the true one's sector: mean over wheels of mean |Y & P|.
+
+    Truths and predictions: name -> label, bracketed list string or list of labels; `extractor` turns predicted texts
+    into labels first (`wheels.extract`, or a judge of your own). In [0, 1], but several true labels can take the
+    official mapping above 1, as in MER-UniBench; the direct one counts at most 1 a sample. A wheel on which no truth
+    lies has no say. mapping: None is `wheels.mapping`. Raises: as `wheel_scores`."""
+    scores = wheel_scores(
+        truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor
+    )
+    return mean([score.hit_rate for score in scores if score.counted])
+
+
+def open_vocabulary_score(
+    truths: Mapping[str, Labels],
+    predictions: Mapping[str, Labels],
+    wheels: EmotionWheels | None = None,
+    *,
+    level: str = "level1",
+    mapping: str | None = None,
+    missing: str = "error",
+    extractor: Extractor | None = None,
+) -> OpenVocabularyScore:
+    """Set-based F-score, precision and recall of open-vocabulary labels: means over the wheels.
+
+    Per wheel, precision = mean |Y & P|/|P| and recall = mean |Y & P|/|Y|, both 0 for an empty P; F is the harmonic
+    mean of these two means, 0 for 0/0. A wheel on which no truth lies has no say. Dimensionless, in [0, 1].
+    Raises: as `wheel_scores`."""
+    return over_wheels(
+        wheel_scores(truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor)
+    )
+
+
+def wheel_scores(
+    truths: Mapping[str, Labels],
+    predictions: Mapping[str, Labels],
+    wheels: EmotionWheels | None = None,
+    *,
+    mapping: str | None = None,
+    level: str = "level1",
+    missing: str = "error",
+    extractor: Extractor | None = None,
+) -> tuple[WheelScore, ...]:
+    """Hit rate, precision, recall and F of each wheel.
+
+    Raises: ValueError without truths, for truths without a prediction (all named; `missing="empty"` scores them as
+    no label), or for a mapping or level that does not exist."""
+    wheels = EmotionWheels.default() if wheels is None else wheels
+    mapping = wheels.mapping if mapping is None else mapping
+    samples = joined(truths, predictions, missing)
+    guesses = read_guesses([guess for _, guess in samples], extractor)
+    pairs = [(string_to_list(truth), guess) for (truth, _), guess in zip(samples, guesses)]
+
+    def sectors(wheel: Wheel) -> list[tuple[frozenset[str], frozenset[str]]]:
+        return [
+            (wheels.sectors(true, wheel.name, level, mapping), wheels.sectors(guess, wheel.name, level, mapping))
+            for true, guess in pairs
+        ]
+
+    at_most_one = mapping != "official"
+    return tuple(wheel_score(wheel.name, sectors(wheel), at_most_one) for wheel in wheels.wheels)
+
+
+def sample_hit(
+    text_or_labels: Labels,
+    truth: str,
+    wheels: EmotionWheels | None = None,
+    mapping: str = "direct",
+    *,
+    extractor: Extractor | None = None,
+) -> float:
+    """H(X, y): the share of wheels, among those on which the truth lies, whose sector of the truth is named.
+
+    Above 0.5 a majority of wheels agrees. A text is searched for labels by `extractor` (default: the lexicon); labels
+    are taken as they are. In [0, 1]. With the direct mapping, neutral as truth is hit by words of neutral, though no
+    wheel shows it. Raises: ValueError for a truth that lies on no wheel."""
+    return sample_hits([text_or_labels], [truth], wheels, mapping, extractor=extractor)[0]
+
+
+def sample_hits(
+    texts_or_labels: Sequence[Labels],
+    truths: Sequence[str],
+    wheels: EmotionWheels | None = None,
+    mapping: str = "direct",
+    *,
+    extractor: Extractor | None = None,
+) -> list[float]:
+    """`sample_hit` of every text and truth; an extractor with `.batch` reads all texts at once.
+
+    Raises: ValueError for unequal lengths; otherwise as `sample_hit`."""
+    if len(texts_or_labels) != len(truths):
+        raise ValueError(f"{len(texts_or_labels)} texts and {len(truths)} truths: give one truth for each text.")
+    wheels = EmotionWheels.default() if wheels is None else wheels
+    if extractor is None:
+        read = [wheels.labels(said) for said in texts_or_labels]
+    else:
+        read = read_guesses(texts_or_labels, extractor)
+    return [_hit(labels, truth, wheels, mapping) for labels, truth in zip(read, truths)]
+
+
+def _hit(labels: Sequence[str], truth: str, wheels: EmotionWheels, mapping: str) -> float:
+    hits = []
+    for wheel in wheels.wheels:
+        true = wheels.sector(truth, wheel.name, mapping=mapping)
+        if true:
+            hits.append(true in wheels.sectors(labels, wheel.name, mapping=mapping))
+    if hits:
+        return fmean(hits)
+    if mapping == "direct" and wheels.basic(truth) == NEUTRAL:
+        return float(any(wheels.basic(label) == NEUTRAL for label in labels))
+    wheels.require([truth])
+    raise ValueError(f"{truth!r} lies on no wheel under mapping={mapping!r}; use a label of theirs as truth.")
+
+
+def token_hit_rate(text: str, truth: str, wheels: EmotionWheels | None = None) -> float:
+    """Emotion words of the truth's basic emotion over all emotion words of a text, repeats counted; 0 without any.
+
+    Another quantity than the hit rate: "happy happy sad" has 2/3 for happy, and hits both. Negated words do not count.
+    In [0, 1]. Raises: ValueError for a truth that the lexicon lacks."""
+    wheels = EmotionWheels.default() if wheels is None else wheels
+    emotion = wheels.basic(truth)
+    if not emotion:
+        known = ", ".join(wheels.words.valence_of)
+        raise ValueError(f"The lexicon has no basic emotion for the truth {truth!r}; its basic emotions: {known}.")
+    found = [wheels.words.emotion_of[match.label] for match in matches(text, wheels.words) if not match.negated]
+    return found.count(emotion) / len(found) if found else 0.0

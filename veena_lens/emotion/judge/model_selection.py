@@ -1,4 +1,4 @@
-"""What a run chooses on validation: how heads are ranked and in which mode they act, then every family's settings.
+"""Model selection on the validation split: how heads are ranked, in which mode they act, each family's settings.
 
 Heads are ranked on the mechanism's identities and compared on the validation's; settings are tuned there with the same
 number of trials for every family. The comparison of rankings counts as trials of VEE.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from veena_lens.emotion.enhance.baselines import all_baselines
 from veena_lens.emotion.enhance.veena import KINDS, Adaptive, ena, vee, veena
 from veena_lens.emotion.judge.evaluation import evaluate
 from veena_lens.emotion.judge.fluency import FLUENCY, Fluency
@@ -23,10 +23,12 @@ from veena_lens.emotion.locate.neurons import KeyNeurons
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pairs.contexts import context_conditions
 from veena_lens.emotion.settings import Settings
-from veena_lens.emotion.words.wheels import EmotionWheels
+from veena_lens.emotion.study import Study, stage
 from veena_lens.interventions import Circuit
-from veena_lens.long_runs import Store
 from veena_lens.scores import Scores
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Head = tuple[int, int]
 FIRST_BETA = 3.0  # at which rankings and modes are compared
@@ -34,8 +36,13 @@ FIRST_BETA = 3.0  # at which rankings and modes are compared
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadRankings:
-    """`rankings`: heads by each way of ranking; `table`: way, mode, worth and harm on validation; `winner`: (way,
-    mode), with its `heads`."""
+    """The heads by each way of ranking, and which way and mode do best on validation.
+
+    Attributes:
+        rankings: heads, best first, by the name of the ranking.
+        table: ranking ("way"), mode, score ("worth") and harm on validation.
+        winner: the best (ranking, mode); `heads` and `mode` are its.
+    """
 
     rankings: Mapping[str, list[Head]]
     table: Any
@@ -79,19 +86,27 @@ def spread_examples(part: Any, most: int | None) -> list[Any]:
     return out
 
 
+@stage(out=None)
 def rank_heads(
-    model: Any,
+    study: Study,
     conflict: Sequence[Any],
     alone: Sequence[Any],
     slot: AnswerPosition,
     heads: KeyHeads,
     settings: Settings,
-    out: Path | None,
 ) -> dict[str, list[Head]]:
-    """The best `k_heads` heads by each way of ranking.
+    """Rank heads in each way that the settings name, and return the best `settings.k_heads` of each.
 
     "patching": effect on the key layer; "intention": I_delta; "conflict gradient": what strengthening a head's look at
-    the image would add to the image's lead over the context; "alone gradient": the same without contexts."""
+    the image would add to the image's lead over the context; "alone gradient": the same without contexts.
+
+    Args:
+        study: the model, or a `Study`.
+        conflict, alone: examples with a context of another emotion, and without.
+        slot: where the emotion is said.
+        heads: what `key_heads` found.
+        settings: the ways, and how many heads.
+        out: a folder where gradients are kept, and from which the same call resumes."""
     k = settings.k_heads
     found: dict[str, list[Head]] = {}
     if "patching" in settings.ways:
@@ -99,33 +114,38 @@ def rank_heads(
         found["patching"] = chosen[:k]
     if "intention" in settings.ways:
         found["intention"] = top_heads(heads.intention, k)
-    store = Store(out, {"what": "boosts", "model": model, "slot": slot})
+    store = study.store("boosts", slot=slot)
     for way, examples in (("conflict gradient", conflict), ("alone gradient", alone)):
         if way in settings.ways:
 
             def run(examples: Sequence[Any] = examples) -> dict[str, Any]:
-                scores = head_boost_gradients(model, examples, slot, batch_size=max(1, settings.batch_size // 2))
-                return {"values": scores.values}
+                size = max(1, settings.batch_size // 2)
+                return {"values": head_boost_gradients(study.model, examples, slot, batch_size=size).values}
 
-            told = [[e.emotion, e.context_emotion] for e in examples]  # what leads over what
-            values = store.do([examples, told], run)["values"]
+            about = [[e.emotion, e.context_emotion] for e in examples]  # what leads over what
+            values = store.do([examples, about], run)["values"]
             found[way] = top_heads(Scores(values, ("example", "layer", "head")), k)
     return found
 
 
+@stage(wheels=None, out=None, progress=True)
 def compare_head_rankings(
-    model: Any,
+    study: Study,
     mechanism: Mapping[str, Sequence[Any]],
     validation: Mapping[str, Sequence[Any]],
     slot: AnswerPosition,
     heads: KeyHeads,
     settings: Settings,
-    *,
-    wheels: Any = None,
-    out: Path | None = None,
-    progress: bool = True,
 ) -> HeadRankings:
-    """Rank heads on the mechanism's conditions in each way, and judge each way in each mode on the validation's."""
+    """Rank heads on the mechanism's conditions in each way, and judge each way in each mode on the validation's.
+
+    Args:
+        study: the model, or a `Study` that holds `wheels`, `out` and `progress`.
+        mechanism, validation: examples by the name of their condition, of different identities.
+        slot: where the emotion is said.
+        heads: what `key_heads` found.
+        settings: ways, modes and sizes.
+        wheels, out, progress: as in `evaluate`."""
     import pandas as pd
 
     known = set(slot.emotions)
@@ -135,7 +155,7 @@ def compare_head_rankings(
         step = len(conflict) / settings.conflict_examples
         conflict = [conflict[int(i * step)] for i in range(settings.conflict_examples)]
     alone = [e for e in mechanism["alone"] if e.emotion in known]
-    rankings = rank_heads(model, conflict, alone, slot, heads, settings, out)
+    rankings = rank_heads(study, conflict, alone, slot, heads, settings)
     methods, entries = [], []
     for way, chosen in rankings.items():
         for mode in settings.modes:
@@ -143,41 +163,35 @@ def compare_head_rankings(
             about = {"way": way, "mode": mode, "beta": FIRST_BETA, "heads": [list(h) for h in chosen]}
             methods.append(Method(name=f"{way}, {mode}", interventions=made, settings=about))
             entries.append((way, mode))
-    found = evaluate(
-        model, validation, methods, wheels=wheels, batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens, draws=settings.draws, out=out, progress=progress,
-    )  # fmt: skip
+    found = evaluate(study, validation, methods)
     rows: list[dict[str, Any]] = []
-    measure = fluency_of(model, validation, wheels, settings, out)
+    measure = fluency_of(study, validation)
     for (way, mode), method in zip(entries, methods, strict=True):
-        worth, harm = trial_score(found, method.name)
-        ratio = fluency_ratio(model, found, method.name, wheels, measure)
+        score, harm = trial_score(found, method.name)
+        ratio = fluency_ratio(study.model, found, method.name, study.wheels, measure)
         allowed = harm <= HARM and ratio <= FLUENCY
-        row = {"way": way, "mode": mode, "plain": trial_score(found, "plain")[0], "worth": worth, "harm": harm}
+        row = {"way": way, "mode": mode, "plain": trial_score(found, "plain")[0], "worth": score, "harm": harm}
         rows.append(row | {"perplexity": ratio, "allowed": allowed})
     able = [i for i, row in enumerate(rows) if row["allowed"]] or list(range(len(rows)))
     best = max(able, key=lambda i: rows[i]["worth"])
     return HeadRankings(rankings=rankings, table=pd.DataFrame(rows), winner=entries[best])
 
 
-def fluency_of(
-    model: Any, conditions: Mapping[str, Sequence[Any]], wheels: Any, settings: Settings, out: Path | None
-) -> Fluency:
-    """What measures the fluency of answers to these conditions, and keeps it for all methods."""
+def fluency_of(study: Study, conditions: Mapping[str, Sequence[Any]]) -> Fluency:
+    """Return what measures the fluency of answers to these conditions, and keeps it for all methods."""
     emotions = [e.emotion for examples in conditions.values() for e in examples]
-    wheels = EmotionWheels.default() if wheels is None else wheels
-    return Fluency(model, emotions, wheels, batch_size=settings.batch_size, out=out)
+    return Fluency(study.model, emotions, study.wheels, batch_size=study.asking.batch_size, out=study.out)
 
 
 def own_families(
-    ways: HeadRankings, neurons: KeyNeurons, adaptive: Adaptive, settings: Settings
+    ranked: HeadRankings, neurons: KeyNeurons, adaptive: Adaptive, settings: Settings
 ) -> list[tuple[str, list[dict[str, Any]], Any]]:
     """(name, grid, build) of VEE, ENA, VEENA and its adaptive variant."""
-    heads, mode, found = ways.heads, ways.mode, neurons.neurons
+    heads, mode, found = ranked.heads, ranked.mode, neurons.neurons
     betas, gammas, n = list(settings.betas), list(settings.gammas), settings.trials
     # The comparison of rankings and modes spent trials of VEE, the winner's at FIRST_BETA among them.
     others = [{"beta": b} for b in betas if b != FIRST_BETA]
-    doses = sorted([{"beta": FIRST_BETA}, *spaced(others, max(1, n - len(ways.table)))], key=lambda x: x["beta"])
+    doses = sorted([{"beta": FIRST_BETA}, *spaced(others, max(1, n - len(ranked.table)))], key=lambda x: x["beta"])
     sizes = sorted({min(10, len(found)), len(found)})
     middle = gammas[-3:-1] or gammas  # a grid of one has no middle
 
@@ -215,46 +229,41 @@ def spaced(grid: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
     return [grid[round(i * (len(grid) - 1) / (n - 1))] for i in range(n)]
 
 
+@stage(wheels=None, out=None, progress=True)
 def tune_baselines(
-    model: Any,
+    study: Study,
     validation: Mapping[str, Sequence[Any]],
-    ways: HeadRankings,
+    ranked: HeadRankings,
     neurons: KeyNeurons,
     adaptive: Adaptive,
     directions: Any,
     key_layer: int,
     settings: Settings,
-    *,
-    wheels: Any = None,
-    out: Path | None = None,
-    progress: bool = True,
 ) -> dict[str, Tuned]:
-    """Every family's best settings on validation: ours first, then the rivals with as many trials each.
+    """Tune every family on validation: our own first, then the baselines with as many trials each.
 
-    The guards are those of `tune`, other questions (`settings.questions`) among them."""
-    families = own_families(ways, neurons, adaptive, settings)
+    The guards are those of `tune`, other questions (`settings.questions`) among them.
+
+    Args:
+        study: the model, or a `Study` that holds `wheels`, `out` and `progress`.
+        validation: examples by the name of their condition.
+        ranked, neurons, adaptive: the heads, neurons and adaptive strength of our own families.
+        directions, key_layer: for plain steering.
+        settings: grids and numbers of trials.
+        wheels, out, progress: as in `evaluate`."""
+    families = own_families(ranked, neurons, adaptive, settings)
     if not neurons.neurons:
         families = [f for f in families if f[0] == "VEE"]
-    if settings.rivals:
-        from veena_lens.emotion.enhance.baselines import all_baselines as rival_families
-
+    if settings.baselines:
         n = min(12, settings.trials)
-        rivals = rival_families(model, directions=directions, key_layer=key_layer, trials=n, seed=settings.seed)
-        families += [(f.name, spaced(list(f.grid), settings.trials), f.build) for f in rivals]
-    others = None
+        others = all_baselines(study.model, directions=directions, key_layer=key_layer, trials=n, seed=settings.seed)
+        families += [(f.name, spaced(list(f.grid), settings.trials), f.build) for f in others]
+    asked = None
     if settings.attribute_harm is not None:
-        others = other_questions(validation["alone"][: settings.asked_pictures], settings.questions)
-    guards = {
-        "others": others, "attribute_harm": settings.attribute_harm or 0.0,
-        "measure": fluency_of(model, validation, wheels, settings, out),
-    }  # fmt: skip
-    tuned = {}
-    for name, grid, build in families:
-        tuned[name] = tune(
-            model, validation, name, grid, build, **guards, wheels=wheels, batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens, draws=settings.draws, out=out, progress=progress,
-        )  # fmt: skip
-    return tuned
+        asked = other_questions(validation["alone"][: settings.asked_pictures], settings.questions)
+    guards: dict[str, Any] = {"others": asked, "attribute_harm": settings.attribute_harm or 0.0}
+    guards["measure"] = fluency_of(study, validation)
+    return {name: tune(study, validation, name, grid, build, **guards) for name, grid, build in families}
 
 
 def final_circuit(tuned: Mapping[str, Tuned], name: str, settings: Settings) -> Circuit:
@@ -266,25 +275,29 @@ def final_circuit(tuned: Mapping[str, Tuned], name: str, settings: Settings) -> 
     return Circuit(list(made), best.family, about)
 
 
+@stage(wheels=None, out=None, progress=True)
 def dose_response(
-    model: Any,
+    study: Study,
     validation: Mapping[str, Sequence[Any]],
-    ways: HeadRankings,
+    ranked: HeadRankings,
     neurons: KeyNeurons,
     settings: Settings,
-    *,
-    wheels: Any = None,
-    out: Path | None = None,
-    progress: bool = True,
-) -> Any:
-    """Hit rate by condition over doses of VEE (both modes) and ENA on the validation images: a table."""
+) -> pd.DataFrame:
+    """Return a table of the hit rate by condition over doses of VEE (each mode) and ENA on the validation images.
+
+    Args:
+        study: the model, or a `Study` that holds `wheels`, `out` and `progress`.
+        validation: examples by the name of their condition.
+        ranked, neurons: the heads and neurons that are strengthened.
+        settings: the doses (`betas`, `gammas`) and modes.
+        wheels, out, progress: as in `evaluate`."""
     import pandas as pd
 
     methods, about = [], []
     for mode in settings.modes:
         for beta in settings.betas:
-            made = vee(ways.heads, beta, mode=mode)
-            chosen = {"mode": mode, "beta": beta, "heads": [list(h) for h in ways.heads]}
+            made = vee(ranked.heads, beta, mode=mode)
+            chosen = {"mode": mode, "beta": beta, "heads": [list(h) for h in ranked.heads]}
             methods.append(Method(name=f"VEE, {mode}, {beta:g}", interventions=made, settings=chosen))
             about.append((f"VEE, {mode}", beta))
     for gamma in settings.gammas if neurons.neurons else ():
@@ -292,10 +305,7 @@ def dose_response(
         chosen = {"gamma": gamma, "neurons": [list(n) for n in neurons.neurons]}
         methods.append(Method(name=f"ENA, {gamma:g}", interventions=made, settings=chosen))
         about.append(("ENA", gamma))
-    found = evaluate(
-        model, validation, methods, wheels=wheels, batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens, draws=settings.draws, out=out, progress=progress,
-    )  # fmt: skip
+    found = evaluate(study, validation, methods)
     table = found.table()
     rows = []
     for (kind, dose), method in zip(about, methods, strict=True):

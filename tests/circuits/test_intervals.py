@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from veena_lens.emotion.judge.intervals import drawn_weights, ratio, share
+from veena_lens.circuits.statistics import drawn_weights, mean_interval, ratio_interval
 
 PEOPLE = ["a", "a", "b", "c", "c", "c"]
 
@@ -32,7 +32,7 @@ def test_ratio_intervals_equal_those_of_numpy() -> None:
     above = torch.tensor([[1.0, 2], [0, 1], [3, 5], [2, 2], [1, 0], [4, 1]])
     below = torch.tensor([1.0, 2, 1, 1, 3, 1])
     weights = drawn_weights(PEOPLE, 300, 5)
-    found = ratio(above, below, weights, 0.9)
+    found = ratio_interval(above, below, weights, 0.9)
     w, a, b = weights.numpy(), above.double().numpy(), below.double().numpy()
     drawn = (w @ a) / (w @ b)[:, None]
     low, high = np.quantile(drawn, [0.05, 0.95], axis=0)
@@ -41,30 +41,30 @@ def test_ratio_intervals_equal_those_of_numpy() -> None:
 
 
 def test_a_ratio_is_of_sums_and_not_the_mean_of_ratios() -> None:
-    found = ratio(torch.tensor([1.0, 1]), torch.tensor([1.0, 3]), drawn_weights(["a", "b"], 10))
+    found = ratio_interval(torch.tensor([1.0, 1]), torch.tensor([1.0, 3]), drawn_weights(["a", "b"], 10))
     assert found[1].item() == pytest.approx(0.5)  # the mean of ratios would be 2/3
 
 
 def test_entries_that_are_missing_count_neither_above_nor_below() -> None:
     values = torch.tensor([[1.0, torch.nan], [3, 4], [torch.nan, 6]])
     weights = drawn_weights(["a", "b", "c"], 400)
-    found = share(values, weights)
+    found = mean_interval(values, weights)
     assert found[:, 1].tolist() == [2, 5]
     assert found[0, 0].item() >= 1 and found[0, 2].item() <= 3
     assert found[1, 0].item() >= 4 and found[1, 2].item() <= 6
-    below = ratio(values, torch.tensor([1.0, 2, 5]), weights)
+    below = ratio_interval(values, torch.tensor([1.0, 2, 5]), weights)
     assert below[:, 1].tolist() == pytest.approx([4 / 3, 10 / 7])
 
 
 def test_what_is_missing_everywhere_has_no_interval() -> None:
-    found = share(torch.tensor([[torch.nan, 1.0], [torch.nan, 1.0]]), drawn_weights(["a", "b"], 10))
+    found = mean_interval(torch.tensor([[torch.nan, 1.0], [torch.nan, 1.0]]), drawn_weights(["a", "b"], 10))
     assert bool(found[0].isnan().all())
     assert found[1].tolist() == [1, 1, 1]
 
 
 def test_axes_after_the_first_are_kept() -> None:
     values = torch.arange(24.0).reshape(2, 3, 4)
-    found = share(values, drawn_weights(["a", "b"], 10))
+    found = mean_interval(values, drawn_weights(["a", "b"], 10))
     assert found.shape == (3, 4, 3)
     torch.testing.assert_close(found[..., 1], values.double().mean(0))
 

@@ -1,4 +1,4 @@
-"""Answers and residual states of pairs, a batch at a time: what steering vectors are summed from.
+"""Answers and residual states of pairs, batch by batch: what directions are summed from.
 
 Nothing grows with the number of pairs but their answers: states are added to running sums in float64 and let go, or
 kept in a folder from which an interrupted run goes on. The sums are built from the kept numbers either way, so that a
@@ -8,22 +8,25 @@ resumed run ends in the same bits.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from veena_lens import long_runs
 from veena_lens.circuits.reading import exact, read
-from veena_lens.emotion.methods import generate_answers, prepared
+from veena_lens.emotion.methods import prepared
 from veena_lens.emotion.pairs.loading import Pair
+from veena_lens.emotion.study import Study
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.long_runs import Store
+from veena_lens.long_runs import Store, progress
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 WHO = "extract_directions"
 # Numbers of some pairs, and the states of their emotional and neutral images.
@@ -78,35 +81,23 @@ def chunks(n: int, size: int) -> list[list[int]]:
     return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
-def pair_hits(
-    model: Any,
-    pairs: Sequence[Pair],
-    *,
-    wheels: Any = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 24,
-    store: Store | None = None,
-    progress: bool = False,
-) -> PairHits:
+def pair_hits(study: Study, pairs: Sequence[Pair], store: Store) -> PairHits:
     """Ask the model about both twins of every pair (greedy), and score each answer against the pair's emotion.
 
-    `store` keeps the answers, so that they are not asked for again.
+    Args:
+        study: the model, and how it is asked.
+        pairs: emotional images with their neutral twins.
+        store: keeps the answers, so that they are not asked for again.
+
     Raises: ValueError for an emotion off all wheels."""
-    from veena_lens.emotion.words.scores import sample_hit
-
-    store = Store(None, {}) if store is None else store
     said: list[tuple[str, str]] = []
-    for number, members in enumerate(long_runs.progress(chunks(len(pairs), batch_size), "answers", progress, size=len)):
+    batches = chunks(len(pairs), study.asking.batch_size)
+    for number, members in enumerate(progress(batches, "answers", study.progress, size=len)):
         examples, index = distinct([pairs[i] for i in members])
-
-        def ask(examples: list[Any] = examples) -> dict[str, Any]:
-            return {"texts": generate_answers(model, examples, batch_size=batch_size, max_new_tokens=max_new_tokens)}
-
-        texts = store.do(f"answers {number}", ask)["texts"]
+        texts = store.do(f"answers {number}", lambda examples=examples: {"texts": study.answers(examples)})["texts"]
         said += [(texts[a], texts[b]) for a, b in index.tolist()]
-    hits = [[sample_hit(text, pair.emotion, wheels) for text in two] for two, pair in zip(said, pairs, strict=True)]
-    table = torch.tensor(hits, dtype=torch.float64).view(-1, 2)
-    return PairHits(pairs=pairs, emotional=table[:, 0], neutral=table[:, 1], said=said)
+    sides = [study.hits([two[i] for two in said], [pair.emotional for pair in pairs]) for i in (0, 1)]
+    return PairHits(pairs=pairs, emotional=sides[0], neutral=sides[1], said=said)
 
 
 def last_token(inputs: MultimodalInputs) -> Bool[Tensor, "batch pos"]:
@@ -123,7 +114,7 @@ def unasked(pairs: Sequence[Pair]) -> PairHits:
 
 
 def states_of(
-    model: Any, examples: Sequence[Any], positions: str, batch_size: int, lead_in: str | None = None
+    model: HookedVLM, examples: Sequence[Any], positions: str, batch_size: int, lead_in: str | None = None
 ) -> tuple[Float[Tensor, "example layer d_model"], list[tuple[int, ...]]]:
     """resid_post of every layer, averaged over the positions ("last" is one), and each prompt's tokens.
 
@@ -150,49 +141,41 @@ def states_of(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairStates:
-    """States of the chosen pairs as they are asked for: iterating gives (numbers, emotional, neutral), a batch each.
+    """States of the chosen pairs as they are asked for: iterating gives (numbers, emotional, neutral), batch by batch.
 
     `chosen`: numbers of the pairs to run, in order. The batches are those of all pairs, so that another choice of
     pairs reuses what is kept of the batches that it shares."""
 
-    model: Any
+    study: Study
     pairs: Sequence[Pair]
     chosen: Sequence[int]
     positions: str = "last"
-    lead_in: str | None = None
-    batch_size: int = 16
     store: Store
-    progress: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
-        wanted = set(self.chosen)
-        each = [[i for i in members if i in wanted] for members in chunks(len(self.pairs), self.batch_size)]
-        for number, mine in enumerate(long_runs.progress(each, "states", self.progress, size=len)):
+        wanted, asking = set(self.chosen), self.study.asking
+        batches = [[i for i in members if i in wanted] for members in chunks(len(self.pairs), asking.batch_size)]
+        for number, mine in enumerate(progress(batches, "states", self.study.progress, size=len)):
             if mine:
-                kept = self.store.do(f"states {number}: {mine} {self.positions} {self.lead_in}", self._run(mine))
+                name = f"states {number}: {mine} {self.positions} {asking.lead_in}"
+                kept = self.store.do(name, lambda mine=mine: self._run(mine))
                 index = kept["index"]
                 yield mine, kept["states"][index[:, 0]], kept["states"][index[:, 1]]
 
-    def _run(self, mine: Sequence[int]) -> Callable[[], dict[str, Any]]:
-        """A function that computes the states of these pairs."""
-
-        def run() -> dict[str, Any]:
-            pairs = [self.pairs[i] for i in mine]
-            examples, index = distinct(pairs)
-            states, tokens = states_of(self.model, examples, self.positions, self.batch_size, self.lead_in)
-            for pair, (a, b) in zip(pairs, index.tolist(), strict=True):
-                if tokens[a] != tokens[b]:
-                    raise ValueError(
-                        f"{WHO}: the twins of pair {pair.emotional.pair!r} become {len(tokens[a])} and "
-                        f"{len(tokens[b])} tokens that are not the same; give both images the same size."
-                    )
-            if not bool(states.isfinite().all()):
+    def _run(self, mine: Sequence[int]) -> dict[str, Any]:
+        """Compute the states of these pairs."""
+        pairs, asking = [self.pairs[i] for i in mine], self.study.asking
+        examples, index = distinct(pairs)
+        states, tokens = states_of(self.study.model, examples, self.positions, asking.batch_size, asking.lead_in)
+        for pair, (a, b) in zip(pairs, index.tolist(), strict=True):
+            if tokens[a] != tokens[b]:
                 raise ValueError(
-                    f"{WHO}: states of {[p.emotional.pair for p in pairs]} are not finite; check the dtype."
+                    f"{WHO}: the twins of pair {pair.emotional.pair!r} become {len(tokens[a])} and "
+                    f"{len(tokens[b])} tokens that are not the same; give both images the same size."
                 )
-            return {"states": states, "index": index}
-
-        return run
+        if not bool(states.isfinite().all()):
+            raise ValueError(f"{WHO}: states of {[p.emotional.pair for p in pairs]} are not finite; check the dtype.")
+        return {"states": states, "index": index}
 
 
 class Sums:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.emotion.enhance.test_adaptive import FOUND
 from tests.emotion.small_run import small_pairs
 from veena_lens.emotion.enhance.veena import ena, vee, veena
-from veena_lens.emotion.judge.choosing import (
+from veena_lens.emotion.judge.model_selection import (
     HeadRankings,
     conditions_of,
     final_circuit,
@@ -131,7 +131,7 @@ def test_ways_give_the_winners_heads_and_mode() -> None:
 def test_the_circuit_is_veenas_and_vees_where_there_are_no_neurons() -> None:
     def tuned(name: str, circuit: Any) -> Any:
         method = Method(name=name, interventions=circuit, settings={"beta": 2.0})
-        return Tuned(family=name, method=method, trials=None, worth=1.0)
+        return Tuned(family=name, method=method, trials=None, score=1.0)
 
     settings = preset("tiny")
     both = {"VEE": tuned("VEE", vee(HEADS)), "VEENA": tuned("VEENA", veena(HEADS, NEURONS))}

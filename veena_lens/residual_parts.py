@@ -21,18 +21,19 @@ NORMS = {"attn": "ln1_post", "mlp": "ln2_post"}
 
 
 def head_rows(block: Any) -> Float[Tensor, "n_heads d_head d_model"]:
-    """W_O, times the factor of the norm that follows attention, where there is one."""
+    """Return W_O, times the factor of the norm that follows attention, where there is one."""
     return block.attn.W_O * block.ln1_post.w if block.has_post_norms else block.attn.W_O
 
 
 def neuron_rows(block: Any) -> Float[Tensor, "d_mlp d_model"]:
-    """W_out, times the factor of the norm that follows the MLP, where there is one."""
+    """Return W_out, times the factor of the norm that follows the MLP, where there is one."""
     return block.mlp.W_out * block.ln2_post.w if block.has_post_norms else block.mlp.W_out
 
 
 def denominators(cfg: Any, names: list[str]) -> dict[str, str]:
-    """Of each activation of heads or neurons ("blocks.3.attn.hook_z") the hook of the denominator that divides what it
-    adds; empty where no norm follows."""
+    """Return activation of heads or neurons ("blocks.3.attn.hook_z") -> hook of the denominator that divides it.
+
+    Empty where no norm follows attention and MLP."""
     if not cfg.post_norms:
         return {}
     found = {}
@@ -43,7 +44,7 @@ def denominators(cfg: Any, names: list[str]) -> dict[str, str]:
 
 
 def divided(get: Callable[[str], Tensor], name: str, by: dict[str, str]) -> Tensor:
-    """An activation [... pos units ...] over its denominator [... pos 1]; the activation itself without one."""
+    """Return an activation [... pos units ...] over its denominator [... pos 1]; the activation itself without one."""
     value = get(name)
     if name not in by:
         return value
@@ -69,7 +70,7 @@ class ResidualParts(_ActivationCache):
         incl_embeds: bool = True,
         return_labels: bool = False,
     ) -> Any:
-        """As in transformer_lens: [component ... d_model], what sums to the residual that enters a layer.
+        """Return what sums to the residual that enters a layer, [component ... d_model], as in transformer_lens.
 
         Where deep-stack features join the residual, what a layer adds of them ("1_deepstack") is a component of
         mode "all" and stands before that layer's attention."""
@@ -98,7 +99,9 @@ class ResidualParts(_ActivationCache):
         return_labels: bool = False,
         project_output_onto: Tensor | None = None,
     ) -> Any:
-        """As in transformer_lens, with what layers add of deep-stack features before the last component ("bias")."""
+        """Return the components of the residual as in transformer_lens.
+
+        What layers add of deep-stack features stands before the last component ("bias")."""
         position = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         if layer is None or layer == -1:
             layer = self._n_layers()
@@ -124,7 +127,7 @@ class ResidualParts(_ActivationCache):
         pos_slice: Any = None,
         apply_ln: bool = False,
     ) -> Any:
-        """As in transformer_lens: [head ... d_model], what each head adds to the residual.
+        """Return what each head adds to the residual, [head ... d_model], as in transformer_lens.
 
         Where a norm follows attention (Gemma), a head's result is its share after that norm, by the run's own
         denominator (`ln1_post.hook_scale` must be cached), so that heads sum to `hook_attn_out`."""
@@ -141,7 +144,7 @@ class ResidualParts(_ActivationCache):
     def get_neuron_results(
         self, layer: int, neuron_slice: Any = None, pos_slice: Any = None, project_output_onto: Tensor | None = None
     ) -> Tensor:
-        """As in transformer_lens, what each neuron adds, after a norm that follows as in `stack_head_results`."""
+        """Return what each neuron adds as in transformer_lens, after a norm that follows as in `stack_head_results`."""
         if not self._has_post_norms:
             return super().get_neuron_results(layer, neuron_slice, pos_slice, project_output_onto)
         position, units = (s if isinstance(s, Slice) else Slice(s) for s in (pos_slice, neuron_slice))
@@ -169,7 +172,7 @@ class ResidualParts(_ActivationCache):
         return getattr(getattr(self.model, "cfg", None), "post_norms", False)
 
     def _deepstack_terms(self, layer: int, mlp_input: bool, position: Slice) -> dict[str, Tensor]:
-        """Label -> what deep-stack features added before a layer's attention (or MLP) reads, [... d_model]."""
+        """Return label -> what deep-stack features added before a layer's attention (or MLP) reads, [... d_model]."""
         model: Any = self.model
         n_layers, n_deepstack = model.cfg.n_layers, model.cfg.n_deepstack
         terms = {
@@ -184,6 +187,6 @@ class ResidualParts(_ActivationCache):
 
 
 def _before(label: str, added: Mapping[str, Tensor]) -> list[str]:
-    """The component that a layer's attention follows, where there is one."""
+    """Return the component that a layer's attention follows, where there is one."""
     own = label.removesuffix("_attn_out") + "_deepstack"
     return [own] if label.endswith("_attn_out") and own in added else []

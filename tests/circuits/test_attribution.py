@@ -263,6 +263,23 @@ def test_the_check_reads_positions_and_named_sites(model_of) -> None:
     torch.testing.assert_close(named.values[:, k, 1], truth.flatten(), **EXACT)
 
 
+def test_units_of_a_named_site_are_those_of_the_group(model_of) -> None:
+    model, clean, corrupted = pair_of(model_of, LLAVA)
+    kw: dict[str, Any] = dict(positions="query", metric=difference, units=[0, 5])
+    named = attribution_patching(model, clean, corrupted, ["blocks.1.attn.hook_z"], **kw)
+    group = attribution_patching(model, clean, corrupted, "heads", layers=[1], **kw)
+    assert named.axes == ("site", "pair", "head") and named.labels["head"] == [0, 5]
+    assert torch.equal(named.values[0], group.values[:, 0])
+    checked = check_attribution(model, clean, corrupted, ["blocks.1.attn.hook_z"], top=2, sample=0, **kw)
+    assert checked.labels["entry"][0].startswith("site blocks.1.attn.hook_z head ")
+
+
+def test_an_unknown_option_is_named_with_those_that_exist(model_of) -> None:
+    model, clean, corrupted = pair_of(model_of, LLAVA)
+    with pytest.raises(TypeError, match="no option is called 'max_row'; there are max_rows, progress"):
+        attribution_patching(model, clean, corrupted, metric=difference, max_row=2)
+
+
 def test_interventions_in_force_are_part_of_both_runs(model_of) -> None:
     model, clean, corrupted = pair_of(model_of, QWEN3)
     clean, corrupted = clean[:2], corrupted[:2]

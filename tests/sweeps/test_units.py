@@ -160,3 +160,17 @@ def test_only_entries_that_edit_pictures_encode_them_again(monkeypatch: pytest.M
     assert seen == [1, 1, 1], "once for the three that share it, once for the shared prefix of the other, once for it"
     plain = generation_sweep(model, inputs, entries, max_new_tokens=6, progress=False, engine="naive")
     assert fast.tokens == plain.tokens
+
+
+def test_metrics_say_what_they_measure() -> None:
+    assert repr(logit_diff(5, 6)) == "logit_diff(correct=5, wrong=6)"
+    metric = project("blocks.0.hook_resid_post", torch.ones(2), "query")
+    assert (metric.site, metric.positions) == ("blocks.0.hook_resid_post", "query")
+    assert repr(metric).endswith("site='blocks.0.hook_resid_post', positions='query')")
+    assert metric(torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])).item() == pytest.approx(4 / 2**0.5)
+
+
+def test_an_unknown_option_of_a_steering_sweep_is_named(runs) -> None:
+    model, inputs, _ = runs
+    with pytest.raises(TypeError, match="no option is called 'max_row'; there are max_rows, max_bytes"):
+        steer_sweep(model, inputs, torch.ones(48), KW["metric"], max_row=2)

@@ -120,7 +120,7 @@ def attention_sinks(
         )
     inputs = model.as_inputs(inputs)
     chosen = chosen_layers(layers, model.cfg, who)
-    index, mask = batch_positions(inputs, queries, who)
+    index, mask = batch_positions(inputs, queries, who, "queries")
     hits: dict[int, Tensor] = {}
     pairs: dict[int, Tensor] = {}
     massive: dict[int, Tensor] = {}
@@ -213,7 +213,7 @@ def _map(
     chosen, which = chosen_layers(layers, model.cfg, who), chosen_heads(heads, model.cfg, who)
     inputs = model.as_inputs(inputs)
     cells = image_cells(inputs, image, grid, who)
-    index, mask = batch_positions(inputs, queries, who)
+    index, mask = batch_positions(inputs, queries, who, "queries")
     kept = None if sinks is None else ~_sinks_of(sinks, inputs, chosen, who)
     found = Collected(chosen, mask, reduce)
 

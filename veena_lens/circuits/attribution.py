@@ -19,9 +19,9 @@ from veena_lens.circuits.gradients import (
     TOWER_SITE,
     Places,
     batch_places,
-    heard_at,
     patches_of,
     products,
+    recorded_at,
 )
 from veena_lens.hook_table import row_of
 from veena_lens.inputs import MultimodalInputs
@@ -136,7 +136,7 @@ def attribution_patching(
     found, of_base, of_source = [], [], []
     for rows in parts(len(base), max_rows):
         mine, other = (Places(*padded([side[i] for i in rows])) for side in (here, there))
-        with torch.no_grad(), heard_at(model, chosen.sites, other) as theirs:
+        with torch.no_grad(), recorded_at(model, chosen.sites, other) as theirs:
             of_source.append(measure(source[rows], rows, plain=True))
         plain, terms = products(measure, base[rows], rows, chosen.sites, theirs, mine, steps)
         of_base.append(plain)
@@ -225,7 +225,7 @@ def image_attribution(
     of_base, of_source = [], []
     for rows in parts(len(base), max_rows):
         mine, other = (batch_places(x[rows], [y[i] for i in rows], image) for x, y in ((base, here), (source, there)))
-        with torch.no_grad(), heard_at(model, sites, other) as theirs:
+        with torch.no_grad(), recorded_at(model, sites, other) as theirs:
             of_source.append(measure(source[rows], rows, plain=True))
         plain, terms = products(measure, base[rows], rows, sites, theirs, mine, steps, together=True)
         of_base.append(plain)

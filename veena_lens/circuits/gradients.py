@@ -1,9 +1,9 @@
 """Gradients of a metric at chosen places of hook points, and the cells of an image's grid that such places make.
 
-A graph begins where a site is heard: parameters take no gradient, nothing is edited, and `torch.autograd.grad` leaves
-nothing behind on the model. Gradients are taken in one run, or along a line between two runs. Where features enter the
-sequence a place is an image token; at the tower's input it is a patch, and several patches may make one cell (joined
-squares), lie in a tile, or in none of the grid (class token, whole view, letterbox).
+A graph begins where a site is recorded: parameters take no gradient, nothing is edited, and nothing is left behind on
+the model. Gradients are taken in one run, or along a line between two runs. Where features enter the sequence a place
+is an image token; at the tower's input it is a patch, and several patches may make one cell (joined squares), lie in a
+tile, or in none of the grid (class token, whole view, letterbox).
 """
 
 from __future__ import annotations
@@ -42,14 +42,16 @@ class Patches:
     pictures: Int[Tensor, " n"] | None = None
 
     def map_of(self, values: Float[Tensor, " n"]) -> Float[Tensor, "height width"]:
-        """Sums over the entries of each cell."""
+        """Return sums over the entries of each cell."""
         cells = self.cells.to(values.device)
         out = values.new_zeros(self.grid[0] * self.grid[1])
         return out.index_add(0, cells[cells >= 0], values[cells >= 0]).view(self.grid)
 
 
 def patches_of(who: str, cfg: Any, inputs: MultimodalInputs, row: int, image: int, site: str) -> Patches:
-    """The entries of one image at a site. Raises: ValueError where the row has no such image, or no whole grid."""
+    """Return the entries of one image at a site.
+
+    Raises: ValueError where the row has no such image, or no whole grid."""
     if not 0 <= image < len(inputs.spans[row].images):
         raise ValueError(f"{who}: row {row} of {inputs!r} has no image {image}.")
     try:
@@ -73,7 +75,7 @@ def _at_tower(cfg: Any, inputs: MultimodalInputs, row: int, image: int, grid: tu
 
 
 def batch_places(inputs: MultimodalInputs, patches: Sequence[Patches], image: int) -> Places:
-    """The entries of a batch's rows, one `Patches` a row, for listening and editing."""
+    """Return the entries of a batch's rows, one `Patches` per row, for listening and editing."""
     index, exists = padded([p.places for p in patches])
     if all(p.pictures is not None for p in patches):
         assert inputs.crop_rows is not None and inputs.crop_images is not None
@@ -96,12 +98,12 @@ class Places:
     pictures: Int[Tensor, "batch n"] | None = None
 
     def take(self, name: str, value: Float[Tensor, ...]) -> Float[Tensor, "batch n ..."]:
-        """The activation at the chosen places."""
+        """Return the activation at the chosen places."""
         axes = row_of(name).axis_names
         return (value if axes[0] == "n_image_tokens" else value.movedim(_pos_axis(axes), 1))[self._at(axes, value)]
 
     def put(self, name: str, value: Float[Tensor, ...], new: Float[Tensor, "batch n ..."]) -> Float[Tensor, ...]:
-        """A copy of the activation with `new` at the chosen places."""
+        """Return a copy of the activation with `new` at the chosen places."""
         axes, exists = row_of(name).axis_names, self.exists.to(value.device)
         out = value.clone()
         moved = out if axes[0] == "n_image_tokens" else out.movedim(_pos_axis(axes), 1)
@@ -109,7 +111,7 @@ class Places:
         return out
 
     def _at(self, axes: tuple[str, ...], value: Tensor) -> tuple[Tensor, ...]:
-        """Indices of the first axis, or of the first two."""
+        """Return indices of the first axis, or of the first two."""
         if axes[0] == "n_image_tokens":
             assert self.tokens is not None
             return (self.tokens.to(value.device),)
@@ -125,7 +127,7 @@ def _pos_axis(axes: tuple[str, ...]) -> int:
 
 @contextmanager
 def frozen_parameters(model: HookedVLM) -> Iterator[None]:
-    """No parameter takes a gradient inside the block: a graph begins where a site is heard."""
+    """Let no parameter take a gradient inside the block: a graph begins where a site is recorded."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in before:
@@ -137,8 +139,8 @@ def frozen_parameters(model: HookedVLM) -> Iterator[None]:
 
 
 @contextmanager
-def heard_at(model: HookedVLM, names: Sequence[str], places: Places) -> Iterator[dict[str, Tensor]]:
-    """What a run has at the chosen places of each site."""
+def recorded_at(model: HookedVLM, names: Sequence[str], places: Places) -> Iterator[dict[str, Tensor]]:
+    """Record what a run has at the chosen places of each site."""
     seen: dict[str, Tensor] = {}
 
     def keep(tensor: Tensor, hook: Any) -> None:
@@ -158,8 +160,9 @@ def products(
     steps: int,
     together: bool = False,
 ) -> tuple[Float[Tensor, " batch"], list[Tensor | None]]:
-    """The unedited metric, and (x' - x) * gradient at the chosen places of each site; None where the metric is read
-    before the site. `together` moves all sites along their lines at once."""
+    """Return the unedited metric, and (x' - x) * gradient at the chosen places of each site.
+
+    None stands where the metric is read before the site. `together` moves all sites along their lines at once."""
     if torch.is_inference_mode_enabled():
         raise ValueError(f"{measure.who} needs gradients: leave torch.inference_mode().")
     model = measure.model
@@ -171,7 +174,11 @@ def products(
             ]
         starts = {n: 0 if together else layer_of(n) or 0 for n in names}
         layers = sorted({layer for layer in starts.values() if layer})
-        with torch.no_grad(), heard_at(model, names, places) as mine, entering_layers(model, inputs, layers) as enters:
+        with (
+            torch.no_grad(),
+            recorded_at(model, names, places) as mine,
+            entering_layers(model, inputs, layers) as enters,
+        ):
             plain = measure(inputs, rows, plain=True)
         terms: list[Tensor | None] = [None] * len(names)
         for group in [list(range(len(names)))] if together else [[i] for i in range(len(names))]:
@@ -200,15 +207,15 @@ def _gradients(
     line: Mapping[str, Tensor],
     entering: Entering | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """(metric, activations at the places, gradients there) of one run, the sites of `line` set to its values."""
-    heard: dict[str, Tensor] = {}
+    """Return (metric, activations at the places, gradients there) of one run, the sites of `line` set to its values."""
+    recorded: dict[str, Tensor] = {}
 
     def listen(tensor: Tensor, hook: Any) -> Tensor | None:
         name = str(hook.name)
         if name in line:
             tensor = places.put(name, tensor.detach(), line[name].to(tensor))
         # Whatever nothing upstream makes depend on a site is a leaf: the graph begins here.
-        heard[name] = tensor if tensor.requires_grad else tensor.requires_grad_()
+        recorded[name] = tensor if tensor.requires_grad else tensor.requires_grad_()
         return tensor if name in line else None
 
     with measure.model.hooks([(name, listen) for name in dict.fromkeys(names)]):
@@ -218,10 +225,10 @@ def _gradients(
             f"{measure.who}: the metric has no gradient: it detaches what it is given, or reads a layer before every "
             f"site ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})."
         )
-    found = torch.autograd.grad(metric.sum(), list(heard.values()), allow_unused=True)
-    values = {name: places.take(name, x.detach()) for name, x in heard.items()}
+    found = torch.autograd.grad(metric.sum(), list(recorded.values()), allow_unused=True)
+    values = {name: places.take(name, x.detach()) for name, x in recorded.items()}
     gradients = {
         name: torch.zeros_like(values[name]) if g is None else places.take(name, g)
-        for name, g in zip(heard, found, strict=True)
+        for name, g in zip(recorded, found, strict=True)
     }
     return metric.detach(), values, gradients

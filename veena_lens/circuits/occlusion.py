@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from PIL import Image, ImageFilter, ImageStat
 from torch import Tensor
 
-from veena_lens.circuits.grid_windows import mapped, windows_of
-from veena_lens.circuits.image_cells import image_places
+from veena_lens.circuits.image_cells import image_places, mapped, windows_of
 from veena_lens.images.files import open_image
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.scores import Scores

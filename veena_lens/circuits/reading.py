@@ -139,12 +139,14 @@ def gathered(value: Shaped[Tensor, "batch pos ..."], index: Int[Tensor, "batch n
 
 
 def batch_positions(
-    inputs: MultimodalInputs, positions: Any, who: str
+    inputs: MultimodalInputs, positions: Any, who: str, what: str = "positions"
 ) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """Return (index, mask) of the chosen positions, padded at the end. Raises: ValueError where no row has any."""
+    """Return (index, mask) of the chosen positions, padded at the end; `what` is the caller's name for the selection.
+
+    Raises: ValueError where no row has any."""
     chosen = position_mask(inputs, positions)
     if not bool(chosen.any()):
-        raise ValueError(f"{who}: positions={positions!r} select no position in {inputs!r}.")
+        raise ValueError(f"{who}: {what}={positions!r} select no position in {inputs!r}.")
     return padded_places(chosen)
 
 

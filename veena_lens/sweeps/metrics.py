@@ -93,7 +93,7 @@ def _log_prob(logits: Float[Tensor, "rows d_vocab"], token: int) -> Float[Tensor
     return logits.log_softmax(-1)[:, token]
 
 
-def _kl(logits: Float[Tensor, "rows d_vocab"], reference: Float[Tensor, " d_vocab"]) -> Float[Tensor, " rows"]:
+def _kl(logits: Float[Tensor, "rows d_vocab"], reference: Float[Tensor, " d_reference"]) -> Float[Tensor, " rows"]:
     if reference.shape != logits.shape[-1:]:
         raise ValueError(f"kl: the reference must be [{logits.shape[-1]}], not {list(reference.shape)}.")
     want = reference.to(logits).log_softmax(-1)

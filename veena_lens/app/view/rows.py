@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Consume = Callable[[int, slice, Float[Tensor, "head n key_pos"]], None]
 PATTERN, QUERIES, KEYS = "attn.hook_pattern", "attn.hook_rot_q", "attn.hook_rot_k"
-RULE = ("windows", "scale", "image_blocks")  # what a model's attention is besides
+RULE = ("windows", "scale", "image_blocks")  # what else defines a model's attention
 MOST_QUERIES = 256  # of a long prompt, that are asked for sinks
 
 

@@ -135,7 +135,7 @@ class ExplorerView:
         """Build a view of a cache, or of a file that holds one; no model is loaded.
 
         The cache must hold attn.hook_pattern of every layer, or attn.hook_rot_q and attn.hook_rot_k; with
-        hook_resid_post the view has norms, with a `model` of the same shape besides the lens. `pictures`, `texts` (of
+        hook_resid_post the view has norms, and with a `model` of the same shape the lens. `pictures`, `texts` (of
         every position) or a `tokenizer` say what a file by `ActivationCache.save` does not; `save_cache` writes both.
         `settings` as for `from_run`.
         Raises: FileNotFoundError; ValueError for a file cut short, or a cache of another model than `model`;

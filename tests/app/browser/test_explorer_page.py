@@ -122,7 +122,7 @@ def test_lens_reads_the_question_of_the_look_tab(open_page: Any, server: str) ->
     page.fill("#words textarea, #words input", "happy, sad")
     page.click("#lens-go")
     page.wait_for_selector("#lens-view .vv-token")
-    assert "happy leads at the end" in (page.locator("#lens-figure img").get_attribute("alt") or "")
+    assert "happy has the highest in the last layer" in (page.locator("#lens-figure img").get_attribute("alt") or "")
     assert page.locator("#lens-view .vv-modes button").all_inner_texts() == ["Logit lens", "Norms"]
 
 

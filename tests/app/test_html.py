@@ -39,7 +39,7 @@ def report() -> Report:
     page.table(["face", "truth", "hit", "p"], [[face, "sad & low", "hit", 0.5]], caption="t", tones={"hit": "good"})
     page.figure(plots.heatmap(torch.eye(2)), alt="a diagonal", caption="An <em>eye</em>")
     page.figure(plots.curves(torch.rand(3)), alt="a curve", format="svg")
-    return page.pictures([face, face], caption="two").code("x = '<tag>'")
+    return page.images([face, face], caption="two").code("x = '<tag>'")
 
 
 def test_page_is_well_formed_and_every_text_is_escaped() -> None:

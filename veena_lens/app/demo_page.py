@@ -114,7 +114,7 @@ def _look_inside(report: Report, result: DemoResult, figures: dict[str, Figure])
         "The same face twice, emotional and neutral: only mouth, eyes and brows differ. If possible, the pair is one "
         f"whose two emotions the model names correctly. The question was: {LIST}",
     )
-    report.pictures([thumbnail(inside.emotional, emotion), thumbnail(inside.neutral, "its neutral twin")])
+    report.images([thumbnail(inside.emotional, emotion), thumbnail(inside.neutral, "its neutral twin")])
     report.figure(
         figures["attention"],
         alt=f"the {emotion} face beside the same face in grey under a map of the attention it receives",
@@ -177,7 +177,7 @@ def _steering(report: Report, steered: Steered, figures: dict[str, Figure]) -> N
         caption=f"{steered.n_pictures} neutral test images, steered to each emotion in turn",
     )
     report.text("One of these images:")
-    report.pictures([thumbnail(steered.picture, "neutral test image")])
+    report.images([thumbnail(steered.picture, "neutral test image")])
     report.table(["direction", "answer", "description"], steered.said, caption=f"Asked: {FEELING}; then: {DESCRIBE}")
     found = steered.captioned
     report.text(

@@ -1,8 +1,8 @@
 """A self-contained HTML page: sections of text, tables, images and figures, in one file.
 
-Everything is embedded, and the page's own policy forbids it to load anything, so that a report still opens
-from a mail in ten years. It follows the reader's light or dark setting and narrows to small windows; every
-text is escaped and every image says in words what it shows.
+Everything is embedded, and the page's policy forbids it to load anything, so that a report still opens from a mail in
+ten years. It follows the reader's light or dark setting and narrows to small windows; every text is escaped and every
+image has an alt text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veena_lens import plots
 from veena_lens.plots.theme import Format
 
 Tone = Literal["good", "bad", "quiet"]
-LARGEST_PICTURE = 640  # pixels; a page of photographs stays small enough to mail
+LARGEST_IMAGE = 640  # pixels; a page of photographs stays small enough to mail
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ class Report:
         self._parts.append(f"<figure>{image}{_caption(caption)}</figure>")
         return self
 
-    def pictures(self, pictures: Sequence[Thumbnail], *, caption: str = "", width: int = 160) -> Report:
+    def images(self, images: Sequence[Thumbnail], *, caption: str = "", width: int = 160) -> Report:
         """A row of images, each over its own caption, that wraps where the window is narrow."""
         shown = "".join(
             f'<figure class="picture">{_img(_png(p.image), "png", p.alt, width)}{_caption(p.caption)}</figure>'
-            for p in pictures
+            for p in images
         )
         self._parts.append(f'<div class="pictures">{shown}</div>')
         return self.text(caption) if caption else self
@@ -149,7 +149,7 @@ def _img(data: bytes, kind: str, alt: str, width: int) -> str:
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     small = image.convert("RGB")
-    small.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    small.thumbnail((LARGEST_IMAGE, LARGEST_IMAGE))
     small.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 

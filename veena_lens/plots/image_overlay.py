@@ -30,7 +30,7 @@ class MapPanel:
 
     boxes: left, top, right, bottom of every cell in pixels, row by row; box: that of an even grid, None for cells of
     their own sizes. shares: how much of the whole belongs to which part, shown below the map; hover: what a pointer
-    reads besides the cell.
+    reads in addition to the cell.
     """
 
     image: Image.Image

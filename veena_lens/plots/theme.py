@@ -97,7 +97,7 @@ class Scale:
 
 @cache
 def font_families() -> tuple[str, ...]:
-    """DejaVu Sans, which matplotlib brings along, then the fonts for other scripts that this machine has."""
+    """Return DejaVu Sans, which matplotlib brings along, then the fonts for other scripts that this machine has."""
     installed = set(font_manager.fontManager.get_font_names())
     return ("DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed))
 
@@ -109,14 +109,14 @@ def _drawable(character: str) -> bool:
 
 
 def printable(label: object) -> str:
-    """`label` as a single line that the fonts can draw."""
+    """Return `label` as a single line that the fonts can draw."""
     text = str(label).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
     return "".join(c if _drawable(c) else "\u25a1" for c in text)
 
 
 @contextmanager
 def themed() -> Iterator[None]:
-    """Within it, new artists have the project's look; matplotlib's settings are as before afterwards."""
+    """Give new artists the project's look; matplotlib's settings are as before afterwards."""
     settings: dict[Any, Any] = {
         "font.family": list(font_families()),
         "font.size": 10,
@@ -151,14 +151,14 @@ class ShownFigure(Figure):
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches that belongs to no window."""
+    """Make an empty figure of `width` x `height` inches that belongs to no window."""
     figure = ShownFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def encode(figure: Figure, format: Format = "png") -> bytes:
-    """The figure as the bytes of a PNG, SVG or PDF file; the same figure gives the same bytes every time."""
+    """Encode the figure as the bytes of a PNG, SVG or PDF file; the same figure gives the same bytes every time."""
     if format not in ("png", "svg", "pdf"):
         raise ValueError(f"Unknown figure format {format!r}; expected 'png', 'svg' or 'pdf'.")
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -180,7 +180,7 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def to_numpy(values: Real[Tensor, ...] | np.ndarray | Sequence) -> np.ndarray:
-    """`values` in float64 on the CPU, as matplotlib wants them."""
+    """Return `values` in float64 on the CPU, as matplotlib wants them."""
     if isinstance(values, Tensor):
         return values.detach().double().cpu().numpy()
     return np.asarray(values, dtype=np.float64)
@@ -192,11 +192,11 @@ def with_unit(name: str, unit: str) -> str:
 
 
 def check_labels(labels: Sequence | None, count: int, axis: str) -> Sequence:
-    """`labels`, or 0..count-1 where there are none. Raises where their number is not `count`."""
+    """Return `labels`, or 0..count-1 for none. Raises: ValueError where their number is not `count`."""
     if labels is None:
         return range(count)
     if len(labels) != count:
-        raise ValueError(f"{len(labels)} labels for {count} entries along {axis}; give one label an entry, or none.")
+        raise ValueError(f"{len(labels)} labels for {count} entries along {axis}; give one label per entry, or none.")
     return labels
 
 

@@ -78,7 +78,7 @@ def test_upload_ask_hover_and_click(open_page: Any, server: str, sad: Any) -> No
     assert "".join(words.all_text_contents()).strip() == page.input_value("#answer textarea").strip()
     words.filter(has_text="sad").hover()
     page.wait_for_function(f"{VIEW}.state.hoverQuery !== null")
-    assert "“sad” gives the picture" in page.locator("#look-view .vv-status").inner_text()
+    assert "“sad” gives the image" in page.locator("#look-view .vv-status").inner_text()
     words.filter(has_text="sad").click()
     canvas = page.locator("#look-view .vv-picture canvas").first
     canvas.hover(position={"x": 90, "y": 120})
@@ -122,7 +122,7 @@ def test_lens_reads_the_question_of_the_look_tab(open_page: Any, server: str) ->
     page.fill("#words textarea, #words input", "happy, sad")
     page.click("#lens-go")
     page.wait_for_selector("#lens-view .vv-token")
-    assert "happy leads at the end" in (page.locator("#lens-figure img").get_attribute("alt") or "")
+    assert "happy has the highest in the last layer" in (page.locator("#lens-figure img").get_attribute("alt") or "")
     assert page.locator("#lens-view .vv-modes button").all_inner_texts() == ["Logit lens", "Norms"]
 
 
@@ -154,7 +154,7 @@ def test_sweep_too_large_offers_a_smaller_one_that_runs(open_page: Any, server: 
     page.click("#smaller")
     page.get_by_text("of 8 layers done", exact=False).first.wait_for()
     page.click("#cancel")
-    page.get_by_text("Cancelled; what was run stays.").wait_for()
+    page.get_by_text("Cancelled; finished layers are kept.").wait_for()
     assert page.locator("#cells [role=gridcell]").count() > 0
 
 
@@ -207,7 +207,7 @@ def test_own_pairs_make_a_direction_and_wrong_ones_are_told(open_page: Any, serv
     page.fill("#own-word input, #own-word textarea", "sad")
     page.wait_for_timeout(500)
     page.click("#own-use")
-    assert "3 pictures that show it and 2 without it: each needs its twin" in error_of(page)
+    assert "Got 3 images with the emotion and 2 without it; each needs its twin" in error_of(page)
     page.locator(".toast-close").first.click()
     page.locator("#own-twins button[aria-label*=emove]").first.wait_for()
     page.locator("#own-twins button[aria-label=Clear]").click()
@@ -217,11 +217,13 @@ def test_own_pairs_make_a_direction_and_wrong_ones_are_told(open_page: Any, serv
     page.locator("#own-status").get_by_text("Your pairs: 3 pairs of sad.").wait_for()
     assert page.locator("#own-thumbs img").count() == 6
     page.click("#extract")
-    page.locator("#direction").get_by_text("from 3 of your pairs that the model tells apart", exact=False).wait_for()
+    page.locator("#direction").get_by_text(
+        "from 3 of your 3 pairs that the model answers correctly", exact=False
+    ).wait_for()
     page.click("#own-back")
-    page.locator("#own-status").get_by_text("The sample faces again.").wait_for()
+    page.locator("#own-status").get_by_text("Back to the sample faces.").wait_for()
     page.click("#extract")
-    page.locator("#direction").get_by_text("from 8 pairs", exact=False).wait_for()
+    page.locator("#direction").get_by_text("from the 8 (of 8) pairs", exact=False).wait_for()
 
 
 def test_neurons_and_pairs(open_page: Any, server: str) -> None:
@@ -299,7 +301,7 @@ def test_wrong_picture_is_told_and_the_page_goes_on(
     page.set_input_files("#uploads input[type=file]", str(path))
     told = error_of(page)
     wanted = {
-        "text": "face.png cannot be read as a picture",
+        "text": "face.png cannot be read as a",
         "cut": "face.png cannot be read",
         "pixels": "face.png has 800,000 pixels; the limit here is 500,000",
         "bytes": "size",

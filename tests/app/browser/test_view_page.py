@@ -61,7 +61,7 @@ def test_hovered_token_shows_where_it_looks(page: Any, view: ExplorerView) -> No
     (bundle,) = [b for b in view.bundles if b.key.query == position and b.key.run == 0]
     expected = bundle.maps.decode(view.inputs.image_mask[0])[0, 3]
     torch.testing.assert_close(torch.tensor(shown), expected, rtol=1e-4, atol=1e-7)
-    assert "“happy” gives the picture" in page.locator(".vv-status").inner_text()
+    assert "“happy” gives the image" in page.locator(".vv-status").inner_text()
     page.mouse.move(5, 5)
     page.wait_for_function(f"{STATE}.hoverQuery === null")
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from veena_lens.app.explorer.pictures import Shown, open_sample, samples  # noqa: E402
+from veena_lens.app.explorer.pictures import GivenImage, open_sample, samples  # noqa: E402
 from veena_lens.app.explorer.state import (  # noqa: E402
     Explorer,
     Limits,  # noqa: E402
@@ -42,7 +42,7 @@ def session(explorer: Explorer) -> Session:
 
 
 @pytest.fixture(scope="session")
-def face() -> Shown:
+def face() -> GivenImage:
     """A happy face."""
     return open_sample(next(name for name in samples() if name.startswith("happy")))
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.app.explorer.conftest import NAME, QUESTION
+from tests.app.explorer.test_tabs import assert_same_view
 from veena_lens.app.explorer import look
 from veena_lens.app.explorer.pictures import chosen, open_sample, open_upload, samples, thumbnails
 from veena_lens.app.explorer.state import Explorer, Limits, Session
@@ -70,8 +71,8 @@ def test_code_of_the_look_tab_runs(explorer: Explorer, session: Session, face: A
     view, code = look.look(explorer, session, twin)
     made = run_code(code)["view"]
     assert Path("view.html").stat().st_size > 10_000
-    assert made.header["tokens"][-2]["text"] == view.header["tokens"][-1]["text"]  # answer=True ends with </s>
-    assert "difference" in made.header["modes"] and "difference" in view.header["modes"]
+    assert_same_view(made, view)
+    assert "difference" in view.header["modes"] and view.header["tokens"][-1]["part"] == "answer"
 
 
 def test_export_opens_again(
@@ -99,11 +100,11 @@ def test_export_opens_again(
 
 
 def test_uploads_are_checked_before_they_are_decoded(tmp_path: Path) -> None:
-    limits = Limits(upload_bytes=5_000, pixels=10_000, pictures=2)
+    limits = Limits(upload_bytes=5_000, pixels=10_000, images=2)
     good = tmp_path / "good.png"
     Image.new("RGB", (50, 40), "red").save(good)
     shown = open_upload(str(good), limits)
-    assert (shown.name, shown.code, shown.image.size) == ("good.png", "'good.png'", (50, 40))
+    assert (shown.name, shown.made.expression, shown.image.size) == ("good.png", "'good.png'", (50, 40))
     text = tmp_path / "text.png"
     text.write_text("no picture at all")
     cut = tmp_path / "cut.png"
@@ -113,7 +114,7 @@ def test_uploads_are_checked_before_they_are_decoded(tmp_path: Path) -> None:
     heavy = tmp_path / "heavy.png"
     heavy.write_bytes(b"0" * 6_000)
     for path, told in (
-        (text, r"^text\.png cannot be read as a picture.*Give a PNG, JPEG or WebP"),
+        (text, r"^text\.png cannot be read as an? (picture|image).*Give a PNG, JPEG or WebP"),
         (cut, r"^cut\.png cannot be read"),
         (large, r"large\.png has 120,000 pixels; the limit here is 10,000"),
         (heavy, r"heavy\.png has 6,000 bytes; the limit here is 5,000"),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.app.explorer.conftest import NAME
 from veena_lens.app.explorer import directions, neurons, own_pairs
-from veena_lens.app.explorer.directions import DirectionAsked, sample_pairs
+from veena_lens.app.explorer.directions import DirectionSettings, sample_pairs
 from veena_lens.app.explorer.own_pairs import take_sets, take_zip
 from veena_lens.app.explorer.state import Explorer, Limits, Session
 from veena_lens.emotion import save_pairs
@@ -47,24 +47,25 @@ def by_folder(faces: list[tuple[Path, Path]], around: str = "") -> dict[str, Pat
     return sides | {f"{around}neutral/{i}.png": twin for i, (_, twin) in enumerate(faces)}
 
 
-def of_own(session: Session, emotion: str = "sad") -> DirectionAsked:
+def of_own(session: Session, emotion: str = "sad") -> DirectionSettings:
     own = session.kept["own_pairs"]
-    return DirectionAsked(model=NAME, emotion=emotion, n=3, own=own.pairs.fingerprint)
+    return DirectionSettings(model=NAME, emotion=emotion, n=3, own=own.pairs.fingerprint)
 
 
 def test_two_sets_make_the_direction_of_the_same_pairs_and_their_code_runs(
     explorer: Explorer, session: Session, faces: Any, run_code: Any
 ) -> None:
     own = take_sets(session, [str(s) for s, _ in faces], [str(t) for _, t in faces], " Sad", LIMITS)
-    assert own.told() == "Your pairs: 3 pairs of sad."
+    assert own.describe() == "Your pairs: 3 pairs of sad."
     found = directions.extract(explorer, session, of_own(session))
-    same = directions.extract(explorer, explorer.session("another"), DirectionAsked(model=NAME, emotion="sad", n=3))
+    same = directions.extract(explorer, explorer.session("another"), DirectionSettings(model=NAME, emotion="sad", n=3))
     torch.testing.assert_close(found.vectors, same.vectors)
     assert found.heads == same.heads and found.neurons == same.neurons
     (exported,) = own_pairs.export_pairs(session)
     zipfile.ZipFile(exported).extractall(".")
-    made = run_code(neurons.neurons_code(found, *found.neurons[0][:2]))
-    torch.testing.assert_close(made["direction"].float(), found.vectors)
+    _, _, code = neurons.look_at_neuron(explorer, found, *found.neurons[0][:2])
+    made = run_code(code)
+    assert torch.equal(made["directions"].of("sad").float(), found.vectors) and made["neurons"] == found.neurons
 
 
 def test_twins_are_joined_by_name_where_all_names_agree_and_in_order_where_not(
@@ -105,7 +106,7 @@ def test_archive_of_folders_and_of_a_manifest_hold_the_same_pairs(
 def test_tabs_keep_their_pairs_apart_and_closed_ones_leave_no_file(explorer: Explorer, faces: Any, packed: Any) -> None:
     first, second = explorer.session("first"), explorer.session("second")
     own = take_zip(first, packed(by_folder(faces)), LIMITS)
-    with pytest.raises(ValueError, match="Your pairs were replaced or taken away"):
+    with pytest.raises(ValueError, match="Your pairs were replaced or removed"):
         directions.extract(explorer, second, of_own(first))
     other = take_zip(second, packed(by_folder(faces[:1])), LIMITS)
     assert len(first.kept["own_pairs"].pairs) == 3 and len(second.kept["own_pairs"].pairs) == 1
@@ -120,14 +121,14 @@ def test_sets_that_make_no_pairs_are_told(session: Session, faces: Any, tmp_path
     wide = tmp_path / "wide.png"
     Image.new("RGB", (90, 40)).save(wide)
     for given, told in (
-        ((shown, [], "sad"), "Give both sets: .* These are 3 and 0"),
-        ((shown, twins[:1], "sad"), "3 pictures that show it and 1 without it: each needs its twin"),
-        ((shown[:1], twins, "sad"), "1 picture that show it and 3 without it"),
-        ((shown, twins, " "), "Name what the first set shows"),
-        ((shown, twins, "neutral"), "Name what the first set shows"),
+        ((shown, [], "sad"), "Give both sets, .* got 3 and 0 images"),
+        ((shown, twins[:1], "sad"), "Got 3 images with the emotion and 1 without it; each needs its twin"),
+        ((shown[:1], twins, "sad"), "Got 1 image with the emotion and 3 without it"),
+        ((shown, twins, " "), "Name the emotion of the first set"),
+        ((shown, twins, "neutral"), "Name the emotion of the first set"),
         ((shown, twins, "hapy"), "No wheel covers the labels 'hapy' .near: happy"),
         ((shown * 2, twins * 2, "sad"), "6 pairs were given; the limit here is 4"),
-        (([str(text)], twins[:1], "sad"), "^text.png cannot be read as a picture"),
+        (([str(text)], twins[:1], "sad"), "^text.png cannot be read as an? (picture|image)"),
         (([str(wide)], twins[:1], "sad"), r"sad/001\.png\)?: 90 x 40 pixels, but its neutral twin"),
     ):
         with pytest.raises(ValueError, match=told) as error:
@@ -152,13 +153,13 @@ def test_archives_that_cannot_be_used_are_told_and_write_nothing(
         ({"/up.png": faces[0][0], **good}, "leads out of its folder"),
         ({"manifest.jsonl": outside, **good}, "names '.*secret.png', which is not in the archive"),
         ({"manifest.jsonl": b"{broken\n", **good}, "line 1: no JSON object"),
-        ({"sad/0.png": faces[0][0]}, "holds no pairs. A .zip of pairs has one folder an emotion"),
-        ({"notes.txt": b"x"}, "faces.zip holds no pictures"),
-        ({**good, "sad/7.png": faces[0][0]}, "pair '7' has no neutral picture"),
+        ({"sad/0.png": faces[0][0]}, "holds no pairs. A .zip of pairs has one folder per emotion"),
+        ({"notes.txt": b"x"}, "faces.zip holds no images"),
+        ({**good, "sad/7.png": faces[0][0]}, "pair '7' has no neutral (picture|image)"),
         ({**good, "bored stiff/0.png": faces[0][0]}, "No wheel covers the labels 'bored stiff'"),
-        ({f"sad/{i}.png": faces[0][0] for i in range(10)}, "holds 10 pictures; the limit here is 4 pairs"),
+        ({f"sad/{i}.png": faces[0][0] for i in range(10)}, "holds 10 images; the limit here is 4 pairs"),
         (bomb, "sad/0.png unpacks to more than 300,000 bytes"),
-        ({"sad/0.png": b"no picture", "neutral/0.png": faces[0][1]}, "0.png cannot be read as a picture"),
+        ({"sad/0.png": b"no picture", "neutral/0.png": faces[0][1]}, "0.png cannot be read as an? (picture|image)"),
     ):
         with pytest.raises(ValueError, match=told) as error:
             take_zip(session, packed(entries), LIMITS)

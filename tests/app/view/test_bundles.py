@@ -60,5 +60,5 @@ def test_binary_that_was_cut_short_or_is_of_another_kind_is_refused() -> None:
         unpack(data[:-20])
     with pytest.raises(ValueError, match="cut short: its header"):
         unpack(data[:12])
-    with pytest.raises(ValueError, match="no packed view"):
+    with pytest.raises(ValueError, match="not a packed view"):
         unpack(b"PNG and so on")

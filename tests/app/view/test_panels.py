@@ -18,7 +18,7 @@ def test_cells_of_a_fixed_grid_are_its_tokens_row_by_row(model: Any, pair: Any) 
     pictures = [p.open() for p in pair]
     inputs = model.prepare(text="compare them.", images=pictures)
     panels = panels_of(inputs, 0, pictures)
-    assert [p.name for p in panels] == ["picture 1", "picture 2"] and [p.grid for p in panels] == [(8, 8), (8, 8)]
+    assert [p.name for p in panels] == ["image 1", "image 2"] and [p.grid for p in panels] == [(8, 8), (8, 8)]
     for image, panel in enumerate(panels):
         assert torch.equal(panel.positions, inputs.grid_tokens(0, image).flatten())
         torch.testing.assert_close(panel.boxes[9], torch.tensor([1 / 8, 1 / 8, 2 / 8, 2 / 8]))
@@ -39,8 +39,8 @@ def test_pictures_of_unequal_sizes_have_their_merged_grids() -> None:
 def test_tiled_picture_gives_its_whole_view_and_its_tiles() -> None:
     inputs = large_inputs()
     whole, tiles = panels_of(inputs, 0, [large_picture()])
-    assert (whole.name, whole.grid) == ("picture, whole view", (SIDE, SIDE))
-    assert (tiles.name, tiles.grid) == ("picture, in tiles", (2 * SIDE, 2 * SIDE))
+    assert (whole.name, whole.grid) == ("image, whole view", (SIDE, SIDE))
+    assert (tiles.name, tiles.grid) == ("image, in tiles", (2 * SIDE, 2 * SIDE))
     assert torch.equal(tiles.positions, inputs.grid_tokens(0, 0).flatten())
     assert int(whole.positions[0]) == inputs.spans[0].images[0].start
 

@@ -239,7 +239,7 @@ def test_odd_questions_and_requests_are_refused_with_a_reason(model: Any, pair: 
     view = ExplorerView.from_run(model, source)
     for key, told in (
         ({"query": 10_000}, "No token at position 10000"),
-        ({"query": 3, "run": 1}, "no second picture"),
+        ({"query": 3, "run": 1}, "no second image"),
         ({"query": 3, "kind": "push", "name": "x"}, "No direction 'x'"),
         ({"query": 3, "kind": "weights"}, "No maps of kind 'weights'"),
         ({"position": 3}, "a key has query"),
@@ -268,7 +268,7 @@ def test_page_loads_nothing_from_elsewhere(model: Any, pair: Any, tmp_path: Path
 
 def test_text_alone_makes_a_view_without_pictures(model: Any) -> None:
     view = ExplorerView.from_run(model, ([], "name the emotions of the person in the picture."))
-    assert view.header["panels"] == [] and "no picture" in repr(view)
+    assert view.header["panels"] == [] and "no image" in repr(view)
 
 
 def test_widget_answers_with_maps_or_with_the_reason(model: Any, pair: Any) -> None:

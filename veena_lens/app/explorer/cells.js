@@ -21,7 +21,7 @@ export function cells(root, data, chosen) {
     const v = values[r][c];
     return `${rowName} ${rows[r]}, ${columnName} ${columns[c]}: ${v === null ? "not run yet" : v.toFixed(3)}`;
   };
-  const told = element("p", { class: "veena-told", "aria-live": "polite", text: `${data.done} of ${rows.length} ${rowName}s done` });
+  const status = element("p", { class: "veena-status", "aria-live": "polite", text: `${data.done} of ${rows.length} ${rowName}s done` });
   const table = element("div", { class: "veena-cells", role: "grid", "aria-label": data.title });
   table.style.setProperty("--columns", columns.length);
   const buttons = values.map((row, r) => {
@@ -30,8 +30,8 @@ export function cells(root, data, chosen) {
       const button = element("button", { type: "button", role: "gridcell", tabindex: "-1", "aria-label": name(r, c), title: name(r, c) });
       button.style.backgroundColor = colourOf(v);
       button.addEventListener("click", () => chosen({ row: r, column: c }));
-      button.addEventListener("focus", () => { told.textContent = name(r, c); });
-      button.addEventListener("pointerenter", () => { told.textContent = name(r, c); });
+      button.addEventListener("focus", () => { status.textContent = name(r, c); });
+      button.addEventListener("pointerenter", () => { status.textContent = name(r, c); });
       line.append(button);
       return button;
     });
@@ -55,5 +55,5 @@ export function cells(root, data, chosen) {
   const bar = element("div", { class: "veena-scale", "aria-hidden": "true" });
   bar.style.background = `linear-gradient(to right, ${[0, 64, 127, 191, 255].map((i) => data.colours[i]).join(",")})`;
   root.append(element("h3", { class: "veena-title", text: data.title }), head, table,
-    element("div", { class: "veena-scalerow" }, element("span", { text: (-most).toFixed(2) }), bar, element("span", { text: most.toFixed(2) }), element("span", { text: `columns: ${columnName}` })), told);
+    element("div", { class: "veena-scalerow" }, element("span", { text: (-most).toFixed(2) }), bar, element("span", { text: most.toFixed(2) }), element("span", { text: `columns: ${columnName}` })), status);
 }

@@ -1,38 +1,41 @@
-"""A direction from pairs of images, with the heads and neurons that push most along it."""
+"""A direction from pairs of images, with the heads and neurons that contribute most to it."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.app.explorer.own_pairs import OwnPairs
+from veena_lens.app.explorer.programs import Made, make, model_of
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.app.questions import LIST
 from veena_lens.circuits import head_intention, top_neurons
 from veena_lens.emotion import PairSet, TooFewPairs, directions_from, load_pairs, neuron_projections, select_pairs
-from veena_lens.emotion.methods import ROWS, batches, prepared
+from veena_lens.emotion.methods import batches, prepared
 from veena_lens.residual_parts import neuron_rows
 from veena_lens.scores import Scores, counted
 from veena_lens.zoo.people import EMOTIONS
 
+if TYPE_CHECKING:
+    from veena_lens import HookedVLM
+    from veena_lens.emotion import Directions, Pair
+
 FELT = tuple(e for e in EMOTIONS if e != "neutral")
 N_HEADS, N_NEURONS = 10, 30  # as many as the method's defaults take
-BATCH = 16
-ANSWER_TOKENS = 16
 LEAD_IN = "the person feels"
 # Where the state is read: where the next word is the emotion's, after an answer was begun or a list was asked for.
 BEGUN, LISTED = f"after “{LEAD_IN}”", "asked for a list of emotions"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DirectionAsked:
-    """Which direction: the first `n` pairs of an emotion, the reading, and whether the model must tell them apart.
+class DirectionSettings:
+    """Which direction: the first `n` pairs of an emotion, the reading, and whether wrongly answered pairs are left out.
 
     own: the fingerprint of the visitor's own pairs, "" for the sample faces."""
 
@@ -43,131 +46,129 @@ class DirectionAsked:
     told_apart: bool = True
     own: str = ""
 
+    @property
+    def lead_in(self) -> str | None:
+        """What an answer is begun with."""
+        return LEAD_IN if self.reading == BEGUN else None
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Direction:
     """The mean over pairs of resid_post(emotional) - resid_post(neutral) where the emotion is said next, every layer.
 
-    n_pairs: those of `n_given` that the model tells apart. heads: (layer, head, push) and neurons: (layer, neuron,
-    push) that push most along it; `quieter`: those of the neurons that push by being less active, because what they
-    write points the other way."""
+    n_pairs: those of `n_given` that were used. heads: (layer, head, projection) and neurons: (layer, neuron,
+    projection) that contribute most; `quieter`: those of the neurons that contribute by being less active, because
+    what they write points the other way. made: each of these with the program that makes it."""
 
-    asked: DirectionAsked
+    settings: DirectionSettings
     n_pairs: int
     n_given: int
     vectors: Float[Tensor, "layer d_model"]
-    source: str = ""  # the lines that load the pairs
     heads: list[tuple[int, int, float]] = field(default_factory=list)
     neurons: list[tuple[int, int, float]] = field(default_factory=list)
     quieter: frozenset[tuple[int, int]] = frozenset()
+    made: Mapping[str, Made] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
-        return self.asked.model
+        return self.settings.model
 
     @property
     def emotion(self) -> str:
-        return self.asked.emotion
+        return self.settings.emotion
 
 
 @lru_cache(maxsize=1)
 def sample_pairs() -> PairSet:
-    """Development pairs of the embedded images."""
+    """Load the development pairs of the sample images."""
     return load_pairs().select(split="development", condition="none")
 
 
-def pairs_of(session: Session, asked: DirectionAsked) -> tuple[PairSet, str]:
-    """The pairs, and the expression that loads them.
+def pairs_of(session: Session, settings: DirectionSettings) -> Made:
+    """The pairs, and the line that loads them.
 
     Raises: ValueError for an emotion without pairs, fewer than one pair, or own pairs that were replaced."""
-    if asked.n < 1:
-        raise ValueError(f"A direction needs at least one pair, not {asked.n}.")
+    if settings.n < 1:
+        raise ValueError(f"A direction needs at least one pair, not {settings.n}.")
     own: OwnPairs | None = session.kept.get("own_pairs")
-    if asked.own and (own is None or own.pairs.fingerprint != asked.own):
-        raise ValueError("Your pairs were replaced or taken away; give them again.")
-    pairs, source = sample_pairs(), 'load_pairs().select(split="development", condition="none")'
-    if asked.own and own is not None:
-        pairs, source = own.pairs, own.code
-    known = pairs.emotions if asked.own else FELT
-    if asked.emotion not in known:
-        raise ValueError(f"No pairs of {asked.emotion!r}; there are: {', '.join(known)}.")
-    chosen = pairs.select(emotion=asked.emotion)[: asked.n]
-    return (chosen.asked(LIST) if asked.reading == LISTED else chosen), source
+    if settings.own and (own is None or own.pairs.fingerprint != settings.own):
+        raise ValueError("Your pairs were replaced or removed; upload them again.")
+    pairs, source, loader = sample_pairs(), 'load_pairs().select(split="development", condition="none")', load_pairs
+    if settings.own and own is not None:
+        pairs, source, loader = own.pairs, own.code, own.loader
+    known = pairs.emotions if settings.own else FELT
+    if settings.emotion not in known:
+        raise ValueError(f"There are no pairs of {settings.emotion!r}; choose one of {', '.join(known)}.")
+    chosen = pairs.select(emotion=settings.emotion)[: settings.n]
+    line = f"pairs = {source}.select(emotion={settings.emotion!r})[:{settings.n}]"
+    if settings.reading == LISTED:
+        chosen, line = chosen.asked(LIST), f"{line}.asked({LIST!r})"
+    return Made(chosen, "pairs", (line,), (loader,))
 
 
-def settings(asked: DirectionAsked) -> dict[str, Any]:
-    """The settings of `select_pairs` that this direction stands for."""
-    filtering = {"max_new_tokens": ANSWER_TOKENS} if asked.told_apart else {"tau": -1, "require_neutral": False}
-    reading = {"lead_in": LEAD_IN} if asked.reading == BEGUN else {}
-    return {**reading, **filtering, "minimum": 1}
+def find_directions(
+    model: HookedVLM, pairs: PairSet, lead_in: str | None, told_apart: bool
+) -> tuple[list[Pair], Directions]:
+    """Extract directions from the pairs that the model answers correctly, or from all; return the pairs used, too."""
+    filtering = {"max_new_tokens": 16} if told_apart else {"tau": -1, "require_neutral": False}
+    selected = select_pairs(model, pairs, lead_in=lead_in, minimum=1, progress=False, **filtering)
+    return selected.pairs, directions_from(selected)
 
 
 @torch.no_grad()
-def extract(explorer: Explorer, session: Session, asked: DirectionAsked) -> Direction:
-    """The direction with its heads and neurons; the session keeps it as "direction".
+def strongest_heads(
+    model: HookedVLM, pairs: Sequence[Pair], directions: Directions, emotion: str, lead_in: str | None, k: int
+) -> list[tuple[int, int, float]]:
+    """Rank heads by the projection of what they add on the direction, emotional minus neutral, mean over pairs."""
+    found, unit = [], directions.unit(emotion)
+    for some in batches(pairs, 16):
+        emotional = prepared(model, [pair.emotional for pair in some], lead_in=lead_in)
+        neutral = prepared(model, [pair.neutral for pair in some], lead_in=lead_in)
+        found.append(head_intention(emotional, unit, -1, kind="projection", baseline=neutral, model=model).values.cpu())
+    best = Scores(torch.cat(found), ("pair", "layer", "head")).mean("pair").top(k)
+    return list(zip(best["layer"].tolist(), best["head"].tolist(), best["value"].tolist(), strict=True))
 
-    Raises: as `pairs_of`; ValueError where the model tells no pair apart, or twins become different tokens."""
-    pairs, source = pairs_of(session, asked)
-    emotion, lead_in = asked.emotion, settings(asked).get("lead_in")
-    with explorer.using(asked.model) as model:
+
+def strongest_neurons(
+    model: HookedVLM, pairs: Sequence[Pair], directions: Directions, lead_in: str | None, k: int
+) -> list[tuple[int, int, float]]:
+    """Rank neurons by the projection of what they write on the direction, emotional minus neutral, mean over pairs."""
+    trace, _ = neuron_projections(model, pairs, directions, lead_in=lead_in)
+    best = top_neurons(trace, k)
+    return list(zip(best["layer"].tolist(), best["neuron"].tolist(), best["value"].tolist(), strict=True))
+
+
+def extract(explorer: Explorer, session: Session, settings: DirectionSettings) -> Direction:
+    """Return the direction with its heads and neurons; the session keeps it as "direction".
+
+    Raises: as `pairs_of`; ValueError where no pair is answered correctly, or twins become different tokens."""
+    pairs = pairs_of(session, settings)
+    emotion, lead_in = settings.emotion, settings.lead_in
+    with explorer.using(settings.model) as loaded:
+        model = model_of(loaded, settings.model)
         try:
-            chosen = select_pairs(model, pairs, progress=False, **settings(asked))
+            found = make("chosen, directions", find_directions, model, pairs, lead_in, settings.told_apart)
         except TooFewPairs:
             raise ValueError(
-                f"The model tells none of {counted(len(pairs), 'pair')} apart: its answer must name {emotion} for the "
-                "first image and not for its twin. Give other pairs, or take all of them whatever it says."
+                f"The model answers none of {counted(len(pairs.value), 'pair')} correctly: its answer must name "
+                f"{emotion} for the first image and not for its twin. Give other pairs, or use all of them."
             ) from None
-        found = directions_from(chosen)
-        vectors = found.of(emotion)
-        parts = []
-        for some in batches(chosen.pairs, BATCH):
-            shown, twin = (
-                prepared(model, [getattr(p, side) for p in some], lead_in=lead_in) for side in ("emotional", "neutral")
-            )
-            push = head_intention(
-                shown, found.unit(emotion), ROWS["last"], kind="projection", baseline=twin, model=model
-            )
-            parts.append(push.values.cpu())
-        pushes = Scores(torch.cat(parts), ("pair", "layer", "head")).mean("pair")
-        trace, _ = neuron_projections(model, chosen.pairs, found, lead_in=lead_in, batch_size=BATCH)
-        strongest: Any = top_neurons(trace, N_NEURONS)
-        neurons = [(int(r.layer), int(r.neuron), float(r.value)) for r in strongest.itertuples()]
-        written = [(la, n, neuron_rows(model.blocks[la])[n].cpu().double()) for la, n, _ in neurons]
-        quieter = [(la, n) for la, n, row in written if float(row @ vectors[la]) < 0]
-    best: Any = pushes.top(N_HEADS)
-    direction = Direction(
-        asked=asked,
-        n_pairs=len(chosen.pairs),
-        n_given=len(pairs),
+        chosen, directions = found.parts()
+        vectors = directions.value.of(emotion)
+        line = f"direction = directions.of({emotion!r})  # [layer d_model]"
+        direction = Made(vectors, "direction", (*directions.lines, line), directions.functions)
+        heads = make("heads", strongest_heads, model, chosen, directions, emotion, lead_in, N_HEADS)
+        neurons = make("neurons", strongest_neurons, model, chosen, directions, lead_in, N_NEURONS)
+        written = [(la, n, neuron_rows(loaded.blocks[la])[n].detach().cpu().double()) for la, n, _ in neurons.value]
+    result = Direction(
+        settings=settings,
+        n_pairs=len(chosen.value),
+        n_given=len(pairs.value),
         vectors=vectors.float().cpu(),
-        source=source,
-        heads=[(int(r.layer), int(r.head), float(r.value)) for r in best.itertuples()],
-        neurons=neurons,
-        quieter=frozenset(quieter),
+        heads=heads.value,
+        neurons=neurons.value,
+        quieter=frozenset((la, n) for la, n, row in written if float(row @ vectors[la].cpu()) < 0),
+        made={"direction": direction, "heads": heads, "neurons": neurons},
     )
-    session.kept["direction"] = direction
-    return direction
-
-
-def direction_imports(direction: Direction, extract: str = "extract_directions") -> list[str]:
-    """The imports of `direction_lines`."""
-    names = sorted([direction.source.partition("(")[0], *extract.split(", ")])
-    return ["from veena_lens import HookedVLM", f"from veena_lens.emotion import {', '.join(names)}"]
-
-
-def direction_lines(direction: Direction, keeps_pairs: bool = False) -> list[str]:
-    """The lines that compute a direction again; with `keeps_pairs` also `chosen`, the pairs that passed the filter."""
-    asked = direction.asked
-    given = settings(asked) | {"progress": False}
-    spelled = [f"{name}={json.dumps(v) if isinstance(v, str) else v}" for name, v in given.items()]
-    read = ", ".join(spelled)
-    pairs = f"pairs = {direction.source}.select(emotion={json.dumps(asked.emotion)})[:{asked.n}]"
-    lines = [
-        f"model = HookedVLM.from_pretrained({json.dumps(asked.model)})",
-        pairs + (f".asked({json.dumps(LIST)})" if asked.reading == LISTED else ""),
-    ]
-    if keeps_pairs:
-        lines += [f"chosen = select_pairs(model, pairs, {read})", "directions = directions_from(chosen)"]
-    else:
-        lines += [f"directions = extract_directions(model, pairs, {read})"]
-    return [*lines, f"direction = directions.of({json.dumps(asked.emotion)})  # [layer d_model]"]
+    session.kept["direction"] = result
+    return result

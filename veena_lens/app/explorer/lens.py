@@ -1,127 +1,114 @@
-"""The Lens tab: what the stream would say at each layer and position of the last question."""
+"""The Lens tab: what each layer predicts at each position of the last question."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from veena_lens import plots
-from veena_lens.app.explorer.look import Asked
-from veena_lens.app.explorer.parts import (
-    Shared,
-    code_box,
-    export_box,
-    figure_html,
-    listed,
-    program,
-    view_slot,
-    view_value,
-)
-from veena_lens.app.explorer.patch import word_token
-from veena_lens.app.explorer.state import Explorer, Session, told
+from veena_lens.app.explorer.look import Question, first_token, prepared
+from veena_lens.app.explorer.parts import Shared, code_box, export_box, figure_html, table_files, view_slot, view_value
+from veena_lens.app.explorer.programs import make, model_of, program
+from veena_lens.app.explorer.state import Explorer, Session, report_errors
 from veena_lens.app.view import ExplorerView
 from veena_lens.circuits import logit_lens
 from veena_lens.scores import Scores
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from veena_lens import HookedVLM, MultimodalInputs
 
 MOST_WORDS = 12
 WORDS = "happy, sad, angry, surprised, neutral"
 
 
 def words_in(text: str) -> list[str]:
-    """Words between commas. Raises: ValueError for none, or too many."""
+    """The words between commas. Raises: ValueError for none, or too many."""
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not 1 <= len(words) <= MOST_WORDS:
-        raise ValueError(f"Name 1 to {MOST_WORDS} words, with commas between; these are {len(words)}.")
+        raise ValueError(f"Got {len(words)} words; name 1 to {MOST_WORDS} words, separated by commas.")
     return words
 
 
-def look_through(explorer: Explorer, session: Session, words: list[str]) -> tuple[ExplorerView, Scores, str]:
-    """The view in lens mode, each word's probability by layer where the answer begins, and the code."""
-    asked: Asked = session.need("asked", "Ask something in the Look tab first; its run is what the lens reads.")
-    with explorer.using(asked.model) as model:
-        tokens = [word_token(model, word) for word in words]
-        view = ExplorerView.from_run(
-            model,
-            asked.inputs,
-            pictures=[p.image for p in asked.pictures],
-            modes=["lens", "norms"],
-            words=tokens,
-            max_bytes=1,
-            title=f"{asked.model}, logit lens",
-        )
-        spans = asked.inputs.spans[0]
-        every = logit_lens(model, asked.inputs, slice(spans.last, None), tokens, values="prob").select(batch=0)
-        # Where in the answer one of the words comes closest to being said.
-        place = int(every.values[-1].amax(-1).argmax())
-        at = every.labels["pos"][place]
-        after = model.tokenizer.decode(asked.inputs.tokens[0, at : at + 1])
-    scores = Scores(
-        every.values[:, place],
-        ("layer", "word"),
-        {"layer": every.labels["layer"], "word": words},
-        "probability",
-        meta={"position": at, "after": after.strip()},
-    )
-    session.kept["lens scores"] = scores
-    body = [
-        f"model = HookedVLM.from_pretrained({asked.model!r})",
-        f"pictures = {listed(asked.pictures) if asked.pictures else None}",
-        f"inputs = model.prepare(text={asked.prompt!r}, images=pictures, answer={asked.answer!r})",
-        f"tokens = {tokens}  # {', '.join(words)}",
-        f'scores = logit_lens(model, inputs, {at}, tokens, values="prob").select(batch=0)  # after {after.strip()!r}',
-        "print(scores.to_frame())",
-    ]
-    if asked.pictures:
-        body.append('maps = logit_lens_grid(model, inputs, tokens, values="prob")  # over the picture, layer by layer')
-    imports = ["from veena_lens import HookedVLM", "from veena_lens.circuits import logit_lens_grid, logit_lens"]
-    return view, scores, program(imports, body, asked.pictures)
+def first_tokens(model: HookedVLM, words: list[str]) -> list[int]:
+    """Return the first token of each word."""
+    return [first_token(model, word) for word in words]
 
 
-def lines_of(scores: Scores) -> Any:
-    """The words' probabilities over the layers."""
+def probabilities_by_layer(model: HookedVLM, inputs: MultimodalInputs, tokens: list[int], words: list[str]) -> Scores:
+    """Read each word's probability in every layer, where in the answer one of them is most likely in the last."""
+    last = inputs.spans[0].last
+    every = logit_lens(model, inputs, slice(last, None), tokens, values="prob").select(batch=0)
+    place = int(every.values[-1].amax(-1).argmax())
+    at = every.labels["pos"][place]
+    after = model.tokenizer.decode(inputs.tokens[0, at : at + 1]).strip()
+    labels = {"layer": every.labels["layer"], "word": words}
+    about = {"position": at, "after": after}
+    return Scores(every.values[:, place], ("layer", "word"), labels, "probability", meta=about)
+
+
+def curves_of(scores: Scores) -> Figure:
+    """Draw the words' probabilities over the layers."""
     return plots.curves(
         scores.values.T,
         x=scores.labels["layer"],
         x_name="layer",
         lines=scores.labels["word"],
-        title=f"Said next after '{scores.meta['after']}', were this the last layer",
+        title=f"Prediction after '{scores.meta['after']}', from each layer",
         name="probability",
     )
 
 
+def look_through(explorer: Explorer, session: Session, words: list[str]) -> tuple[ExplorerView, Scores, str]:
+    """Return the view in lens mode, each word's probability by layer, and the program that makes both."""
+    asked: Question = session.need("asked", "Ask something in the Look tab first; the lens reads its run.")
+    with explorer.using(asked.model) as loaded:
+        model = model_of(loaded, asked.model)
+        inputs = make("inputs", prepared, model, asked.images, asked.prompt, asked.answer)
+        tokens = make("tokens", first_tokens, model, words)
+        scores = make("scores", probabilities_by_layer, model, inputs, tokens, words)
+        settings = {"pictures": asked.images, "modes": ["lens", "norms"], "words": tokens}
+        settings |= {"title": f"{asked.model}, logit lens"}
+        view = make("view", ExplorerView.from_run, model, inputs, hidden={"max_bytes": 1}, **settings)
+    session.kept["lens scores"] = scores.value
+    figure = make("figure", curves_of, scores)
+    then = ['plots.save(figure, "lens.png")', 'view.save("lens.html")']
+    return view.value, scores.value, program(figure, view, then=then)
+
+
 def export_lens(session: Session) -> list[str]:
-    """The curves as an image and a table, the view as a page."""
-    scores: Scores = session.need("lens scores", "Read the stream first; then there is something to export.")
-    view: ExplorerView = session.need("lens", "Read the stream first; then there is something to export.")
-    frame = scores.to_frame()
-    frame.to_csv(session.folder / "lens.csv", index=False)
-    frame.to_parquet(session.folder / "lens.parquet", index=False)
-    figure = plots.save(lines_of(scores), session.folder / "lens.png")
+    """Write the curves as an image and a table, the view as a page; return the paths."""
+    nothing = "Read the layers first; then there is something to export."
+    scores: Scores = session.need("lens scores", nothing)
+    view: ExplorerView = session.need("lens", nothing)
+    figure = plots.save(curves_of(scores), session.folder / "lens.png")
     page = view.save(session.folder / "lens.html")
-    return [str(f) for f in (figure, session.folder / "lens.csv", session.folder / "lens.parquet", page)]
+    return [str(f) for f in (figure, *table_files(scores.to_frame(), session, "lens"), page)]
 
 
 def build(shared: Shared) -> None:
-    """The tab's components and what they do."""
+    """Build the tab's components and say what they do."""
     explorer = shared.explorer
     with gr.Row(equal_height=True):
-        words = gr.Textbox(WORDS, label="Words (with commas between)", elem_id="words", scale=4)
+        words = gr.Textbox(WORDS, label="Words, separated by commas", elem_id="words", scale=4)
         go = gr.Button(
-            "Read the stream", variant="primary", elem_id="lens-go", scale=1, min_width=160, elem_classes="veena-go"
+            "Read the layers", variant="primary", elem_id="lens-go", scale=1, min_width=160, elem_classes="veena-go"
         )
     view = view_slot("lens-view")
     figure = gr.HTML(elem_id="lens-figure", apply_default_css=False)
     code = code_box("lens-code")
 
-    @told
+    @report_errors
     def read(text: str, request: gr.Request) -> tuple[str, str, str]:
         session = explorer.session(request.session_hash)
         found, scores, lines = look_through(explorer, session, words_in(text))
         named = scores.labels["word"]
-        alt = f"Probability of {len(named)} words by layer; {named[int(scores.values[-1].argmax())]} leads at the end."
+        best = named[int(scores.values[-1].argmax())]
+        alt = f"Probability of {len(named)} words by layer; {best} has the highest in the last layer."
         opened = {"layer": len(scores.values) - 1, "query": scores.meta["position"]}
-        return view_value(explorer.show(session, "lens", found), **opened), figure_html(lines_of(scores), alt), lines
+        return view_value(explorer.show(session, "lens", found), **opened), figure_html(curves_of(scores), alt), lines
 
     gr.on([go.click, words.submit], read, words, [view, figure, code], api_visibility="private")
     export_box("lens", export_lens, explorer)

@@ -1,41 +1,66 @@
-"""The Look tab: ask about images, watch the answer come, and see where every word of it looked.
-
-Asking a model about images, piece by piece, and the view of what it did.
-"""
+"""The Look tab: ask about images, watch the answer grow, and see where every word of it looked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from veena_lens.app.explorer.directions import Direction, direction_imports, direction_lines
-from veena_lens.app.explorer.parts import Shared, code_box, export_box, listed, program, view_slot, view_value
-from veena_lens.app.explorer.pictures import Shown, chosen, open_sample, samples, thumbnails
-from veena_lens.app.explorer.state import Explorer, Session, by_name, told
+from veena_lens.app.explorer.directions import Direction
+from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box, table_files, view_slot, view_value
+from veena_lens.app.explorer.pictures import GivenImage, chosen, open_sample, samples, thumbnails
+from veena_lens.app.explorer.programs import Made, make, model_of, program
+from veena_lens.app.explorer.state import Explorer, Session, by_name, report_errors, takes
+from veena_lens.app.questions import FEELING
 from veena_lens.app.view import ExplorerView, open_cache, save_cache
 
-IMPORTS = ("from veena_lens import HookedVLM", "from veena_lens.app.view import ExplorerView")
+if TYPE_CHECKING:
+    from veena_lens import HookedVLM, MultimodalInputs
+
+SAVE = 'view.save("view.html")  # or view.widget() in a notebook'
+NO_SECOND = "none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Asked:
-    """A question that was answered: what every other tab builds on."""
+class Question:
+    """A question that was answered: what every other tab builds on. `inputs`: prepared, with the answer."""
 
     model: str
-    pictures: Sequence[Shown]
+    pictures: Sequence[GivenImage]
     prompt: str
-    inputs: Any  # prepared, with the answer
+    inputs: MultimodalInputs
     answer: str
+
+    @property
+    def images(self) -> list[Made]:
+        """The images as a program opens them."""
+        return [picture.made for picture in self.pictures]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is chosen on the tab, in the order of its components."""
+
+    model: str
+    uploads: list[str] | None
+    sample: str | None
+    prompt: str
+    second: str | None
+    max_new_tokens: float | int
 
 
 def ask(
-    explorer: Explorer, session: Session, name: str, pictures: Sequence[Shown], prompt: str, max_new_tokens: int
+    explorer: Explorer,
+    session: Session,
+    name: str,
+    pictures: Sequence[GivenImage],
+    prompt: str,
+    max_new_tokens: int,
 ) -> Iterator[str]:
-    """The answer as it grows; the session holds what is there so far as "asked".
+    """Yield the answer as it grows; the session holds what is there so far as "asked".
 
     The model is free for others between two tokens; nothing is hooked meanwhile.
     Raises: ValueError for an empty or overlong prompt, or whatever the processor refuses."""
@@ -55,71 +80,61 @@ def ask(
             piece = next(steps, None)
         text += piece or ""
         answered = inputs.with_answer(text) if text else inputs
-        # Kept at each step: an answer that is stopped is one to look at as well.
-        session.kept["asked"] = Asked(model=name, pictures=tuple(pictures), prompt=prompt, inputs=answered, answer=text)
+        # Kept at each step: an answer that is stopped can be looked at as well.
+        session.kept["asked"] = Question(
+            model=name, pictures=tuple(pictures), prompt=prompt, inputs=answered, answer=text
+        )
         if piece is None:
             return
         yield text
 
 
-def look(explorer: Explorer, session: Session, second: Shown | None = None) -> tuple[ExplorerView, str]:
-    """The view of the last answer, and the code that makes it; `second`: an image of the same grid to compare."""
-    asked: Asked = session.need("asked", "Ask something first.")
-    found = session.kept.get("direction")
-    direction = found if found is not None and found.model == asked.model else None
-    with explorer.using(asked.model) as model:
-        view = ExplorerView.from_run(
-            model,
-            asked.inputs,
-            pictures=[p.image for p in asked.pictures],
-            other=None if second is None else [second.image],
-            directions=None if direction is None else {direction.emotion: direction.vectors},
-            max_bytes=explorer.limits.view_bytes,
-            title=asked.model,
-        )
-    return view, look_code(asked, second, direction)
-
-
-def look_code(asked: Asked, second: Shown | None, direction: Direction | None = None) -> str:
-    """The program behind the Look tab."""
-    used = [*asked.pictures, *([] if second is None else [second])]
-    settings = "answer=True"
-    lines: list[str] = [f"model = HookedVLM.from_pretrained({asked.model!r})"]
-    imports: list[str] = list(IMPORTS)
+def look(explorer: Explorer, session: Session, second: GivenImage | None = None) -> tuple[ExplorerView, str]:
+    """Return the view of the last answer, and the program that makes it; `second`: an image of the same grid to
+    compare."""
+    asked: Question = session.need("asked", "Ask something first.")
+    settings: dict[str, Any] = {"answer": asked.answer} if asked.answer else {}
     if second is not None:
-        settings += f", other={second.code}"
-    if direction is not None:
-        lines = direction_lines(direction)
-        imports = [*IMPORTS[1:], *direction_imports(direction)]
-        settings += f", directions={{{direction.emotion!r}: direction}}"
-    body = [
-        *lines,
-        f"view = ExplorerView.from_run(model, ({listed(asked.pictures)}, {asked.prompt!r}), {settings})",
-        'view.save("view.html")  # or view.widget() in a notebook',
-    ]
-    return program(imports, body, used)
+        settings["other"] = second.made
+    direction: Direction | None = session.kept.get("direction")
+    if direction is not None and direction.model == asked.model:
+        settings["directions"] = {direction.emotion: direction.made["direction"]}
+    hidden = {"max_bytes": explorer.limits.view_bytes, "title": asked.model}
+    with explorer.using(asked.model) as model:
+        source = (asked.images, asked.prompt)
+        view = make("view", ExplorerView.from_run, model_of(model, asked.model), source, hidden=hidden, **settings)
+    return view.value, program(view, then=[SAVE])
 
 
 def look_at_cache(explorer: Explorer, path: str | Path, name: str | None = None) -> tuple[ExplorerView, str]:
-    """The view of a cache file and its code; with the `name` of a model also the lens, without it none is loaded.
+    """Return the view of a cache file and its program; with the `name` of a model it has the lens, too.
 
-    Raises: ValueError for a file that is no cache, was cut short, or is of another model."""
-    limit = explorer.limits.view_bytes
+    Raises: ValueError for a file that is not a cache, was cut short, or is of another model."""
     with by_name(path):
-        opened = open_cache(path)
+        file = Made(open_cache(path), repr(Path(path).name))
+    hidden = {"max_bytes": explorer.limits.view_bytes}
     if name is None:
-        view = ExplorerView.from_cache(opened, max_bytes=limit)
+        view = make("view", ExplorerView.from_cache, file, hidden=hidden)
     else:
         with explorer.using(name) as model:
-            view = ExplorerView.from_cache(opened, model=model, max_bytes=limit)
-    file, imports, body = Path(path).name, list(IMPORTS[1:]), []
-    if name is not None:
-        imports, body = list(IMPORTS), [f"model = HookedVLM.from_pretrained({name!r})"]
-    body += [f"view = ExplorerView.from_cache({file!r}{'' if name is None else ', model=model'})"]
-    return view, program(imports, [*body, 'view.save("view.html")'])
+            view = make("view", ExplorerView.from_cache, file, model=model_of(model, name), hidden=hidden)
+    return view.value, program(view, then=[SAVE])
 
 
-def cell_boxes_of(inputs: Any, image: int = 0) -> Any:
+def prepared(model: HookedVLM, images: list, question: str, answer: str) -> MultimodalInputs:
+    """Prepare a question about images, with its answer."""
+    inputs = model.prepare(text=question, images=images or None)
+    return inputs.with_answer(answer) if answer else inputs
+
+
+def first_token(model: HookedVLM, word: str) -> int:
+    """Return the first token of a word as it follows a space. Raises: ValueError for an empty word."""
+    if not word.strip():
+        raise ValueError("Name two words whose logits are compared, for example happy and neutral.")
+    return int(model.tokenizer(f" {word.strip()}", add_special_tokens=False)["input_ids"][0])
+
+
+def cell_boxes_of(inputs: MultimodalInputs, image: int = 0) -> Any:
     """Boxes of the grid's cells row by row, in pixels of the image; None where they are not known."""
     boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
     if boxes is None or not inputs.grid_places:
@@ -128,7 +143,7 @@ def cell_boxes_of(inputs: Any, image: int = 0) -> Any:
 
 
 def export_look(explorer: Explorer, session: Session) -> list[str]:
-    """The view as a page, an image and a table, and the run's cache; paths of the files.
+    """Write the view as a page, an image and a table, and the run's cache; return the paths.
 
     Raises: ValueError before anything was asked."""
     from veena_lens import plots
@@ -136,7 +151,7 @@ def export_look(explorer: Explorer, session: Session) -> list[str]:
 
     view: ExplorerView = session.need("look", "Ask something first; then there is something to export.")
     files = [view.save(session.folder / "view.html")]
-    asked: Asked | None = session.kept.get("asked")
+    asked: Question | None = session.kept.get("asked")
     if asked is None:
         return [str(f) for f in files]
     with explorer.using(asked.model) as model:
@@ -156,10 +171,7 @@ def export_look(explorer: Explorer, session: Session) -> list[str]:
         )
     )
     if scores is not None:
-        frame = scores.to_frame()
-        frame.to_csv(session.folder / "attention.csv", index=False)
-        frame.to_parquet(session.folder / "attention.parquet", index=False)
-        files += [session.folder / "attention.csv", session.folder / "attention.parquet"]
+        files += table_files(scores.to_frame(), session, "attention")
         total = scores.values[0].sum((-1, -2)).mean(-1)
         best = scores.select(batch=0).mean("head").select(layer=int(total.argmax()))
         figure = plots.overlay(asked.pictures[0].image, best.values, patch_boxes=cell_boxes_of(asked.inputs))
@@ -167,119 +179,104 @@ def export_look(explorer: Explorer, session: Session) -> list[str]:
     return [str(f) for f in files]
 
 
-QUESTION = "how does the person in the picture feel?"
-
-
 def build(shared: Shared) -> None:
-    """The tab's components and what they do."""
+    """Build the tab's components and say what they do."""
     explorer = shared.explorer
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=260):
-            uploads = gr.File(
-                label="Pictures (drop one or several)",
-                file_count="multiple",
-                type="filepath",
-                height=96,
-                elem_classes="veena-drop",
-                elem_id="uploads",
-            )
+            uploads = file_box("Images (drop one or several)", "uploads", several=True)
             sample = gr.Dropdown(
-                list(samples()), value=shared.first_sample, label="or a sample picture", elem_id="sample"
+                list(samples()), value=shared.first_sample, label="or a sample image", elem_id="sample"
             )
             thumbs = gr.HTML(elem_id="thumbs", apply_default_css=False)
         with gr.Column(scale=3, min_width=320):
             prompt = gr.Textbox(
-                QUESTION, label="Question", lines=2, elem_id="prompt", max_length=explorer.limits.prompt_characters
+                FEELING, label="Question", lines=2, elem_id="prompt", max_length=explorer.limits.prompt_characters
             )
             with gr.Row():
                 go = gr.Button("Ask", variant="primary", elem_id="ask", scale=2)
                 stop = gr.Button("Stop", elem_id="stop", scale=1)
             answer = gr.Textbox(label="Answer", interactive=False, lines=2, elem_id="answer")
-            with gr.Accordion("Compare with a second picture, set lengths, open a cache", open=False, elem_id="more"):
+            with gr.Accordion("Compare with a second image, set lengths, open a cache", open=False, elem_id="more"):
                 second = gr.Dropdown(
-                    ["none", *samples()],
-                    value="none",
-                    label="Second picture with the same token grid",
+                    [NO_SECOND, *samples()],
+                    value=NO_SECOND,
+                    label="Second image with the same token grid",
                     elem_id="second",
                 )
-                length = gr.Slider(1, explorer.limits.new_tokens, 64, step=1, label="Longest answer (tokens)")
-                lens = gr.Checkbox(False, label="Read caches with the chosen model, for the lens", elem_id="cache-lens")
-                cache = gr.File(
-                    label="An activation cache (.safetensors)",
-                    type="filepath",
-                    height=96,
-                    elem_classes="veena-drop",
-                    elem_id="cache",
+                length = gr.Slider(
+                    1, explorer.limits.new_tokens, 64, step=1, label="Maximum length of the answer (tokens)"
                 )
+                lens = gr.Checkbox(
+                    False, label="Use the chosen model to add the logit lens to caches", elem_id="cache-lens"
+                )
+                cache = file_box("An activation cache (.safetensors)", "cache")
     view = view_slot("look-view")
     code = code_box("look-code")
     shared.look_view, shared.look_code = view, code
 
-    @told
+    def shown(session: Session, other: str | None) -> tuple[str, str]:
+        compared = None if other in (None, NO_SECOND) else open_sample(other)
+        found, lines = look(explorer, session, compared)
+        return view_value(explorer.show(session, "look", found)), lines
+
     def preview(paths: list[str] | None, name: str | None) -> str:
         pictures = chosen(paths, name, explorer.limits)
         return thumbnails([(p.image, Path(p.name).name) for p in pictures])
 
-    @told
-    def ask(
-        model: str,
-        paths: list[str] | None,
-        name: str | None,
-        question: str,
-        other: str,
-        most: float | int,
-        request: gr.Request,
-    ) -> Iterator[tuple[Any, Any, Any]]:
-        session = explorer.session(request.session_hash)
-        pictures = chosen(paths, name, explorer.limits)
+    def answered(choices: Choices, session: Session) -> Iterator[tuple[Any, Any, Any]]:
+        pictures = chosen(choices.uploads, choices.sample, explorer.limits)
         text = ""
-        for text in ask(explorer, session, model, pictures, question, int(most)):
+        for text in ask(explorer, session, choices.model, pictures, choices.prompt, int(choices.max_new_tokens)):
             yield text, gr.skip(), gr.skip()
-        yield text or "(nothing was said)", *shown(session, other)
+        yield text or "(empty answer)", *shown(session, choices.second)
 
-    def shown(session: Session, other: str | None) -> tuple[str, str]:
-        compared = None if other in (None, "none") else open_sample(other)
-        found, program = look(explorer, session, compared)
-        return view_value(explorer.show(session, "look", found)), program
-
-    @told
+    @report_errors
     def stopped(other: str, request: gr.Request) -> tuple[Any, Any, Any]:
         session = explorer.session(request.session_hash)
         asked = session.kept.get("asked")
         if asked is None:
             return gr.skip(), gr.skip(), gr.skip()
-        return asked.answer or "(stopped before a word was said)", *shown(session, other)
+        return asked.answer or "(stopped before the first token)", *shown(session, other)
 
-    @told
-    def opened(path: str | None, with_lens: bool, model: str, request: gr.Request) -> tuple[Any, Any, Any]:
+    def opened(path: str | None, with_lens: bool, model: str, session: Session) -> tuple[Any, Any, Any]:
         if not path:
             return gr.skip(), gr.skip(), gr.skip()
-        session = explorer.session(request.session_hash)
-        found, program = look_at_cache(explorer, path, model if with_lens else None)
+        found, lines = look_at_cache(explorer, path, model if with_lens else None)
         session.kept.pop("asked", None)
-        return view_value(explorer.show(session, "look", found)), program, f"(a cache: {Path(path).name})"
+        return view_value(explorer.show(session, "look", found)), lines, f"(a cache: {Path(path).name})"
+
+    @report_errors
+    def uploaded(path: str | None, with_lens: bool, model: str, request: gr.Request) -> tuple[Any, Any, Any]:
+        return opened(path, with_lens, model, explorer.session(request.session_hash))
+
+    @report_errors
+    def first(model: str, name: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
+        """What the page opens with: the cache of the command line, or the sample on a small model."""
+        session = explorer.session(request.session_hash)
+        if explorer.cache is not None:
+            found = opened(str(explorer.cache), False, model, session)
+            yield thumbnails([]), found[2], found[0], found[1]
+            return
+        faces = preview(None, name)
+        yield faces, gr.skip(), gr.skip(), gr.skip()
+        if shared.asks_at_once:
+            for step in answered(Choices(model, None, name, question, NO_SECOND, 64), session):
+                yield (faces, *step)
 
     sources = [shared.model, uploads, sample, prompt, second, length]
     asked = gr.on(
-        [go.click, prompt.submit], ask, sources, [answer, view, code], concurrency_limit=4, api_visibility="private"
+        [go.click, prompt.submit],
+        takes(explorer, Choices)(answered),
+        sources,
+        [answer, view, code],
+        concurrency_limit=4,
+        api_visibility="private",
     )
     stop.click(stopped, second, [answer, view, code], cancels=[asked], api_visibility="private")
-    uploads.change(preview, [uploads, sample], thumbs, api_visibility="private", show_progress="hidden")
-    sample.change(preview, [uploads, sample], thumbs, api_visibility="private", show_progress="hidden")
-    cache.upload(opened, [cache, lens, shared.model], [view, code, answer], api_visibility="private")
+    quietly: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    for component in (uploads, sample):
+        component.change(report_errors(preview), [uploads, sample], thumbs, **quietly)
+    cache.upload(uploaded, [cache, lens, shared.model], [view, code, answer], api_visibility="private")
     export_box("look", lambda session: export_look(explorer, session), explorer)
-
-    @told
-    def first(model: str, name: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """What the page opens with: the cache of the command line, or the sample on a small model."""
-        if explorer.cache is not None:
-            found = opened(str(explorer.cache), False, model, request)
-            yield thumbnails([]), found[2], found[0], found[1]
-            return
-        shown = preview(None, name)
-        yield shown, gr.skip(), gr.skip(), gr.skip()
-        if shared.asks_at_once:
-            for step in ask(model, None, name, question, "none", 64, request):
-                yield (shown, *step)
-
     shared.loads.append((first, [shared.model, sample, prompt], [thumbs, answer, view, code]))

@@ -1,7 +1,7 @@
 """Pairs that a visitor gives: two sets of images, or a .zip with folders or a manifest; checked, then kept by a tab.
 
-Files are copied into the tab's own folder under names of ours or names that were checked, so that nothing outside of
-it is read or written whatever an archive says.
+Files are copied into the tab's folder under names that were made here or checked, so that nothing outside it is read
+or written, whatever an archive says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -26,21 +26,22 @@ NEUTRAL = "neutral"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FOLDER = "pairs"
 HOW = (
-    f"A .zip of pairs has one folder an emotion and one named {NEUTRAL!r}, twins by the same file name, or a "
-    f"{MANIFEST} beside its pictures."
+    f"A .zip of pairs has one folder per emotion and one named {NEUTRAL!r}, twins with the same file name, or a "
+    f"{MANIFEST} beside its images."
 )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OwnPairs:
-    """Checked pairs, the folder that holds them, and the expression that loads them from a copy of it."""
+    """Checked pairs, the folder that holds them, and the expression that loads them from a copy of it by `loader`."""
 
     pairs: PairSet
     folder: Path
     code: str
+    loader: Callable[..., PairSet] = load_pairs
 
-    def told(self) -> str:
-        """What was given, in a sentence."""
+    def describe(self) -> str:
+        """Say what was given, in a sentence."""
         counts = {emotion: sum(p.emotion == emotion for p in self.pairs) for emotion in self.pairs.emotions}
         each = [f"{counted(n, 'pair')} of {emotion}" for emotion, n in counts.items()]
         return f"Your pairs: {', '.join(each)}."
@@ -49,22 +50,22 @@ class OwnPairs:
 def take_sets(
     session: Session, shown: Sequence[str] | None, twins: Sequence[str] | None, emotion: str, limits: Limits
 ) -> OwnPairs:
-    """Pairs from two sets of files: twins by their name where all names agree, else in the order given.
+    """Make pairs from two sets of files: twins by their name where all names agree, else in the order given.
 
     Raises: ValueError for sets of unequal size, an emotion that no wheel knows, or images that cannot be used."""
     shown, twins, emotion = list(shown or ()), list(twins or ()), emotion.strip().lower()
     if not shown or not twins:
         raise ValueError(
-            "Give both sets: images that show it, and the same without it; or a .zip with pairs. "
-            f"These are {len(shown)} and {len(twins)}."
+            "Give both sets, images with the emotion and the same without it, or a .zip with pairs; got "
+            f"{len(shown)} and {len(twins)} images."
         )
     if len(shown) != len(twins):
         raise ValueError(
-            f"{counted(len(shown), 'picture')} that show it and {len(twins)} without it: each needs its twin."
+            f"Got {counted(len(shown), 'image')} with the emotion and {len(twins)} without it; each needs its twin."
         )
     _require_few(len(shown), limits)
     if not emotion or emotion == NEUTRAL:
-        raise ValueError("Name what the first set shows, an emotion such as happy.")
+        raise ValueError("Name the emotion of the first set, such as happy.")
     EmotionWheels.default().require([emotion])
     stems = [sorted(Path(p).stem for p in side) for side in (shown, twins)]
     by_name = stems[0] == stems[1] and len(set(stems[0])) == len(stems[0])
@@ -83,7 +84,9 @@ def take_sets(
 
 
 def take_zip(session: Session, path: str | Path, limits: Limits) -> OwnPairs:
-    """Pairs from an archive. Raises: ValueError for one that is no .zip, is damaged, holds too much or lacks twins."""
+    """Make pairs from an archive.
+
+    Raises: ValueError for one that is not a .zip, is damaged, holds too much or lacks twins."""
     path, folder = Path(path), _fresh(session)
     try:
         _unpack(path, folder, limits)
@@ -94,14 +97,14 @@ def take_zip(session: Session, path: str | Path, limits: Limits) -> OwnPairs:
 
 
 def forget_pairs(session: Session) -> None:
-    """Back to the sample faces."""
+    """Go back to the sample faces."""
     own: OwnPairs | None = session.kept.pop("own_pairs", None)
     if own is not None:
         shutil.rmtree(own.folder, ignore_errors=True)
 
 
 def export_pairs(session: Session) -> list[str]:
-    """The pairs as pairs.zip, for the program that loads them; nothing where there are none."""
+    """Write the pairs as pairs.zip, for the program that loads them; nothing where there are none."""
     own: OwnPairs | None = session.kept.get("own_pairs")
     if own is None:
         return []
@@ -118,8 +121,8 @@ def _fresh(session: Session) -> Path:
     return folder
 
 
-def _kept(session: Session, folder: Path, name: str = "your pictures", limits: Limits | None = None) -> OwnPairs:
-    """The folder's pairs, in the tab's memory. Raises: ValueError, in the visitor's own names."""
+def _kept(session: Session, folder: Path, name: str = "your images", limits: Limits | None = None) -> OwnPairs:
+    """Keep the folder's pairs in the tab's memory. Raises: ValueError, in the visitor's own names."""
     has_manifest = (folder / MANIFEST).is_file()
     if has_manifest:
         _require_inside(folder)
@@ -128,15 +131,15 @@ def _kept(session: Session, folder: Path, name: str = "your pictures", limits: L
     except FileNotFoundError:
         raise ValueError(f"{name} holds no pairs. {HOW}") from None
     except ValueError as error:
-        told = str(error).replace(f"{folder}/", "").replace(str(folder), name)
-        raise ValueError(told) from error
+        text = str(error).replace(f"{folder}/", "").replace(str(folder), name)
+        raise ValueError(text) from error
     if not len(pairs):
         raise ValueError(f"{name} holds no image with a neutral twin. {HOW}")
     if limits is not None:
         _require_few(len(pairs), limits)
     forget_pairs(session)
     code = f'load_pairs("{FOLDER}").without_context()' if has_manifest else f'pairs_from_folders("{FOLDER}")'
-    own = OwnPairs(pairs=pairs, folder=folder, code=code)
+    own = OwnPairs(pairs=pairs, folder=folder, code=code, loader=load_pairs if has_manifest else pairs_from_folders)
     session.kept["own_pairs"] = own
     return own
 
@@ -147,7 +150,7 @@ def _require_few(n: int, limits: Limits) -> None:
 
 
 def _require_inside(folder: Path) -> None:
-    """Raises: ValueError for a manifest that names a file outside of its folder."""
+    """Check a manifest's paths. Raises: ValueError for a file outside its folder."""
     for line in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             file = json.loads(line).get("file") if line.strip() else None
@@ -158,12 +161,12 @@ def _require_inside(folder: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    """A file's name without what a path could be made of."""
-    return "".join(c if c.isalnum() or c in "-_ ." else "_" for c in name).lstrip(".") or "picture"
+    """Return a file's name without characters that could make a path."""
+    return "".join(c if c.isalnum() or c in "-_ ." else "_" for c in name).lstrip(".") or "image"
 
 
 def _unpack(path: Path, folder: Path, limits: Limits) -> None:
-    """Pictures and the manifest of an archive, a single folder around them left out.
+    """Unpack images and the manifest of an archive, a single folder around them left out.
 
     Raises: ValueError for no archive, entries that lead elsewhere, or more than the limits allow."""
     if path.stat().st_size > limits.upload_bytes:
@@ -203,7 +206,7 @@ def _unpack(path: Path, folder: Path, limits: Limits) -> None:
 
 
 def _wanted(entry: zipfile.ZipInfo) -> bool:
-    """Pictures and manifests; no folders, links or hidden files."""
+    """True for images and manifests; not for folders, links or hidden files."""
     name = PurePosixPath(entry.filename.replace("\\", "/"))
     hidden = any(part.startswith(".") and part not in ("..", ".") or part == "__MACOSX" for part in name.parts)
     is_link = stat.S_ISLNK(entry.external_attr >> 16)
@@ -211,7 +214,7 @@ def _wanted(entry: zipfile.ZipInfo) -> bool:
 
 
 def _inside(name: str, archive: str) -> PurePosixPath:
-    """Raises: ValueError for an entry that would be written outside of its folder."""
+    """Return the path of an entry. Raises: ValueError for one that leads outside its folder."""
     where = PurePosixPath(name.replace("\\", "/"))
     if where.is_absolute() or ".." in where.parts or ":" in where.parts[0]:
         raise ValueError(f"{archive} holds the entry {name!r}, which leads out of its folder; pack it anew.")

@@ -38,7 +38,7 @@ CSS = """
 .veena-slot { min-height: 40px; color: #555b64; }
 .veena-slot.veena-view { color: #1c1e21; background: #ffffff; padding: 12px; border: 1px solid #d4d8de;
   border-radius: 6px; }
-.veena-hint p, .veena-told { color: #555b64; font-size: 14px; }
+.veena-hint p, .veena-status { color: #555b64; font-size: 14px; }
 .veena-title { font-size: 15px; font-weight: 600; margin: 8px 0; color: #1c1e21; }
 .veena-cellrow { display: flex; gap: 1px; margin-bottom: 1px; }
 .veena-cellrow > button, .veena-cellrow > span { flex: 1 1 0; min-width: 0; }
@@ -60,7 +60,7 @@ CSS = """
 
 
 def page_theme() -> Any:
-    """Gradio's plain theme in system fonts, with the project's blue for what can be pressed."""
+    """Return Gradio's plain theme in system fonts, with the project's blue for what can be pressed."""
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
     theme = gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
@@ -91,12 +91,12 @@ ALWAYS_LIGHT = "() => { document.body.classList.remove('dark'); document.documen
 
 
 def build_page(explorer: Explorer) -> Any:
-    """The page of an explorer."""
+    """Build the page of an explorer."""
     with gr.Blocks(
         analytics_enabled=False, title="veena_lens explorer", fill_width=True, delete_cache=(600, KEPT_SECONDS)
     ) as demo:
         with gr.Row(equal_height=True):
-            gr.Markdown("# veena_lens\nWhere in the picture does it look, and why did it say that?", elem_id="title")
+            gr.Markdown("# veena_lens\nWhere in the image does it look, and why did it say that?", elem_id="title")
             model = gr.Dropdown(
                 explorer.names, value=explorer.names[0], label="Model", elem_id="model", scale=0, min_width=280
             )

@@ -1,9 +1,4 @@
-"""What the tabs share: the model's choice, the box with code to copy, and exports.
-
-The Python behind a figure: what the page shows beside it, to copy. It runs as it stands.
-
-The page's own components: a view, a grid of cells to click, and a figure with its alt text.
-"""
+"""What the tabs share: views, grids of cells, figures with their alt text, boxes for files, code and exports."""
 
 from __future__ import annotations
 
@@ -12,40 +7,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from veena_lens.app.explorer.pictures import Shown, samples
-from veena_lens.app.explorer.state import Explorer, Session, told
+from veena_lens.app.explorer.pictures import samples
+from veena_lens.app.explorer.state import Explorer, Session, report_errors
 from veena_lens.app.view.building import colours
 from veena_lens.plots import theme
 
-SAMPLE = """from veena_lens.checkpoints.files import bundled_pictures
-
-
-def sample(file):
-    return next(p for p in bundled_pictures() if p.file == file).open()
-"""
-
-
-def program(imports: Sequence[str], body: Sequence[str], pictures: Sequence[Shown] = ()) -> str:
-    """Imports, the helper that opens sample images where some are used, and the lines."""
-    lines = sorted(imports)
-    text = "\n".join(lines) + "\n"
-    if any(p.is_sample for p in pictures):
-        head, helper = SAMPLE.split("\n", 1)
-        text = "\n".join(sorted([*lines, head])) + "\n" + helper
-    return text + "\n" + "\n".join(body) + "\n"
-
-
-def listed(pictures: Sequence[Shown]) -> str:
-    """One image's expression, or a list of them."""
-    return pictures[0].code if len(pictures) == 1 else "[" + ", ".join(p.code for p in pictures) + "]"
-
+if TYPE_CHECKING:
+    import pandas as pd
 
 VIEW = """
 const slot = () => element.querySelector('.veena-slot');
@@ -91,25 +67,22 @@ draw();
 
 
 def view_slot(name: str) -> gr.HTML:
-    """An empty place for a view; its "select" tells what was pinned."""
-    return gr.HTML(
-        value="", html_template='<div class="veena-slot"></div>', js_on_load=VIEW, elem_id=name, apply_default_css=False
-    )
+    """Make an empty place for a view; its "select" says what was pinned."""
+    return _slot(name, VIEW)
 
 
 def cells_slot(name: str) -> gr.HTML:
-    """An empty place for a grid of cells; its "select" tells the row and column that was clicked."""
-    return gr.HTML(
-        value="",
-        html_template='<div class="veena-slot"></div>',
-        js_on_load=CELLS,
-        elem_id=name,
-        apply_default_css=False,
-    )
+    """Make an empty place for a grid of cells; its "select" says the row and column that was clicked."""
+    return _slot(name, CELLS)
+
+
+def _slot(name: str, script: str) -> gr.HTML:
+    template = '<div class="veena-slot"></div>'
+    return gr.HTML(value="", html_template=template, js_on_load=script, elem_id=name, apply_default_css=False)
 
 
 def view_value(token: str, **opened: Any) -> str:
-    """What a view slot shows; `opened`: layer and head to begin with."""
+    """Return what a view slot shows; `opened`: layer and head to begin with."""
     return json.dumps({"token": token, **({"open": opened} if opened else {})})
 
 
@@ -123,7 +96,7 @@ def cells_value(
     title: str,
     done: int | None = None,
 ) -> str:
-    """What a grid of cells shows; NaN is a cell that is not there yet."""
+    """Return what a grid of cells shows; NaN is a cell that is not there yet."""
     numbers = [[None if v != v else round(v, 5) for v in row] for row in values.tolist()]
     return json.dumps(
         {
@@ -134,18 +107,14 @@ def cells_value(
             "columnName": column_name,
             "title": title,
             "done": len(rows) if done is None else done,
-            "colours": _signed(),
+            "colours": colours()["signed"],
             "missing": theme.MISSING,
         }
     )
 
 
-def _signed() -> list[str]:
-    return colours()["signed"]
-
-
 def figure_html(figure: Figure, alt: str) -> str:
-    """A figure as an image in the page."""
+    """Embed a figure as an image in the page."""
     data = base64.b64encode(theme.encode(figure, "png")).decode("ascii")
     return f'<img class="veena-figure" src="data:image/png;base64,{data}" alt="{escape(alt, quote=True)}">'
 
@@ -171,16 +140,30 @@ class Shared:
         return next((name for name in names if name.startswith("happy")), names[0])
 
 
+def file_box(label: str, name: str, several: bool = False) -> Any:
+    """Make a place to drop one file, or several."""
+    count = "multiple" if several else "single"
+    return gr.File(label=label, file_count=count, type="filepath", height=96, elem_classes="veena-drop", elem_id=name)
+
+
 def code_box(name: str) -> Any:
-    """The program that makes what the tab shows."""
+    """Make a box for the program that makes what the tab shows."""
     with gr.Accordion("The Python that makes this", open=False, elem_id=f"{name}-box"):
         return gr.Code(language="python", interactive=False, show_label=False, elem_id=name)
 
 
-def export_box(name: str, files: Callable[[Session], list[str]], explorer: Explorer) -> None:
-    """A button, and the files that it makes."""
+def table_files(frame: pd.DataFrame, session: Session, name: str) -> list[Path]:
+    """Write a table as CSV and as Parquet into the session's folder; return both paths."""
+    paths = [session.folder / f"{name}.csv", session.folder / f"{name}.parquet"]
+    frame.to_csv(paths[0], index=False)
+    frame.to_parquet(paths[1], index=False)
+    return paths
 
-    @told
+
+def export_box(name: str, files: Callable[[Session], list[str]], explorer: Explorer) -> None:
+    """Make a button, and a place for the files that it writes."""
+
+    @report_errors
     def export(request: gr.Request) -> Any:
         return gr.update(value=files(explorer.session(request.session_hash)), visible=True)
 

@@ -1,4 +1,4 @@
-"""Pictures that visitors give: samples by name, or uploads that are checked before they are decoded."""
+"""Images that visitors give: samples by name, or uploads that are checked before they are decoded."""
 
 from __future__ import annotations
 
@@ -10,45 +10,53 @@ from pathlib import Path
 
 from PIL import Image
 
+from veena_lens.app.explorer.programs import Made
 from veena_lens.app.explorer.state import Limits
 from veena_lens.app.view.panels import data_url
 from veena_lens.checkpoints.files import Picture, bundled_pictures
 from veena_lens.images.files import open_image
 
 
+def sample(file: str) -> Image.Image:
+    """Open an image that travels with the package."""
+    return next(p for p in bundled_pictures() if p.file == file).open()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Shown:
-    """An image, and how Python gets at it again: a sample's name, or a file's."""
+class GivenImage:
+    """An image, and how Python opens it again: by a sample's name, or a file's."""
 
     image: Image.Image
     name: str
     is_sample: bool
 
     @property
-    def code(self) -> str:
-        """An expression that opens it."""
-        return f"sample({self.name!r})" if self.is_sample else repr(self.name)
+    def made(self) -> Made:
+        """The image with the expression that opens it."""
+        if self.is_sample:
+            return Made(self.image, f"sample({self.name!r})", functions=(sample,))
+        return Made(self.image, repr(self.name))
 
 
 @lru_cache(maxsize=1)
 def samples() -> dict[str, Picture]:
-    """Sample images by a readable name."""
+    """Return sample images by a readable name."""
     chosen = [p for p in bundled_pictures() if p.context is None and p.split in ("test", "emoji", "held-out style")]
     return {f"{p.emotion}, {p.identity}": p for p in chosen}
 
 
-def open_sample(name: str) -> Shown:
-    """Raises: ValueError for a name that there is not."""
+def open_sample(name: str) -> GivenImage:
+    """Open a sample by its readable name. Raises: ValueError for an unknown name."""
     found = samples().get(name)
     if found is None:
-        raise ValueError(f"No sample image {name!r}.")
-    return Shown(image=found.open(), name=found.file, is_sample=True)
+        raise ValueError(f"No sample image is named {name!r}; choose one from the list.")
+    return GivenImage(image=sample(found.file), name=found.file, is_sample=True)
 
 
-def open_upload(path: str, limits: Limits) -> Shown:
-    """An uploaded file as an image.
+def open_upload(path: str, limits: Limits) -> GivenImage:
+    """Open an uploaded file.
 
-    Raises: ValueError for a file that is too large, too many pixels, or no image."""
+    Raises: ValueError for a file that is too large, has too many pixels, or is not an image."""
     file = Path(path)
     size = file.stat().st_size
     if size > limits.upload_bytes:
@@ -56,7 +64,7 @@ def open_upload(path: str, limits: Limits) -> Shown:
     try:
         with Image.open(file) as header:
             pixels = header.width * header.height
-    except Exception:  # whatever a decoder says of broken bytes; open_image tells it in our words
+    except Exception:  # whatever a decoder says of broken bytes; open_image says it in our words
         pixels = 0
     if pixels > limits.pixels:
         raise ValueError(f"{file.name} has {pixels:,} pixels; the limit here is {limits.pixels:,}. Shrink it first.")
@@ -65,20 +73,20 @@ def open_upload(path: str, limits: Limits) -> Shown:
     except (ValueError, FileNotFoundError) as error:
         reason = str(error).replace(str(file), file.name)
         raise ValueError(f"{reason} Give a PNG, JPEG or WebP.") from error
-    return Shown(image=image, name=file.name, is_sample=False)
+    return GivenImage(image=image, name=file.name, is_sample=False)
 
 
-def chosen(uploads: Sequence[str] | None, sample: str | None, limits: Limits) -> list[Shown]:
-    """The uploads, or else the sample. Raises: ValueError for too many, or one that cannot be read."""
+def chosen(uploads: Sequence[str] | None, sample: str | None, limits: Limits) -> list[GivenImage]:
+    """Open the uploads, or else the sample. Raises: ValueError for too many, or one that cannot be read."""
     if uploads:
-        if len(uploads) > limits.pictures:
-            raise ValueError(f"{len(uploads)} images were given; the limit here is {limits.pictures}.")
+        if len(uploads) > limits.images:
+            raise ValueError(f"{len(uploads)} images were given; the limit here is {limits.images}.")
         return [open_upload(path, limits) for path in uploads]
     return [open_sample(sample)] if sample else []
 
 
 def thumbnails(pictures: Sequence[tuple[Image.Image, str]], width: int = 120) -> str:
-    """A row of small images over their captions."""
+    """Return a row of small images over their captions."""
     shown = []
     for image, caption in pictures:
         small = image.copy()

@@ -1,7 +1,6 @@
-"""The server: the page, its routes and its limits under one address, on the loopback unless told otherwise.
+"""The server: the page, its routes and its limits under one address, by default on the loopback.
 
-What the page fetches besides Gradio's own: the view's module and style, a view's data, maps that it asks for.
-
+Besides Gradio's requests the page fetches the view's module and style, a view's data, and maps that it asks for.
 Headers keep the page to this server: no script, font or image of another origin, no frame around it.
 """
 
@@ -29,7 +28,7 @@ CELLS = Path(__file__).with_name("cells.js")
 
 
 def add_routes(app: FastAPI, explorer: Explorer, hosts: Sequence[str] | None = None) -> None:
-    """The routes and headers. `hosts`: names under which the server answers; None for any."""
+    """Add the routes and headers. `hosts`: names under which the server answers; None for any."""
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
@@ -83,7 +82,7 @@ def make_app(
     host: str = "127.0.0.1",
     loading: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The web application (ASGI); `app.state.explorer` is its memory. Nothing listens yet.
+    """Make the web application (ASGI); `app.state.explorer` is its memory. Nothing listens yet.
 
     names: models to choose from, the first one chosen (None: the embedded ones). cache: a file that the page opens.
     loading: settings of `HookedVLM.from_pretrained`, such as device and dtype.
@@ -151,7 +150,7 @@ def serve(
 
 
 def free_port(host: str, port: int | None) -> int:
-    """A port that nobody listens on. Raises: ValueError where the wanted one is taken, or none is free."""
+    """Find a port that nobody listens on. Raises: ValueError where the wanted one is taken, or none is free."""
     for candidate in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + 100):
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,11 +1,8 @@
-"""What the server remembers: models, with a lock each, and one session a browser tab.
+"""What the server remembers: models, each with a lock, and one session per browser tab; limits and errors.
 
 Every use of a model goes through `Explorer.using`: one at a time, and whatever happens inside, no hook and no
-intervention is left on it. Sessions hold results, never hooks, so two tabs cannot mix.
-
-What one visitor may ask of the machine.
-
-Errors as the visitor reads them: what went wrong, in one sentence, in the page.
+intervention is left on it. Sessions hold results, never hooks, so two tabs cannot mix. What goes wrong in a handler
+becomes one sentence in the page.
 """
 
 from __future__ import annotations
@@ -31,15 +28,16 @@ from veena_lens.app.demo import few_threads
 
 if TYPE_CHECKING:
     from veena_lens.app.view import ExplorerView
+    from veena_lens.model.model import HookedVLM
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Raises: ValueError for a limit that allows nothing."""
+    """What one visitor may ask of the machine. Raises: ValueError for a limit that allows nothing."""
 
     upload_bytes: int = 10 * 2**20  # of one file
     pixels: int = 24_000_000  # of one image
-    pictures: int = 8  # of one prompt
+    images: int = 8  # of one prompt
     pairs: int = 64  # of a direction
     unpacked_bytes: int = 200 * 2**20  # of an archive of pairs
     new_tokens: int = 256
@@ -55,41 +53,55 @@ class Limits:
                 raise ValueError(f"Limits: {name}={value} must be at least 1.")
 
 
-# What a user can mend; anything else is a fault of ours and is printed on the server as well.
+# What a user can correct; anything else is a bug, and is printed on the server as well.
 EXPECTED = (ValueError, TypeError, FileNotFoundError, IndexError, KeyError, ImportError)
 MEMORY = (MemoryError, torch.OutOfMemoryError)
 
 
-def told(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose errors become messages of the page; works for functions and generators."""
-    if inspect.isgeneratorfunction(handler):
+def report_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn what a handler raises into a message of the page; for functions and generators."""
 
-        @wraps(handler)
-        def steps(*args: Any, **kwargs: Any) -> Any:
-            try:
-                yield from handler(*args, **kwargs)
-            except gr.Error:
-                raise
-            except Exception as error:
-                raise message(error) from error
-
-        return steps
-
-    @wraps(handler)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def reported() -> Iterator[None]:
         try:
-            return handler(*args, **kwargs)
+            yield
         except gr.Error:
             raise
         except Exception as error:
             raise message(error) from error
 
-    return call
+    @wraps(handler)
+    def steps(*args: Any, **kwargs: Any) -> Any:
+        with reported():
+            yield from handler(*args, **kwargs)
+
+    @wraps(handler)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with reported():
+            return handler(*args, **kwargs)
+
+    return steps if inspect.isgeneratorfunction(handler) else call
+
+
+def takes(explorer: Explorer, choices: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Turn `handler(choices, session)` into a handler of the page: the values of its components, in order, become one
+    record of `choices`. Errors are reported."""
+
+    def decorate(handler: Callable[..., Any]) -> Callable[..., Any]:
+        def call(request: gr.Request, *values: Any) -> Any:
+            return handler(choices(*values), explorer.session(request.session_hash))
+
+        def steps(request: gr.Request, *values: Any) -> Any:
+            yield from call(request, *values)
+
+        return report_errors(steps if inspect.isgeneratorfunction(handler) else call)
+
+    return decorate
 
 
 @contextmanager
 def by_name(path: str | Path) -> Iterator[None]:
-    """Errors about a visitor's file name it as the visitor does, without the folder that the server put it in."""
+    """Name a visitor's file in errors as the visitor does, without the folder that the server put it in."""
     try:
         yield
     except ValueError as error:
@@ -97,14 +109,17 @@ def by_name(path: str | Path) -> Iterator[None]:
 
 
 def message(error: Exception) -> gr.Error:
-    """What the page shows of an error."""
+    """Turn an error into what the page shows of it."""
     if isinstance(error, MEMORY):
-        return gr.Error("The machine's memory is full; nothing was changed. Use a smaller picture, a shorter prompt or "
-                        "fewer positions.", duration=None, print_exception=False)  # fmt: skip
+        text = (
+            "The machine is out of memory; nothing was changed. Use a smaller image, a shorter prompt or fewer "
+            "positions."
+        )
+        return gr.Error(text, duration=None, print_exception=False)
     text = str(error) or type(error).__name__
     if isinstance(error, EXPECTED):
         return gr.Error(text, duration=None, print_exception=False)
-    return gr.Error(f"This should not have happened: {type(error).__name__}: {text}", duration=None)
+    return gr.Error(f"Unexpected error, please report it: {type(error).__name__}: {text}", duration=None)
 
 
 MOST_MODELS = 2
@@ -120,7 +135,7 @@ class Session:
     tokens: dict[str, str] = field(default_factory=dict)  # slot of the page -> address of its view
 
     def need(self, name: str, what: str) -> Any:
-        """A result. Raises: ValueError saying what to do first."""
+        """Return a result. Raises: ValueError that says what to do first."""
         if name not in self.kept:
             raise ValueError(what)
         return self.kept[name]
@@ -139,7 +154,7 @@ class Explorer:
         """`loading`: settings of `HookedVLM.from_pretrained`, such as device and dtype."""
         self.names, self.limits, self.cache = list(names), limits or Limits(), cache
         self._loading = dict(loading or {})
-        self._models: OrderedDict[str, Any] = OrderedDict()
+        self._models: OrderedDict[str, HookedVLM] = OrderedDict()
         self._locks: dict[str, threading.RLock] = {name: threading.RLock() for name in names}
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._views: dict[str, ExplorerView] = {}
@@ -151,8 +166,8 @@ class Explorer:
 
     # --- models ---------------------------------------------------------------------------------------
     @contextmanager
-    def using(self, name: str) -> Iterator[Any]:
-        """The model of this name, for this thread alone, and clean afterwards.
+    def using(self, name: str) -> Iterator[HookedVLM]:
+        """Lend the model of this name to this thread alone, and clean it afterwards.
 
         Raises: ValueError for a model that the server does not offer."""
         if name not in self._locks:
@@ -163,8 +178,8 @@ class Explorer:
                 yield model
 
     @contextmanager
-    def _alone(self, model: Any) -> Iterator[None]:
-        """Whoever holds a model's own lock is alone with it, also with one that was replaced in the meantime."""
+    def _alone(self, model: HookedVLM) -> Iterator[None]:
+        """Hold a model's lock, also that of one that was replaced in the meantime."""
         with self._guard:
             lock = self._busy.setdefault(model, threading.RLock())
         with lock, few_threads(model):
@@ -173,8 +188,8 @@ class Explorer:
             finally:
                 clean(model)
 
-    def _loaded(self, name: str) -> Any:
-        """The model; the caller holds its name's lock, so that nobody else waits while it is read from disk."""
+    def _loaded(self, name: str) -> HookedVLM:
+        """Return the model; the caller holds its name's lock, so that nobody else waits while it is read from disk."""
         model = self._models.get(name)
         if model is None:
             from veena_lens.model.model import HookedVLM
@@ -187,7 +202,7 @@ class Explorer:
                 self._release(self._models.popitem(last=False)[1])
         return model
 
-    def _release(self, model: Any) -> None:
+    def _release(self, model: HookedVLM) -> None:
         """Drop the views that hold a model which is no longer kept, so that its memory is free again."""
         for session in self._sessions.values():
             for slot, token in list(session.tokens.items()):
@@ -199,7 +214,7 @@ class Explorer:
 
     # --- sessions -------------------------------------------------------------------------------------
     def session(self, key: str | None) -> Session:
-        """The session of a tab; the one unused for longest goes where there are too many."""
+        """Return the session of a tab; the one unused for longest is dropped where there are too many."""
         key = key or "nobody"
         with self._guard:
             if key not in self._sessions:
@@ -242,11 +257,11 @@ class Explorer:
         return token
 
     def view(self, token: str) -> ExplorerView | None:
-        """The view at an address, None where it was replaced or its tab is gone."""
+        """Return the view at an address, None where it was replaced or its tab is gone."""
         return self._views.get(token)
 
     def maps(self, token: str, asked: dict[str, Any]) -> bytes | None:
-        """Maps of a view that a page asks for; None where the view is gone."""
+        """Return maps of a view that a page asks for; None where the view is gone."""
         view = self.view(token)
         if view is None:
             return None

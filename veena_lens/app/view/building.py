@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +18,14 @@ from veena_lens.images.files import open_image
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.plots import theme
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 ENTERING = ("hook_embed", "blocks.0.hook_resid_pre")
 
 
-def prepared(model: Any, source: Any, pictures: Any) -> tuple[MultimodalInputs, list[Image.Image] | None]:
-    """Inputs of one row and its images. Raises: ValueError for several rows."""
+def prepared(model: HookedVLM, source: Any, pictures: Any) -> tuple[MultimodalInputs, list[Image.Image] | None]:
+    """Prepare inputs of one row; return them with its images. Raises: ValueError for several rows."""
     if isinstance(source, MultimodalInputs):
         if len(source) != 1:
             raise ValueError(f"A view shows one row; these inputs have {len(source)}. Choose one: inputs[0].")
@@ -38,9 +41,9 @@ def prepared(model: Any, source: Any, pictures: Any) -> tuple[MultimodalInputs, 
 
 
 def twin_of(
-    model: Any, inputs: MultimodalInputs, other: Any, pictures: Any, prompt: str | None
+    model: HookedVLM, inputs: MultimodalInputs, other: Any, pictures: Any, prompt: str | None
 ) -> tuple[MultimodalInputs, list[Image.Image] | None]:
-    """The second run: other images under the same text and answer.
+    """Prepare the second run: other images under the same text and answer.
 
     Raises: ValueError where grids or text differ, for nothing is resampled."""
     if isinstance(other, MultimodalInputs):
@@ -59,8 +62,8 @@ def twin_of(
     return twin, found
 
 
-def _asked_again(model: Any, inputs: MultimodalInputs, pictures: list[Image.Image]) -> MultimodalInputs:
-    """The prompt of prepared inputs with other images: every image's tokens become its one image token again."""
+def _asked_again(model: HookedVLM, inputs: MultimodalInputs, pictures: list[Image.Image]) -> MultimodalInputs:
+    """Prepare the prompt of prepared inputs with other images: every image's tokens become one image token again."""
     if model.tokenizer is None:
         raise ValueError("A second image needs the model's processor; give other= as prepared inputs.")
     spans, kept = inputs.spans[0], inputs.attention_mask[0].clone()
@@ -72,7 +75,9 @@ def _asked_again(model: Any, inputs: MultimodalInputs, pictures: list[Image.Imag
 
 
 def modes_of(modes: Sequence[str] | None, known: Sequence[str], has_other: bool, has_directions: bool) -> list[str]:
-    """The modes that are asked, or all. Raises: ValueError for an unknown one, or one that lacks what it needs."""
+    """Return the modes that are asked for, or all.
+
+    Raises: ValueError for an unknown one, or one that lacks what it needs."""
     lacks = {"difference": not has_other, "push": not has_directions}
     if modes is None:
         return [mode for mode in known if not lacks.get(mode, False)]
@@ -80,18 +85,18 @@ def modes_of(modes: Sequence[str] | None, known: Sequence[str], has_other: bool,
         if mode not in known:
             raise ValueError(f"Unknown mode {mode!r}; there are: {', '.join(known)}.")
         if lacks.get(mode, False):
-            need = "other=, a second picture" if mode == "difference" else "directions="
+            need = "other=, a second image" if mode == "difference" else "directions="
             raise ValueError(f"The mode {mode!r} needs {need}.")
     return [mode for mode in known if mode in modes]
 
 
-def name_of(model: Any) -> str:
-    """What to call a model on a page."""
+def name_of(model: HookedVLM) -> str:
+    """Return what to call a model on a page."""
     return str(model.cfg.model_name).rstrip("/").rsplit("/", 1)[-1] or model.cfg.architecture or "model"
 
 
-def require_own_cache(cache: ActivationCache, model: Any) -> None:
-    """Raises: ValueError for a cache whose shape, tokens or embeddings are not the model's."""
+def require_own_cache(cache: ActivationCache, model: HookedVLM | None) -> None:
+    """Check that a cache is the model's. Raises: ValueError for another shape, other tokens or other embeddings."""
     if model is None:
         return
     found: dict[str, int] = {"layers": cache._n_layers()}
@@ -111,8 +116,8 @@ def require_own_cache(cache: ActivationCache, model: Any) -> None:
         )
 
 
-def _other_words(cache: ActivationCache, inputs: MultimodalInputs, model: Any) -> list[str]:
-    """What of a cache's tokens cannot come from the model."""
+def _other_words(cache: ActivationCache, inputs: MultimodalInputs, model: HookedVLM) -> list[str]:
+    """Return what of a cache's tokens cannot come from the model."""
     top, own = int(inputs.tokens.max()), model.cfg.image_token_id
     if top >= model.cfg.d_vocab:
         return [f"a token {top} (the model's vocabulary: {model.cfg.d_vocab})"]
@@ -130,7 +135,7 @@ def _other_words(cache: ActivationCache, inputs: MultimodalInputs, model: Any) -
 
 
 def within(max_bytes: int, n_queries: int, n_layers: int, n_heads: int, length: int) -> int:
-    """How many tokens can have every head's map in a budget, the others having the mean over heads; at least one."""
+    """Return how many tokens, at least one, can have every head's map in a budget; the others have the mean."""
     mean = n_layers * (length + 8)
     whole = n_heads * mean
     left = max_bytes - n_queries * mean
@@ -143,7 +148,7 @@ class Parts:
 
     inputs: MultimodalInputs
     pictures: Sequence[Image.Image] | None
-    model: Any
+    model: HookedVLM | None
     modes: list[str]
     second: tuple[MultimodalInputs, Sequence[Image.Image] | None] | None = None
     texts: Sequence[str] | None = None
@@ -154,7 +159,7 @@ class Parts:
         self.tokenizer = getattr(self.model, "tokenizer", None)
 
     def queries(self) -> list[int]:
-        """Text positions, the most telling first: last, answer, query backwards, the rest."""
+        """Return text positions, the most informative first: last, answer, query backwards, the rest."""
         spans, text = self.inputs.spans[0], self.inputs.attention_mask[0] & ~self.inputs.image_mask[0]
         there = text.nonzero().flatten().tolist()
         answer = range(0) if spans.answer is None else range(spans.answer.start, spans.answer.stop)
@@ -162,22 +167,20 @@ class Parts:
         order = dict.fromkeys([spans.last, *answer, *query, *there])
         return [p for p in order if p in set(there)]
 
-    def measure_run(self, words: Sequence[str | int] | None) -> None:
-        """Sinks, norms and lens, from one run of the model."""
+    def measure_run(self, model: HookedVLM, words: Sequence[str | int] | None) -> None:
+        """Measure sinks, norms and lens, from one run of the model."""
         if "sinks" in self.modes:
-            found = attention_sinks(self.model, self.inputs, sink_queries(self.inputs.attention_mask[0])).meta[
-                "positions"
-            ]
-            self.header["sinks"] = [found[str(layer)][0] for layer in range(self.model.cfg.n_layers)]
+            found = attention_sinks(model, self.inputs, sink_queries(self.inputs.attention_mask[0])).meta["positions"]
+            self.header["sinks"] = [found[str(layer)][0] for layer in range(model.cfg.n_layers)]
         if not {"lens", "norms"} & set(self.modes):
             return
         with torch.no_grad():
-            names = resid_names(self.model.cfg.n_layers)
-            logits, cache = self.model.run_with_cache(self.inputs, names_filter=names)
+            names = resid_names(model.cfg.n_layers)
+            logits, cache = model.run_with_cache(self.inputs, names_filter=names)
         self._measure_residuals(cache, words, logits[0])
 
     def measure_cache(self, cache: ActivationCache, rows: CachedRows, words: Sequence[str | int] | None) -> None:
-        """The same from what a cache holds; modes that it cannot give are dropped."""
+        """Measure the same from what a cache holds; modes that it cannot give are dropped."""
         n = rows.n_layers
         entering = norms_of(cache, 0, n, "hook_resid_pre")
         if entering is None:
@@ -209,7 +212,7 @@ class Parts:
     def finished(
         self, rows: Rows, queries: list[int], directions: list[str], title: str
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Header and arrays."""
+        """Return header and arrays."""
         panels = [(0, panel) for panel in panels_of(self.inputs, 0, self.pictures)]
         if self.second is not None:
             panels += [(1, panel) for panel in panels_of(self.second[0], 0, self.second[1])]
@@ -236,7 +239,7 @@ class Parts:
         return {**kept, "run": run, "boxes": f"boxes{number}", "cells": f"cells{number}"}
 
     def _tokens(self) -> list[dict[str, Any]]:
-        """The strip: a token of text each, and one entry for all tokens of an image."""
+        """Return the strip: one entry per token of text, and one for all tokens of an image."""
         inputs, spans = self.inputs, self.inputs.spans[0]
         image_of = {p: i for i, s in enumerate(spans.images) for p in range(s.start, s.stop)}
         answer = range(0) if spans.answer is None else range(spans.answer.start, spans.answer.stop)
@@ -259,7 +262,7 @@ class Parts:
 
 
 def colours() -> dict[str, list[str]]:
-    """The figures' colour maps, 256 steps each, for the page to look up."""
+    """Return the figures' colour maps, 256 steps each, for the page to look up."""
     import matplotlib
 
     def steps(name: str) -> list[str]:

@@ -1,7 +1,6 @@
-"""Bundles: all maps of one token, coded. The page asks for them one by one; a file holds those that fit a budget.
+"""Bundles: all maps of one token as bytes, in one binary that a browser reads without parsing.
 
-Maps as bytes: one uint8 a cell, a scale a map, many of them in one binary that a browser reads without parsing.
-
+The page asks for bundles one by one; a file holds those that fit a budget. A map is one uint8 per cell and a scale.
 A map of attention has a few large cells and many small ones, so a byte holds the square root: v = s (u / 255)^2, and
 with a sign v = s |w| w with w = (u - 128) / 127. The smallest step is s / 65025; a cell of s / 100 is right to 4 %.
 Image and text positions have scales of their own, else one sink among the text would blank the whole image.
@@ -13,7 +12,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +22,9 @@ from torch import Tensor
 from veena_lens.app.view.rows import Rows
 from veena_lens.circuits import direct_attribution_map
 from veena_lens.inputs import MultimodalInputs
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 MAGIC = b"VEEN"
 ALIGN = 8
@@ -37,7 +39,7 @@ class Coded:
     is_signed: bool = False
 
     def decode(self, is_image: Bool[Tensor, " pos"]) -> Float[Tensor, "*maps pos"]:
-        """The maps as numbers again: what the page computes."""
+        """Return the maps as numbers again, as the page computes them."""
         scale = self.scales[..., is_image.long()]
         if not self.is_signed:
             return scale * (self.values.float() / 255) ** 2
@@ -46,7 +48,7 @@ class Coded:
 
 
 def encode(values: Float[Tensor, "*maps pos"], is_image: Bool[Tensor, " pos"], is_signed: bool = False) -> Coded:
-    """Maps over all positions of a row as bytes. NaN counts as 0; unsigned maps must not be negative."""
+    """Encode maps over all positions of a row as bytes. NaN counts as 0; unsigned maps must not be negative."""
     values = values.detach().float().cpu().nan_to_num(0.0)
     is_image = is_image.cpu()
     scales = torch.zeros(*values.shape[:-1], 2)
@@ -62,7 +64,7 @@ def encode(values: Float[Tensor, "*maps pos"], is_image: Bool[Tensor, " pos"], i
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """One binary: magic, length of the header, the header as JSON with an index of the arrays, the arrays themselves.
+    """Pack one binary: magic, length of the header, the header as JSON with an index of the arrays, then these.
 
     Arrays are little-endian, each at a multiple of 8 bytes from the end of the header."""
     index, parts, at = {}, [], 0
@@ -79,9 +81,9 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `pack` wrote. Raises: ValueError for other bytes, or a file that was cut short."""
+    """Read what `pack` wrote. Raises: ValueError for other bytes, or a file that was cut short."""
     if data[:4] != MAGIC or len(data) < 8:
-        raise ValueError("These bytes are no packed view of veena_lens.")
+        raise ValueError("These bytes are not a packed view of veena_lens.")
     start = 8 + struct.unpack("<I", data[4:8])[0]
     if len(data) < start:
         raise ValueError(f"The view was cut short: its header ends at byte {start}, the data at {len(data)}.")
@@ -113,7 +115,7 @@ class Key:
 
     @classmethod
     def read(cls, asked: Mapping[str, Any]) -> Key:
-        """A key as a page sends it. Raises: ValueError for anything else."""
+        """Read a key as a page sends it. Raises: ValueError for anything else."""
         try:
             key = cls(
                 query=int(asked["query"]),
@@ -137,12 +139,12 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The number of bytes."""
         return self.maps.values.numel() + 4 * self.maps.scales.numel()
 
 
 def pack_bundles(bundles: Iterable[Bundle], header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Bundles behind further arrays in one binary; `header["bundles"]` lists them."""
+    """Pack bundles behind further arrays in one binary; `header["bundles"]` lists them."""
     listed, every = [], dict(arrays)
     for i, bundle in enumerate(bundles):
         every[f"maps{i}"] = bundle.maps.values.numpy()
@@ -164,7 +166,7 @@ def pack_bundles(bundles: Iterable[Bundle], header: Mapping[str, Any], arrays: M
 def attention_bundles(
     rows: Rows, queries: Sequence[int], is_image: Bool[Tensor, " pos"], n_whole: int, run: int = 0
 ) -> list[Bundle]:
-    """Attention of each query: every head for the first `n_whole`, the mean over heads for the others."""
+    """Collect the attention of each query: every head for the first `n_whole`, the mean over heads for the others."""
     whole, rest = list(queries[:n_whole]), list(queries[n_whole:])
     out = []
     for mine, by_head in ((whole, True), (rest, False)):
@@ -196,14 +198,14 @@ def attention_bundles(
 
 
 def push_bundle(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs,
     interventions: Sequence[Any],
     direction: Float[Tensor, ...],
     query: int,
     name: str,
 ) -> Bundle:
-    """What the heads write along `direction` at `query` from each cell of each image."""
+    """Map what the heads write along `direction` at `query` from each cell of each image."""
     maps = torch.zeros(model.cfg.n_layers, model.cfg.n_heads, inputs.shape[1])
     for image in range(inputs.n_images[0]):
         tiles = inputs.token_tiles[0][image] if inputs.token_tiles else ()

@@ -1,4 +1,4 @@
-"""A cache that travels with its images and the words of its tokens: it opens as a view without model or tokenizer.
+"""Caches that travel with their images and the words of their tokens, and open as views without a model.
 
 The file is `ActivationCache.save`'s with a few further entries, so `ActivationCache.load` reads it as any other.
 """
@@ -47,7 +47,7 @@ def save_cache(
     model_name: str = "",
     windows: Sequence[int | None] | None = None,
 ) -> Path:
-    """`cache.save` with the images of its first row and the words of its tokens; replaces the file in one step."""
+    """Save a cache with the images of its first row and the words of its tokens; the file is replaced in one step."""
     path = Path(path)
     draft = cache.save(path.with_name(f".{path.name}.{os.getpid()}"))
     try:
@@ -73,7 +73,7 @@ def save_cache(
 
 
 def open_cache(path: str | Path) -> OpenedCache:
-    """A cache file, with images and words where `save_cache` wrote it.
+    """Open a cache file, with images and words where `save_cache` wrote it.
 
     Raises: FileNotFoundError; ValueError for a file that was cut short, or is no cache, saying which."""
     cache = ActivationCache.load(path)

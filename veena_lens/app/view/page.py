@@ -1,9 +1,8 @@
 """The page around a view: script, style and data in one file that loads nothing.
 
-Several ES modules as one: what a page, a notebook and a server hand out is a single text without imports.
-
-The modules import each other by name, so a browser, an editor or `node --check` reads them as they lie. Joined, each
-follows those that it imports, imports between them fall away, and only the entry's exports stay.
+A page, a notebook and a server hand out the ES modules as one text without imports. The modules import each other by
+name, so a browser, an editor or `node --check` reads them separately. Joined, each follows those that it imports,
+imports between them fall away, and only the entry's exports stay.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ TOP_LEVEL = re.compile(rf"^(?:export )?{KINDS} ([\w$]+)", re.MULTILINE)
 
 
 def joined(folder: Path, entry: str) -> str:
-    """The text of `entry` behind that of every module that it needs.
+    """Return the text of `entry` behind that of every module that it needs.
 
     Raises: ValueError for modules that import each other in a circle, an import of what a module does not export, a
     form of import that is not read here, or a name that two modules define."""
@@ -66,18 +65,18 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 
 @cache
 def script() -> str:
-    """The view's modules as one."""
+    """Return the view's modules as one."""
     return joined(MODULES, ENTRY)
 
 
 @cache
 def style() -> str:
-    """Its style sheet."""
+    """Return its style sheet."""
     return STYLE.read_text(encoding="utf-8")
 
 
 def page_of(payload: bytes, title: str) -> str:
-    """A whole page; the data are compressed (zlib) and read by the browser's own decompressor."""
+    """Return a whole page; the data are compressed (zlib) and read by the browser's own decompressor."""
     data = base64.b64encode(zlib.compress(payload, 6)).decode("ascii")
     return PAGE.format(title=escape(title), policy=POLICY, style=style(), script=script(), data=data)
 
@@ -93,7 +92,7 @@ PAGE = """<!doctype html>
 </head>
 <body class="veena-page">
 <main id="view" aria-label="{title}"></main>
-<noscript>This page draws its maps with a script that lies inside it; allow scripts to see them.</noscript>
+<noscript>This page draws its maps with an embedded script; allow scripts to see them.</noscript>
 <script type="text/plain" id="data">{data}</script>
 <script type="module">{script}
 openPage(document.getElementById("view"), document.getElementById("data").textContent);

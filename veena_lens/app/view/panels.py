@@ -1,9 +1,8 @@
-"""The images of a row as panels with their true token cells: a grid, the tiles of an image, or its whole view.
+"""What a view shows apart from attention: images as panels of cells, norms, and the logit lens in words.
 
-A cell knows the token it belongs to and its box as shares of the image's width and height, so that the page draws
-what the processor cut: unequal sizes, crops, merged patches, a tile at the edge.
-
-What a view knows of each layer and position apart from heads: norms, and the logit lens in words.
+A panel is a grid, the tiles of an image, or its whole view. Each of its cells knows its token and its box as shares of
+the image's width and height, so that the page draws what the processor cut: unequal sizes, crops, merged patches, a
+tile at the edge.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,17 +24,20 @@ from veena_lens.app.view.bundles import encode
 from veena_lens.circuits import logit_lens
 from veena_lens.inputs import MultimodalInputs
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 RANKS = 4  # tokens that are named at a position
 MOST_WORDS = 8
 
 
 def resid_names(n_layers: int, part: str = "hook_resid_post") -> list[str]:
-    """The residual's hook in every layer."""
+    """Name the residual's hook in every layer."""
     return [f"blocks.{layer}.{part}" for layer in range(n_layers)]
 
 
 def norms_of(cache: ActivationCache, row: int, n_layers: int, part: str) -> Float[Tensor, "layer pos"] | None:
-    """The residual's length in every layer; None where the cache lacks a layer."""
+    """Return the norm of the residual in every layer; None where the cache lacks a layer."""
     names = resid_names(n_layers, part)
     if any(name not in cache.cache_dict for name in names):
         return None
@@ -44,9 +46,9 @@ def norms_of(cache: ActivationCache, row: int, n_layers: int, part: str) -> Floa
 
 
 def lens_of(
-    model: Any, cache: ActivationCache, inputs: MultimodalInputs, row: int, words: Sequence[str | int]
+    model: HookedVLM, cache: ActivationCache, inputs: MultimodalInputs, row: int, words: Sequence[str | int]
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The lens at every position: the likeliest tokens of every layer, and `words`' probabilities as maps.
+    """Read the lens at every position: the likeliest tokens of every layer, and `words`' probabilities as maps.
 
     Gives the header's entry and its arrays."""
     n, length = model.cfg.n_layers, inputs.shape[1]
@@ -58,8 +60,8 @@ def lens_of(
     ranks = min(RANKS, best.shape[-1])
     ids = np.zeros((n, length, ranks), dtype=np.int32)
     probs = np.zeros((n, length, ranks), dtype=np.uint8)
-    told = best.meta["tokens"][row]
-    ids[:, at] = [[[number[token] for token in cell] for cell in layer] for layer in told]
+    tokens = best.meta["tokens"][row]
+    ids[:, at] = [[[number[token] for token in cell] for cell in layer] for layer in tokens]
     probs[:, at] = (best.values[row, :, : len(at)].cpu() * 255).round().to(torch.uint8).numpy()
     header: dict[str, Any] = {"texts": [texts.get(token, f"#{token}") for token in table], "words": []}
     arrays = {"lens_ids": ids, "lens_probs": probs}
@@ -73,14 +75,14 @@ def lens_of(
     return header, arrays
 
 
-def _text(model: Any, word: str | int) -> str:
+def _text(model: HookedVLM, word: str | int) -> str:
     if isinstance(word, str):
         return word
     return f"#{word}" if model.tokenizer is None else model.tokenizer.decode([word])
 
 
-def words_of(model: Any, inputs: MultimodalInputs, row: int, logits: Float[Tensor, "pos d_vocab"]) -> list[int]:
-    """Tokens worth a map: the answer's, without those that end it, or the likeliest next ones without an answer."""
+def words_of(model: HookedVLM, inputs: MultimodalInputs, row: int, logits: Float[Tensor, "pos d_vocab"]) -> list[int]:
+    """Choose tokens for maps: the answer's, without those that end it, or the likeliest next ones without an answer."""
     answer = inputs.spans[row].answer
     if answer is None or answer.start == answer.stop:
         return logits[inputs.spans[row].last].topk(min(5, logits.shape[-1])).indices.tolist()
@@ -109,7 +111,7 @@ class Panel:
 
 
 def panels_of(inputs: MultimodalInputs, row: int, pictures: Sequence[Image.Image] | None = None) -> list[Panel]:
-    """A panel for each image of a row; a tiled image gives its whole view and its tiles.
+    """Return a panel for each image of a row; a tiled image gives its whole view and its tiles.
 
     Raises: ValueError for another number of images than the row has."""
     n = inputs.n_images[row]
@@ -120,7 +122,7 @@ def panels_of(inputs: MultimodalInputs, row: int, pictures: Sequence[Image.Image
         picture = None if pictures is None else pictures[image]
         places, boxes, tiles, size = _cells(inputs, row, image, picture)
         source = "" if picture is None else data_url(picture)
-        name = "picture" if n == 1 else f"picture {image + 1}"
+        name = "image" if n == 1 else f"image {image + 1}"
         views = [("", tiles >= 0)]
         if bool((tiles > 0).any()):
             views = [(", whole view", tiles == 0), (", in tiles", tiles > 0)]
@@ -145,7 +147,7 @@ def panels_of(inputs: MultimodalInputs, row: int, pictures: Sequence[Image.Image
 def _cells(
     inputs: MultimodalInputs, row: int, image: int, picture: Image.Image | None
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 4"], Int[Tensor, " n"], tuple[int, int]]:
-    """Positions, boxes as shares of the image, and tiles of an image's tokens, and the image's size."""
+    """Return positions, boxes as shares of the image, and tiles of an image's tokens, and the image's size."""
     span = inputs.spans[row].images[image]
     places = torch.arange(span.start, span.stop)[inputs.image_mask[row, span].cpu()]
     tiles = torch.zeros(len(places), dtype=torch.long)
@@ -170,7 +172,7 @@ def _cells(
 
 
 def _grid(boxes: Float[Tensor, "cell 4"]) -> tuple[int, int]:
-    """Rows and columns that boxes make, counted by their corners."""
+    """Return the rows and columns that boxes make, counted by their corners."""
     if not len(boxes):
         return 0, 0
     left, top = (torch.unique((boxes[:, i] * 4096).round()).numel() for i in (0, 1))
@@ -178,7 +180,7 @@ def _grid(boxes: Float[Tensor, "cell 4"]) -> tuple[int, int]:
 
 
 def data_url(picture: Any) -> str:
-    """An image as a data URL: PNG where it is small, else WebP, at most 1024 pixels a side."""
+    """Encode an image as a data URL: PNG where it is small, else WebP, at most 1024 pixels per side."""
     small = picture.convert("RGB")
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     kind = "png" if small.width * small.height <= LOSSLESS_PIXELS else "webp"

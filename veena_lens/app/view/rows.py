@@ -1,6 +1,6 @@
 """Where a view's attention comes from: a model that runs again, or a cache that holds patterns or queries and keys.
 
-Each source hands over attention rows layer by layer and keeps none of them, so that 2,880 image tokens under 32 x 32
+Each source passes attention rows on layer by layer and keeps none of them, so that 2,880 image tokens under 32 x 32
 heads never exist as more than one layer's rows.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,9 +20,12 @@ from veena_lens.circuits.streamed_attention import stream_attention
 from veena_lens.images.layout import runs_of_images
 from veena_lens.inputs import MultimodalInputs
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 Consume = Callable[[int, slice, Float[Tensor, "head n key_pos"]], None]
 PATTERN, QUERIES, KEYS = "attn.hook_pattern", "attn.hook_rot_q", "attn.hook_rot_k"
-RULE = ("windows", "scale", "image_blocks")  # what a model's attention is besides
+RULE = ("windows", "scale", "image_blocks")  # what else defines a model's attention
 MOST_QUERIES = 256  # of a long prompt, that are asked for sinks
 
 
@@ -45,7 +48,7 @@ class Rows(Protocol):
 class ModelRows:
     """Rows that the model computes when asked, under the interventions that the view was made with."""
 
-    model: Any
+    model: HookedVLM
     inputs: MultimodalInputs
     interventions: Sequence[Any] = ()
 
@@ -58,7 +61,7 @@ class ModelRows:
         return self.model.cfg.n_heads
 
     def stream(self, queries: Sequence[int], consume: Consume) -> None:
-        """One forward pass; layers stay fused."""
+        """Run one forward pass; layers stay fused."""
         layers, heads = list(range(self.n_layers)), list(range(self.n_heads))
 
         def one(layer: int, at: slice, weights: Float[Tensor, "batch head n key_pos"]) -> None:
@@ -69,7 +72,7 @@ class ModelRows:
 
 
 def rule_of(cfg: Any) -> dict[str, Any]:
-    """What a model's attention is, where a cache holds queries and keys alone: the fields of `CachedRows`."""
+    """Return what a cache of queries and keys does not say of a model's attention: the fields of `CachedRows`."""
     return {
         "windows": list(cfg.sliding_windows) or None,
         "scale": float(cfg.score_scale),
@@ -81,8 +84,8 @@ def rule_of(cfg: Any) -> dict[str, Any]:
 class CachedRows:
     """Rows of a cache: its patterns, or softmax(scale q k) of its rotated queries and keys.
 
-    Where rows are computed: `windows`, a sliding window a layer (None: none); `scale`, of the scores (None: the head
-    width to the power -1/2); `image_blocks`, that an image's tokens read each other in both directions.
+    Where rows are computed: `windows`, one sliding window per layer (None: none); `scale`, of the scores (None: the
+    head width to the power -1/2); `image_blocks`, that an image's tokens read each other in both directions.
     Raises: MissingActivation where it holds neither for every layer; ValueError without its inputs."""
 
     cache: ActivationCache
@@ -119,7 +122,7 @@ class CachedRows:
         return value[self.row] if self.cache.has_batch_dim else value
 
     def stream(self, queries: Sequence[int], consume: Consume) -> None:
-        """Layer after layer, read from the cache."""
+        """Read layer after layer from the cache."""
         whole, patterns = slice(0, len(queries)), self._holds(PATTERN)
         for layer in range(self.n_layers):
             if patterns:
@@ -148,7 +151,7 @@ class CachedRows:
 
 
 def sink_queries(mask: Bool[Tensor, " pos"]) -> list[int]:
-    """The tokens whose attention tells sinks: all of a short prompt, of a long one evenly spaced ones and the last.
+    """Choose the queries that find sinks: all of a short prompt, of a long one evenly spaced ones and the last.
 
     A sink takes from nearly every query, so a sample finds it; all of 2,880 would cost minutes on a CPU."""
     there = mask.nonzero().flatten().tolist()
@@ -164,7 +167,7 @@ def cached_sinks(
     share: float | int = 0.8,
     norm_multiple: float | int = 5.0,
 ) -> list[list[int]]:
-    """Attention sinks of every layer by the rule of `veena_lens.circuits.attention_sinks`, from a cache alone.
+    """Find attention sinks of every layer by the rule of `veena_lens.circuits.attention_sinks`, from a cache alone.
 
     norms: of the residual that enters each layer."""
     hits, pairs = [torch.zeros(rows.n_layers, len(mask)) for _ in range(2)]

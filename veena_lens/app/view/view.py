@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 from jaxtyping import Float
@@ -19,20 +19,42 @@ from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view import building
 from veena_lens.app.view.bundles import Bundle, Key, attention_bundles, pack_bundles, push_bundle
 from veena_lens.app.view.files import OpenedCache, open_cache
-from veena_lens.app.view.page import page_of
+from veena_lens.app.view.page import page_of, script, style
 from veena_lens.app.view.rows import RULE, CachedRows, ModelRows, Rows, rule_of
 from veena_lens.inputs import MultimodalInputs
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from veena_lens.model.model import HookedVLM
+
+
+class ViewSettings(TypedDict, total=False):
+    """What every view can be made with; see `ExplorerView.from_run`."""
+
+    modes: Sequence[str] | None
+    words: Sequence[str | int] | None
+    max_bytes: int
+    title: str
+
+
 MODES = ("attention", "sinks", "difference", "lens", "push", "norms")
 BUDGET = 32 * 2**20  # bytes of maps in a view, before compression
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The same with its defaults."""
+
+    modes: Sequence[str] | None = None
+    words: Sequence[str | int] | None = None
+    max_bytes: int = BUDGET
+    title: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExplorerView:
-    """What the page shows: `header` (words and settings), `arrays`, the `bundles` that are there from the start.
+    """What a page shows of a run: `header` (words and settings), `arrays`, the `bundles` that are there from the start.
 
     Make it with `from_run` or `from_cache`; then `.save("view.html")`, `.widget()`, or let a notebook show it."""
 
@@ -48,34 +70,39 @@ class ExplorerView:
     @classmethod
     def from_run(
         cls,
-        model: Any,
+        model: HookedVLM,
         source: Any,
         *,
         answer: str | bool | None = None,
         pictures: Sequence[Image.Image] | None = None,
         other: Any = None,
         other_pictures: Sequence[Image.Image] | None = None,
-        modes: Sequence[str] | None = None,
-        words: Sequence[str | int] | None = None,
         directions: Mapping[str, Float[Tensor, ...]] | None = None,
         interventions: Sequence[Any] = (),
         max_new_tokens: int = 64,
-        max_bytes: int = BUDGET,
-        title: str = "",
+        **settings: Unpack[ViewSettings],
     ) -> ExplorerView:
-        """A view of what `model` does with an image and a prompt.
+        """Build a view of what `model` does with an image and a prompt.
 
-        source: `(image or images, prompt)`, or prepared inputs of one row (then `pictures` are what they were made
-        from; without them the page draws bare cells). answer: a text to force, or True to generate one. other: a
-        second image (or inputs) with the same token grid and text, for the difference. modes: of "attention",
-        "sinks", "difference", "lens", "push", "norms"; None takes all that can be had. words: tokens whose
-        probability the lens maps (default: the answer's). directions: name -> [layer d_model] or [d_model].
-        interventions: in force in every run of the view. max_bytes: of maps that the view holds from the start.
+        source: `(image or images, prompt)`, or prepared inputs of one row.
+        answer: a text to force, or True to generate one of at most `max_new_tokens` tokens (default: no answer).
+        pictures, other_pictures: the images that prepared inputs were made from; without them the page draws bare
+        cells.
+        other: a second image (or inputs) with the same token grid and text, for the difference.
+        directions: name -> [layer d_model] or [d_model], for the projection.
+        interventions: in force in every run of the view.
+        modes: of "attention", "sinks", "difference", "lens", "push" (projection), "norms" (default: all that the
+        arguments allow).
+        words: tokens whose probability the lens maps (default: the answer's).
+        max_bytes: of maps that the view holds from the start.
+        title: of the page (default: the model's name).
+
         Raises: ValueError for several rows, a second image of another grid or text, an unknown mode, or one that
         lacks what it needs.
         """
+        chosen = _Settings(**settings)
         inputs, drawn = building.prepared(model, source, pictures)
-        chosen = building.modes_of(modes, MODES, has_other=other is not None, has_directions=bool(directions))
+        modes = building.modes_of(chosen.modes, MODES, has_other=other is not None, has_directions=bool(directions))
         if answer is True:
             with model.intervene(list(interventions)):
                 inputs = inputs.with_answer(model.generate(inputs, max_new_tokens, return_type="tokens"))
@@ -88,34 +115,34 @@ class ExplorerView:
             twin, their_pictures = building.twin_of(model, inputs, other, other_pictures, prompt)
             runs.append(ModelRows(model=model, inputs=twin, interventions=tuple(interventions)))
             second = (twin, their_pictures)
-        parts = building.Parts(inputs=inputs, pictures=drawn, second=second, model=model, modes=chosen)
+        parts = building.Parts(inputs=inputs, pictures=drawn, second=second, model=model, modes=modes)
         with model.intervene(list(interventions)):
-            parts.measure_run(words)
-        return cls._built(parts, runs, directions or {}, max_bytes, title or building.name_of(model))
+            parts.measure_run(model, chosen.words)
+        return cls._built(parts, runs, directions or {}, chosen.max_bytes, chosen.title or building.name_of(model))
 
     @classmethod
     def from_cache(
         cls,
         cache: ActivationCache | OpenedCache | str | Path,
         *,
-        model: Any = None,
+        model: HookedVLM | None = None,
         pictures: Sequence[Image.Image] | None = None,
         texts: Sequence[str] | None = None,
         tokenizer: Any = None,
         row: int = 0,
-        modes: Sequence[str] | None = None,
-        words: Sequence[str | int] | None = None,
-        max_bytes: int = BUDGET,
-        title: str = "",
+        **settings: Unpack[ViewSettings],
     ) -> ExplorerView:
-        """A view of a cache, or of a file that holds one; no model is loaded.
+        """Build a view of a cache, or of a file that holds one; no model is loaded.
 
         The cache must hold attn.hook_pattern of every layer, or attn.hook_rot_q and attn.hook_rot_k; with
-        hook_resid_post the view has norms, with a `model` of the same shape besides the lens. `pictures`, `texts` (of
+        hook_resid_post the view has norms, and with a `model` of the same shape the lens. `pictures`, `texts` (of
         every position) or a `tokenizer` say what a file by `ActivationCache.save` does not; `save_cache` writes both.
+        `settings` as for `from_run`.
         Raises: FileNotFoundError; ValueError for a file cut short, or a cache of another model than `model`;
         MissingActivation without attention.
         """
+        shown = _Settings(**settings)
+        title = shown.title
         opened = open_cache(cache) if isinstance(cache, (str, Path)) else cache
         if isinstance(opened, OpenedCache):
             is_first = row in (0, -len(opened.cache.inputs or [0]))  # the file tells of its first row alone
@@ -132,11 +159,11 @@ class ExplorerView:
         rows = CachedRows(cache=cache, **rule)
         inputs = cache.inputs
         assert inputs is not None
-        chosen = building.modes_of(modes, MODES, has_other=False, has_directions=False)
-        parts = building.Parts(inputs=inputs, pictures=pictures, model=model, modes=chosen, texts=texts)
+        modes = building.modes_of(shown.modes, MODES, has_other=False, has_directions=False)
+        parts = building.Parts(inputs=inputs, pictures=pictures, model=model, modes=modes, texts=texts)
         parts.tokenizer = parts.tokenizer if tokenizer is None else tokenizer
-        parts.measure_cache(cache, rows, words)
-        return cls._built(parts, [rows], {}, max_bytes, title or "activation cache")
+        parts.measure_cache(cache, rows, shown.words)
+        return cls._built(parts, [rows], {}, shown.max_bytes, title or "activation cache")
 
     @classmethod
     def _built(
@@ -169,11 +196,11 @@ class ExplorerView:
 
     # --- what hosts ask for ---------------------------------------------------------------------------
     def payload(self) -> bytes:
-        """The view as one binary (`veena_lens.app.view.bundles.unpack` reads it back)."""
+        """Return the view as one binary (`veena_lens.app.view.bundles.unpack` reads it back)."""
         return pack_bundles(self.bundles, self.header, self.arrays)
 
     def maps(self, key: Key | Mapping[str, Any]) -> bytes:
-        """All heads' maps of one token, packed; computed now unless the view holds them.
+        """Return all heads' maps of one token, packed; computed now unless the view holds them.
 
         Raises: ValueError for a token, a run or a direction that the view does not have."""
         key = key if isinstance(key, Key) else Key.read(key)
@@ -197,7 +224,7 @@ class ExplorerView:
 
     # --- hosts ----------------------------------------------------------------------------------------
     def html(self) -> str:
-        """A whole page that needs nothing else: no server, no network."""
+        """Return a whole page that needs nothing else: no server, no network."""
         return page_of(self.payload(), self.title)
 
     def save(self, path: str | Path) -> Path:
@@ -210,9 +237,7 @@ class ExplorerView:
         return path
 
     def widget(self) -> Any:
-        """A notebook widget that asks for further tokens as you hover. Raises: ImportError without anywidget."""
-        from veena_lens.app.view.widget import make_widget
-
+        """Return a notebook widget that asks for further tokens as you hover. Raises: ImportError without anywidget."""
         return make_widget(self)
 
     def _repr_html_(self) -> str:
@@ -224,9 +249,46 @@ class ExplorerView:
 
     def __repr__(self) -> str:
         size = sum(b.size for b in self.bundles) / 2**20
-        cells = ", ".join(f"{p['grid'][0]}x{p['grid'][1]}" for p in self.header["panels"]) or "no picture"
+        cells = ", ".join(f"{p['grid'][0]}x{p['grid'][1]}" for p in self.header["panels"]) or "no image"
         return (
             f"ExplorerView({self.title!r}: {self.inputs.shape[1]} positions, cells {cells}, "
             f"{self.header['layers']} x {self.header['heads']} heads, modes {', '.join(self.header['modes'])}, "
             f"{len(self.bundles)} tokens' maps of {size:.1f} MiB)"
         )
+
+
+def make_widget(view: ExplorerView) -> Any:
+    """Make an anywidget of a view; further tokens are computed when the page asks.
+
+    Raises: ImportError, saying what to install, without anywidget."""
+    try:
+        import anywidget
+        import traitlets
+    except ImportError as error:
+        raise ImportError(
+            'The notebook widget needs anywidget: pip install "veena-lens[explore]", or show the view as a page with '
+            "view.save('view.html')."
+        ) from error
+
+    class ViewWidget(anywidget.AnyWidget):
+        """`payload` travels once; messages ask for maps and are answered with them."""
+
+        _esm = script()
+        _css = style()
+        payload = traitlets.Bytes(b"").tag(sync=True)
+        pinned = traitlets.Dict({}).tag(sync=True)
+
+        def __init__(self) -> None:
+            super().__init__(payload=view.payload())
+            self.on_msg(self._answer)
+
+        def _answer(self, _: Any, asked: Any, __: Any) -> None:
+            number = asked.get("number") if isinstance(asked, dict) else None
+            try:
+                found = view.maps(asked["key"])
+            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                self.send({"number": number, "error": str(error)})
+            else:
+                self.send({"number": number}, buffers=[found])
+
+    return ViewWidget()

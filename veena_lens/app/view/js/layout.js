@@ -1,4 +1,4 @@
-// The parts of a view and where they stand: choices above, pictures and tokens on the left, the grid on the right.
+// The parts of a view and where they stand: choices above, images and tokens on the left, the grid on the right.
 
 import { MEAN } from "./data.js";
 import { element, numbered, shown } from "./elements.js";
@@ -7,7 +7,7 @@ import { buildPanel } from "./panels.js";
 import { buildStrip } from "./strip.js";
 
 const NAMES = {
-  attention: "Attention", sinks: "Without sinks", difference: "Difference", lens: "Logit lens", push: "Push",
+  attention: "Attention", sinks: "Without sinks", difference: "Difference", lens: "Logit lens", push: "Projection",
   norms: "Norms",
 };
 
@@ -48,15 +48,15 @@ export function build(view) {
 
   view.pictures = element("div", { class: "vv-pictures" });
   view.panels = header.panels.map((panel, i) => buildPanel(view, panel, i));
-  if (!view.panels.length) view.pictures.append(element("p", { class: "vv-note", text: "This prompt has no picture." }));
+  if (!view.panels.length) view.pictures.append(element("p", { class: "vv-note", text: "This prompt has no image." }));
   view.legend = element("canvas", { class: "vv-legend", "aria-hidden": "true" });
   view.legendLow = element("span", { class: "vv-number" });
   view.legendHigh = element("span", { class: "vv-number" });
   view.legendName = element("span");
   const legend = element("div", { class: "vv-legendrow" }, view.legendLow, view.legend, view.legendHigh, view.legendName);
   view.strip = buildStrip(view);
-  const hint = element("p", { class: "vv-note", text: "Point at a word: where it looks. Point at a cell: which words look "
-    + "at it. Click or Enter pins, Escape lets go. J, K: layers; H, L: heads; M: mean." });
+  const hint = element("p", { class: "vv-note", text: "Point at a word to see where it looks, at a cell to see which words "
+    + "look at it. Click or Enter pins, Escape releases. J, K: layers; H, L: heads; M: mean." });
   const left = element("div", { class: "vv-left" }, view.pictures, legend, view.strip, hint);
 
   view.grid = element("canvas", { class: "vv-grid", tabindex: "0", role: "img" });

@@ -4,7 +4,7 @@ import { DECODE, DECODE_SIGNED, MEAN } from "./data.js";
 import { number, percent, shown } from "./elements.js";
 
 export function lookingLayer(view) {
-  // The layer whose heads together give the pictures most.
+  // The layer whose heads together give the images most.
   if (!view.byHead) return view.header.layers - 1;
   const bundle = view.store.get({ query: view.state.query });
   if (!bundle || !view.header.panels.length) return MEAN;
@@ -68,7 +68,7 @@ export function meanMap(view, bundle, withoutSinks) {
 }
 
 export function shares(view, bundle, mode, position = null) {
-  // For every layer and head: what goes to the pictures, or to one position.
+  // For every layer and head: what goes to the images, or to one position.
   const name = `${mode}|${position}`;
   if (bundle.shares.has(name)) return bundle.shares.get(name);
   const { layers } = view.header;
@@ -130,10 +130,10 @@ export function currentMap(view) {
     if (!second) return null;
     const values = meanMap(view, bundle, false), theirs = meanMap(view, second, false);
     for (let p = 0; p < view.n; p++) values[p] -= theirs[p];
-    return { values, name: "attention, first picture less second", show: percent, signed: true, bundle, second };
+    return { values, name: "attention, first image minus second", show: percent, signed: true, bundle, second };
   }
   if (mode === "push") {
-    const name = `push on “${view.header.directions[view.state.direction]}”`;
+    const name = `projection on “${view.header.directions[view.state.direction]}”`;
     return { values: meanMap(view, bundle, false), name, show: number, signed: true, bundle };
   }
   const name = mode === "sinks" ? "attention without sinks" : "attention";
@@ -168,7 +168,7 @@ export function gridValues(view) {
   if (mode === "norms") {
     const at = view.patch ?? view.query;
     const values = Float32Array.from({ length: layers }, (_, l) => view.arrays.norms[l * view.n + at]);
-    return { values, columns: 1, name: "length of the residual here", show: number, column: () => "" };
+    return { values, columns: 1, name: "norm of the residual here", show: number, column: () => "" };
   }
   if (mode === "lens") {
     const at = view.patch ?? view.query, { words } = view.header.lens, columns = words.length;
@@ -191,8 +191,8 @@ export function gridValues(view) {
     const theirs = shares(view, second, mode, position);
     values = values.map((v, i) => v - theirs[i]);
   }
-  const place = position === null ? (view.isSigned ? "from all cells" : "to the picture") : "at this cell";
-  const what = { push: "push", difference: "difference" }[mode] ?? "attention";
+  const place = position === null ? (view.isSigned ? "from all cells" : "to the image") : "at this cell";
+  const what = { push: "projection", difference: "difference" }[mode] ?? "attention";
   const show = mode === "push" ? number : percent;
   return { values, columns: bundle.heads, name: `${what} ${place}`, show, column: (h) => `head ${h}` };
 }

@@ -1,4 +1,4 @@
-// A picture with its cells: pointing, pinning, keys, and the colours on it.
+// An image with its cells: pointing, pinning, keys, and the colours on it.
 
 import { sized } from "./canvas.js";
 import { element } from "./elements.js";
@@ -87,7 +87,7 @@ export function drawPanel(view, panel, [low, high]) {
       const value = values[cells[i]];
       if (Number.isNaN(value)) continue;
       const share = high > low ? Math.min(1, Math.max(0, (value - low) / (high - low))) : signed ? 0.5 : 0;
-      // Strong cells hide more of the picture than weak ones, so that the face stays where nobody looks.
+      // Strong cells hide more of the image than weak ones, so that the face stays where nobody looks.
       const weight = signed ? Math.abs(share - 0.5) * 2 : share;
       context.globalAlpha = strength * (signed ? 0.1 + 0.9 * weight : 0.25 + 0.7 * weight);
       context.fillStyle = colours[Math.round(share * 255)];

@@ -16,7 +16,7 @@ export function buildStrip(view) {
   let part = null;
   for (const token of view.header.tokens) {
     if (token.at === undefined) {
-      strip.append(element("span", { class: "vv-image", text: `picture ${token.image + 1} · ${token.n} tokens` }));
+      strip.append(element("span", { class: "vv-image", text: `image ${token.image + 1} · ${token.n} tokens` }));
       continue;
     }
     if (token.part === "answer" && part !== "answer") strip.append(element("span", { class: "vv-part", text: "answer" }));

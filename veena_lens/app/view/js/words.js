@@ -1,4 +1,4 @@
-// What the view says beside its pictures: names of places, the status line, the table under it.
+// What the view says beside its images: names of places, the status line, the table under it.
 
 import { keyOf, MEAN } from "./data.js";
 import { element, percent, shown } from "./elements.js";
@@ -30,7 +30,7 @@ export function tell(view) {
   } else if (view.map?.bundle) {
     let total = 0;
     for (let p = 0; p < view.n; p++) if (view.isImage[p] && !Number.isNaN(view.map.values[p])) total += view.map.values[p];
-    const verb = { push: "takes from the picture", difference: "looks at the picture more by" }[state.mode] ?? "gives the picture";
+    const verb = { push: "reads from the image", difference: "gives the first image more by" }[state.mode] ?? "gives the image";
     text += `: ${nameOf(view, view.query)} ${verb} ${view.map.show(total)}`;
   }
   else if (view.map) text += `: ${nameOf(view, view.query)} ${view.map.show(view.map.values[view.query])}`;
@@ -46,7 +46,7 @@ export function details(view) {
   if (state.mode === "lens") {
     const at = view.patch ?? view.query;
     const { shape } = view.arrays.lens_ids, ranks = shape[2];
-    const table = element("table", {}, element("caption", { text: `What the stream says at ${nameOf(view, at)}` }));
+    const table = element("table", {}, element("caption", { text: `Most likely tokens at ${nameOf(view, at)}` }));
     for (let l = 0; l < header.layers; l++) {
       const row = element("tr", {}, element("th", { scope: "row", text: String(l) }));
       for (let r = 0; r < Math.min(3, ranks); r++) {
@@ -93,8 +93,8 @@ export function listed(view, caption, rows, show) {
 export function missing(view) {
   const name = keyOf({ kind: view.state.mode === "push" ? "push" : "attention",
     name: view.state.mode === "push" ? view.header.directions[view.state.direction] : "", query: view.query });
-  if (view.failed.has(name)) return `not to be had: ${view.failed.get(name)}`;
-  if (view.host.fetch) return "being computed …";
-  if (view.state.mode === "lens") return "no word to map; point at a cell to read it";
+  if (view.failed.has(name)) return `not available: ${view.failed.get(name)}`;
+  if (view.host.fetch) return "computing …";
+  if (view.state.mode === "lens") return "no word is mapped; point at a cell to read it";
   return "the maps of this token are not in this file";
 }

@@ -19,7 +19,7 @@ def test_hits_are_counted_over_emotions_each_under_its_own_direction(monkeypatch
         emotions=("happy", "angry"), steer=lambda layer, alpha, emotion, scale: (layer, alpha, emotion, scale)
     )
     said = iter([["she is happy", "not happy", "angry"], ["furious", "calm", "angry"]])
-    monkeypatch.setattr(module, "answers", lambda *given, **more: next(said))
+    monkeypatch.setattr(module, "generate_answers", lambda *given, **more: next(said))
     plain: Any = getattr(module.named, "__wrapped__", module.named)  # stand-ins instead of a model and directions
     assert plain(model, directions, [0, 1, 2], 4, 1.5) == (3, 6)
     assert steered == [(4, 1.5, "happy", "raw"), (4, 1.5, "angry", "raw")]

@@ -1,7 +1,7 @@
-"""Configuration of a native model: what an adapter reads out of a Hugging Face config.
+"""Define the configuration of a native model, which an adapter reads from a Hugging Face config.
 
-Frozen dataclasses with TransformerLens's field names, checked when made, so that a bad value stops a load
-before any weight is read. Nothing here imports torch: `veena-lens models` and `--help` stay quick.
+The dataclasses are frozen, use TransformerLens's field names and are checked when created, so that a bad value stops a
+load before any weight is read. Nothing here imports torch, so that `veena-lens models` and `--help` stay quick.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu
 
 
 class _Printed:
-    """A repr that shows what was set: one field a line, nested configurations indented, defaults left out."""
+    """Print what was set: one field per line, nested configurations indented, defaults left out."""
 
     def __repr__(self) -> str:
         lines = []
@@ -32,7 +32,7 @@ class _Printed:
 
 
 def _short(value: Any) -> str:
-    """A long run of one repeated value prints as that value times its number."""
+    """Return the repr of a value; a tuple of one repeated value prints as that value times its number."""
     if isinstance(value, tuple) and len(value) > 4 and len(set(map(str, value))) == 1:
         return f"({value[0]!r},) * {len(value)}"
     return repr(value)
@@ -40,12 +40,15 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RopeConfig(_Printed):
-    """Rotary positions: base, scaling rule and, for multimodal rotary, the sections of its three streams.
+    """Configure rotary positions.
 
-    `scaling` holds the numbers of the rule under Hugging Face's names (factor, low_freq_factor, ...);
-    `sections` are frequencies given to the (time, height, width) streams, `interleaved` says whether the
-    streams alternate (Qwen3-VL) or follow one another (Qwen2-VL).
-    """
+    theta: the base.
+    rope_type: the scaling rule.
+    scaling: the numbers of the rule under Hugging Face's names (factor, low_freq_factor, ...).
+    sections: for multimodal rotary positions, the frequencies of the (time, height, width) streams.
+    interleaved: whether the streams alternate (Qwen3-VL) or follow one another (Qwen2-VL).
+
+    Raises: ValueError for an unknown rule or a base that is not positive."""
 
     theta: float = 10_000.0
     rope_type: str = "default"
@@ -68,14 +71,17 @@ class RopeConfig(_Printed):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class TransformerConfig(_Printed):
-    """What a stack of blocks needs, text or vision, under TransformerLens's names.
+    """Configure a stack of blocks, of text or vision, under TransformerLens's names.
 
-    `norm_eps` is the epsilon of its norms; `qkv_bias`, `attn_out_bias`, `mlp_bias` say which linear maps
-    have a bias; `gated_mlp` is act(gate(x)) * up(x) against act(up(x)); `qk_norm` an RMS norm over the head
-    width of queries and keys before rotary. Gemma's blocks: `post_norms` norm what attention and MLP give before
-    it is added to the residual, `norm_weight_plus_one` says that RMS norms multiply by 1 + weight (in float32, cast at
-    the end), `query_scalar` that scores are scaled by its -1/2-th power instead of that of the head width.
-    """
+    norm_eps: the epsilon of the norms.
+    qkv_bias, attn_out_bias, mlp_bias: which linear maps have a bias.
+    gated_mlp: act(gate(x)) * up(x) instead of act(up(x)).
+    qk_norm: an RMS norm over the head width of queries and keys, before rotary.
+    post_norms: Gemma's norms after attention and MLP, before the output is added to the residual.
+    norm_weight_plus_one: RMS norms multiply by 1 + weight, in float32, and cast at the end (Gemma).
+    query_scalar: scores are multiplied by query_scalar ** -0.5. None: by d_head ** -0.5.
+
+    Raises: ValueError for values that do not fit together."""
 
     n_layers: int
     d_model: int
@@ -120,28 +126,36 @@ class TransformerConfig(_Printed):
 
     @property
     def score_scale(self) -> float:
-        """What products of queries and keys are multiplied by."""
+        """The factor of products of queries and keys."""
         return (self.d_head if self.query_scalar is None else self.query_scalar) ** -0.5
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class VisionConfig(TransformerConfig):
-    """A vision tower. `n_layers` counts the layers that reach the features and have hooks; `n_unused_layers`
-    those past `feature_layers`, whose weights are kept for export only.
+    """Configure a vision tower.
 
-    CLIP and SigLIP: `feature_layers` index the L + 1 hidden states (0 is the input of block 0), already
-    non-negative; `drop_class_token` is LLaVA's "default" strategy. `has_pooling_head` marks SigLIP's unused head.
-    `has_last_norm` says that features are normed after the last block. With `positions_by_fraction` (Idefics3) an
-    image may be smaller than the square it lies in, and a patch's position follows from the share of the image's
-    height and width at which it lies. Squares of `merge_size` patches a side are then joined into what one token reads,
-    or, with `averages_patches` (Gemma-3), averaged.
+    n_layers: the layers that reach the features and have hooks.
+    n_unused_layers: the layers after `feature_layers`, whose weights are kept for export only.
+    merge_size: squares of this many patches per side become what one token reads.
 
-    Qwen ("qwen"): images of any size (`image_size` 0), in squares of `merge_size` patches a side that one token
-    reads; `temporal_patch_size` frames make one image. `rope_theta` is the base of the rotary positions over
-    rows and columns, `position_grid` the side of a learned table that is resampled to each image (0: none),
-    `deepstack_layers` the blocks whose outputs enter the decoder's first layers besides. Where `window_side` is set,
-    a patch attends inside its window of so many squares a side, but in the blocks of `full_attention_layers`.
-    """
+    CLIP and SigLIP towers:
+    feature_layers: indices of the L + 1 hidden states (0 is the input of block 0), non-negative.
+    drop_class_token: LLaVA's "default" strategy.
+    has_pooling_head: SigLIP's unused head.
+    has_last_norm: a norm of the features after the last block.
+    positions_by_fraction: an image may be smaller than its square; a patch's position follows from its fraction of the
+        image's height and width (Idefics3).
+    averages_patches: the patches of a square are averaged instead of concatenated (Gemma-3).
+
+    Qwen towers, which take images of any size (`image_size` 0):
+    temporal_patch_size: frames per crop.
+    rope_theta: the base of the rotary positions over rows and columns.
+    position_grid: the side of a learned table that is resampled to each image. 0: none.
+    deepstack_layers: blocks whose outputs are added in the decoder's first layers.
+    window_side: a patch attends only inside its window of this many squares per side. 0: to the whole image.
+    full_attention_layers: the blocks without windows.
+
+    Raises: ValueError for values that do not fit together."""
 
     kind: Literal["clip", "siglip", "qwen"]
     image_size: int  # pixels; 0: any
@@ -183,7 +197,7 @@ class VisionConfig(TransformerConfig):
             )
         if self.grid[0] % self.merge_size:
             raise ValueError(
-                f"VisionConfig: {self.grid[0]} patches a side (image_size={self.image_size}, patch_size="
+                f"VisionConfig: {self.grid[0]} patches per side (image_size={self.image_size}, patch_size="
                 f"{self.patch_size}) must be a multiple of merge_size={self.merge_size}."
             )
         for layer in self.feature_layers:
@@ -194,27 +208,27 @@ class VisionConfig(TransformerConfig):
 
     @property
     def takes_any_size(self) -> bool:
-        """True where the number of patches follows the image's size."""
+        """Whether the number of patches depends on the size of the image."""
         return self.image_size == 0
 
     def is_windowed(self, layer: int) -> bool:
-        """True where a block's patches attend inside their windows alone."""
+        """Return True if the patches of a block attend only inside their windows."""
         return self.window_side > 0 and layer not in self.full_attention_layers
 
     @property
     def patch_width(self) -> int:
-        """Numbers in one patch: channels, frames, rows and columns of pixels."""
+        """The numbers in one patch: channels, frames, rows and columns of pixels."""
         return self.n_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) in patches of one image, where all have one size."""
+        """(height, width) in patches of one crop, if all have one size."""
         side = self.image_size // self.patch_size
         return side, side
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """(height, width) in tokens of one image, where all have one size."""
+        """(height, width) in tokens of one crop, if all have one size."""
         return self.grid[0] // self.merge_size, self.grid[1] // self.merge_size
 
     @property
@@ -223,19 +237,21 @@ class VisionConfig(TransformerConfig):
 
     @property
     def n_positions(self) -> int:
-        """Positions in the tower: patches and, for CLIP, the class token at position 0."""
+        """The number of positions in the tower: patches and, for CLIP, the class token at position 0."""
         return self.grid[0] * self.grid[1] + int(self.has_class_token)
 
     @property
     def n_features(self) -> int:
-        """Features an image gives: positions (or merged squares), less the class token where token 0 is dropped."""
+        """The number of features per crop: positions (or merged squares), without the class token if it is dropped."""
         return self.n_positions // self.merge_size**2 - int(self.drop_class_token)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class ConnectorConfig(_Printed):
-    """The projector between tower and decoder: two linear maps with an activation in between ("mlp"), one map
-    ("linear"; `d_hidden` 0), or an RMS norm of the features and one map ("normed"; `casts` tells how it rounds)."""
+    """Configure the projector between tower and decoder.
+
+    kind: two linear maps with an activation in between ("mlp"), one map ("linear"; `d_hidden` 0), or an RMS norm of the
+        features and one map ("normed"; `casts` determines how it rounds)."""
 
     d_in: int
     d_hidden: int
@@ -249,17 +265,18 @@ class ConnectorConfig(_Printed):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class HookedVLMConfig(TransformerConfig):
-    """The whole model: the decoder's numbers at the root, as in HookedTransformer, tower and connector below.
+    """Configure the whole model: the decoder at the root, as in HookedTransformer, tower and connector below.
 
-    `sliding_windows` has one entry a layer (None: full attention), or is empty when no layer slides.
-    `n_ctx` is the longest context in tokens. `casts="hf"` rounds where Hugging Face does (norms and rotary
-    tables in float32); "none" stays in the model's dtype throughout. `sliding_rope` are the rotary positions of
-    layers with a window, where they are others than `rope`; `scales_embeddings` multiplies token embeddings, image
-    features not, by the square root of `d_model`; with `bidirectional_images` the tokens of an image (a run of image
-    tokens) read each other in both directions (`bidirectional_images` and `sliding_windows`: as far back as the window
-    reaches). Where `positions_per_second` is set, the time stream of rotary positions counts a video's seconds, not
-    its images.
-    """
+    n_ctx: the longest context in tokens.
+    casts: "hf" rounds where Hugging Face does (norms and rotary tables in float32), "none" stays in the model's dtype.
+    sliding_windows: one entry per layer (None: full attention), or empty if no layer has a window.
+    sliding_rope: the rotary positions of layers with a window. None: `rope`.
+    scales_embeddings: token embeddings, but not image features, are multiplied by the square root of `d_model`.
+    bidirectional_images: the tokens of an image (a run of image tokens) attend to each other in both directions; in
+        layers with a window, as far back as the window reaches.
+    positions_per_second: the time stream of rotary positions counts a video's seconds. None: its frames.
+
+    Raises: ValueError for values that do not fit together."""
 
     d_vocab: int
     n_ctx: int
@@ -272,7 +289,7 @@ class HookedVLMConfig(TransformerConfig):
     sliding_windows: tuple[int | None, ...] = ()
     image_layout: str = "fixed"  # a row of `images.layout.LAYOUTS`
     image_pinpoints: tuple[tuple[int, int], ...] = ()  # any resolution: canvases (height, width) in pixels
-    max_tiles: int = 0  # any resolution: larger grids are resampled to about so many tiles (0: never)
+    max_tiles: int = 0  # any resolution: larger grids are resampled to about this many tiles (0: never)
     tiles_single_images_only: bool = (
         False  # any resolution: images that share a prompt are one tile each, as are frames
     )
@@ -293,7 +310,7 @@ class HookedVLMConfig(TransformerConfig):
         if self.sliding_windows and len(self.sliding_windows) != self.n_layers:
             raise ValueError(
                 f"HookedVLMConfig: {len(self.sliding_windows)} sliding windows for {self.n_layers} layers; "
-                "give one a layer or none at all."
+                "give one per layer, or none."
             )
         if self.d_head % 2:
             raise ValueError(f"HookedVLMConfig: d_head={self.d_head} must be even for rotary positions.")
@@ -303,8 +320,8 @@ class HookedVLMConfig(TransformerConfig):
             height, width = self.vision.grid
             if self.vision.n_features != height * width:
                 raise ValueError(
-                    f"HookedVLMConfig: a tile has {self.vision.n_features} features, and tiles are put together from "
-                    f"{height} x {width}: the feature strategy must drop a class token, and nothing else."
+                    f"HookedVLMConfig: a tile has {self.vision.n_features} features, but tiles must have "
+                    f"{height} x {width}: the feature strategy must drop the class token and nothing else."
                 )
         if self.rope.sections is not None and not self.rope.interleaved and sum(self.rope.sections) != self.d_head // 2:
             raise ValueError(
@@ -318,20 +335,21 @@ class HookedVLMConfig(TransformerConfig):
 
     @property
     def n_deepstack(self) -> int:
-        """How many inner layers of the tower reach the decoder besides: the i-th at the input of layer i + 1 (the last
-        of as many as there are layers joins after the blocks; further ones reach nothing)."""
+        """The number of inner tower layers that are added in the decoder, the i-th at the input of layer i + 1.
+
+        With as many as there are layers, the last one is added after the blocks; further ones are not used."""
         return 0 if self.vision is None else min(len(self.vision.deepstack_layers), self.n_layers)
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Tokens whose places images fill: images, and frames of videos where the model takes them."""
+        """The tokens that image features replace: those of images and, if the model takes them, of video frames."""
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     def window(self, layer: int) -> int | None:
-        """Sliding window of a layer in tokens; None: full attention."""
+        """Return the sliding window of a layer in tokens; None: full attention."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
-    # What transformer_lens's tools read of a configuration, beside the fields above.
+    # Further fields that transformer_lens's tools read.
     @property
     def eps(self) -> float:
         return self.norm_eps
@@ -347,7 +365,7 @@ class HookedVLMConfig(TransformerConfig):
     attn_only = False
     parallel_attn_mlp = False
     positional_embedding_type = "rotary"
-    use_attn_result = True  # computed when heard, so always at hand
+    use_attn_result = True  # computed whenever a hook reads it
     use_split_qkv_input = True
     use_hook_mlp_in = True
     use_attn_in = False  # one query head's copy is hook_q_input; there is no shared hook_attn_in
@@ -355,7 +373,7 @@ class HookedVLMConfig(TransformerConfig):
     original_architecture = property(lambda self: self.architecture)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain dictionary of all fields, JSON-able (dtype and device as text)."""
+        """Return a nested dictionary of all fields, JSON-able (dtype and device as text)."""
         return _plain(self)
 
 

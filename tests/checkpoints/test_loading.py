@@ -218,16 +218,12 @@ def test_embedded_checkpoint_opens_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["tiny-llava", "/no/such/folder", "./nothing", "a/b/c"])
 def test_unknown_name_says_what_was_tried(name: str) -> None:
-    with pytest.raises(
-        FileNotFoundError, match="not a folder, not an embedded name .*tiny-llava-emotion.* and not a hub id"
-    ):
+    with pytest.raises(FileNotFoundError, match="not a folder, not an embedded .*tiny-llava-emotion.* not a hub id"):
         open_checkpoint(name)
 
 
 def test_hub_id_that_cannot_be_fetched_says_so() -> None:
-    with pytest.raises(
-        FileNotFoundError, match="There is no folder 'nobody/nothing', and downloading it from the hub failed"
-    ):
+    with pytest.raises(FileNotFoundError, match="no folder 'nobody/nothing', and downloading it from the hub failed"):
         open_checkpoint("nobody/nothing")
 
 

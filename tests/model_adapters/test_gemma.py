@@ -164,7 +164,7 @@ FOUR, ONE = "google/gemma-3-4b-it", "google/gemma-3-1b-it"
         (FOUR, None, "projector_hidden_act", "gelu", "projector_hidden_act='gelu'"),
         (FOUR, "vision_config", "window_size", 112, "window_size=112"),
         (FOUR, None, "quantization_config", {"bits": 4, "quant_method": "gptq"}, "quantised"),
-        (FOUR, "vision_config", "model_type", "clip_vision_model", "model_type='clip_vision_model' must be 'siglip_vision_model'"),
+        (FOUR, "vision_config", "model_type", "clip_vision_model", "must be 'siglip_vision_model' for Gemma-3"),
     ],
 )  # fmt: skip
 def test_value_that_cannot_be_followed_is_refused_by_name(

@@ -39,7 +39,7 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 def test_bundle_needs_no_torch() -> None:
     code = (
         "import sys, importlib.util as u;"
-        f"s = u.spec_from_file_location('bundle', {str(FOLDER.parents[1] / 'bundle.py')!r});"
+        f"s = u.spec_from_file_location('bundle', {str(FOLDER.parents[1] / 'files.py')!r});"
         "m = u.module_from_spec(s); sys.modules['bundle'] = m; s.loader.exec_module(m);"
         "m.bundled_pictures(); assert 'torch' not in sys.modules"
     )

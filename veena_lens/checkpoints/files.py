@@ -2,7 +2,8 @@
 package bundles: small checkpoints, and sample images with their manifest.
 
 Shapes come from the files' headers, so that everything can be checked before any tensor is read. For a hub id,
-configuration and processor are downloaded first, weights only when they are needed.
+configuration and processor are downloaded first, weights only when they are needed. torch is imported where weights
+are read, so that listing what the package bundles stays quick.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = [
     "Folder",
@@ -145,10 +147,11 @@ class WeightFile:
         """Return key -> (shape, dtype) from the header; a dtype unknown to torch stays the file's name of it."""
         if not self._is_safe:
             return {k: (tuple(v.shape), v.dtype) for k, v in self._unpickled().items()}
+        dtypes = _dtypes()
         with self._opened() as f:
             slices: dict[str, Any] = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
             kinds = {key: str(s.get_dtype()) for key, s in slices.items()}
-            return {key: (tuple(s.get_shape()), _DTYPES.get(kinds[key], kinds[key])) for key, s in slices.items()}
+            return {key: (tuple(s.get_shape()), dtypes.get(kinds[key], kinds[key])) for key, s in slices.items()}
 
     def about(self) -> dict[str, str]:
         """Return the metadata of a safetensors header; a pickle has none."""
@@ -169,6 +172,8 @@ class WeightFile:
                 yield key, loaded[key]
 
     def _opened(self) -> Any:
+        from safetensors import SafetensorError, safe_open
+
         try:
             return safe_open(str(self.path), framework="pt")
         except SafetensorError as error:
@@ -178,12 +183,14 @@ class WeightFile:
             ) from error
 
     def _unpickled(self) -> dict[str, Any]:
+        import torch
+
         # Without weights_only a pickle could run code.
         try:
             loaded = torch.load(self.path, weights_only=True, mmap=True, map_location="cpu")
         except Exception as error:
             raise ValueError(f"{self.path} cannot be read as plain weights: {_first(error)}") from error
-        if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
             raise ValueError(f"{self.path} contains more than a dictionary of tensors; save only the state dict.")
         return loaded
 
@@ -192,20 +199,24 @@ def _first(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+def _dtypes() -> dict[str, torch.dtype]:
+    """Return torch's dtypes by their names in safetensors headers."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }
 
 
 _BUNDLED = Path(__file__).parent / "bundled"

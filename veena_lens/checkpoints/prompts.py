@@ -157,8 +157,8 @@ def _images_per_row(images: Any, n: int, is_list: bool, given: str) -> list[list
         images = [images]
     if len(images) != n:
         raise ValueError(
-            f"Got `images` for {len(images)} prompt{'s' * (len(images) != 1)} but `{given}` has {n}. Pass one entry per "
-            "prompt, e.g. images=[[a], [b]]."
+            f"Got `images` for {len(images)} prompt{'s' * (len(images) != 1)} but `{given}` has {n}. Pass one entry "
+            "per prompt, e.g. images=[[a], [b]]."
         )
     rows = [[i] if _is_image(i) else list(i) for i in images]
     return [[i for i in row if i is not None] for row in rows]

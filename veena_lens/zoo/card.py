@@ -219,9 +219,9 @@ than the face; the model then follows the text in a share of cases that grows wi
 ## Evaluation
 
 Answers are greedy, from the saved folder, to images of 192 pixels through its own processor.
-{results["identities"]} test identities (hair, skin, glasses, beard, clothes) never occur in training; each is drawn once
-in each of {results["draws"]} draws, with emotions equally often. Brackets are 95 % intervals from resampling identities. The test
-identities, the held-out styles and the emoji were {_looks(folder)}.
+{results["identities"]} test identities (hair, skin, glasses, beard, clothes) never occur in training; each is drawn
+once in each of {results["draws"]} draws, with emotions equally often. Brackets are 95 % intervals from resampling
+identities. The test identities, the held-out styles and the emoji were {_looks(folder)}.
 
 ### Emotion from the image alone
 

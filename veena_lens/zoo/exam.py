@@ -86,9 +86,9 @@ class Asker:
                 padding=True,
                 return_tensors="pt",
             ).to(self.device)
-            told = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            told = told[:, inputs["input_ids"].shape[1] :]
-            texts = self.processor.tokenizer.batch_decode(told, skip_special_tokens=True)
+            generated = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            generated = generated[:, inputs["input_ids"].shape[1] :]
+            texts = self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
             found.update(zip(rows, (text.strip() for text in texts), strict=True))
         return [found[i] for i in range(len(queries))]
 
@@ -151,13 +151,13 @@ def with_context(items: list[Item], draw: int, kind: str, strength: str, held_ou
     rng = random.Random(f"context {draw} {kind} {strength} {held_out}")
     found = []
     for item in items:
-        told = item.truth if kind == "consistent" else rng.choice([e for e in EMOTIONS if e != item.truth])
-        event = rng.choice((HELD_OUT_EVENTS if held_out else EVENTS)[told])
+        suggested = item.truth if kind == "consistent" else rng.choice([e for e in EMOTIONS if e != item.truth])
+        event = rng.choice((HELD_OUT_EVENTS if held_out else EVENTS)[suggested])
         context = padded_context(context_sentence(event, strength), rng)
         name = f"{kind}, {strength}{', held-out sentences' if held_out else ''}"
         query = Query(item.query.picture, f"{context} {item.query.text}")
         found.append(
-            Item(kind=name, face=item.face, query=query, truth=item.truth, context_emotion=told, strength=strength)
+            Item(kind=name, face=item.face, query=query, truth=item.truth, context_emotion=suggested, strength=strength)
         )
     return found
 

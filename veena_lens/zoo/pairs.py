@@ -90,7 +90,7 @@ def conditions(
     if lost:
         raise ValueError(f"conditions: no events for {', '.join(lost)}; emotions with events: {', '.join(EVENTS)}.")
 
-    def told(example: Example) -> Iterator[tuple[str, str, str] | None]:
+    def contexts_of(example: Example) -> Iterator[tuple[str, str, str] | None]:
         """Return (sentence, emotion, strength) of each condition; None without a context."""
         for kind in kinds:
             if kind == "none":
@@ -106,7 +106,7 @@ def conditions(
 
     def under(item: Any, example: Example) -> list[Any]:
         bare = item.without_context()
-        return [bare if words is None else bare.with_context(*words) for words in told(example)]
+        return [bare if words is None else bare.with_context(*words) for words in contexts_of(example)]
 
     plain = pairs.without_context()
     return replace(

@@ -105,13 +105,13 @@ class Writer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, chat: ChatFormat) -> None:
         self.tokenizer, self.chat = tokenizer, chat
         self._ids: dict[str, list[int]] = {}
-        told = (
+        answer_words = (
             [w for entry in WORDS.values() for w in entry.all]
             + [v for c in HEAD_CLASSES.values() for v in c]
             + ["with"]
         )
         # Words that carry the answer have six times the weight; the rest of a sentence is soon memorised.
-        self.heavy = {i for word in told for i in self.ids(word)[:1]}
+        self.heavy = {i for word in answer_words for i in self.ids(word)[:1]}
 
     def ids(self, text: str) -> list[int]:
         if text not in self._ids:
@@ -135,9 +135,9 @@ class Writer:
         end = self.ids(self.chat.end)
         for number, (question, answer) in enumerate(turns):
             asked = self.ids(f"{self.chat.next_turn if number else ''}{question}{self.chat.reply}")
-            told = [*self.ids(answer), *end]
-            ids += asked + told
-            weights += [0.0] * len(asked) + [3.0 if token in self.heavy else 0.5 for token in told]
+            answer_ids = [*self.ids(answer), *end]
+            ids += asked + answer_ids
+            weights += [0.0] * len(asked) + [3.0 if token in self.heavy else 0.5 for token in answer_ids]
         return Branch(ids, weights)
 
     def alignment_row(self, face: Face, rng: random.Random, grid: tuple[int, int]) -> Row:

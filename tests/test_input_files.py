@@ -83,10 +83,8 @@ def test_inputs_come_back_from_a_file_and_go_into_another(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tiles", "dynamic"])
-def test_a_file_that_names_crops_pictures_loads(
-    kind: str, tmp_path: Path, renamed: Callable[[Path, Path], None]
-) -> None:
-    renamed(DATA / f"cache_{kind}.safetensors", tmp_path / "older.safetensors")
+def test_a_file_that_names_crops_pictures_loads(kind: str, tmp_path: Path, rename: Rename) -> None:
+    rename(DATA / f"cache_{kind}.safetensors", tmp_path / "older.safetensors")
     inputs = ActivationCache.load(tmp_path / "older.safetensors").inputs
     assert inputs is not None
     require_same(inputs, inputs_of(kind))

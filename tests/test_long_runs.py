@@ -78,7 +78,7 @@ def test_a_damaged_file_is_done_again_and_a_full_disk_says_so(tmp_path: Path, mo
 def test_a_store_reads_what_it_wrote_and_nothing_unfinished(tmp_path: Path) -> None:
     store = Store(tmp_path, {"a": 1}).under("pair0")
     assert store.read("000000") is None
-    store.write("000000", {"": torch.arange(3.0), "named": torch.ones(3)})
+    store.do("000000", lambda: {"": torch.arange(3.0), "named": torch.ones(3)})
     back = store.read("000000")
     assert back is not None and set(back) == {"", "named"} and torch.equal(back[""], torch.arange(3.0))
     assert store.folder is not None

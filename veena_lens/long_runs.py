@@ -235,11 +235,6 @@ class Store:
         """Return what was kept under a name, or None."""
         return None if self.folder is None else self._read(fingerprint(name))
 
-    def write(self, name: Any, result: Result) -> None:
-        """Keep a unit; one that is there already stays. Raises: as `do`."""
-        if self.folder is not None:
-            self._write(fingerprint(name), result)
-
     def manifest(self) -> list[dict[str, Any]]:
         """Return name, file, size in bytes and checksum of every finished unit, read from the files themselves."""
         found = []

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veena_lens import long_runs
 from veena_lens.emotion.locate.directions import extract_directions
 from veena_lens.emotion.locate.heads import key_heads
 from veena_lens.emotion.pairs.loading import PairSet, load_pairs
 from veena_lens.emotion.planted.circuit import plant_circuit
 from veena_lens.emotion.planted.scores import labels_under_chance, localise, swapped_at_random
-from veena_lens.sweeps.engine import bar
 from veena_lens.zoo.people import WORDS
 
 if TYPE_CHECKING:
@@ -52,34 +52,22 @@ def run(
         tau=-1, require_neutral=False, max_new_tokens=1, minimum=2, n_splits=0, progress=False
     )
     rankings, choices, nulls = [], [], []
-    show = bar(len(seeds) * len(strengths), progress, "plants")
-    for seed in seeds:
-        for strength in strengths:
-            plant = plant_circuit(vlm, planting, words, strength=strength, seed=seed)
-            directions = extract_directions(plant.model, for_directions, **settings)
-            found = localise(plant, finding, directions, seed=seed)
-            about = {"seed": seed, "strength": strength}
-            rankings.append(found.table.assign(**about))
-            choices.append(about | dict(found.chosen))
-            exchanged = extract_directions(plant.model, swapped_at_random(for_directions, seed), **settings)
-            null = key_heads(
-                plant.model,
-                swapped_at_random(finding, seed + 1),
-                exchanged,
-                plant.layer,
-                draws=500,
-                seed=seed,
-                progress=False,
-            )
-            nulls.append(
-                about
-                | {"heads": len(null.table), "twins exchanged: key heads": len(null.heads)}
-                | {"labels shuffled: specific heads": labels_under_chance(found.heads, seed)}
-            )
-            if show is not None:
-                show.update(1)
-    if show is not None:
-        show.close()
+    every = [(seed, strength) for seed in seeds for strength in strengths]
+    for seed, strength in long_runs.progress(every, "plants", progress):
+        plant = plant_circuit(vlm, planting, words, strength=strength, seed=seed)
+        directions = extract_directions(plant.model, for_directions, **settings)
+        found = localise(plant, finding, directions, seed=seed)
+        about = {"seed": seed, "strength": strength}
+        rankings.append(found.table.assign(**about))
+        choices.append(about | dict(found.chosen))
+        exchanged = extract_directions(plant.model, swapped_at_random(for_directions, seed), **settings)
+        swapped = swapped_at_random(finding, seed + 1)
+        null = key_heads(plant.model, swapped, exchanged, plant.layer, draws=500, seed=seed, progress=False)
+        nulls.append(
+            about
+            | {"heads": len(null.table), "twins exchanged: key heads": len(null.heads)}
+            | {"labels shuffled: specific heads": labels_under_chance(found.heads, seed)}
+        )
     return pd.concat(rankings, ignore_index=True), pd.DataFrame(choices), pd.DataFrame(nulls)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from veena_lens.model.forward import LAST, ResidualState, embed, forward
 from veena_lens.model.generation import as_prompt, decode_steps
 from veena_lens.model.span import PassSpan
 from veena_lens.sweeps.engine import bar, require_engine
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ class GenerationSweep:
 
 
 def generation_sweep(
-    model: Any,
+    model: HookedVLM,
     inputs: MultimodalInputs,
     entries: Sequence[Any],
     score: Callable[[list[str]], Any] | None = None,
@@ -120,7 +123,7 @@ def generation_sweep(
     return GenerationSweep(texts, tokens, scores, labels)
 
 
-def _on_pictures(model: Any, item: Any) -> bool:
+def _on_pictures(model: HookedVLM, item: Any) -> bool:
     return row_of(item.site(model.cfg)).axis_names[0] != "batch"
 
 
@@ -144,7 +147,7 @@ def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tens
     return values
 
 
-def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
+def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
     """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
     for its logits."""
     first, run = row.shape[1] - 1, PassSpan.whole(row)
@@ -162,7 +165,7 @@ def first_edited(model: Any, row: MultimodalInputs, interventions: Sequence[Any]
 
 @torch.no_grad()
 def _continue(
-    model: Any, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
+    model: HookedVLM, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
 ) -> Tensor:
     """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
     n, length, n_layers = len(lists), row.shape[1], model.cfg.n_layers

@@ -392,7 +392,7 @@ def test_file_that_is_no_circuit_is_refused(tmp_path: Any) -> None:
     save_file({"x": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
     with pytest.raises(ValueError, match="no circuit"):
         Circuit.load(tmp_path / "other.safetensors")
-    with pytest.raises(TypeError, match="none of Steer"):
+    with pytest.raises(TypeError, match="'steer' is not an intervention"):
         Circuit(["steer"])
 
 

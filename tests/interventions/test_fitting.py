@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "patch-other-length": (lambda r: Patch(OUT, torch.zeros(2, 5, 48)), "of pos 5; this run has pos 17"),
     "patch-other-rows": (lambda r: Patch(OUT, torch.zeros(3, 17, 48)), "3 rows, the run 2"),
     "patch-too-few-positions": (lambda r: Patch(OUT, r["swapped"], positions="image"), r"\[4, 8\].*\[8, 4\]"),
-    "patch-fewer-pictures": (lambda r: Patch(TOWER, r["swapped"][TOWER][:2], positions="all"), "picture 2.*picture 3"),
+    "patch-fewer-pictures": (lambda r: Patch(TOWER, r["swapped"][TOWER][:2], positions="all"), "crop 2.*crop 3"),
     "patch-fewer-features": (
         lambda r: Patch("hook_image_features", torch.zeros(8, 48), positions="image"),
         "n_image_tokens 8.*n_image_tokens 12",
@@ -66,7 +66,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "positions": (lambda r: Ablate(OUT, positions=[0, -30]), "position -30"),
     "mask": (lambda r: Ablate(OUT, positions=torch.ones(2, 3).bool()), r"\[2, 3\]"),
     "tile": (lambda r: Ablate(OUT, positions=Tile(4)), "Tile.tile=4.*selects no position"),
-    "position-of-a-picture": (lambda r: Ablate(TOWER, positions=5), "position 5 is outside pictures of 5"),
+    "position-of-a-picture": (lambda r: Ablate(TOWER, positions=5), "position 5 is outside images of 5"),
     "site": (lambda r: Ablate("blocks.0.attn.hook_zz"), "hook_zz"),
 }
 

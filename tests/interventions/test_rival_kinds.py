@@ -142,5 +142,5 @@ def test_what_cannot_act_is_refused_before_anything_runs(make: Any, telling: str
 
 def test_quiet_heads_without_any_picture_are_refused(model_of) -> None:
     model, inputs = tiny(model_of, "text-qwen3")
-    with model.intervene([SuppressHeads(0)]), pytest.raises(ValueError, match="has an picture"):
+    with model.intervene([SuppressHeads(0)]), pytest.raises(ValueError, match="has an image"):
         model(inputs)

@@ -24,13 +24,12 @@ from veena_lens.positions import parse
 MODES = ("renorm", "logit", "scale", "mul", "abs")
 
 
-def select(item: Any) -> None:
-    """Check the queries and keys of an edit of attention; the positions that it edits are its queries.
+def require_selections(item: Any) -> None:
+    """Check the queries and keys of an edit of attention.
 
     Raises: ValueError or TypeError for a selection that is not understood."""
     parse(item.queries)
     parse(item.keys)
-    object.__setattr__(item, "positions", item.queries)
 
 
 def attention_site(cfg: HookedVLMConfig, item: Any, hook: str, heads: Sequence[int] | None = None) -> str:
@@ -82,7 +81,7 @@ class BoostAttention(Intervention):
     mode: str = "renorm"
 
     def __post_init__(self) -> None:
-        select(self)
+        require_selections(self)
         if self.mode not in MODES:
             raise ValueError(f"BoostAttention: mode={self.mode!r} must be one of {', '.join(MODES)}.")
         if not math.isfinite(self.factor) or (self.factor <= 0 and self.is_bias):
@@ -92,6 +91,11 @@ class BoostAttention(Intervention):
     def is_bias(self) -> bool:
         """True where the boost is an additive bias on the scores."""
         return self.mode in ("renorm", "logit")
+
+    @property
+    def positions(self) -> Any:
+        """The query positions."""
+        return self.queries
 
     def __repr__(self) -> str:
         return show(self)
@@ -160,12 +164,17 @@ class KnockOutAttention(Intervention):
     queries: Any = "query+generated"
 
     def __post_init__(self) -> None:
-        select(self)
+        require_selections(self)
 
     @property
     def is_bias(self) -> bool:
         """True: the scores are lowered by a bias."""
         return True
+
+    @property
+    def positions(self) -> Any:
+        """The query positions."""
+        return self.queries
 
     def __repr__(self) -> str:
         return show(self)
@@ -223,11 +232,16 @@ class SuppressHeads(Intervention):
     queries: Any = "last+generated"
 
     def __post_init__(self) -> None:
-        select(self)
+        require_selections(self)
         if not 0 <= self.keep <= 1:
             raise ValueError(f"SuppressHeads: keep={self.keep} must be a share of the heads, 0 to 1.")
         if not math.isfinite(self.factor):
             raise ValueError(f"SuppressHeads: factor={self.factor} must be finite.")
+
+    @property
+    def positions(self) -> Any:
+        """The query positions."""
+        return self.queries
 
     def __repr__(self) -> str:
         return show(self)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -33,10 +33,13 @@ from veena_lens.sweeps.measuring import apply_metrics, read_logits, sites_of
 from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, Row
 from veena_lens.sweeps.tower import encode_again, names_to_keep, seen_pictures
 
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
+
 
 @torch.no_grad()
 def base_run(
-    model: Any, inputs: MultimodalInputs, sites: Sequence[str] = (), on_pictures: Sequence[str] = ()
+    model: HookedVLM, inputs: MultimodalInputs, sites: Sequence[str] = (), on_pictures: Sequence[str] = ()
 ) -> BaseRun:
     """Run once and keep what rows (`on_pictures`: those that edit tower or connector) and metrics (`sites`) need.
 
@@ -77,7 +80,7 @@ def chunks(rows: Sequence[AnyRow], max_rows: int) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def run_staircase(
-    model: Any, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
+    model: HookedVLM, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
 ) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
     """(logits of the last position, or None; the activations at `sites` [rows pos ...]) of each row.
 
@@ -152,7 +155,7 @@ def _capture(seen: Tensor, order: list[int], start: int) -> Callable[..., None]:
 
 @torch.no_grad()
 def run_naive(
-    model: Any, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
+    model: HookedVLM, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
 ) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
     """As `run_staircase`, each row by a forward of its own."""
     logits, seen = [], {site: [] for site in sites}
@@ -174,7 +177,7 @@ def run_naive(
 ENGINES = ("suffix", "naive")
 
 
-def require_engine(model: Any, engine: str) -> None:
+def require_engine(model: HookedVLM, engine: str) -> None:
     """Raises: ValueError for an unknown engine, or a suffix sweep inside `intervene` or with hooks on the model."""
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} must be 'suffix' or 'naive'.")
@@ -194,7 +197,7 @@ def require_inputs(inputs: Any, name: str) -> None:
 
 
 def run_rows(
-    model: Any,
+    model: HookedVLM,
     base: BaseRun,
     rows: Sequence[AnyRow],
     metrics: Mapping[str, Any],

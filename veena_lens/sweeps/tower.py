@@ -8,7 +8,7 @@ staircase, as in the decoder); what the base run knows of the rest is put beside
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Shaped
@@ -18,6 +18,9 @@ from veena_lens.hook_table import layer_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.forward import ResidualState, pack
 from veena_lens.sweeps.rows import AnyRow, BaseRun, PictureRow, SeenPictures
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 FEATURE_SITES = ("hook_image_features",)
 EMBEDDING = -1  # depth of what lies before the tower's first block
@@ -41,9 +44,9 @@ def blocks_again(site: str, n_layers: int) -> int:
     return n_layers - min(max(depth_of(site, n_layers), 0), n_layers)
 
 
-def names_to_keep(model: Any, sites: Sequence[str]) -> dict[str, str]:
+def names_to_keep(model: HookedVLM, sites: Sequence[str]) -> dict[str, str]:
     """What a base run must hear so that these sites can start where they are: a name of its own -> hook."""
-    tower, n = model.vision, model.cfg.vision.n_layers
+    tower, n = model.vision, model.vision.cfg.n_layers
     depths = {depth_of(site, n) for site in sites}
     if min(depths, default=n + 2) > n + 1:
         return {}
@@ -55,19 +58,19 @@ def names_to_keep(model: Any, sites: Sequence[str]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def seen_pictures(model: Any, found: dict[str, Tensor]) -> SeenPictures:
+def seen_pictures(model: HookedVLM, found: dict[str, Tensor]) -> SeenPictures:
     """What the base run's tower and connector made of all images, under the names of `names_to_keep`."""
 
     def part(word: str) -> dict[int, Tensor]:
         return {int(name.split()[1]): x for name, x in found.items() if name.startswith(word)}
 
     kept = part("kept")
-    layers = model.cfg.vision.deepstack_layers[: model.cfg.n_deepstack]
+    layers = model.vision.cfg.deepstack_layers[: model.cfg.n_deepstack]
     merged = [model.deepstack[i](kept[layer]) for i, layer in enumerate(layers)]
     return SeenPictures(part("enter"), kept, found["features"], found["projected"], merged)
 
 
-def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> ResidualState:
+def encode_again(model: HookedVLM, base: BaseRun, rows: Sequence[AnyRow]) -> ResidualState:
     """The merged sequence of each row, under its own edit of the images.
 
     Features are edited where they lie in the sequence; for tower and connector the images that a row edits run again
@@ -84,7 +87,7 @@ def encode_again(model: Any, base: BaseRun, rows: Sequence[AnyRow]) -> ResidualS
         stream = resid if row.site in FEATURE_SITES else deepstack[(layer_of(row.site) or 0) + 1]
         stream[i, tokens] = row.edit(stream[i, tokens], 0)
     if entries:
-        n_layers = model.cfg.vision.n_layers
+        n_layers = model.vision.cfg.n_layers
         entries.sort(key=lambda entry: depth_of(entry[1].site, n_layers))
         _Again(model, base, [row for _, row in entries]).put([i for i, _ in entries], resid, deepstack, tokens)
     return ResidualState(resid, deepstack)
@@ -95,7 +98,7 @@ class _Again:
 
     projected: what the connector makes of them; merged: what the mergers of inner layers make of them."""
 
-    def __init__(self, model: Any, base: BaseRun, rows: Sequence[PictureRow]) -> None:
+    def __init__(self, model: HookedVLM, base: BaseRun, rows: Sequence[PictureRow]) -> None:
         assert base.pictures is not None
         self.model, self.base, self.rows, self.known = model, base, rows, base.pictures
         self.held = [row.held for row in rows]
@@ -103,7 +106,7 @@ class _Again:
         self.ends = [0]
         for held in self.held:
             self.ends.append(self.ends[-1] + len(held))
-        n = model.cfg.vision.n_layers
+        n = model.vision.cfg.n_layers
         self.depths = [depth_of(row.site, n) for row in rows]
         features, inner = self._through_tower(n)
         with model.hooks(self._edits(n + 1)):
@@ -145,7 +148,7 @@ class _Again:
         tower, known, total = self.model.vision, self.known, len(self.rows)
         inputs = self.base.inputs
         assert inputs.pixel_values is not None
-        n_inner = len(model_layers := self.model.cfg.vision.deepstack_layers)
+        n_inner = len(model_layers := self.model.vision.cfg.deepstack_layers)
         past = sum(d <= n for d in self.depths)  # the others begin in the connector
         after = self._of(known.features, past, total)
         inner_after = [self._of(known.kept[layer], past, total) for layer in model_layers]
@@ -177,6 +180,7 @@ class _Again:
         if past > joined:
             resid = _with(resid, self._of(known.entering[n], joined, past))
         kept = {name: kept.get(name, self._of(value, 0, past)) for name, value in known.kept.items()}
+        assert resid is not None
         with self.model.hooks(self._edits(n)):
             seen = tower.leave(resid, kept)
         inner = [torch.cat([seen.inner[i], inner_after[i]]) for i in range(n_inner)]

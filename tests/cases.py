@@ -1,96 +1,45 @@
-"""One table of odd tiny models: what parity, hooks, cache and generation are all tested on.
-
-A `Case` is a Hugging Face configuration and the rows of a batch. Every parameter is shaken after building,
-since a fresh model has norm weights of 1 and biases of 0, which hide a norm that is missing or swapped.
-"""
+"""The odd cases of every family (`tests/families.py`): what parity, hooks, caches and generation are all tested on."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
-import torch
-import transformers
-from torch import Tensor
-
-IMAGE_TOKEN = 127
-PAD = 0
-TEXT = dict(
-    hidden_size=48,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    vocab_size=128,
-    max_position_embeddings=256,
+from tests.families import (
+    FULL,
+    QWEN,
+    SLIDE,
+    TEXT,
+    TILED,
+    TOWER,
+    Case,
+    build_hf,
+    counted,
+    counted_inputs,
+    hf_config,
+    hf_model,
+    native_model,
+    raw_inputs,
+    relative_error,
+    tiny_tokenizer,
 )
-TOWER = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14
+from tests.odd_inputs import IMAGE_TOKEN, PAD
+from tests.qwen_cases import QWEN_CASES
+
+__all__ = [
+    "BY_NAME", "CASES", "IMAGE_TOKEN", "PAD", "QWEN", "TEXT", "TOWER", "Case", "build_hf", "counted", "counted_inputs",
+    "hf_config", "hf_model", "native_model", "raw_inputs", "relative_error", "tiny_tokenizer",
+]  # fmt: skip
+
+# What tells a decoder or a tower from the family's own.
+DECODERS: dict[str, dict[str, Any]] = dict(
+    llama=dict(model_type="llama"),
+    mistral=dict(model_type="mistral", sliding_window=None),
+    qwen2=dict(model_type="qwen2"),
+    qwen3=dict(model_type="qwen3", head_dim=8),
 )
-TEXT_CONFIGS: Mapping[str, Any] = dict(
-    llama=transformers.LlamaConfig,
-    mistral=transformers.MistralConfig,
-    qwen2=transformers.Qwen2Config,
-    qwen3=transformers.Qwen3Config,
-)
-TEXT_MODELS: Mapping[str, Any] = dict(
-    llama=transformers.LlamaForCausalLM,
-    mistral=transformers.MistralForCausalLM,
-    qwen2=transformers.Qwen2ForCausalLM,
-    qwen3=transformers.Qwen3ForCausalLM,
-)
-NO_WINDOW: Mapping[str, Mapping[str, Any]] = dict(
-    llama={}, mistral=dict(sliding_window=None), qwen2={}, qwen3=dict(head_dim=8)
-)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Case:
-    """A tiny model and a batch. `rows`: a string a row, numbers are text tokens, "i" is an image."""
-
-    name: str
-    decoder: str = "llama"
-    tower: str | None = "clip"
-    text: Mapping[str, Any] = field(default_factory=dict)
-    vision: Mapping[str, Any] = field(default_factory=dict)
-    llava: Mapping[str, Any] = field(default_factory=dict)
-    rows: tuple[str, ...] = ("3 i 5", "2 i 1 i 6")
-    padding: str = "left"
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def n_images(self) -> int:
-        return sum(row.split().count("i") for row in self.rows)
-
-    @property
-    def tokens_per_image(self) -> int:
-        """Image tokens of one image, counted as Hugging Face counts features."""
-        vision = {**TOWER, **self.vision}
-        patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        keeps_all = self.llava.get("vision_feature_select_strategy", "default") == "full"
-        return patches + (self.tower == "clip") - (not keeps_all)
-
-    @property
-    def image_size(self) -> int:
-        return {**TOWER, **self.vision}["image_size"]
-
-    def text_only(self) -> bool:
-        return self.tower is None
-
-
-def _llava(name: str, tower: str, decoder: str, **kw: Any) -> Case:
-    if tower == "siglip":
-        kw["llava"] = dict(vision_feature_layer=-1, vision_feature_select_strategy="full") | kw.get("llava", {})
-    return Case(name=name, tower=tower, decoder=decoder, **kw)
-
-
-def _text(name: str, decoder: str, **kw: Any) -> Case:
-    return Case(name=name, tower=None, decoder=decoder, rows=kw.pop("rows", ("9", "14", "4")), **kw)
+CLIP = dict(model_type="clip_vision_model")
+SIGLIP = dict(model_type="siglip_vision_model")
+SIGLIP_ROOT = dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
 
 
 def _rope(kind: str, **numbers: Any) -> dict[str, Any]:
@@ -100,7 +49,20 @@ def _rope(kind: str, **numbers: Any) -> dict[str, Any]:
 LLAMA3 = _rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 YARN = _rope("yarn", factor=4.0, original_max_position_embeddings=16)
 
-CASES: tuple[Case, ...] = (
+
+def _llava(name: str, tower: str, decoder: str, **kw: Any) -> Case:
+    kw["text"] = DECODERS[decoder] | kw.get("text", {})
+    if tower == "siglip":
+        kw |= dict(vision=SIGLIP | kw.get("vision", {}), root=SIGLIP_ROOT | kw.get("root", {}))
+    return Case(name=name, **kw)
+
+
+def _text(name: str, decoder: str, **kw: Any) -> Case:
+    kw["text"] = DECODERS[decoder] | kw.get("text", {})
+    return Case(name=name, family="text", **dict(rows=("9", "14", "4")) | kw)
+
+
+LLAVA_CASES = (
     # towers and decoders
     _llava("clip-llama", "clip", "llama"),
     _llava("clip-mistral", "clip", "mistral"),
@@ -123,13 +85,13 @@ CASES: tuple[Case, ...] = (
         "clip",
         "llama",
         text=dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
-        llava=dict(tie_word_embeddings=True),
+        root=dict(tie_word_embeddings=True),
     ),
-    _llava("tied-qwen2", "siglip", "qwen2", text=dict(tie_word_embeddings=True), llava=dict(tie_word_embeddings=True)),
-    _llava("projector-without-bias", "clip", "llama", llava=dict(multimodal_projector_bias=False)),
-    _llava("projector-silu", "clip", "llama", llava=dict(projector_hidden_act="silu")),
+    _llava("tied-qwen2", "siglip", "qwen2", text=dict(tie_word_embeddings=True), root=dict(tie_word_embeddings=True)),
+    _llava("projector-without-bias", "clip", "llama", root=dict(multimodal_projector_bias=False)),
+    _llava("projector-silu", "clip", "llama", root=dict(projector_hidden_act="silu")),
     _llava("text-gelu", "clip", "llama", text=dict(hidden_act="gelu"), vision=dict(hidden_act="gelu")),
-    _llava("text-relu", "siglip", "mistral", text=dict(hidden_act="relu"), llava=dict(projector_hidden_act="relu")),
+    _llava("text-relu", "siglip", "mistral", text=dict(hidden_act="relu"), root=dict(projector_hidden_act="relu")),
     _llava(
         "text-gelu-tanh",
         "clip",
@@ -143,28 +105,28 @@ CASES: tuple[Case, ...] = (
     _llava("image-28-patch-7", "clip", "qwen2", vision=dict(patch_size=7)),
     _llava("image-45-patch-7-siglip", "siglip", "llama", vision=dict(image_size=45, patch_size=7)),
     _llava("one-patch", "clip", "llama", vision=dict(image_size=15)),
-    _llava("feature-list", "clip", "llama", llava=dict(vision_feature_layer=[-2, 1])),
+    _llava("feature-list", "clip", "llama", root=dict(vision_feature_layer=[-2, 1])),
     _llava(
         "feature-list-full-ends",
         "clip",
         "mistral",
-        llava=dict(vision_feature_layer=[0, -1, 2], vision_feature_select_strategy="full"),
+        root=dict(vision_feature_layer=[0, -1, 2], vision_feature_select_strategy="full"),
     ),
-    _llava("feature-list-siglip", "siglip", "qwen2", llava=dict(vision_feature_layer=[1, 3])),
-    _llava("feature-last", "clip", "llama", llava=dict(vision_feature_layer=-1)),
-    _llava("feature-zero", "clip", "llama", llava=dict(vision_feature_layer=[0])),
+    _llava("feature-list-siglip", "siglip", "qwen2", root=dict(vision_feature_layer=[1, 3])),
+    _llava("feature-last", "clip", "llama", root=dict(vision_feature_layer=-1)),
+    _llava("feature-zero", "clip", "llama", root=dict(vision_feature_layer=[0])),
     _llava(
         "feature-minus-three-full",
         "clip",
         "qwen2",
-        llava=dict(vision_feature_layer=-3, vision_feature_select_strategy="full"),
+        root=dict(vision_feature_layer=-3, vision_feature_select_strategy="full"),
     ),
     _llava("siglip-without-pooling-head", "siglip", "llama", vision=dict(vision_use_head=False)),
     _llava(
         "siglip-default-strategy",
         "siglip",
         "llama",
-        llava=dict(vision_feature_select_strategy="default"),
+        root=dict(vision_feature_select_strategy="default"),
         vision=dict(patch_size=7),
     ),
     # rotary positions
@@ -221,116 +183,179 @@ CASES: tuple[Case, ...] = (
     _llava("clip-qwen3", "clip", "qwen3"),
     _text("text-one-token", "llama", rows=("1",)),
 )
-BY_NAME = {case.name: case for case in CASES}
 
 
-def hf_config(case: Any) -> Any:
-    """The Hugging Face configuration of a case (a `Case`, or one that makes its own)."""
-    if not isinstance(case, Case):
-        return case.config()
-    text = TEXT_CONFIGS[case.decoder](**{**TEXT, **NO_WINDOW[case.decoder], **copy.deepcopy(dict(case.text))})
-    if case.tower is None:
-        return text
-    kind = transformers.CLIPVisionConfig if case.tower == "clip" else transformers.SiglipVisionConfig
-    return transformers.LlavaConfig(
-        vision_config=kind(**{**TOWER, **case.vision}),
-        text_config=text,
-        image_token_index=IMAGE_TOKEN,
-        **copy.deepcopy(dict(case.llava)),
-    )
+# --- any resolution ----------------------------------------------------------------------------------------
+def _next(name: str, decoder: str, *rows: str, **kw: Any) -> Case:
+    odd = dict(llama=dict(head_dim=16, attention_bias=True)).get(decoder, {})
+    return Case(name=name, family="llava-next", rows=rows, text=DECODERS[decoder] | odd, **kw)
 
 
-def build_hf(case: Any, dtype: torch.dtype = torch.float64, gain: float = 1.0) -> Any:
-    """A fresh Hugging Face model of a case, its parameters shaken, the same numbers at every call.
-
-    `gain` multiplies the decoder's attention and MLP: what it says then depends on its whole context."""
-    if not isinstance(case, Case):
-        cls = case.model_class
-    else:
-        cls = TEXT_MODELS[case.decoder] if case.tower is None else transformers.LlavaForConditionalGeneration
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = cls._from_config(hf_config(case), attn_implementation="sdpa").to(torch.float64).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (0.2 if p.ndim == 1 else 0.05))
-        for name, p in model.named_parameters():
-            if "vision" not in name and "visual" not in name and ("self_attn" in name or "mlp" in name):
-                p.mul_(gain)
-    return model.to(dtype)
+SEVERAL, LAST = dict(vision_feature_layer=[-2, 1]), dict(vision_feature_layer=-1)
+NEXT_CASES = (
+    _next("llama", "llama", "3 i40x75 5", "2 i90x30 1 i28x28 6", "4"),
+    _next("mistral", "mistral", "3 i40x75 5", "2 i90x30 1 i28x28 6", "4 i200x1 1"),
+    _next("qwen2", "qwen2", "1 i56x56 2", "5 i300x299 1"),
+    _next("feature-list", "llama", "1 i13x57 4", "2 i29x83 1 i171x96 3", root=SEVERAL),
+    _next("feature-list-mistral", "mistral", "1 i1x200 4", "i84x28 2", root=SEVERAL),
+    _next("feature-list-qwen2", "qwen2", "2 i118x7 3 i28x28 1", root=SEVERAL),
+    _next("feature-last", "llama", "2 i200x1 1", "3 i1x200 3", root=LAST),
+    _next("feature-last-mistral", "mistral", "2 i56x56 1", "3", "1 i44x101 3 i150x160 1", root=LAST),
+    _next("feature-last-qwen2", "qwen2", "2 i300x299 1 i13x57 2", "9", root=LAST),
+    _next("right-padding", "llama", "2 i40x75 1", "3 i29x83 2 i90x30 1", padding="right"),
+    _next("small-pictures", "mistral", "2 i1x1 1 i2x2 3", "1 i3x29 2"),
+    _next("touching-pictures", "qwen2", "1 i28x28 i84x28 1", "i61x30 i40x75 2"),
+    _next("no-picture-at-all", "llama", "5", "8"),
+)
 
 
-@cache
-def hf_model(case: Any, dtype: torch.dtype = torch.float64) -> Any:
-    """The Hugging Face model of a case, built once a run: do not edit it."""
-    return build_hf(case, dtype)
+def _onevision(name: str, **kw: Any) -> Case:
+    vision = kw.pop("vision", {})
+    if "model_type" not in vision:
+        vision = dict(vision_use_head=False) | vision
+    rows = ("3 i40x75 5", "2 i30x30 1 i100x20 6", "4")
+    return Case(name=name, family="onevision", vision=vision, **dict(rows=rows) | kw)
 
 
-@cache
-def native_model(case: Any, dtype: torch.dtype = torch.float64, casts: str = "hf") -> Any:
-    """The native model of a case, built once a run; the fixture `model_of` checks that no hook is left on it."""
-    from veena_lens import HookedVLM
-
-    return HookedVLM.from_hf(hf_model(case, dtype), casts=casts)
+def _max(tiles: int) -> dict[str, Any]:
+    return dict(vision_aspect_ratio=f"anyres_max_{tiles}")
 
 
-def raw_inputs(case: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    """What a processor would emit for the case's rows: ids, mask and, where there are images, pixels."""
-    if not isinstance(case, Case):
-        return case.raw(dtype)
-    generator = torch.Generator().manual_seed(2)
-    rows = []
-    for row in case.rows:
-        ids: list[int] = []
-        for word in row.split():
-            if word == "i":
-                ids += [IMAGE_TOKEN] * case.tokens_per_image
-            else:
-                ids += torch.randint(3, 100, (int(word),), generator=generator).tolist()
-        rows.append(ids)
-    length = max(map(len, rows))
-    tokens, mask = torch.full((len(rows), length), PAD), torch.zeros(len(rows), length, dtype=torch.long)
-    for i, ids in enumerate(rows):
-        at = slice(length - len(ids), length) if case.padding == "left" else slice(0, len(ids))
-        tokens[i, at], mask[i, at] = torch.tensor(ids), 1
-    raw = dict(input_ids=tokens, attention_mask=mask)
-    if case.n_images:
-        side = case.image_size
-        raw["pixel_values"] = torch.randn(case.n_images, 3, side, side, generator=generator, dtype=torch.float64)
-        raw["pixel_values"] = raw["pixel_values"].to(dtype)
-    return raw
+FINE = dict(image_size=28, patch_size=7)  # tiles of 4 x 4 features
+ODD_SIDE = dict(image_size=35, patch_size=7)  # of 5 x 5, in frames 3 x 3
+ODD_PINS = dict(image_grid_pinpoints=[[35 * a, 35 * b] for a in range(1, 4) for b in range(1, 4)])
+VIDEOS = ("2 v3 4", "v3 1 v3 2", "5")
+ONEVISION_CASES = (
+    _onevision("plain"),
+    _onevision("tied", text=dict(tie_word_embeddings=True)),
+    _onevision("tied-at-the-root", root=dict(tie_word_embeddings=True)),
+    _onevision("one-kv-head", text=dict(num_key_value_heads=1)),
+    _onevision("all-kv-heads", text=dict(num_key_value_heads=6), vision=dict(hidden_act="gelu")),
+    _onevision("one-layer", text=dict(num_hidden_layers=1), vision=dict(num_hidden_layers=1)),
+    # grids that are resampled
+    _onevision("resampled", vision=FINE, root=_max(2), rows=("3 i50x75 5", "1 i100x90 2 ", "2 i28x28 1")),
+    _onevision("resampled-to-one-tile", vision=FINE, root=_max(1), rows=("3 i50x75 5", "1 i110x110 2", "4")),
+    _onevision("resampled-pairs", vision=FINE, root=_max(3), rows=("i50x110 1", "i110x40 2"), padding="right"),
+    _onevision("nine-tiles", rows=("2 i112x112 1", "3 i112x90 2"), root=_max(9)),
+    # the tower
+    _onevision("odd-side", vision=ODD_SIDE, root=_max(2) | ODD_PINS, rows=("1 i70x80 2", "v2 3 i20x99 1")),
+    _onevision("feature-list", root=dict(vision_feature_layer=[-2, 1])),
+    _onevision("inner-feature-layer", root=dict(vision_feature_layer=-2)),
+    _onevision("pooling-head", vision=dict(vision_use_head=True)),
+    _onevision(
+        "clip",
+        vision=dict(CLIP),
+        root=dict(vision_feature_select_strategy="default", vision_feature_layer=-2),
+        rows=("3 i40x75 5", "2 v2 1", "2 i30x30 1 i100x20 6"),
+    ),
+    _onevision("projector", root=dict(multimodal_projector_bias=False, projector_hidden_act="silu")),
+    # batches
+    _onevision("all-in-tiles", says_numbers=False),
+    _onevision("right-padding", padding="right"),
+    _onevision("many-pictures", rows=("1 i28x28 1 i40x20 2 i9x99 1", "i70x60 3", "4", "2 i20x40 1")),
+    _onevision("touching-pictures", rows=("1 i40x30 i90x30 2", "i50x50 4")),
+    _onevision("thin-pictures", rows=("1 i1x100 2", "i100x1 1", "2 i3x3 1")),
+    _onevision("videos", rows=VIDEOS),
+    _onevision("videos-right-padding", rows=VIDEOS, padding="right", vision=FINE),
+    _onevision("image-and-video", rows=("2 i40x75 3 v2 1 i30x30 4", "1 v2 2 i56x28 1", "5")),
+    _onevision("touching-kinds", rows=("i40x75 v2 v2 i30x30 2", "v2 i20x90 3")),
+    _onevision("no-picture-at-all", rows=("5", "8")),
+    # the decoder
+    _onevision("window", text=dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)),
+    _onevision("rotary-base", text=dict(rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+)
 
 
-def counted(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same inputs with positions counted over real tokens, so that a padded row equals the row alone."""
-    positions = (raw["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return dict(raw, position_ids=positions)
+# --- images that read themselves both ways -------------------------------------------------------------------
+def _gemma(name: str, **kw: Any) -> Case:
+    return Case(name=name, family="gemma3", **dict(rows=("3 i 5", "2 i 1 i 6", "4")) | kw)
 
 
-def relative_error(ours: Tensor, theirs: Tensor, keep: Tensor | None = None) -> float:
-    """max|a - b| / max|b|, over the positions that `keep` marks."""
-    assert ours.shape == theirs.shape, f"shapes differ: {tuple(ours.shape)} and {tuple(theirs.shape)}"
-    if keep is not None:
-        ours, theirs = ours[keep.bool()], theirs[keep.bool()]
-    ours, theirs = ours.detach().double(), theirs.detach().double()
-    difference = (ours - theirs).abs().max()
-    assert torch.isfinite(difference), "not finite"
-    return float(difference / theirs.abs().max())
+def _gemma_text(name: str, **kw: Any) -> Case:
+    return Case(name=name, family="gemma3-text", **dict(rows=("9", "14", "4")) | kw)
 
 
-@cache
-def tiny_tokenizer() -> Any:
-    """Words "w3" .. "w126" and "<image>"; "<s>" begins a text."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from tokenizers.processors import TemplateProcessing
+def _gemma_rope(full: dict[str, Any], slides: dict[str, Any] | None = None) -> dict[str, Any]:
+    return dict(rope_parameters={FULL: full, SLIDE: slides or dict(rope_type="default", rope_theta=1e2)})
 
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, IMAGE_TOKEN)), "<image>"]
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
+
+GEMMA_CASES = (
+    _gemma("plain"),
+    # layers and windows
+    _gemma("all-slide", text=dict(layer_types=[SLIDE] * 3)),
+    _gemma("none-slides", text=dict(layer_types=[FULL] * 3)),
+    _gemma("narrow-window", text=dict(sliding_window=2)),  # narrower than an image
+    _gemma("wide-window", text=dict(sliding_window=200)),
+    _gemma("pattern", text=dict(layer_types=None, num_hidden_layers=7, sliding_window=4)),
+    # rotary positions
+    _gemma("scaled-rope", text=_gemma_rope(dict(rope_type="linear", rope_theta=1e6, factor=8.0))),
+    _gemma("both-bases", text=_gemma_rope(dict(rope_type="default", rope_theta=50.0), dict(rope_theta=7.0))),
+    # heads, norms, widths
+    _gemma("one-kv-head", text=dict(num_key_value_heads=1)),
+    _gemma("all-kv-heads", text=dict(num_key_value_heads=4, head_dim=14, query_pre_attn_scalar=5)),
+    _gemma("one-head", text=dict(num_attention_heads=1, num_key_value_heads=1, head_dim=20)),
+    _gemma("large-epsilons", text=dict(rms_norm_eps=1e-2), vision=dict(layer_norm_eps=1e-2)),
+    _gemma("attention-bias", text=dict(attention_bias=True)),
+    _gemma("untied", text=dict(tie_word_embeddings=False), root=dict(tie_word_embeddings=False)),
+    _gemma("silu", text=dict(hidden_activation="silu"), vision=dict(hidden_act="gelu")),
+    # images
+    _gemma("a-token-a-patch", root=dict(mm_tokens_per_image=16)),
+    _gemma("one-token", root=dict(mm_tokens_per_image=1)),
+    _gemma(
+        "many-tokens", root=dict(mm_tokens_per_image=9), vision=dict(image_size=19, patch_size=3, vision_use_head=True)
+    ),
+    _gemma("touching-pictures", rows=("b b 3", "1 b i b 2")),
+    _gemma("ends-with-a-picture", rows=("5 b", "2 i")),
+    _gemma("unequal-rows", rows=("1 i 2 i i 3", "7", "2 i 4", "i 1")),
+    _gemma("right-padding", padding="right"),
+    _gemma("no-padding", rows=("3 i 5", "5 i 3")),
+    _gemma("no-picture-at-all", rows=("5", "8")),
+    # text alone
+    _gemma_text("plain"),
+    _gemma_text("right", padding="right", text=dict(attention_bias=True)),
+    _gemma_text("untied", text=dict(tie_word_embeddings=False, query_pre_attn_scalar=8)),
+    _gemma_text("one-row", rows=("12",), text=_gemma_rope(dict(rope_type="linear", rope_theta=1e5, factor=4.0))),
+)
+
+
+# --- tiles -------------------------------------------------------------------------------------------------
+def _tile(name: str, family: str = "idefics3", **kw: Any) -> Case:
+    return Case(name=name, family=family, **dict(rows=("3 t1x2 5", "2 i 1 i9x16 6", "4")) | kw)
+
+
+def _tiled(name: str, **kw: Any) -> list[Case]:
+    """The same case of both models."""
+    return [_tile(name, family, **kw) for family in TILED]
+
+
+TILE_CASES = (
+    *_tiled("plain"),
+    *_tiled("tied", root=dict(tie_word_embeddings=True), text=dict(tie_word_embeddings=True)),
+    *_tiled("unequal-pictures", rows=("2 t2x1 1 t1x3 2 i 1", "1 i 3", "t2x2 4", "6"), vision=dict(num_hidden_layers=1)),
+    _tile("right-padding", padding="right", family="smolvlm"),
+    _tile("no-mask", has_mask=False, rows=("1 i 2 t2x2 3", "i i 1")),
+    _tile("smaller-pictures", rows=("1 i1x16 2 i16x1 1", "i5x9 3 i13x12 1"), vision=dict(image_size=17)),
+    _tile("long-names", n_name=5, rows=("1 t2x2 i 2", "3 i t1x2 1"), family="smolvlm"),
+    _tile("no-markers", rows=("3 b 2 b b 1", "b 4")),
+    _tile("no-picture-at-all", rows=("5", "8"), family="smolvlm"),
+    # sides: 3 patches of 6 are joined, 4 of 4, 5 of 25 (whose patches do not all get their own place)
+    _tile("scale-1", root=dict(scale_factor=1), rows=("2 t1x2 2", "i5x7 1")),
+    _tile("scale-3", root=dict(scale_factor=3), vision=dict(image_size=25), rows=("2 t1x2 2", "1 i17x9 1")),
+    _tile("one-token-a-tile", root=dict(scale_factor=4), rows=("2 t2x3 2", "i 1 i"), family="smolvlm"),
+    _tile(
+        "side-25",
+        vision=dict(image_size=25, patch_size=1, num_hidden_layers=1),
+        root=dict(scale_factor=5),
+        rows=("i 2", "1 i19x7 1"),
+    ),
+    # heads, biases, activations
+    _tile("one-kv-head", text=dict(num_key_value_heads=1, head_dim=10), family="smolvlm"),
+    _tile("biases", text=dict(attention_bias=True, mlp_bias=True, num_key_value_heads=6) | LLAMA3),
+    _tile("one-tower-head", vision=dict(num_attention_heads=1, hidden_act="gelu", layer_norm_eps=1e-2)),
+    _tile("mistral", text=dict(model_type="mistral", sliding_window=7), family="smolvlm"),
+    _tile("qwen2", text=dict(model_type="qwen2")),
+    _tile("many-patches", vision=dict(patch_size=2), root=dict(scale_factor=4), family="smolvlm"),
+)
+
+CASES: tuple[Case, ...] = LLAVA_CASES + NEXT_CASES + ONEVISION_CASES + GEMMA_CASES + QWEN_CASES + TILE_CASES
+BY_NAME = {str(case): case for case in CASES}

@@ -1,13 +1,14 @@
 """The model a second time, written plainly: float64, no fused kernel, every named value edited where it arises.
 
 It reads a Hugging Face state dict and configuration, shares no code with the library, and is what an edit at
-any hook point is compared with. `edits` maps a hook's name to a function of the value (given a copy). Qwen's
-images of any size are in `tests/qwen_reference.py`.
+any hook point is compared with. `edits` maps a hook's name to a function of the value (given a copy). One decoder
+serves all families; their images are in `tests/reference_towers.py`, LLaVA's here.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Edits = Mapping[str, Callable[[Tensor], Tensor]]
+TOWER, PROJECTOR, DECODER = "model.vision_tower", "model.multi_modal_projector", "model.language_model"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -28,7 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Reference:
     """One forward pass; `values` holds every named value as it went on, edits included.
 
-    With `tracked` each named value is a tensor of its own that keeps its gradient."""
+    With `tracked` each named value is a tensor of its own that keeps its gradient. The class's constants are what
+    tells a decoder from LLaVA's: the norms of a block by their keys, and what is added to the weight of a norm."""
+
+    norms: Mapping[str, str] = dict(ln1="input_layernorm", ln2="post_attention_layernorm")
+    weight_offset = 0.0
 
     def __init__(
         self, config: Any, state: Mapping[str, Tensor], edits: Edits | None = None, tracked: bool = False
@@ -71,8 +77,10 @@ class Reference:
     # --- norms ---------------------------------------------------------------------------------------
     def rms(self, name: str, key: str, x: Tensor) -> Tensor:
         eps = 1e-6 if "visual" in key else self.text.rms_norm_eps  # fixed in Qwen's towers
+        if key.startswith(PROJECTOR):
+            eps = self.vision.layer_norm_eps
         scale = self.at(f"{name}.hook_scale", (x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
-        return self.at(f"{name}.hook_normalized", x / scale) * self.state[f"{key}.weight"]
+        return self.at(f"{name}.hook_normalized", x / scale) * (self.weight_offset + self.state[f"{key}.weight"])
 
     def layer_norm(self, name: str, key: str, x: Tensor) -> Tensor:
         variance = x.var(-1, keepdim=True, unbiased=False)
@@ -147,116 +155,154 @@ class Reference:
         return self.at(f"{b}.hook_resid_post", x + self.at(f"{b}.hook_mlp_out", out))
 
     # --- the image's way into the sequence ---------------------------------------------------------
+    def patches(self, pixels: Tensor) -> Tensor:
+        weight, bias = (self.state.get(f"{TOWER}.embeddings.patch_embedding.{part}") for part in ("weight", "bias"))
+        assert weight is not None
+        return F.conv2d(pixels, weight, bias, stride=self.vision.patch_size).flatten(2).transpose(1, 2)
+
+    def tower_block(self, layer: int, x: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """A block of a CLIP or SigLIP tower; `allowed` may be [image 1 1 patch]."""
+        c, at = self.vision, f"{TOWER}.encoder.layers.{layer}"
+        keys = {letter: f"{at}.self_attn.{letter}_proj" for letter in "qkv"}
+        keys |= dict(ln1=f"{at}.layer_norm1", ln2=f"{at}.layer_norm2", o=f"{at}.self_attn.out_proj")
+        keys |= dict(up=f"{at}.mlp.fc1", down=f"{at}.mlp.fc2")
+        heads = (c.num_attention_heads, c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+        act = ACTIVATIONS[c.hidden_act]
+        return self.block(f"vision.blocks.{layer}", keys, x, self.layer_norm, heads, allowed, None, act)
+
     def features(self, pixels: Tensor) -> Tensor:
-        tower, c = "model.vision_tower", self.vision
-        patches = F.conv2d(
-            pixels,
-            self.state[f"{tower}.embeddings.patch_embedding.weight"],
-            self.state.get(f"{tower}.embeddings.patch_embedding.bias"),
-            stride=c.patch_size,
-        )
-        x = patches.flatten(2).transpose(1, 2)
-        if c.model_type == "clip_vision_model":
-            x = torch.cat([self.state[f"{tower}.embeddings.class_embedding"].expand(len(x), 1, -1), x], 1)
+        """Image features [tokens d_model] of LLaVA-1.5."""
+        c, is_clip = self.vision, self.vision.model_type == "clip_vision_model"
+        x = self.patches(pixels)
+        if is_clip:
+            x = torch.cat([self.state[f"{TOWER}.embeddings.class_embedding"].expand(len(x), 1, -1), x], 1)
         x = self.at("vision.hook_embed", x)
-        positions = self.state[f"{tower}.embeddings.position_embedding.weight"].expand_as(x)
+        positions = self.state[f"{TOWER}.embeddings.position_embedding.weight"].expand_as(x)
         x = x + self.at("vision.hook_pos_embed", positions)
-        if c.model_type == "clip_vision_model":
-            x = self.layer_norm("vision.ln_pre", f"{tower}.pre_layrnorm", x)
+        if is_clip:
+            x = self.layer_norm("vision.ln_pre", f"{TOWER}.pre_layrnorm", x)
         wanted = self.root.vision_feature_layer
         wanted = [wanted] if isinstance(wanted, int) else list(wanted)
         wanted = [i % (c.num_hidden_layers + 1) for i in wanted]
-        heads = (c.num_attention_heads, c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         states = []  # hidden state l is the residual that enters block l, as its hook leaves it
         for layer in range(max(wanted)):
-            at = f"{tower}.encoder.layers.{layer}"
-            keys = dict(
-                ln1=f"{at}.layer_norm1",
-                ln2=f"{at}.layer_norm2",
-                q=f"{at}.self_attn.q_proj",
-                k=f"{at}.self_attn.k_proj",
-                v=f"{at}.self_attn.v_proj",
-                o=f"{at}.self_attn.out_proj",
-                up=f"{at}.mlp.fc1",
-                down=f"{at}.mlp.fc2",
-            )
-            act = ACTIVATIONS[c.hidden_act]
-            x = self.block(f"vision.blocks.{layer}", keys, x, self.layer_norm, heads, None, None, act)
+            x = self.tower_block(layer, x)
             states.append(self.values[f"vision.blocks.{layer}.hook_resid_pre"])
         states.append(x)
         drop = self.root.vision_feature_select_strategy == "default"
         x = torch.cat([states[i][:, 1:] if drop else states[i] for i in wanted], -1)
         x = self.at("connector.hook_in", x)
-        x = self.at("connector.hook_pre", self.linear("model.multi_modal_projector.linear_1", x))
+        x = self.at("connector.hook_pre", self.linear(f"{PROJECTOR}.linear_1", x))
         x = self.at("connector.hook_post", ACTIVATIONS[self.root.projector_hidden_act](x))
-        x = self.at("connector.hook_out", self.linear("model.multi_modal_projector.linear_2", x))
+        x = self.at("connector.hook_out", self.linear(f"{PROJECTOR}.linear_2", x))
         return self.at("hook_image_features", x.flatten(0, 1))
 
-    # --- the whole -----------------------------------------------------------------------------------
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-    ) -> Tensor:
-        c, model = self.text, "model.language_model"
-        e = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        heads = (c.num_attention_heads, c.num_key_value_heads, e)
-        x = self.state[f"{model}.embed_tokens.weight"][input_ids]
-        if pixel_values is not None:
-            features = self.features(pixel_values.double())
-            x = x.masked_scatter((input_ids == self.root.image_token_id)[..., None], features)
-        x = self.at("hook_embed", x)
-        length = input_ids.shape[1]
-        places = torch.arange(length)
-        if position_ids is None:
-            position_ids = places.expand(len(input_ids), -1)
+    # --- what tells one decoder from another ----------------------------------------------------------
+    def see(self, raw: Mapping[str, Tensor]) -> tuple[Tensor | None, list[Tensor]]:
+        """(the images' features, what the layers after 0, 1, ... add to them)."""
+        pixels = raw.get("pixel_values")
+        return None if pixels is None else self.features(pixels.double()), []
+
+    def filled(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """True at the tokens that images fill [batch pos]."""
+        return raw["input_ids"] == getattr(self.root, "image_token_id", -1)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        return self.state[f"{DECODER}.embed_tokens.weight"][ids]
+
+    def positions(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """Rotary positions [batch pos], or of several streams [stream batch pos]."""
+        given = raw.get("position_ids")
+        return torch.arange(raw["input_ids"].shape[1]).expand_as(raw["input_ids"]) if given is None else given
+
+    def angles(self, layer: int, positions: Tensor, d_head: int) -> Tensor:
+        """Angles [batch pos d_head / 2] of a layer's rotary positions."""
+        rope = self.text.rope_parameters
+        rope = rope if "rope_theta" in rope else rope[self.text.layer_types[layer]]
         # The frequencies are constants of the model, kept in float32 as Hugging Face has them.
-        exponents = torch.arange(0, e, 2, dtype=torch.int64).float() / e
-        frequencies = (1.0 / c.rope_parameters["rope_theta"] ** exponents).double()
-        angles = position_ids[..., None].double() * frequencies
-        cos, sin = (f(torch.cat([angles, angles], -1))[:, :, None] for f in (torch.cos, torch.sin))
+        exponents = torch.arange(0, d_head, 2, dtype=torch.int64).float() / d_head
+        frequencies = (1.0 / rope["rope_theta"] ** exponents / rope.get("factor", 1.0)).double()
+        return positions[..., None].double() * frequencies
 
-        def rotate(t: Tensor) -> Tensor:
-            left, right = t.chunk(2, -1)
-            return t * cos + torch.cat([-right, left], -1) * sin
+    def reads(self, raw: Mapping[str, Tensor]) -> Tensor:
+        """True where a query may read a key, windows aside [batch query_pos key_pos]."""
+        length = raw["input_ids"].shape[1]
+        return torch.ones(length, length, dtype=torch.bool).tril().expand(len(raw["input_ids"]), -1, -1)
 
-        distance = places[:, None] - places[None, :]
-        causal = (distance >= 0) & attention_mask.bool()[:, None, None, :]
-        types = getattr(c, "layer_types", None)
+    def window(self, layer: int) -> int | None:
+        types = getattr(self.text, "layer_types", None)
+        if types is not None and types[layer] != "sliding_attention":
+            return None
+        return getattr(self.text, "sliding_window", None)
+
+    # --- the whole -----------------------------------------------------------------------------------
+    def forward(self, **raw: Tensor) -> Tensor:
+        """Logits of what a processor gives."""
+        c, ids = self.text, raw["input_ids"]
+        d_head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        heads = (c.num_attention_heads, c.num_key_value_heads, d_head)
+        act = ACTIVATIONS[c.hidden_activation if hasattr(c, "hidden_activation") else c.hidden_act]
+        features, added = self.see(raw)
+        x, filled = self.embedded(ids), self.filled(raw)[..., None]
+        if features is not None:
+            x = x.masked_scatter(filled, features)
+        x = self.at("hook_embed", x)
+        positions, places = self.positions(raw), torch.arange(ids.shape[1])
+        allowed = (self.reads(raw) & raw["attention_mask"].bool()[:, None, :])[:, None]
         for layer in range(c.num_hidden_layers):
-            window = getattr(c, "sliding_window", None)
-            if types is not None and types[layer] != "sliding_attention":
-                window = None
-            allowed = causal if window is None else causal & (distance < window)
-            at = f"{model}.layers.{layer}"
-            keys = dict(
-                ln1=f"{at}.input_layernorm",
-                ln2=f"{at}.post_attention_layernorm",
-                q=f"{at}.self_attn.q_proj",
-                k=f"{at}.self_attn.k_proj",
-                v=f"{at}.self_attn.v_proj",
-                o=f"{at}.self_attn.o_proj",
-                gate=f"{at}.mlp.gate_proj",
-                up=f"{at}.mlp.up_proj",
-                down=f"{at}.mlp.down_proj",
-            )
-            x = self.block(f"blocks.{layer}", keys, x, self.rms, heads, allowed, rotate, ACTIVATIONS[c.hidden_act])
-        x = self.at("unembed.hook_in", self.rms("ln_final", f"{model}.norm", x))
-        head = "lm_head" if "lm_head.weight" in self.state else f"{model}.embed_tokens"
+            at, window = f"{DECODER}.layers.{layer}", self.window(layer)
+            keys = {letter: f"{at}.self_attn.{letter}_proj" for letter in "qkvo"}
+            keys |= {part: f"{at}.mlp.{part}_proj" for part in ("gate", "up", "down")}
+            keys |= {norm: f"{at}.{name}" for norm, name in self.norms.items()}
+            keys |= {
+                f"{letter}_norm": f"{at}.self_attn.{letter}_norm"
+                for letter in "qk"
+                if f"{at}.self_attn.{letter}_norm.weight" in self.state
+            }
+            seen = allowed if window is None else allowed & (places[:, None] - places < window)
+            rotate = turn(self.angles(layer, positions, d_head))
+            more = added[layer - 1] if 1 <= layer <= len(added) else None
+            more = None if more is None else torch.zeros_like(x).masked_scatter(filled, more)
+            x = self.block(f"blocks.{layer}", keys, x, self.rms, heads, seen, rotate, act, more)
+        if len(added) >= c.num_hidden_layers:
+            x = x + torch.zeros_like(x).masked_scatter(filled, added[c.num_hidden_layers - 1])
+        x = self.at("unembed.hook_in", self.rms("ln_final", f"{DECODER}.norm", x))
+        head = "lm_head" if "lm_head.weight" in self.state else f"{DECODER}.embed_tokens"
         logits = self.at("unembed.hook_out", self.linear(head, x))
         assert not self.edits, f"edits that met no value: {sorted(self.edits)}"
         return logits
 
 
+def turn(angles: Tensor) -> Callable[[Tensor], Tensor]:
+    """Rotation of queries or keys [batch pos heads d_head] by [batch pos d_head / 2] angles."""
+    both = torch.cat([angles, angles], -1)[:, :, None]
+
+    def rotate(t: Tensor) -> Tensor:
+        left, right = t.chunk(2, -1)
+        return t * both.cos() + torch.cat([-right, left], -1) * both.sin()
+
+    return rotate
+
+
 def _today(key: str) -> str:
     """Names of a text-only model as they are inside a LLaVA."""
-    if key.startswith("model.") and not key.startswith(
-        ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.", "model.visual.")
-    ):
-        return "model.language_model." + key.removeprefix("model.")
+    if key.startswith("model.") and not key.startswith((f"{DECODER}.", f"{TOWER}.", f"{PROJECTOR}.", "model.visual.")):
+        return f"{DECODER}." + key.removeprefix("model.")
     return key
 
 
-reference_logits, reference_values = Reference.logits, Reference.named_values
+def text_loss(logits: Tensor, raw: Mapping[str, Tensor], filled: Tensor) -> Tensor:
+    """Mean next-token loss over targets that are text, of real tokens; `filled` marks those of images."""
+    total, n = logits.new_zeros(()), 0
+    for row, keep in enumerate(raw["attention_mask"]):
+        for now, following in itertools.pairwise(keep.nonzero().flatten().tolist()):
+            if not filled[row, following]:
+                total = total - logits[row, now].log_softmax(-1)[raw["input_ids"][row, following]]
+                n += 1
+    return total / n
+
+
+def reference_gradients(plain: Reference, raw: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of the loss with respect to every named value of a tracked pass."""
+    text_loss(plain.forward(**raw), raw, plain.filled(raw)).backward()
+    return {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in plain.values.items()}

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from tests.cases import BY_NAME, CASES, native_model
-from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens.hook_table import (
     DECODER_HOOKS,
     HOOK_TABLE,
@@ -75,7 +74,7 @@ def test_every_name_finds_its_row_and_layer(name: str) -> None:
 
 def test_tower_layers_past_the_features_have_no_hooks() -> None:
     for case in CASES:
-        if case.tower is None:
+        if case.family != "llava":
             continue
         cfg = native_model(case).cfg
         layers = {layer_of(n) for n in hooks_of(cfg) if n.startswith("vision.blocks.")}
@@ -135,7 +134,7 @@ def test_markdown_has_a_line_a_row() -> None:
 
 # --- images of any size ----------------------------------------------------------------------------
 def test_deepstack_features_have_a_hook_each_and_one_in_the_layer_that_receives_them() -> None:
-    case = QWEN_BY_NAME["qwen3_vl-plain"]
+    case = BY_NAME["qwen3_vl-plain"]
     names = list(hooks_of(native_model(case).cfg))
     assert [n for n in names if "deepstack" in n] == [
         "deepstack.0.hook_out",
@@ -152,9 +151,7 @@ def test_deepstack_features_have_a_hook_each_and_one_in_the_layer_that_receives_
 
 
 def test_tower_of_any_size_has_rotary_hooks_and_a_last_norm() -> None:
-    second, third = (
-        set(hooks_of(native_model(QWEN_BY_NAME[f"{kind}-plain"]).cfg)) for kind in ("qwen2_vl", "qwen3_vl")
-    )
+    second, third = (set(hooks_of(native_model(BY_NAME[f"{kind}-plain"]).cfg)) for kind in ("qwen2_vl", "qwen3_vl"))
     for names in (second, third):
         assert {"vision.blocks.0.attn.hook_rot_q", "vision.blocks.1.attn.hook_rot_k"} <= names
         assert {"vision.ln_post.hook_scale", "vision.ln_post.hook_normalized"} <= names

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import counted, native_model, raw_inputs
-from tests.gemma_cases import GEMMA_BY_NAME
+from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from veena_lens.activation_cache import MissingActivation
 from veena_lens.circuits import (
     attention_by_source,
@@ -29,8 +28,8 @@ from veena_lens.sweeps.metrics import logit_diff
 
 def run(name: str = "plain") -> tuple[Any, Any, Any, Any]:
     """(model, inputs, twins of other images, cache) in pure float64."""
-    model = native_model(GEMMA_BY_NAME[f"gemma3-{name}"], casts="none")
-    raw = counted(raw_inputs(GEMMA_BY_NAME[f"gemma3-{name}"]))
+    model = native_model(BY_NAME[f"gemma3-{name}"], casts="none")
+    raw = counted(raw_inputs(BY_NAME[f"gemma3-{name}"]))
     inputs = model.inputs_from_hf(**raw)
     twins = model.inputs_from_hf(**dict(raw, pixel_values=raw["pixel_values"].flip(-1) * 2))
     with torch.no_grad():
@@ -90,8 +89,8 @@ def test_a_result_of_a_head_is_edited_before_the_norm() -> None:
 
 
 def test_biases_that_a_norm_follows_are_no_constant() -> None:
-    model = native_model(GEMMA_BY_NAME["gemma3-attention-bias"], casts="none")
-    inputs = model.inputs_from_hf(**counted(raw_inputs(GEMMA_BY_NAME["gemma3-attention-bias"])))
+    model = native_model(BY_NAME["gemma3-attention-bias"], casts="none")
+    inputs = model.inputs_from_hf(**counted(raw_inputs(BY_NAME["gemma3-attention-bias"])))
     _, cache = model.run_with_cache(inputs)
     with pytest.raises(ValueError, match="decompose_resid"):
         cache.get_full_resid_decomposition()

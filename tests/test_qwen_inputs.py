@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.cases import hf_model, native_model, raw_inputs, relative_error
-from tests.qwen_cases import IMAGE, KINDS, VIDEO, QwenCase
-from tests.qwen_reference import QwenReference
+from tests.cases import QWEN, Case, native_model, raw_inputs, relative_error
+from tests.model.checks import plain_model
+from tests.odd_inputs import QWEN_IMAGE, QWEN_VIDEO
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.positions import position_mask
 
@@ -21,11 +21,11 @@ PARTS = st.lists(st.sampled_from(["3", "i2x4", "i4x4", "1", "v2x4x2"]), min_size
 DRAWN = PARTS.map(lambda parts: " ".join([*parts, "2"]))
 
 
-def case_of(kind: str, rows: tuple[str, ...] = ROWS, padding: str = "left") -> QwenCase:
-    return QwenCase(name="inputs", kind=kind, rows=rows, padding=padding)
+def case_of(kind: str, rows: tuple[str, ...] = ROWS, padding: str = "left") -> Case:
+    return Case(name="inputs", family=kind, rows=rows, padding=padding)
 
 
-BASE = {kind: case_of(kind) for kind in KINDS}
+BASE = {kind: case_of(kind) for kind in QWEN}
 
 
 def model_of_kind(kind: str) -> Any:
@@ -36,23 +36,15 @@ def inputs_of(kind: str, rows: tuple[str, ...] = ROWS, padding: str = "left") ->
     return model_of_kind(kind).inputs_from_hf(**raw_inputs(case_of(kind, rows, padding)))
 
 
-def positions_of(case: QwenCase) -> Tensor:
+def positions_of(case: Case) -> Tensor:
     """The three streams, counted token by token."""
-    raw, sources = raw_inputs(case), {}
-    for token, pixels, grids in (
-        (IMAGE, "pixel_values", "image_grid_thw"),
-        (VIDEO, "pixel_values_videos", "video_grid_thw"),
-    ):
-        sources[token] = (raw[pixels], raw[grids]) if pixels in raw else None
-    hf = hf_model(BASE[case.kind])
-    plain = QwenReference(hf.config, hf.state_dict())
-    return plain.pictures(raw["input_ids"], raw["attention_mask"], sources, raw.get("second_per_grid_ts"))[1]
+    return plain_model(BASE[case.family]).positions(raw_inputs(case))
 
 
 @given(
     rows=st.lists(DRAWN, min_size=1, max_size=3),
     padding=st.sampled_from(["left", "right"]),
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from(QWEN),
 )
 def test_spans_grids_and_positions_name_what_the_rows_hold(rows: list[str], padding: str, kind: str) -> None:
     """Frames of a video count as images of their own, each with its grid."""
@@ -81,7 +73,7 @@ def test_spans_grids_and_positions_name_what_the_rows_hold(rows: list[str], padd
             assert inputs.crop_images is not None and inputs.crop_images[picture] == image
             picture += 1
         assert torch.equal(inputs.image_mask[row], filled)
-        assert torch.equal(filled, (inputs.tokens[row] == IMAGE) | (inputs.tokens[row] == VIDEO))
+        assert torch.equal(filled, (inputs.tokens[row] == QWEN_IMAGE) | (inputs.tokens[row] == QWEN_VIDEO))
     if picture:
         assert torch.equal(inputs.position_ids, positions_of(case_of(kind, tuple(rows), padding)))
         assert inputs.pixel_values is not None and len(inputs.pixel_values) == picture
@@ -110,7 +102,7 @@ def test_chosen_rows_keep_their_own_pictures(rows: list[str], data: st.DataObjec
         assert torch.equal(mine[:n], theirs[:n])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QWEN)
 def test_chosen_rows_compute_what_they_did_in_the_batch(kind: str) -> None:
     model, inputs = model_of_kind(kind), inputs_of(kind)
     with torch.no_grad():
@@ -121,7 +113,7 @@ def test_chosen_rows_compute_what_they_did_in_the_batch(kind: str) -> None:
             assert relative_error(model(part), expected, part.attention_mask) < 1e-12
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QWEN)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_trimmed_and_left_padded_rows_are_the_same_rows(padding: str, kind: str) -> None:
     model, inputs = model_of_kind(kind), inputs_of(kind, padding=padding)
@@ -143,7 +135,7 @@ def test_trimmed_and_left_padded_rows_are_the_same_rows(padding: str, kind: str)
                 assert torch.equal(one.tokens[0, one.spans[0].query], inputs.tokens[row, inputs.spans[row].query])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QWEN)
 @pytest.mark.parametrize("padding", ["left", "right"])
 def test_answered_rows_compute_as_longer_prompts(padding: str, kind: str) -> None:
     model, inputs = model_of_kind(kind), inputs_of(kind, padding=padding)
@@ -155,7 +147,7 @@ def test_answered_rows_compute_as_longer_prompts(padding: str, kind: str) -> Non
     # The same tokens as prompts of their own, positions counted afresh.
     longer = raw_inputs(case_of(kind, padding=padding))
     longer |= dict(input_ids=forced.tokens, attention_mask=forced.attention_mask.long())
-    longer["mm_token_type_ids"] = (forced.tokens == IMAGE).long() + 2 * (forced.tokens == VIDEO).long()
+    longer["mm_token_type_ids"] = (forced.tokens == QWEN_IMAGE).long() + 2 * (forced.tokens == QWEN_VIDEO).long()
     with torch.no_grad():
         expected = model.forward_hf(**longer)
     assert relative_error(answered, expected, forced.attention_mask) < 1e-12
@@ -170,7 +162,7 @@ def test_answered_rows_compute_as_longer_prompts(padding: str, kind: str) -> Non
             assert torch.equal(after, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QWEN)
 def test_generated_tokens_follow_in_all_streams(kind: str) -> None:
     inputs = inputs_of(kind)
     new = torch.tensor([[50, 51], [52, 53], [54, 55]])

@@ -17,9 +17,7 @@ from transformer_lens.model_protocol import TransformerLensModel, TransformerLen
 from transformer_lens.tools import analysis
 
 from tests.cases import BY_NAME, Case, build_hf, raw_inputs, relative_error, tiny_tokenizer
-from tests.gemma_cases import GemmaCase, after_norm
-from tests.qwen_cases import QwenCase
-from tests.tile_cases import TileCase
+from tests.model.checks import after_norm
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=2)
 MHA = Case(name="small-mha", rows=("1 i 2", "2 i 1"), text=SMALL)
@@ -29,33 +27,34 @@ GQA = Case(
     text=dict(SMALL, num_attention_heads=4, attention_bias=True, mlp_bias=True),
 )
 QWEN_ROWS = ("1 i2x4 2", "2 i4x2 1")
-QWEN2 = QwenCase(
+QWEN2 = Case(
     name="small",
-    kind="qwen2_vl",
+    family="qwen2_vl",
     rows=QWEN_ROWS,
     text=dict(SMALL, num_hidden_layers=2),
     vision=dict(hidden_size=16),  # the width that its merger gives
 )
-QWEN25 = QwenCase(
+QWEN25 = Case(
     name="small",
-    kind="qwen2_5_vl",
+    family="qwen2_5_vl",
     rows=QWEN_ROWS,
     text=dict(SMALL, num_hidden_layers=2),
     vision=dict(depth=2, out_hidden_size=16, window_size=8),
 )
-QWEN3 = QwenCase(
+QWEN3 = Case(
     name="small",
-    kind="qwen3_vl",
+    family="qwen3_vl",
     rows=QWEN_ROWS,
     text=dict(SMALL, num_hidden_layers=2),
     vision=dict(depth=2, out_hidden_size=16, deepstack_visual_indexes=[0]),
 )
-GEMMA3 = GemmaCase(
+GEMMA3 = Case(
     name="small",
+    family="gemma3",
     rows=("1 i 2", "2 i 1"),
     text=dict(SMALL, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=4),
 )
-IDEFICS3 = TileCase(name="small", rows=("1 i 2", "2 i 1"), text=dict(SMALL, num_hidden_layers=2))
+IDEFICS3 = Case(name="small", family="idefics3", rows=("1 i 2", "2 i 1"), text=dict(SMALL, num_hidden_layers=2))
 CASES = {
     "mha": MHA,
     "gqa": GQA,
@@ -71,7 +70,7 @@ GOOD, BAD = 17, 40
 class Pair:
     """A model, clean and corrupted inputs (other images), their caches, and a metric."""
 
-    def __init__(self, case: Case | QwenCase | GemmaCase | TileCase) -> None:
+    def __init__(self, case: Case) -> None:
         from veena_lens import HookedVLM
 
         hf = build_hf(case, gain=5.0)  # strong attention, so that every patch shows

@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cases import build_hf, raw_inputs, relative_error
-from tests.checkpoints import tiny_qwen
-from tests.qwen_cases import QWEN_BY_NAME, QwenCase
+from tests.cases import BY_NAME, Case, build_hf, raw_inputs, relative_error
+from tests.checkpoints import tiny
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import open_checkpoint, save_pretrained
 
-CASE, TIED = QWEN_BY_NAME["qwen2_5_vl-plain"], QWEN_BY_NAME["qwen2_5_vl-tied"]
+CASE, TIED = BY_NAME["qwen2_5_vl-plain"], BY_NAME["qwen2_5_vl-tied"]
 QUERY, QKV = "model.language_model.layers.1.self_attn.q_proj", "model.visual.blocks.0.attn.qkv"
 DOWN, HEAD = "model.language_model.layers.0.mlp.down_proj", "lm_head"
 CONFIG = dict(peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=12, target_modules=["q_proj"], bias="none")
@@ -40,7 +39,7 @@ def write(folder: Path, hf: Any, modules: dict[str, int], *, names: Any = None, 
     return made
 
 
-def merged(case: QwenCase, made: dict[str, Any], scale: Any) -> Any:
+def merged(case: Case, made: dict[str, Any], scale: Any) -> Any:
     """Hugging Face's model with the products added by hand."""
     hf = build_hf(case)
     with torch.no_grad():
@@ -49,7 +48,7 @@ def merged(case: QwenCase, made: dict[str, Any], scale: Any) -> Any:
     return hf
 
 
-def agree(ours: HookedVLM, hf: Any, case: QwenCase = CASE) -> None:
+def agree(ours: HookedVLM, hf: Any, case: Case = CASE) -> None:
     raw = raw_inputs(case)
     with torch.no_grad():
         assert relative_error(ours.forward_hf(**raw), hf(**raw).logits, raw["attention_mask"]) < 1e-9
@@ -62,7 +61,7 @@ MODULES = {QUERY: 4, QKV: 4, DOWN: 4, HEAD: 4, "model.visual.merger.mlp.2": 4}
     ("modules", "names", "changes", "scale"),
     [
         (MODULES, None, {}, lambda module, rank: 12 / rank),
-        (MODULES, tiny_qwen.on_disk, dict(use_rslora=True), lambda module, rank: 12 / math.sqrt(rank)),
+        (MODULES, tiny.on_disk, dict(use_rslora=True), lambda module, rank: 12 / math.sqrt(rank)),
         (
             {QUERY: 2, QKV: 4, DOWN: 7},
             None,
@@ -83,7 +82,7 @@ def test_merged_adapter_equals_products_added_to_hugging_face(
 ) -> None:
     """Fused queries, keys and values, the merger and the head among what is tuned."""
     base, folder = tmp_path / "base", tmp_path / "lora"
-    hf, _ = tiny_qwen.save(CASE, base, torch.float64, with_processor=False)
+    hf, _ = tiny.save(CASE, base, torch.float64, with_processor=False)
     made = write(folder, hf, modules, names=names, base_model_name_or_path=str(base), **changes)
     ours = HookedVLM.from_pretrained(base, lora=folder)
     agree(ours, merged(CASE, made, scale))
@@ -99,7 +98,7 @@ def test_merged_adapter_equals_products_added_to_hugging_face(
 def test_whole_modules_and_biases_take_the_place_of_the_base(tmp_path: Path) -> None:
     """`modules_to_save`, and biases that were trained beside the products."""
     base, folder = tmp_path / "base", tmp_path / "lora"
-    hf, _ = tiny_qwen.save(CASE, base, torch.float64, with_processor=False)
+    hf, _ = tiny.save(CASE, base, torch.float64, with_processor=False)
     made = write(folder, hf, {QUERY: 4}, modules_to_save=["lm_head"], bias="lora_only")
     stored = load_file(folder / "adapter_model.safetensors")
     head, bias = torch.randn(128, 48, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
@@ -114,7 +113,7 @@ def test_whole_modules_and_biases_take_the_place_of_the_base(tmp_path: Path) -> 
 
 def test_pickled_adapter_in_half_precision_is_merged_in_single(tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "lora"
-    hf, _ = tiny_qwen.save(CASE, base, torch.float64, with_processor=False)
+    hf, _ = tiny.save(CASE, base, torch.float64, with_processor=False)
     write(folder, hf, {QUERY: 4, DOWN: 4})
     stored = {k: v.bfloat16() for k, v in load_file(folder / "adapter_model.safetensors").items()}
     (folder / "adapter_model.safetensors").unlink()
@@ -148,7 +147,7 @@ def test_what_standard_lora_lacks_is_refused_by_name(changes: dict[str, Any], to
 
 def test_entries_that_do_not_fit_are_listed_together(tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "lora"
-    hf, _ = tiny_qwen.save(CASE, base, with_processor=False)
+    hf, _ = tiny.save(CASE, base, with_processor=False)
     write(folder, hf, {QUERY: 4, DOWN: 4, QKV: 4})
     stored, at = load_file(folder / "adapter_model.safetensors"), "base_model.model."
     stored[f"{at}{QUERY}.lora_A.weight"] = torch.zeros(4, 47)
@@ -172,14 +171,14 @@ def test_entries_that_do_not_fit_are_listed_together(tmp_path: Path) -> None:
 
 
 def test_head_that_is_tied_cannot_be_tuned_alone(tmp_path: Path) -> None:
-    hf, base = tiny_qwen.save(TIED, tmp_path / "base", with_processor=False)
+    hf, base = tiny.save(TIED, tmp_path / "base", with_processor=False)
     write(tmp_path / "lora", hf, {HEAD: 4})
     with pytest.raises(ValueError, match=r"has no lm_head.weight \(it is tied to the embedding\)"):
         HookedVLM.from_pretrained(base, lora=tmp_path / "lora")
 
 
 def test_folders_that_hold_no_adapter_are_told_of(tmp_path: Path) -> None:
-    _, base = tiny_qwen.save(CASE, tmp_path / "base", with_processor=False)
+    _, base = tiny.save(CASE, tmp_path / "base", with_processor=False)
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json; pass the folder that peft"):
         HookedVLM.from_pretrained(base, lora=base)
     with pytest.raises(FileNotFoundError, match=r"No LoRA adapter '.*nowhere': it is neither a folder"):
@@ -198,7 +197,7 @@ def test_folders_that_hold_no_adapter_are_told_of(tmp_path: Path) -> None:
 def test_merged_adapter_equals_peft(rank_stabilised: bool, tmp_path: Path) -> None:
     """Trained, saved and merged by peft itself."""
     peft = pytest.importorskip("peft")
-    hf, base = tiny_qwen.save(CASE, tmp_path / "base", torch.float64, with_processor=False)
+    hf, base = tiny.save(CASE, tmp_path / "base", torch.float64, with_processor=False)
     config = peft.LoraConfig(
         r=3,
         lora_alpha=7,

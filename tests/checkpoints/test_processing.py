@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cases import BY_NAME, IMAGE_TOKEN, hf_config
+from tests.cases import BY_NAME, hf_config
 from tests.checkpoints import tiny
 from veena_lens.checkpoints import find_adapter, inputs_from_hf, prepare
 from veena_lens.images.fixed import patch_boxes
@@ -32,51 +32,9 @@ def message(text: str, n_images: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def theirs(processor: Any, texts: list[str], images: list[list[Image.Image]]) -> Any:
-    """The processor's own batch, padded on the left."""
-    prompts = [
-        processor.apply_chat_template(message(t, len(i)), add_generation_prompt=True)
-        for t, i in zip(texts, images, strict=True)
-    ]
-    flat = [i for row in images for i in row]
-    return processor(text=prompts, images=flat or None, padding=True, padding_side="left", return_tensors="pt")
-
-
-@pytest.mark.parametrize(
-    ("texts", "images"),
-    [
-        ([FEEL], [[A]]),
-        ([FEEL], [[A, B, A]]),
-        ([FEEL], [[]]),
-        ([FEEL, "is the second happy"], [[A], [B, A]]),
-        ([FEEL, "who is sad", "what"], [[], [B], [A, A]]),
-    ],
-    ids=["one", "three", "none", "batch", "unequal"],
-)
-def test_tokens_mask_and_pixels_equal_the_processor(texts: list[str], images: list[Any], processor: Any) -> None:
-    expected = theirs(processor, texts, images)
-    inputs = prepare(processor, CFG, texts if len(texts) > 1 else texts[0], images if len(texts) > 1 else images[0])
-    assert torch.equal(inputs.tokens, expected["input_ids"])
-    assert torch.equal(inputs.attention_mask, expected["attention_mask"].bool())
-    if "pixel_values" in expected:
-        assert inputs.pixel_values is not None and inputs.pixel_values.dtype == torch.float32
-        assert torch.equal(inputs.pixel_values, expected["pixel_values"])
-    else:
-        assert inputs.pixel_values is None
-    assert inputs.n_images == [len(i) for i in images]
-
-
-def test_spans_grids_and_positions_lie_where_the_tokens_do(processor: Any) -> None:
-    inputs = prepare(processor, CFG, ["what", FEEL], [[B, A], [A]], answer="this person is sad")
-    assert inputs.shape[0] == 2 and inputs.n_images == [2, 1]
-    for row, spans in enumerate(inputs.spans):
-        for span in spans.images:
-            assert bool((inputs.tokens[row, span] == IMAGE_TOKEN).all()) and span.stop - span.start == 16
-        assert spans.query.start == spans.images[-1].stop and spans.query.stop == spans.last + 1
-        assert spans.answer is not None and spans.answer.start == spans.query.stop
-        assert processor.tokenizer.decode(inputs.tokens[row, spans.answer]) == "this person is sad"
-        real = inputs.attention_mask[row]
-        assert inputs.position_ids[row, real].tolist() == list(range(int(real.sum())))
+def test_grid_of_an_image_is_its_tokens_in_reading_order(processor: Any) -> None:
+    inputs = prepare(processor, CFG, ["what", FEEL], [[B, A], [A]])
+    assert all(span.stop - span.start == 16 for spans in inputs.spans for span in spans.images)
     assert inputs.grids == (((4, 4), (4, 4)), ((4, 4),))
     assert torch.equal(inputs.grid_tokens(1).flatten(), torch.arange(16) + inputs.spans[1].images[0].start)
 
@@ -108,37 +66,6 @@ def test_orientation_tag_of_a_photograph_is_applied(processor: Any, tmp_path: Pa
     upright = A.transpose(Image.Transpose.ROTATE_270)
     given, expected = (prepare(processor, CFG, FEEL, i) for i in (tmp_path / "turned.png", upright))
     assert torch.equal(given.pixel_values, expected.pixel_values)  # type: ignore[arg-type]
-
-
-def test_raw_prompt_holds_its_image_tokens_itself(processor: Any) -> None:
-    raw = "<image> what is this ? <image> is the second"
-    inputs = prepare(processor, CFG, raw, [A, B], chat=False)
-    expected = processor(text=[raw], images=[A, B], return_tensors="pt")
-    assert torch.equal(inputs.tokens, expected["input_ids"]) and inputs.n_images == [2]
-
-
-def test_conversation_equals_the_processor_and_takes_pictures_inside_or_beside(processor: Any) -> None:
-    turns = [
-        {"role": "system", "content": "this is a"},
-        *message(FEEL, 1),
-        {"role": "assistant", "content": "happy"},
-        *message("is the second", 1),
-    ]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    expected = processor(text=[text], images=[A, B], return_tensors="pt")
-    inside = [
-        turns[0],
-        {"role": "user", "content": [{"type": "image", "image": A}, *turns[1]["content"][1:]]},
-        *turns[2:],
-    ]
-    for messages, images in ((turns, [A, B]), (inside, [B]), (inside, B)):
-        inputs = prepare(processor, CFG, messages=messages, images=images)
-        assert torch.equal(inputs.tokens, expected["input_ids"])
-        assert torch.equal(inputs.pixel_values, expected["pixel_values"])  # type: ignore[arg-type]
-    two = prepare(processor, CFG, messages=[inside, message("what", 0)], images=[[B], None])
-    assert two.n_images == [2, 0] and torch.equal(
-        two.tokens[:1, -expected["input_ids"].shape[1] :], expected["input_ids"]
-    )
 
 
 def test_template_that_begins_with_bos_does_not_double_it() -> None:

@@ -14,16 +14,15 @@ import pytest
 import torch
 import transformers
 
-from tests.cases import raw_inputs, relative_error
-from tests.checkpoints import tiny_qwen
-from tests.qwen_cases import QWEN_BY_NAME, QwenCase
+from tests.cases import BY_NAME, Case, raw_inputs, relative_error
+from tests.checkpoints import tiny
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import open_checkpoint, quantised, save_pretrained
 
-ODD = QWEN_BY_NAME["qwen2_5_vl-plain"]  # rows of 48, 32 and 40 numbers
-CASE = QwenCase(  # every row is a whole number of blocks of 64
+ODD = BY_NAME["qwen2_5_vl-plain"]  # rows of 48, 32 and 40 numbers
+CASE = Case(  # every row is a whole number of blocks of 64
     name="packed",
-    kind="qwen2_5_vl",
+    family="qwen2_5_vl",
     text=dict(hidden_size=64, intermediate_size=128, num_attention_heads=8),
     vision=dict(hidden_size=64, out_hidden_size=64, intermediate_size=64),
 )
@@ -33,7 +32,7 @@ AO = dict(quant_method="torchao", quant_type={"default": {"_type": "Int8WeightOn
 
 def marked(folder: Path, settings: dict[str, Any] | None) -> Path:
     """A folder of float weights whose configuration says that they are quantised; its weights cannot be read."""
-    tiny_qwen.save(CASE, folder, with_processor=False)
+    tiny.save(CASE, folder, with_processor=False)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(quantization_config=settings)))
     (folder / "model.safetensors").write_bytes(b"no weights")
@@ -74,7 +73,7 @@ def test_weights_that_cannot_run_are_refused_before_any_is_read(
 
 
 def test_model_in_memory_of_packed_weights_is_refused_with_the_way_to_load_it(tmp_path: Path) -> None:
-    theirs, _ = tiny_qwen.save(CASE, tmp_path, with_processor=False)
+    theirs, _ = tiny.save(CASE, tmp_path, with_processor=False)
     theirs.config.quantization_config = BNB4
     with pytest.raises(ValueError, match="quantised .*from_pretrained reads bitsandbytes and torchao weights"):
         HookedVLM.from_hf(theirs)
@@ -117,10 +116,10 @@ FORMS = ["bitsandbytes 4 nf4 nested", "bitsandbytes 4 fp4 plain", "bitsandbytes 
 EXACT = [form for form in FORMS if form != "bitsandbytes 8"]  # that one rounds activations as well
 
 
-def packed(case: QwenCase, form: str, folder: Path) -> Path:
+def packed(case: Case, form: str, folder: Path) -> Path:
     """A tiny checkpoint, quantised and written by Hugging Face."""
     settings = settings_of(form)
-    _, plain = tiny_qwen.save(case, folder / "plain", with_processor=False)
+    _, plain = tiny.save(case, folder / "plain", with_processor=False)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         plain, quantization_config=settings, dtype=torch.float32, device_map="cpu"
     )

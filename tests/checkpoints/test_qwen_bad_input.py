@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.cases import BY_NAME, IMAGE_TOKEN, hf_config, hf_model, native_model, raw_inputs, relative_error
-from tests.checkpoints import tiny, tiny_qwen
+from tests.cases import BY_NAME, IMAGE_TOKEN, QWEN, hf_config, hf_model, native_model, raw_inputs, relative_error
+from tests.checkpoints import tiny, tiny_processors
 from tests.checkpoints.test_processing import CASE as LLAVA
 from tests.checkpoints.test_processing import FEEL, message
 from tests.checkpoints.tiny import picture
-from tests.qwen_cases import END, IMAGE, KINDS, QWEN_BY_NAME, START, VIDEO
+from tests.odd_inputs import QWEN_END as END
+from tests.odd_inputs import QWEN_IMAGE as IMAGE
+from tests.odd_inputs import QWEN_START as START
+from tests.odd_inputs import QWEN_VIDEO as VIDEO
 from veena_lens.checkpoints import find_adapter, inputs_from_hf, prepare
 from veena_lens.config import HookedVLMConfig
 
@@ -23,22 +26,22 @@ A, B = picture(40, 30, 1), picture(28, 64, 2)
 
 
 def config_of(name: str) -> HookedVLMConfig:
-    case = QWEN_BY_NAME[name]
+    case = BY_NAME[name]
     return find_adapter(case.model_class.__name__).read_config(case.config())
 
 
-CFG = {kind: config_of(f"{kind}-plain") for kind in KINDS}
+CFG = {kind: config_of(f"{kind}-plain") for kind in QWEN}
 LLAVA_CFG = find_adapter("LlavaForConditionalGeneration").read_config(hf_config(LLAVA))
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=QWEN)
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
 def processor(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_qwen.processor(QWEN_BY_NAME[f"{kind}-plain"], tmp_path_factory.mktemp("processor"))
+    return tiny_processors.processor(BY_NAME[f"{kind}-plain"], tmp_path_factory.mktemp("processor"))
 
 
 # --- prompts and images ---------------------------------------------------------------------------------
@@ -72,7 +75,7 @@ def test_prompts_and_pictures_that_do_not_match_are_refused(
 
 
 def test_checkpoint_without_template_says_what_to_do(kind: str, tmp_path: Path) -> None:
-    bare = tiny_qwen.processor(QWEN_BY_NAME[f"{kind}-plain"], tmp_path, template=None)
+    bare = tiny_processors.processor(BY_NAME[f"{kind}-plain"], tmp_path, template=None)
     with pytest.raises(ValueError, match="no chat template; use chat=False"):
         prepare(bare, CFG[kind], FEEL, A)
 
@@ -92,7 +95,7 @@ def test_tokenizer_alone_takes_no_pictures(kind: str, processor: Any) -> None:
     ],
 )  # fmt: skip
 def test_processor_of_another_tower_is_refused(settings: dict[str, int], told: str, kind: str, tmp_path: Path) -> None:
-    other = tiny_qwen.processor(QWEN_BY_NAME[f"{kind}-plain"], tmp_path, **settings)
+    other = tiny_processors.processor(BY_NAME[f"{kind}-plain"], tmp_path, **settings)
     with pytest.raises(ValueError, match=told):
         prepare(other, CFG[kind], FEEL, A)
     with pytest.raises(ValueError, match=told):  # before anybody sends an image
@@ -179,7 +182,7 @@ def ids(*parts: list[int]) -> dict[str, Tensor | None]:
         (dict(position_ids=torch.zeros(3, 2, 11)), r"position_ids \[3, 2, 11\] do not fit"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("which", KINDS)
+@pytest.mark.parametrize("which", QWEN)
 def test_processor_output_that_does_not_fit_is_refused(change: dict[str, Any], told: str, which: str) -> None:
     inputs_from_hf(CFG[which], None, **raw())
     with pytest.raises(ValueError, match=told):
@@ -193,7 +196,7 @@ def video(frames: int, height: int, width: int, which: str) -> list[int]:
     return sum(([9, START, *[VIDEO] * n, END] for _ in range(frames)), [])
 
 
-@pytest.mark.parametrize("which", KINDS)
+@pytest.mark.parametrize("which", QWEN)
 def test_video_that_does_not_fill_its_tokens_is_refused(which: str) -> None:
     """Three images of 2 x 4 patches are asked for in each case but the first."""
     good = dict(pixel_values_videos=torch.zeros(24, 96), video_grid_thw=torch.tensor([[3, 2, 4]]))
@@ -256,9 +259,9 @@ def test_frames_of_a_video_in_one_run_are_read_one_by_one_where_each_has_its_own
 
 
 # --- the model's own border ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("which", KINDS)
+@pytest.mark.parametrize("which", QWEN)
 def test_image_tokens_without_picture_are_refused_wherever_they_come_from(which: str) -> None:
-    model = native_model(QWEN_BY_NAME[f"{which}-plain"])
+    model = native_model(BY_NAME[f"{which}-plain"])
     for token in (IMAGE, VIDEO):
         tokens = torch.tensor([[5, token, 6]])
         for call in (model, model.run_with_cache, lambda t: model.generate(t, return_type="tokens")):
@@ -266,11 +269,11 @@ def test_image_tokens_without_picture_are_refused_wherever_they_come_from(which:
                 call(tokens)
 
 
-@pytest.mark.parametrize("which", KINDS)
+@pytest.mark.parametrize("which", QWEN)
 def test_mixed_and_text_only_batches_are_right(which: str) -> None:
     for name in ("text-rows-between", "no-picture-at-all", "no-picture-right-padding"):
-        case = QWEN_BY_NAME[f"{which}-{name}"]
-        model, hf, given = native_model(case), hf_model(case), case.raw(torch.float64)
+        case = BY_NAME[f"{which}-{name}"]
+        model, hf, given = native_model(case), hf_model(case), raw_inputs(case)
         hf.model.rope_deltas = None
         with torch.no_grad():
             theirs = hf(**given).logits
@@ -278,10 +281,10 @@ def test_mixed_and_text_only_batches_are_right(which: str) -> None:
         assert model.inputs_from_hf(**given).n_images == [row.count("i") for row in case.rows]
 
 
-@pytest.mark.parametrize("which", KINDS)
+@pytest.mark.parametrize("which", QWEN)
 def test_picture_tensors_that_are_none_are_as_good_as_left_out(which: str) -> None:
-    case = QWEN_BY_NAME[f"{which}-no-picture-at-all"]
-    model, given = native_model(case), case.raw(torch.float64)
+    case = BY_NAME[f"{which}-no-picture-at-all"]
+    model, given = native_model(case), raw_inputs(case)
     nothing = dict.fromkeys(("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw"))
     with torch.no_grad():
         assert torch.equal(model.forward_hf(**given, **nothing), model.forward_hf(**given))
@@ -296,13 +299,13 @@ def test_positions_in_streams_are_refused_by_a_model_that_has_one() -> None:
         model(tokens, position_ids=torch.zeros(4, 1, 3))
 
 
-@pytest.mark.parametrize("which", KINDS)
+@pytest.mark.parametrize("which", QWEN)
 def test_inputs_prepared_for_another_family_are_refused(which: str) -> None:
-    qwen, llava = native_model(QWEN_BY_NAME[f"{which}-plain"]), native_model(BY_NAME["clip-llama"])
+    qwen, llava = native_model(BY_NAME[f"{which}-plain"]), native_model(BY_NAME["clip-llama"])
     theirs = qwen.inputs_from_hf(**raw()), llava.inputs_from_hf(**raw_inputs(BY_NAME["clip-llama"]))
     for model, inputs in ((qwen, theirs[1]), (llava, theirs[0])):
         with pytest.raises(ValueError, match="prepared for another model"):
             model(inputs)
-    other = native_model(QWEN_BY_NAME[f"{which}-patch-2-grey"])
+    other = native_model(BY_NAME[f"{which}-patch-2-grey"])
     with pytest.raises(ValueError, match=r"prepared for another model: .* \[1, 24, 96\], .* takes \[crops patches 8\]"):
         other(theirs[0])

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tests.cases import IMAGE_TOKEN, Case, build_hf
+from tests.checkpoints.tiny_processors import WORDS, WRITERS, gemma_processor, gemma_tokenizer, write_json
+from tests.families import Case, build_hf
+from tests.odd_inputs import IMAGE_TOKEN
 
-WORDS = ["how", "does", "this", "person", "feel", "?", "happy", "sad", "the", "a", "is", "in", "first", "second"]
-WORDS += ["USER", ":", "ASSISTANT", "says", "INST", "/", "[", "]", ".", "what", "who"]
 LLAVA_TEMPLATE = (
     "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for p in m['content'] %}{{ '<image> ' if p['type'] == 'image' else p['text'] }}{% endfor %}"
@@ -51,25 +52,126 @@ def image_processor(side: int = 28, **settings: Any) -> Any:
 
 def llava_processor(case: Case, template: str | None = LLAVA_TEMPLATE, **settings: Any) -> Any:
     """A processor that counts image tokens as the case's model does."""
-    strategy = case.llava.get("vision_feature_select_strategy", "default")
+    config = case.config()
     return transformers.LlavaProcessor(
-        image_processor=image_processor(case.image_size, **settings),
+        image_processor=image_processor(config.vision_config.image_size, **settings),
         tokenizer=tokenizer(template),
-        patch_size=case.vision.get("patch_size", 14),
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(case.tower == "clip"),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
         chat_template=template,
     )
 
 
+def next_processor(case: Case, words: Any = None) -> Any:
+    """LLaVA-1.6's."""
+    side = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    return transformers.LlavaNextProcessor(
+        transformers.LlavaNextImageProcessorPil(**side, image_grid_pinpoints=case.config().image_grid_pinpoints),
+        tokenizer(LLAVA_TEMPLATE) if words is None else words,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=LLAVA_TEMPLATE,
+    )
+
+
+def write_processor(case: Case, folder: Path, **settings: Any) -> Path:
+    """The processor's or tokenizer's files of a case."""
+    if case.family in WRITERS:
+        return WRITERS[case.family](case, folder, **settings)
+    found = dict(
+        text=lambda: tokenizer(TEXT_TEMPLATE),
+        llava=lambda: llava_processor(case, **settings),
+    ) | {
+        "llava-next": lambda: next_processor(case),
+        "gemma3": lambda: gemma_processor(case, **settings),
+        "gemma3-text": gemma_tokenizer,
+    }
+    found[case.family]().save_pretrained(folder)
+    return folder
+
+
 def save(
-    case: Case, folder: Path, dtype: torch.dtype = torch.float32, processor: bool = True, **options: Any
+    case: Case,
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    with_processor: bool = True,
+    *,
+    gain: float = 1.0,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[Any, Path]:
-    """(the Hugging Face model, its folder) of a case; `options` go to `save_pretrained`."""
-    model = build_hf(case, dtype)
+    """(the Hugging Face model, its folder) of a case; `options` are those of `save_pretrained`.
+
+    Gemma's scale of embeddings is that of a model which is loaded in this dtype, not cast to it."""
+    model = build_hf(case, dtype, gain)
     model.save_pretrained(folder, **options)
-    if processor:
-        (tokenizer(TEXT_TEMPLATE) if case.text_only() else llava_processor(case)).save_pretrained(folder)
+    if case.has("post norms"):
+        scale = model.get_input_embeddings().embed_scale
+        model.get_input_embeddings().embed_scale = torch.full_like(
+            scale, model.get_input_embeddings().embedding_dim ** 0.5, dtype=dtype
+        )
+    if with_processor:
+        write_processor(case, folder, **settings or {})
+    return model, folder
+
+
+TOWER_FIELDS = dict(
+    qwen2_vl=("embed_dim", "mlp_ratio", "hidden_size"),
+    qwen2_5_vl=(
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "out_hidden_size",
+        "window_size",
+        "fullatt_block_indexes",
+        "tokens_per_second",
+    ),
+)
+
+
+def on_disk(key: str) -> str:
+    """The name that the hub's Qwen2-VL files have for today's."""
+    return key.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+
+
+def save_as_in_2024(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Path]:
+    """As `save`, in the hub's form of 2024: a flat configuration and old names (Qwen2-VL, Qwen2.5-VL)."""
+    model, folder = save(case, folder, dtype)
+    tensors = {on_disk(k): v.contiguous() for k, v in model.state_dict().items()}
+    config = case.config()
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    text = model.config.text_config.to_dict()
+    rope = text.pop("rope_parameters")
+    today = ("model_type", "dtype", "layer_types", "architectures", "_name_or_path")
+    flat = {k: text[k] for k in text if k not in today}
+    vision = model.config.vision_config
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    flat |= {name: getattr(config, name) for name in ids}
+    flat |= dict(
+        architectures=[case.model_class.__name__],
+        model_type=case.family,
+        vision_token_id=124,
+        rope_theta=rope["rope_theta"],
+        rope_scaling=dict(type="mrope", mrope_section=rope["mrope_section"]),
+        tie_word_embeddings=config.tie_word_embeddings,
+        torch_dtype=str(dtype).removeprefix("torch."),
+        vision_config=dict(
+            depth=vision.depth,
+            **{name: getattr(vision, name) for name in TOWER_FIELDS[case.family]},
+            num_heads=vision.num_heads,
+            in_chans=3,
+            patch_size=vision.patch_size,
+            spatial_merge_size=vision.spatial_merge_size,
+            spatial_patch_size=vision.patch_size,
+            temporal_patch_size=vision.temporal_patch_size,
+        ),
+    )
+    write_json(folder / "config.json", flat)
     return model, folder
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from tests.cases import BY_NAME, counted, raw_inputs
-from tests.gemma_cases import GEMMA_BY_NAME
 from tests.parity.test_llava_next import batch, build
-from tests.qwen_cases import QWEN_BY_NAME
 
 LLAVA, NEXT, GEMMA3, QWEN2, QWEN3, TEXT = (
     "three-images-and-none",
@@ -24,7 +22,7 @@ KINDS = [LLAVA, GEMMA3, QWEN2, QWEN3, TEXT]
 
 
 def case_of(name: str) -> Any:
-    return BY_NAME.get(name) or GEMMA_BY_NAME.get(name) or QWEN_BY_NAME[name]
+    return BY_NAME[name]
 
 
 def pair_of(model_of: Any, name: str) -> tuple[Any, Any, Any]:
@@ -49,7 +47,7 @@ def pair_of(model_of: Any, name: str) -> tuple[Any, Any, Any]:
     words = raw["attention_mask"][rows, place].bool() & (ids[rows, place] < 100)
     ids[rows[words], place[words]] = (ids[rows[words], place[words]] + 3) % 90 + 2
     other["input_ids"] = ids
-    if "position_ids" not in raw and name not in QWEN_BY_NAME:
+    if not case_of(name).has("streams"):
         raw, other = counted(raw), counted(other)
     return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
 

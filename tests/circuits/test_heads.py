@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.circuits.tiny import NAMES, directions, ready, twin, unit
-from tests.gemma_cases import after_norm
+from tests.model.checks import after_norm
 from veena_lens.activation_cache import MissingActivation
 from veena_lens.circuits.heads import copying_strength, direct_attribution, head_intention
 from veena_lens.positions import position_mask

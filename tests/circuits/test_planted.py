@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.cases import BY_NAME, IMAGE_TOKEN, hf_model
 from tests.circuits.tiny import unit
+from tests.odd_inputs import square_tokens
 from veena_lens.circuits import (
     attention_by_source,
     benjamini_hochberg,
@@ -52,7 +53,7 @@ def inputs_of(model: Any, pixels: Tensor) -> Any:
     case = BY_NAME["clip-llama"]
     generator = torch.Generator().manual_seed(4)
     text = torch.randint(3, 100, (7,), generator=generator).tolist()
-    row = [*text[:3], *[IMAGE_TOKEN] * case.tokens_per_image, *text[3:]]
+    row = [*text[:3], *[IMAGE_TOKEN] * square_tokens(case.config()), *text[3:]]
     tokens = torch.tensor([row] * len(pixels))
     return model.inputs_from_hf(input_ids=tokens, attention_mask=torch.ones_like(tokens), pixel_values=pixels)
 

@@ -9,10 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.cases import BY_NAME, counted, raw_inputs
-from tests.gemma_cases import GEMMA_BY_NAME
-from tests.onevision_cases import ONEVISION_BY_NAME
-from tests.qwen_cases import QWEN_BY_NAME
+from tests.cases import BY_NAME, counted, counted_inputs
 
 # Grouped queries, biases, windows, both paddings, several images, tiles, any size, deep-stack features, text alone.
 NAMES = (
@@ -48,13 +45,8 @@ def ready(model_of: Callable[..., Any], name: str) -> tuple[Any, Any]:
     """(model, inputs) of a case."""
     if name == "llava-next":
         return llava_next()
-    if name in QWEN_BY_NAME:
-        case: Any = QWEN_BY_NAME[name]
-        model = model_of(case, casts="none")
-        return model, model.inputs_from_hf(**raw_inputs(case))
-    case = (BY_NAME | ONEVISION_BY_NAME | GEMMA_BY_NAME)[name]
-    model = model_of(case, casts="none")
-    return model, model.inputs_from_hf(**counted(raw_inputs(case)))
+    model = model_of(BY_NAME[name], casts="none")
+    return model, model.inputs_from_hf(**counted_inputs(BY_NAME[name]))
 
 
 def twin(inputs: Any) -> Any:

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import native_model, raw_inputs
-from tests.qwen_cases import QWEN_BY_NAME
+from tests.cases import BY_NAME, native_model, raw_inputs
 from veena_lens.components.masks import AreaMask, attend_in_areas
 from veena_lens.vision.qwen import patch_places, window_numbers
 
@@ -55,7 +54,7 @@ def test_mask_over_all_patches_is_made_for_listeners_alone(name: str, monkeypatc
     """A large image's windows cost what its windows hold."""
     made = []
     monkeypatch.setattr(AreaMask, "allowed", property(lambda self: made.append(1) or self.numbers[:, None, None] >= 0))
-    case = QWEN_BY_NAME["qwen2_5_vl-plain"]
+    case = BY_NAME["qwen2_5_vl-plain"]
     model = native_model(case)
     model.run_with_cache(model.inputs_from_hf(**raw_inputs(case)), names_filter=f"vision.blocks.0.{name}")
     assert bool(made) == (name == "attn.hook_pattern")

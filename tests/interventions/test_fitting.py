@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.cases import BY_NAME, build_hf, counted, native_model, raw_inputs
-from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.interventions import (
     Ablate,
@@ -29,10 +28,10 @@ def runs() -> dict[str, Any]:
     """A model with two rows of one and two images, a cache of them, and one of another architecture."""
     model = native_model(BY_NAME["clip-llama"], casts="none")
     inputs = model.inputs_from_hf(**counted(raw_inputs(BY_NAME["clip-llama"])))
-    qwen = native_model(QWEN_BY_NAME["qwen2_vl-plain"], casts="none")
+    qwen = native_model(BY_NAME["qwen2_vl-plain"], casts="none")
     with torch.no_grad():
         _, cache = model.run_with_cache(inputs)
-        _, other = qwen.run_with_cache(qwen.inputs_from_hf(**raw_inputs(QWEN_BY_NAME["qwen2_vl-plain"])))
+        _, other = qwen.run_with_cache(qwen.inputs_from_hf(**raw_inputs(BY_NAME["qwen2_vl-plain"])))
         _, swapped = model.run_with_cache(inputs[[1, 0]])
     return {"model": model, "inputs": inputs, "cache": cache, "other": other, "swapped": swapped}
 

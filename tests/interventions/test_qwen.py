@@ -8,25 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import build_hf, raw_inputs, relative_error
-from tests.qwen_cases import END, IMAGE, KINDS, PAD, START, VIDEO, QwenCase
+from tests.cases import PAD, QWEN, Case, build_hf, raw_inputs, relative_error
+from tests.odd_inputs import QWEN_END, QWEN_IMAGE, QWEN_START, QWEN_VIDEO
 from veena_lens import HookedVLM
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, Patch, ScaleNeurons, Steer
 from veena_lens.positions import position_mask
 
 ROWS = ("2 i4x4 1 i2x4 3", "1 v2x2x4 1 i2x2 2", "5")
-CASES = {kind: QwenCase(name="edits", kind=kind, rows=ROWS) for kind in KINDS}
+CASES = {family: Case(name="edits", family=family, rows=ROWS) for family in QWEN}
 
 
 class Ready:
     """A model with strong attention in pure float64, inputs, and the cache of other images and text."""
 
-    def __init__(self, case: QwenCase) -> None:
+    def __init__(self, case: Case) -> None:
         raw = raw_inputs(case)
         self.model: Any = HookedVLM.from_hf(build_hf(case, gain=5.0), casts="none")
         self.inputs = self.model.inputs_from_hf(**raw)
         other = {name: value.flip(0) if "pixel" in name else value for name, value in raw.items()}
-        text = raw["attention_mask"].bool() & (raw["input_ids"] < IMAGE)
+        text = raw["attention_mask"].bool() & (raw["input_ids"] < QWEN_IMAGE)
         other["input_ids"] = torch.where(text, raw["input_ids"] % 90 + 5, raw["input_ids"])
         with torch.no_grad():
             self.plain = self.model(self.inputs)
@@ -86,7 +86,7 @@ def test_every_kind_acts_alike_in_every_way_of_running(ready: Ready) -> None:
 
     model, inputs = ready.model, ready.inputs
     options: dict[str, Any] = dict(max_new_tokens=4, return_type="tokens", eos_token_id=[])
-    options["logits_processor"] = [SuppressTokensLogitsProcessor([PAD, IMAGE, VIDEO, START, END])]
+    options["logits_processor"] = [SuppressTokensLogitsProcessor([PAD, QWEN_IMAGE, QWEN_VIDEO, QWEN_START, QWEN_END])]
     untouched = model.generate(inputs, **options)
     same, spoken = [], 0
     for name, item in kinds(ready).items():
@@ -124,7 +124,7 @@ def test_every_kind_row_by_row_equals_the_rows_alone(ready: Ready) -> None:
 def test_boost_of_images_reaches_every_image_and_frame_of_its_row_alone(mode: str, ready: Ready) -> None:
     """Against the pattern edited by hand: two images in one row, two frames of a video and an image in the next."""
     model, inputs, factor = ready.model, ready.inputs, 3.0
-    keys = (inputs.tokens == IMAGE) | (inputs.tokens == VIDEO)
+    keys = (inputs.tokens == QWEN_IMAGE) | (inputs.tokens == QWEN_VIDEO)
     assert keys.sum(-1).tolist() == [4 + 2, 2 + 2 + 1, 0]
     boost = BoostAttention(1, heads=[0, 2], factor=factor, mode=mode, queries="query")
     at = position_mask(inputs, "query")[:, None, :, None] & keys[:, None, None, :]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import BY_NAME, build_hf, counted, raw_inputs, relative_error
+from tests.cases import BY_NAME, QWEN, Case, build_hf, counted, raw_inputs, relative_error
 from veena_lens.positions import position_mask
 
 NAMES = ["clip-llama", "window-mistral", "window-qwen2", "right-padding", "three-images-and-none", "one-kv-head"]
@@ -27,6 +27,40 @@ def rows_of(cache: Any, layer: int, row: int, queries: Tensor, keys: Tensor) -> 
     return cache["pattern", layer][row][:, queries][:, :, keys]
 
 
+@pytest.fixture(
+    params=[
+        Case(name=f"attention-{padding}", family=family, rows=("2 i4x4 3 v2x2x4 2", "1 i2x6 3", "4"), padding=padding)
+        for family in QWEN
+        for padding in ("left", "right")
+    ],
+    ids=str,
+)
+def any_size(request: pytest.FixtureRequest, model_of) -> tuple[Any, Any]:
+    """A model and images of unequal size, frames of a video and text alone."""
+    model = model_of(request.param)
+    return model, model.inputs_from_hf(**raw_inputs(request.param))
+
+
+def assert_rows_equal_the_pattern(model: Any, inputs: Any, queries: Any, keys: Any) -> None:
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    scores = model.attention(inputs, queries=queries, keys=keys)
+    assert scores.axes == ("batch", "layer", "head", "query", "key")
+    q_mask, k_mask = position_mask(inputs, queries), position_mask(inputs, keys)
+    assert bool(q_mask.any()) and bool(k_mask.any())
+    n_q, n_k = int(q_mask.sum(-1).max()), int(k_mask.sum(-1).max())
+    assert scores.values.shape == (len(inputs), model.cfg.n_layers, model.cfg.n_heads, n_q, n_k)
+    for row in range(len(inputs)):
+        q, k = q_mask[row].nonzero().flatten(), k_mask[row].nonzero().flatten()
+        for layer in range(model.cfg.n_layers):
+            ours = scores.values[row, layer]
+            assert torch.allclose(ours[:, : len(q), : len(k)], rows_of(cache, layer, row, q, k), rtol=1e-9, atol=1e-12)
+        there = torch.zeros(n_q, n_k, dtype=torch.bool)
+        there[: len(q), : len(k)] = True
+        assert torch.equal(scores.exists[row], there.expand_as(scores.exists[row]))
+        assert not scores.values[row, :, :, len(q) :].any()
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "queries, keys",
@@ -42,22 +76,14 @@ def rows_of(cache: Any, layer: int, row: int, queries: Tensor, keys: Tensor) -> 
     ids=str,
 )
 def test_rows_equal_those_of_the_pattern(name: str, queries: Any, keys: Any, ready) -> None:
-    model, inputs = ready(name)
-    with torch.no_grad():
-        _, cache = model.run_with_cache(inputs)
-    scores = model.attention(inputs, queries=queries, keys=keys)
-    assert scores.axes == ("batch", "layer", "head", "query", "key")
-    q_mask, k_mask = position_mask(inputs, queries), position_mask(inputs, keys)
-    n_q, n_k = int(q_mask.sum(-1).max()), int(k_mask.sum(-1).max())
-    assert scores.values.shape == (len(inputs), model.cfg.n_layers, model.cfg.n_heads, n_q, n_k)
-    for row in range(len(inputs)):
-        q, k = q_mask[row].nonzero().flatten(), k_mask[row].nonzero().flatten()
-        for layer in range(model.cfg.n_layers):
-            ours = scores.values[row, layer]
-            assert torch.allclose(ours[:, : len(q), : len(k)], rows_of(cache, layer, row, q, k), rtol=1e-9, atol=1e-12)
-        assert scores.exists[row, :, :, : len(q), : len(k)].all()
-        assert not scores.exists[row, :, :, len(q) :].any() and not scores.exists[row, :, :, :, len(k) :].any()
-        assert not scores.values[row, :, :, len(q) :].any()
+    assert_rows_equal_the_pattern(*ready(name), queries, keys)
+
+
+@pytest.mark.parametrize(
+    "queries, keys", [("last", "image"), ("query", "all"), ("image", "image"), (6, "text"), ("all", "all")], ids=str
+)
+def test_rows_of_any_size_equal_those_of_the_pattern(queries: Any, keys: Any, any_size) -> None:
+    assert_rows_equal_the_pattern(*any_size, queries, keys)
 
 
 def test_layers_and_heads_are_chosen(ready) -> None:
@@ -112,6 +138,23 @@ def test_uncached_generation_collects_the_same_rows(ready) -> None:
             model.generate(inputs, max_new_tokens=4, eos_token_id=[], return_type="tokens", use_past_kv_cache=cached)
         results.append(seen.scores().values)
     assert relative_error(results[1], results[0]) < 1e-9
+
+
+def test_attention_of_any_size_while_generating_equals_the_teacher_forced_rows(any_size) -> None:
+    """Each generated token looks back once it is itself fed in: the last one never is."""
+    model, inputs = any_size
+    found = []
+    for cached in (True, False):
+        with model.record_attention(queries="generated", keys="image") as seen:
+            answer = model.generate(
+                inputs, max_new_tokens=4, eos_token_id=[], return_type="tokens", use_past_kv_cache=cached
+            )
+        found.append(seen.scores())
+    forced = inputs.left_padded().with_new_tokens(answer[:, :-1])
+    expected = model.attention(forced, queries="answer", keys="image")
+    for scores in found:
+        assert scores.values.shape == expected.values.shape and scores.values.shape[3] == 3
+        assert relative_error(scores.values, expected.values) < 1e-9
 
 
 def test_interventions_in_force_are_honoured(ready) -> None:

@@ -24,7 +24,7 @@ def model() -> Any:
 def text_model() -> Any:
     from veena_lens import HookedVLM
 
-    return HookedVLM.from_hf(build_hf(Case(name="small-text", tower=None, text=dict(pad_token_id=PAD))))
+    return HookedVLM.from_hf(build_hf(Case(name="small-text", family="text", text=dict(pad_token_id=PAD))))
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from transformer_lens import patching
 
-from tests.cases import counted, hf_model, native_model, raw_inputs, relative_error
-from tests.onevision_cases import ONEVISION_BY_NAME
+from tests.cases import BY_NAME, counted, hf_model, native_model, raw_inputs, relative_error
 from veena_lens import ActivationCache
 from veena_lens.interventions import Ablate, BoostAttention, Steer, Tile
 
@@ -46,7 +45,7 @@ def in_theirs(name: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", PLACES)
 def test_edits_equal_the_same_edits_in_hugging_face(name: str) -> None:
-    for case in (ONEVISION_BY_NAME[RESAMPLED], ONEVISION_BY_NAME["onevision-videos"]):
+    for case in (BY_NAME[RESAMPLED], BY_NAME["onevision-videos"]):
         raw, hf, model = raw_inputs(case), hf_model(case), native_model(case)
         handle = hf.get_submodule(PLACES[name]).register_forward_hook(in_theirs(name))
         with torch.no_grad():
@@ -60,8 +59,8 @@ def test_edits_equal_the_same_edits_in_hugging_face(name: str) -> None:
 
 @pytest.mark.parametrize("name", [RESAMPLED, MIXED])
 def test_rows_of_a_batch_are_the_rows_alone_under_interventions(name: str) -> None:
-    model = native_model(ONEVISION_BY_NAME[name], casts="none")
-    inputs = model.inputs_from_hf(**counted(raw_inputs(ONEVISION_BY_NAME[name])))
+    model = native_model(BY_NAME[name], casts="none")
+    inputs = model.inputs_from_hf(**counted(raw_inputs(BY_NAME[name])))
     vector = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     edits = [
         [Steer(0, vector, positions="image"), BoostAttention(1, keys="image", factor=2.0)],
@@ -81,8 +80,8 @@ def test_rows_of_a_batch_are_the_rows_alone_under_interventions(name: str) -> No
 
 
 def test_grids_of_features_are_what_the_text_reads_at_their_cells(tmp_path: Path) -> None:
-    model = native_model(ONEVISION_BY_NAME[MIXED])
-    inputs = model.inputs_from_hf(**raw_inputs(ONEVISION_BY_NAME[MIXED]))
+    model = native_model(BY_NAME[MIXED])
+    inputs = model.inputs_from_hf(**raw_inputs(BY_NAME[MIXED]))
     assert inputs.grids == (((2, 2), (1, 1), (1, 1), (2, 2)), ((1, 1), (1, 1), (4, 2)), ())
     assert [len(t) for t in inputs.token_tiles[0]] == [5, 1, 2, 5], "newlines end images, and the last frame"
     with torch.no_grad():
@@ -105,7 +104,7 @@ def test_grids_of_features_are_what_the_text_reads_at_their_cells(tmp_path: Path
 def test_transformer_lens_patches_tiles_and_frames_unmodified() -> None:
     """Every position's residual of the clean run, images included, against a patch made by hand."""
     for name, row in ((RESAMPLED, 2), (MIXED, 1)):
-        model, raw = native_model(ONEVISION_BY_NAME[name], casts="none"), raw_inputs(ONEVISION_BY_NAME[name])
+        model, raw = native_model(BY_NAME[name], casts="none"), raw_inputs(BY_NAME[name])
         other = {k: -x if k.startswith("pixel_values") else x for k, x in counted(raw).items()}
         clean, corrupted = (model.inputs_from_hf(**r)[row].without_padding() for r in (counted(raw), other))
         with torch.no_grad():

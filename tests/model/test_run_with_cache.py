@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import BY_NAME, counted, raw_inputs, relative_error
+from tests.cases import BY_NAME, QWEN, Case, counted_inputs, relative_error
+from veena_lens import ActivationCache
 from veena_lens.hook_table import hooks_of
 
 everything = lambda name: True  # noqa: E731
+
+# Of Qwen an image and a video, two thin images, text alone.
+ANY_SIZE = {
+    f"{family}-cache": Case(name="cache", family=family, rows=("2 i4x4 3 v2x2x4 2", "1 i2x6 2 i6x2 3", "4"))
+    for family in QWEN
+}
 
 
 @pytest.fixture
@@ -19,15 +26,17 @@ def ready(model_of):
     """(model, inputs) of a case by name; `counted` positions make a padded row equal the row alone."""
 
     def get(name: str, **kw: Any) -> tuple[Any, Any]:
-        model = model_of(BY_NAME[name], **kw)
-        return model, model.inputs_from_hf(**counted(raw_inputs(BY_NAME[name])))
+        case = ANY_SIZE.get(name) or BY_NAME[name]
+        model = model_of(case, **dict(casts="none") | kw if name in ANY_SIZE else kw)
+        return model, model.inputs_from_hf(**counted_inputs(case))
 
     return get
 
 
 # --- names -------------------------------------------------------------------------------------------
-def test_no_filter_caches_exactly_the_default_hooks(ready) -> None:
-    model, inputs = ready("clip-llama")
+@pytest.mark.parametrize("name", ["clip-llama", *ANY_SIZE])
+def test_no_filter_caches_exactly_the_default_hooks(name: str, ready) -> None:
+    model, inputs = ready(name)
     _, cache = model.run_with_cache(inputs)
     assert set(cache.keys()) == {name for name, row in hooks_of(model.cfg).items() if row.by_default}
     left_out = set(hooks_of(model.cfg)) - set(cache.keys())
@@ -83,8 +92,9 @@ def test_unknown_name_raises_with_near_names(wrong: str, near: str, ready) -> No
 @pytest.mark.parametrize(
     "pos_slice", [-1, 3, slice(2, 5), slice(None, None, 3), slice(-4, None), [1, 5, 6], (2, 6)], ids=str
 )
-def test_pos_slice_slices_only_positions_of_the_decoder(pos_slice: Any, ready) -> None:
-    model, inputs = ready("one-kv-head")
+@pytest.mark.parametrize("name", ["one-kv-head", *ANY_SIZE])
+def test_pos_slice_slices_only_positions_of_the_decoder(name: str, pos_slice: Any, ready) -> None:
+    model, inputs = ready(name)
     _, whole = model.run_with_cache(inputs, names_filter=everything)
     logits, cache = model.run_with_cache(inputs, names_filter=everything, pos_slice=pos_slice)
     places = torch.arange(inputs.shape[1])
@@ -96,11 +106,11 @@ def test_pos_slice_slices_only_positions_of_the_decoder(pos_slice: Any, ready) -
         places = places[pos_slice]
     assert torch.equal(logits, model(inputs))
     assert set(cache.keys()) == set(whole.keys())
-    for name, row in hooks_of(model.cfg).items():
-        axes, value = row.axis_names, whole[name]
+    for each, row in hooks_of(model.cfg).items():
+        axes, value = row.axis_names, whole[each]
         if axes[0] == "batch":
             value = value.index_select(axes.index("query_pos" if "query_pos" in axes else "pos"), places)
-        assert torch.equal(cache[name], value), name
+        assert torch.equal(cache[each], value), each
 
 
 def test_slice_of_transformer_lens_means_the_same(ready) -> None:
@@ -113,14 +123,17 @@ def test_slice_of_transformer_lens_means_the_same(ready) -> None:
         assert torch.equal(one[name], other[name])
 
 
-def test_remove_batch_dim_leaves_pictures_alone(ready) -> None:
-    model, inputs = ready("one-row-no-padding")
+@pytest.mark.parametrize("name", ["one-row-no-padding", *ANY_SIZE])
+def test_remove_batch_dim_leaves_images_alone(name: str, ready) -> None:
+    model, inputs = ready(name)
+    inputs = inputs[0]
     _, whole = model.run_with_cache(inputs, names_filter=everything)
     _, cache = model.run_with_cache(inputs, names_filter=everything, remove_batch_dim=True)
-    assert not cache.has_batch_dim
-    for name, row in hooks_of(model.cfg).items():
-        expected = whole[name][0] if row.of_text else whole[name]
-        assert torch.equal(cache[name], expected), name
+    after = ActivationCache(dict(whole.cache_dict), model, inputs=inputs).remove_batch_dim()
+    assert len(cache["vision.hook_embed"]) == inputs.n_images[0] and not cache.has_batch_dim
+    for each, row in hooks_of(model.cfg).items():
+        expected = whole[each][0] if row.of_text else whole[each]
+        assert torch.equal(cache[each], expected) and torch.equal(after[each], expected), each
 
 
 def test_remove_batch_dim_and_pos_slice_together(ready) -> None:
@@ -137,24 +150,27 @@ def test_remove_batch_dim_refuses_two_rows(ready) -> None:
         model.run_with_cache(inputs, remove_batch_dim=True)
 
 
-def test_device_moves_what_is_kept(ready) -> None:
-    model, inputs = ready("clip-llama")
-    _, cache = model.run_with_cache(inputs, names_filter="blocks.1.hook_resid_post", device="meta")
-    assert cache["resid_post", 1].device.type == "meta"
+@pytest.mark.parametrize("name", ["clip-llama", *ANY_SIZE])
+def test_device_moves_what_is_kept(name: str, ready) -> None:
+    model, inputs = ready(name)
+    _, cache = model.run_with_cache(inputs, device="meta")
+    assert {value.device.type for value in cache.values()} == {"meta"}
     assert model(inputs).device.type == "cpu"
 
 
 # --- parts of the model ------------------------------------------------------------------------------
 @pytest.mark.parametrize("stop", [0, 1, 2, -1, -2])
-def test_stop_at_layer_gives_the_residual_before_that_layer(stop: int, ready) -> None:
-    model, inputs = ready("window-qwen2")
+@pytest.mark.parametrize("name", ["window-qwen2", *ANY_SIZE])
+def test_stop_at_layer_gives_the_residual_before_that_layer(name: str, stop: int, ready) -> None:
+    """Before what deep-stack features add at that layer's input."""
+    model, inputs = ready(name)
     _, whole = model.run_with_cache(inputs)
     resid, cache = model.run_with_cache(inputs, stop_at_layer=stop)
     layer = stop % model.cfg.n_layers
     assert torch.equal(resid, whole["resid_pre", layer])
     ran = {int(name.split(".")[1]) for name in cache if name.startswith("blocks.")}
     assert ran == set(range(layer))
-    assert "unembed.hook_out" not in cache and "hook_embed" in cache
+    assert "unembed.hook_out" not in cache and "hook_embed" in cache and "hook_image_features" in cache
     assert torch.equal(model(inputs, stop_at_layer=stop), resid)
 
 
@@ -215,8 +231,7 @@ def test_cache_of_a_padded_batch_equals_that_of_each_row_alone(name: str, ready)
     for row in range(len(inputs)):
         keep = inputs.attention_mask[row]
         start, n = int(keep.nonzero()[0]), int(keep.sum())
-        alone = cut(inputs[row], start, n)
-        _, single = model.run_with_cache(alone)
+        _, single = model.run_with_cache(inputs[row].without_padding())
         for each, table in hooks_of(model.cfg).items():
             axes = table.axis_names
             if axes[0] != "batch" or not table.by_default:
@@ -229,24 +244,6 @@ def test_cache_of_a_padded_batch_equals_that_of_each_row_alone(name: str, ready)
             if each.endswith("attn_scores"):
                 ours, theirs = (x.clamp(min=-1e9) for x in (ours, theirs))
             assert relative_error(ours, theirs) < 1e-10, (row, each)
-
-
-def cut(inputs: Any, start: int, n: int) -> Any:
-    """One row without its pads, through the public way in."""
-    from dataclasses import replace
-
-    from veena_lens.inputs import find_spans
-
-    at = slice(start, start + n)
-    tokens, mask = inputs.tokens[:, at], inputs.attention_mask[:, at]
-    lengths = [[inputs.count_image_tokens(0, s) for s in inputs.spans[0].images]]
-    return replace(
-        inputs,
-        tokens=tokens,
-        attention_mask=mask,
-        position_ids=inputs.position_ids[:, at],
-        spans=find_spans(tokens, mask, inputs.image_token_id, lengths),
-    )
 
 
 @pytest.mark.parametrize("name", ["three-images-and-none", "touching-images-first"])
@@ -347,13 +344,13 @@ def test_backward_hooks_fire_with_the_gradients_of_autograd(ready) -> None:
         assert relative_error(seen[name], kept[name].grad) < 1e-9, name
 
 
-def test_inference_mode_gives_the_same(ready) -> None:
-    model, inputs = ready("clip-llama")
+@pytest.mark.parametrize("name", ["clip-llama", *ANY_SIZE])
+def test_inference_mode_gives_the_same(name: str, ready) -> None:
+    model, inputs = ready(name)
     logits, cache = model.run_with_cache(inputs, names_filter=everything)
     with torch.inference_mode():
         fast, quick = model.run_with_cache(inputs, names_filter=everything)
         edited = model.run_with_hooks(inputs, fwd_hooks=[("blocks.0.attn.hook_pattern", lambda v, hook: v.mul_(0))])
     assert torch.equal(fast, logits)
-    for name in cache:
-        assert torch.equal(cache[name], quick[name]), name
+    assert all(torch.equal(cache[each], quick[each]) for each in cache)
     assert relative_error(edited, logits) > 1e-3

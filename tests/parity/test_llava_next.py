@@ -1,43 +1,29 @@
-"""LLaVA-1.6 against Hugging Face in float64: odd image sizes, several images, padding, generation, the way back."""
+"""What only LLaVA-1.6 has: grids among whole views and newlines, and boxes of images of odd sizes."""
 
 from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
-from tests.cases import IMAGE_TOKEN, PAD, TEXT, TOWER, relative_error
+from tests.cases import BY_NAME, IMAGE_TOKEN, PAD, build_hf, tiny_tokenizer
+from tests.families import FAMILIES
 from veena_lens import HookedVLM
 from veena_lens.images.anyres import image_in_tiles
 
-PINS = [[28, 56], [56, 28], [56, 56], [84, 28], [28, 84]]
-DECODERS = {
-    "llama": transformers.LlamaConfig(**TEXT, head_dim=16, attention_bias=True),
-    "mistral": transformers.MistralConfig(**TEXT, sliding_window=None),
-    "qwen2": transformers.Qwen2Config(**TEXT),
-}
+PINS = FAMILIES["llava-next"].root["image_grid_pinpoints"]
 SIZES = [(28, 28), (40, 75), (90, 30), (1, 200), (200, 1), (56, 56), (84, 28), (300, 299), (13, 57), (29, 83)]
 
 
-def build(decoder: str, seed: int = 0, **options: Any) -> tuple[Any, HookedVLM]:
-    """A tiny model with every parameter shaken, in Hugging Face and here."""
-    config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**TOWER, projection_dim=16),
-        text_config=DECODERS[decoder],
-        image_token_index=IMAGE_TOKEN,
-        image_grid_pinpoints=PINS,
-        **options,
-    )
-    torch.manual_seed(seed)
-    hf = transformers.LlavaNextForConditionalGeneration._from_config(config, attn_implementation="sdpa").double().eval()
-    with torch.no_grad():
-        for p in hf.parameters():
-            p.add_(torch.randn_like(p) * (0.2 if p.ndim == 1 else 0.05))
+def build(decoder: str, **options: Any) -> tuple[Any, HookedVLM]:
+    """A tiny model in Hugging Face and here."""
+    case = BY_NAME[f"llava-next-{decoder}"]
+    hf = build_hf(replace(case, root=options))
     return hf, HookedVLM.from_hf(hf)
 
 
@@ -64,51 +50,6 @@ def batch(model: HookedVLM, sizes: list[list[tuple[int, int]]], seed: int = 0) -
     return out
 
 
-def some_sizes(seed: int) -> list[list[tuple[int, int]]]:
-    """Three rows of none to two images, every second size at random."""
-    rng = random.Random(seed)
-    pick = lambda: rng.choice(SIZES) if rng.random() < 0.5 else (rng.randint(1, 180), rng.randint(1, 180))  # noqa: E731
-    rows = [[pick() for _ in range(rng.randint(0, 2))] for _ in range(2)]
-    return [*rows, [pick()]]
-
-
-@pytest.mark.parametrize("seed", range(9))
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_logits_and_hidden_states_equal_hugging_face(decoder: str, seed: int) -> None:
-    options = [{}, {"vision_feature_layer": [-2, 1]}, {"vision_feature_layer": -1}][seed % 3]
-    hf, model = build(decoder, seed, **options)
-    raw = batch(model, some_sizes(seed), seed)
-    with torch.no_grad():
-        theirs = hf(**raw, output_hidden_states=True)
-        logits, cache = model.run_with_cache(model.inputs_from_hf(**raw))
-    keep = raw["attention_mask"].bool()
-    assert relative_error(logits, theirs.logits, keep) < 1e-9
-    for layer in range(model.cfg.n_layers):
-        assert relative_error(cache["resid_pre", layer], theirs.hidden_states[layer], keep) < 1e-9
-    if "pixel_values" in raw:
-        features = hf.model.get_image_features(raw["pixel_values"], raw["image_sizes"], return_dict=True).pooler_output
-        assert relative_error(cache["hook_image_features"], torch.cat(list(features))) < 1e-9
-
-
-def test_generation_equals_hugging_face_on_pictures_of_unequal_size() -> None:
-    hf, model = build("mistral")
-    raw = batch(model, [[(40, 75)], [(90, 30), (28, 28)], [(200, 1)]])
-    expected = hf.generate(**raw, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=PAD)
-    ours = model.generate(model.inputs_from_hf(**raw), max_new_tokens=40, eos_token_id=[], return_type="tokens")
-    assert torch.equal(ours, expected[:, raw["input_ids"].shape[1] :])
-
-
-def test_a_row_of_the_batch_is_the_row_alone() -> None:
-    _, model = build("llama")
-    inputs = model.inputs_from_hf(**batch(model, [[(40, 75)], [(90, 30), (28, 28)], []]))
-    with torch.no_grad():
-        whole = model(inputs)
-        for i in range(3):
-            alone = model(inputs[i])
-            keep = inputs.attention_mask[i]
-            assert relative_error(whole[i][keep], alone[0][keep]) < 1e-7
-
-
 def test_an_image_grid_leaves_out_the_whole_view_and_the_newlines() -> None:
     _, model = build("llama")
     raw = batch(model, [[(40, 75)], [(90, 30), (300, 299)]])
@@ -128,7 +69,7 @@ def test_an_image_grid_leaves_out_the_whole_view_and_the_newlines() -> None:
 
 
 @pytest.mark.parametrize("size", [*SIZES, (600, 800)], ids=str)
-def test_boxes_of_the_grid_tile_the_picture(size: tuple[int, int]) -> None:
+def test_boxes_of_the_grid_tile_the_image(size: tuple[int, int]) -> None:
     _, model = build("llama")
     layout = image_in_tiles(model.cfg, size)
     boxes = layout.boxes()
@@ -142,19 +83,7 @@ def test_boxes_of_the_grid_tile_the_picture(size: tuple[int, int]) -> None:
     assert whole[:, :2].min() == 0 and torch.allclose(whole[:, 2:].max(0).values, torch.tensor([width, height]).float())
 
 
-def test_the_way_back_is_exact_and_loads(tmp_path) -> None:
-    hf, model = build("qwen2")
-    theirs = hf.state_dict()
-    ours = model.to_hf_state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    hf.save_pretrained(tmp_path)
-    again = HookedVLM.from_pretrained(tmp_path)
-    raw = batch(again, [[(40, 75)]])
-    with torch.no_grad():
-        assert torch.equal(again.forward_hf(**raw), model.forward_hf(**raw))
-
-
-def test_pictures_that_do_not_fit_are_refused() -> None:
+def test_images_that_do_not_fit_are_refused() -> None:
     _, model = build("llama")
     raw = batch(model, [[(40, 75)]])
     with pytest.raises(ValueError, match="image_sizes"):
@@ -186,18 +115,8 @@ def test_the_processor_and_the_packing_count_the_same_tokens(tiny_next_processor
 
 @pytest.fixture(scope="module")
 def tiny_next_processor() -> Any:
-    from tests.cases import tiny_tokenizer
+    from tests.checkpoints.tiny import next_processor
 
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # split wherever it stands
-    images = transformers.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=PINS
-    )
-    return transformers.LlavaNextProcessor(
-        images,
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    )
+    return next_processor(BY_NAME["llava-next-llama"], tokenizer)

@@ -10,10 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from tests.gemma_cases import GEMMA_BY_NAME
-from tests.onevision_cases import ONEVISION_BY_NAME
-from tests.qwen_cases import QWEN_BY_NAME
-from tests.tile_cases import TILE_BY_NAME
 from veena_lens.hook_table import hooks_of
 from veena_lens.sweeps import patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
@@ -23,12 +19,12 @@ CASES = [
     BY_NAME["window-qwen2"],
     BY_NAME["both-biases-tied"],
     BY_NAME["text-qwen3"],
-    GEMMA_BY_NAME["gemma3-unequal-rows"],
-    QWEN_BY_NAME["qwen2_vl-plain"],
-    QWEN_BY_NAME["qwen3_vl-plain"],
-    QWEN_BY_NAME["qwen3_vl-image-and-video"],
-    ONEVISION_BY_NAME["onevision-image-and-video"],
-    TILE_BY_NAME["idefics3-unequal-pictures"],
+    BY_NAME["gemma3-unequal-rows"],
+    BY_NAME["qwen2_vl-plain"],
+    BY_NAME["qwen3_vl-plain"],
+    BY_NAME["qwen3_vl-image-and-video"],
+    BY_NAME["onevision-image-and-video"],
+    BY_NAME["idefics3-unequal-pictures"],
 ]
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import counted, native_model, raw_inputs
-from tests.gemma_cases import GEMMA_BY_NAME
+from tests.cases import BY_NAME, counted, native_model, raw_inputs
 from tests.sweeps.test_engines import agree, both
 from veena_lens.hook_table import hooks_of
 from veena_lens.images.layout import reached_from
@@ -21,7 +20,7 @@ NAMES = ["narrow-window", "touching-pictures"]
 
 def runs(name: str) -> tuple[Any, Any, Any]:
     """A model in pure float64, and two batches that differ in images and one token."""
-    case = GEMMA_BY_NAME[f"gemma3-{name}"]
+    case = BY_NAME[f"gemma3-{name}"]
     model, raw = native_model(case, casts="none"), counted(raw_inputs(case))
     other = {key: -value if key == "pixel_values" else value for key, value in raw.items()}
     ids = raw["input_ids"].clone()

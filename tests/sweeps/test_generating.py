@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from tests.cases import BY_NAME, build_hf, counted, raw_inputs
-from tests.qwen_cases import QWEN_BY_NAME
-from tests.tile_cases import TILE_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOutAttention, Patch, ScaleNeurons, Steer
@@ -18,8 +16,8 @@ from veena_lens.sweeps import generation_sweep
 CASES = [
     BY_NAME["clip-llama"],
     BY_NAME["window-mistral"],
-    *(QWEN_BY_NAME[f"{k}-plain"] for k in ("qwen2_vl", "qwen3_vl")),
-    TILE_BY_NAME["idefics3-plain"],
+    *(BY_NAME[f"{k}-plain"] for k in ("qwen2_vl", "qwen3_vl")),
+    BY_NAME["idefics3-plain"],
 ]
 
 

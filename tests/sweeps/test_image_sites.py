@@ -8,9 +8,7 @@ import pytest
 import torch
 
 from tests.cases import BY_NAME, counted, raw_inputs
-from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.parity.test_llava_next import batch, build
-from tests.qwen_cases import QWEN_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.hook_table import hooks_of
 from veena_lens.interventions import Box
@@ -26,7 +24,7 @@ def fixed(model_of) -> tuple[Any, Any, Any]:
 
 
 def case_of(model_of, name: str) -> tuple[Any, Any, Any]:
-    case = (QWEN_BY_NAME | ONEVISION_BY_NAME)[name]
+    case = BY_NAME[name]
     model, raw = model_of(case, casts="none"), raw_inputs(case)
     raw = raw if "mm_token_type_ids" in raw else counted(raw)
     other = dict(raw)

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import raw_inputs
-from tests.qwen_cases import QwenCase
+from tests.cases import Case, raw_inputs
 from veena_lens.hook_table import hooks_of
 from veena_lens.sweeps import SweepResult, patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
 
 ROWS = ("2 i4x4 1 v2x2x4 3", "1 i2x6 3")
-CASES = {kind: QwenCase(name="sweeps", kind=kind, rows=ROWS) for kind in ("qwen2_vl", "qwen3_vl")}
+CASES = {family: Case(name="sweeps", family=family, rows=ROWS) for family in ("qwen2_vl", "qwen3_vl")}
 
 
 @pytest.fixture(params=list(CASES))

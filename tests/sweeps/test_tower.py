@@ -10,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from tests.onevision_cases import ONEVISION_BY_NAME
 from tests.parity.test_llava_next import batch, build
-from tests.qwen_cases import QWEN_BY_NAME
-from tests.tile_cases import TILE_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.hook_table import hooks_of
 from veena_lens.sweeps import patch_sweep
@@ -32,11 +29,11 @@ def runs(name: str) -> tuple[Any, Any, Any]:
         model = HookedVLM.from_hf(build("llama", vision_feature_layer=[-2, 1])[0], casts="none")
         raw = batch(model, [[(90, 30), (40, 75)]])
     else:
-        case = (BY_NAME | QWEN_BY_NAME | ONEVISION_BY_NAME | TILE_BY_NAME)[name]
+        case = BY_NAME[name]
         model, raw = native_model(case, casts="none"), raw_inputs(case)
         raw = raw if "mm_token_type_ids" in raw else counted(raw)
     other = {key: torch.randn_like(x) if key.startswith("pixel_values") else x for key, x in raw.items()}
-    if name in TILE_BY_NAME:  # tiles of zeros are padding
+    if name != "tiles" and case.has("tiles"):  # tiles of zeros are padding
         other["pixel_values"] = other["pixel_values"] * (raw["pixel_values"] != 0)
     clean, corrupted = model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
     row = max(range(len(clean)), key=lambda i: clean.n_images[i])

@@ -187,7 +187,7 @@ def _override(normalized: Tensor, seen: Normed) -> Tensor:
     if seen.normalized is not None:
         edited = (seen.normalized != seen.unedited)[:, :, None]
         return torch.where(edited, seen.normalized[:, :, None], normalized)
-    return normalized + _zero(seen.points[1]) if _has_gradient(seen.points[1]) else normalized
+    return normalized + _zero(seen.points[1]).to(normalized.dtype) if _has_gradient(seen.points[1]) else normalized
 
 
 def make_norm(cfg: TransformerConfig) -> Norm:

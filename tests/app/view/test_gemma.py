@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.cases import counted, raw_inputs
-from tests.gemma_cases import GEMMA_BY_NAME
+from tests.cases import BY_NAME, counted, raw_inputs
 from veena_lens.app.view.files import open_cache, save_cache
 from veena_lens.app.view.rows import RULE, CachedRows, rule_of
 
@@ -22,7 +21,7 @@ def rows_of(cache: Any, rule: dict[str, Any], row: int) -> torch.Tensor:
 
 
 def test_rows_of_queries_and_keys_equal_the_pattern_also_from_a_file(model_of, tmp_path: Any) -> None:
-    case = GEMMA_BY_NAME["gemma3-unequal-rows"]
+    case = BY_NAME["gemma3-unequal-rows"]
     model = model_of(case, casts="none")
     inputs = model.inputs_from_hf(**counted(raw_inputs(case)))
     with torch.no_grad():

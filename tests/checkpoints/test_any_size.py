@@ -1,4 +1,4 @@
-"""Qwen-VL inputs: tokens, patches and grids equal the processor's own, boxes tile the image, grids lie in order."""
+"""Images of any size (Qwen): processors of every release, positions of answers, boxes, grids in raster order."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cases import build_hf, relative_error
-from tests.checkpoints import tiny_qwen
+from tests.cases import BY_NAME, QWEN, build_hf, relative_error
+from tests.checkpoints import tiny, tiny_processors
 from tests.checkpoints.test_processing import FEEL, message
 from tests.checkpoints.tiny import picture
-from tests.qwen_cases import IMAGE, KINDS, QWEN_BY_NAME
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import load_processor
 
 A, B, C = picture(40, 30, 1), picture(28, 64, 2), picture(9, 90, 3)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=QWEN)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, HookedVLM, Any]:
     """(Hugging Face's model, ours from the same folder, Hugging Face's processor)."""
-    case = QWEN_BY_NAME[f"{request.param}-plain"]
-    hf, folder = tiny_qwen.save(case, tmp_path_factory.mktemp(request.param), torch.float64)
-    return hf, HookedVLM.from_pretrained(folder), tiny_qwen.CLASSES[case.kind].from_pretrained(folder)
+    case = BY_NAME[f"{request.param}-plain"]
+    hf, folder = tiny.save(case, tmp_path_factory.mktemp(request.param), torch.float64)
+    return hf, HookedVLM.from_pretrained(folder), tiny_processors.CLASSES[case.family].from_pretrained(folder)
 
 
 def video_class(kind: str) -> str:
@@ -55,12 +54,12 @@ def test_folder_gives_the_model_and_its_processor(loaded: Any) -> None:
 
 @pytest.mark.parametrize("torchvision", ["as installed", "missing"])
 @pytest.mark.parametrize("form", ["hub", "video settings beside", "transformers 5", "class named by config.json alone"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QWEN)
 def test_processor_files_of_every_release_load(
     kind: str, form: str, torchvision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, names = QWEN_BY_NAME[f"{kind}-plain"], tiny_qwen.NAMES
-    folder = tiny_qwen.write_processor(case, tmp_path)
+    case, names = BY_NAME[f"{kind}-plain"], tiny_processors.NAMES
+    folder = tiny.write_processor(case, tmp_path)
     pictures = folder / "preprocessor_config.json"
     settings = json.loads(pictures.read_text())
     size = settings.get("size") or dict(shortest_edge=settings["min_pixels"], longest_edge=settings["max_pixels"])
@@ -82,24 +81,24 @@ def test_processor_files_of_every_release_load(
     if torchvision == "missing":
         monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
     found = load_processor(folder)
-    classes = tiny_qwen.CLASSES if torchvision == "as installed" else tiny_qwen.IMAGE_ONLY
+    classes = tiny_processors.CLASSES if torchvision == "as installed" else tiny_processors.IMAGE_ONLY
     assert type(found) is classes[kind]
     assert (found.image_processor.size["shortest_edge"], found.image_processor.size["longest_edge"]) == (128, 1920)
-    assert found.image_processor.patch_size == 4 and found.chat_template == tiny_qwen.TEMPLATES[kind]
+    assert found.image_processor.patch_size == 4 and found.chat_template == tiny_processors.QWEN_TEMPLATES[kind]
     text = found.apply_chat_template(message(FEEL, 1), add_generation_prompt=True)
     assert found(text=[text], images=[A], return_tensors="pt")["image_grid_thw"].tolist() == [[1, 8, 10]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QWEN)
 def test_videos_of_the_processor_are_read_as_hugging_face_reads_them(kind: str, tmp_path: Path) -> None:
     """Its frames between images, with the seconds (Qwen2.5-VL) or the texts (Qwen3-VL) that tell their times."""
     pytest.importorskip("torchvision")
-    case = QWEN_BY_NAME[f"{kind}-plain"]
-    folder = tiny_qwen.write_processor(case, tmp_path)
+    case = BY_NAME[f"{kind}-plain"]
+    folder = tiny.write_processor(case, tmp_path)
     settings = dict(patch_size=4, merge_size=2, temporal_patch_size=2, size=dict(shortest_edge=128, longest_edge=5120))
     settings |= dict(do_sample_frames=False, video_processor_type=video_class(kind))
     (folder / "video_preprocessor_config.json").write_text(json.dumps(settings))
-    processor, hf = tiny_qwen.CLASSES[kind].from_pretrained(folder), build_hf(case)
+    processor, hf = tiny_processors.CLASSES[kind].from_pretrained(folder), build_hf(case)
     frames = np.random.default_rng(0).integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)
     about = dict(fps=2.0, total_num_frames=6, frames_indices=list(range(6)), duration=3.0)
     wrapped = {m: f"<|vision_start|><|{m}_pad|><|vision_end|>" for m in ("image", "video")}
@@ -110,44 +109,6 @@ def test_videos_of_the_processor_are_read_as_hugging_face_reads_them(kind: str, 
     assert inputs.n_images == [5] and inputs.grids[0][1:4] == ((3, 4),) * 3
     with torch.no_grad():
         assert relative_error(model(inputs), hf(**raw).logits) < 1e-9
-
-
-@pytest.mark.parametrize(
-    ("texts", "images"),
-    [
-        ([FEEL], [[A]]),
-        ([FEEL], [[A, B, A]]),
-        ([FEEL], [[]]),
-        ([FEEL, "is the second happy"], [[A], [B, C]]),
-        ([FEEL, "who is sad", "what"], [[A], [B, C], []]),
-        ([FEEL, "what"], [[], []]),
-    ],
-    ids=["one", "three", "none", "batch", "unequal", "text alone"],
-)
-def test_tokens_patches_and_logits_equal_the_processor_and_hugging_face(
-    texts: list[str], images: list[Any], loaded: Any
-) -> None:
-    hf, model, processor = loaded
-    expected = theirs(processor, texts, images)
-    inputs = model.prepare(texts if len(texts) > 1 else texts[0], images if len(texts) > 1 else images[0])
-    assert torch.equal(inputs.tokens, expected["input_ids"])
-    assert torch.equal(inputs.attention_mask, expected["attention_mask"].bool())
-    assert torch.equal(inputs.image_mask, expected["mm_token_type_ids"].bool())
-    assert inputs.n_images == [len(i) for i in images]
-    again = model.inputs_from_hf(**expected)
-    if inputs.pixel_values is not None:
-        grids = expected["image_grid_thw"]
-        assert torch.equal(inputs.crop_grids, grids[:, 1:])
-        patches = expected["pixel_values"].split(grids.prod(-1).tolist())
-        for mine, own in zip(inputs.pixel_values, patches, strict=True):
-            assert torch.equal(mine[: len(own)], own) and not mine[len(own) :].any()
-        assert torch.equal(again.position_ids, inputs.position_ids)
-    with torch.no_grad():
-        hf.model.rope_deltas = None
-        positions = {} if inputs.pixel_values is not None else dict(position_ids=inputs.position_ids)
-        logits = hf(**expected, **positions).logits
-        assert relative_error(model(inputs), logits, expected["attention_mask"]) < 1e-9
-        assert relative_error(model.forward_hf(**expected, **positions), logits, expected["attention_mask"]) < 1e-9
 
 
 def test_rows_of_a_batch_are_the_processors_rows(loaded: Any) -> None:
@@ -163,21 +124,6 @@ def test_rows_of_a_batch_are_the_processors_rows(loaded: Any) -> None:
             assert batch[row].pixel_values is None
 
 
-def test_spans_and_grids_lie_where_the_tokens_do(loaded: Any) -> None:
-    _, model, processor = loaded
-    inputs = model.prepare(["what", FEEL], [[B, A], [C]], answer="this person is sad")
-    for row, spans in enumerate(inputs.spans):
-        for span, (height, width) in zip(spans.images, inputs.grids[row], strict=True):
-            assert span.stop - span.start == height * width
-            assert bool((inputs.tokens[row, span] == IMAGE).all())
-        assert spans.query.start == spans.images[-1].stop and spans.query.stop == spans.last + 1
-        assert spans.answer is not None and spans.answer.start == spans.query.stop
-        assert processor.tokenizer.decode(inputs.tokens[row, spans.answer]) == "this person is sad"
-    cells = inputs.grid_tokens(0, 1)
-    assert torch.equal(cells.flatten(), torch.arange(cells.numel()) + inputs.spans[0].images[1].start)
-    assert cells.shape == inputs.grids[0][1]
-
-
 def test_answer_goes_on_as_hugging_face_reads_the_whole_text(loaded: Any) -> None:
     hf, model, processor = loaded
     whole = model.prepare([FEEL, "what"], [[A], [B, C]], answer=["this person is sad", "happy"])
@@ -188,40 +134,6 @@ def test_answer_goes_on_as_hugging_face_reads_the_whole_text(loaded: Any) -> Non
     hf.model.rope_deltas = None
     with torch.no_grad():
         assert relative_error(model(whole), hf(**expected).logits, expected["attention_mask"]) < 1e-9
-
-
-def test_conversation_equals_the_processor_and_takes_pictures_inside_or_beside(loaded: Any) -> None:
-    _, model, processor = loaded
-    turns = [
-        {"role": "system", "content": "this is a cat"},
-        *message(FEEL, 1),
-        {"role": "assistant", "content": "happy"},
-        *message("is the second", 2),
-    ]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    expected = processor(text=[text], images=[A, B, C], return_tensors="pt")
-    inside = [
-        turns[0],
-        {"role": "user", "content": [{"type": "image", "image": A}, *turns[1]["content"][1:]]},
-        *turns[2:],
-    ]
-    for messages, images in ((turns, [A, B, C]), (inside, [B, C])):
-        inputs = model.prepare(messages=messages, images=images)
-        assert torch.equal(inputs.tokens, expected["input_ids"])
-        assert torch.equal(inputs.crop_grids, expected["image_grid_thw"][:, 1:])
-    two = model.prepare(messages=[inside, message("what", 0)], images=[[B, C], None])
-    assert two.n_images == [3, 0]
-
-
-def test_raw_prompt_holds_its_image_tokens_itself(loaded: Any) -> None:
-    """Also two that touch: each image keeps its own positions."""
-    _, model, processor = loaded
-    raw = "<|image_pad|> what is this ? <|image_pad|><|image_pad|> is the second"
-    inputs = model.prepare(raw, [A, B, C], chat=False)
-    expected = processor(text=[raw], images=[A, B, C], return_tensors="pt")
-    assert torch.equal(inputs.tokens, expected["input_ids"]) and inputs.n_images == [3]
-    with torch.no_grad():
-        assert model(inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(40, 30), (28, 64), (9, 90), (90, 9), (64, 64), (17, 17), (2, 3), (300, 200)])
@@ -301,12 +213,12 @@ def test_image_grids_are_in_raster_order(loaded: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["merge-1", "merge-3", "temporal-1", "temporal-3"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", QWEN)
 def test_processors_of_other_merge_and_frame_sizes_fit_their_models(kind: str, name: str, tmp_path: Path) -> None:
-    case = QWEN_BY_NAME[f"{kind}-{name}"]
+    case = BY_NAME[f"{kind}-{name}"]
     hf = build_hf(case)
     model = HookedVLM.from_hf(hf)
-    model.processor = tiny_qwen.processor(case, tmp_path)
+    model.processor = tiny_processors.processor(case, tmp_path)
     model.tokenizer = model.processor.tokenizer
     inputs = model.prepare([FEEL, "what"], [[A], [B, C]])
     merge = case.config().vision_config.spatial_merge_size

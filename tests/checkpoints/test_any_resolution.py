@@ -1,4 +1,4 @@
-"""LLaVA-OneVision inputs: tokens, tiles and frames equal the processor's own, boxes tile the image."""
+"""Images of any resolution (OneVision): processors of every release, boxes, frames of videos, what does not fit."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cases import build_hf, hf_model, native_model, raw_inputs, relative_error
-from tests.checkpoints import tiny_onevision
+from tests.cases import BY_NAME, build_hf, hf_model, native_model, raw_inputs, relative_error
+from tests.checkpoints import tiny, tiny_processors
 from tests.checkpoints.test_processing import FEEL, message
 from tests.checkpoints.tiny import picture
-from tests.onevision_cases import ONEVISION_BY_NAME, PINS
-from tests.parity.test_generate import never_ends
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import load_processor
 from veena_lens.checkpoints.image_only import ImageOnlyLlavaOnevisionProcessor
 from veena_lens.images.layout import pack_features
 
-CASE = ONEVISION_BY_NAME["onevision-resampled"]  # grids of more than two tiles are resampled
+CASE = BY_NAME["onevision-resampled"]  # grids of more than two tiles are resampled
 A, B, C = picture(75, 50, 1), picture(90, 110, 2), picture(20, 31, 3)
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, HookedVLM]:
     """(Hugging Face's model, ours from the same folder)."""
-    hf, folder = tiny_onevision.save(CASE, tmp_path_factory.mktemp("onevision"), torch.float64, gain=5.0)
-    return never_ends(hf), HookedVLM.from_pretrained(folder)
+    hf, folder = tiny.save(CASE, tmp_path_factory.mktemp("onevision"), torch.float64)
+    return hf, HookedVLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("torchvision", ["as installed", "missing"])
@@ -37,7 +35,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, HookedVLM]:
 def test_processor_files_of_every_release_load(
     form: str, torchvision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tiny_onevision.write_processor(CASE, tmp_path / "first")
+    folder = tiny.write_processor(CASE, tmp_path / "first")
     CASE.config().save_pretrained(folder)
     if torchvision == "missing":
         monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
@@ -53,56 +51,19 @@ def test_processor_files_of_every_release_load(
             told = json.loads((folder / name).read_text())
             (folder / name).write_text(json.dumps({k: v for k, v in told.items() if k != "processor_class"}))
     found = load_processor(folder)
-    assert type(found) is (ImageOnlyLlavaOnevisionProcessor if torchvision == "missing" else tiny_onevision.PROCESSOR)
+    assert type(found) is (
+        ImageOnlyLlavaOnevisionProcessor if torchvision == "missing" else tiny_processors.CLASSES["onevision"]
+    )
     numbers = (found.num_image_tokens, found.vision_feature_select_strategy, found.vision_aspect_ratio)
     assert numbers == (16, "full", "anyres_max_2"), "as the model's configuration says"
     assert (found.image_token, found.video_token, found.chat_template) == (
         "<image>",
         "<video>",
-        tiny_onevision.TEMPLATE,
+        tiny_processors.ONEVISION_TEMPLATE,
     )
-    assert found.image_processor.image_grid_pinpoints == PINS
+    assert found.image_processor.image_grid_pinpoints == CASE.config().image_grid_pinpoints
     text = found.apply_chat_template(message(FEEL, 1), add_generation_prompt=True)
     assert found(text=[text], images=[A], return_tensors="pt")["pixel_values"].shape == (1, 7, 3, 28, 28)
-
-
-@pytest.mark.parametrize(
-    ("texts", "images"),
-    [
-        ([FEEL], [[B]]),
-        ([FEEL], [[A, B, A]]),
-        ([FEEL, "who is sad", "what"], [[A], [B, C], []]),
-        ([FEEL, "is the second happy", "what"], [[], [C], [B]]),
-        ([FEEL, "what"], [[], []]),
-    ],
-    ids=["one", "three", "unequal", "each alone", "text alone"],
-)
-def test_tokens_tiles_and_logits_equal_the_processor_and_hugging_face(
-    texts: list[str], images: list[list[Image.Image]], loaded: Any
-) -> None:
-    hf, model = loaded
-    prompts = [
-        model.processor.apply_chat_template(message(t, len(i)), add_generation_prompt=True)
-        for t, i in zip(texts, images, strict=True)
-    ]
-    expected = model.processor(
-        text=prompts, images=images if any(images) else None, padding=True, padding_side="left", return_tensors="pt"
-    )
-    inputs = model.prepare(texts if len(texts) > 1 else texts[0], images if len(texts) > 1 else images[0])
-    again = model.inputs_from_hf(**expected)
-    assert torch.equal(inputs.tokens, expected["input_ids"])
-    assert torch.equal(inputs.attention_mask, expected["attention_mask"].bool())
-    assert inputs.n_images == again.n_images == [len(i) for i in images] and inputs.grids == again.grids
-    if any(images):
-        assert torch.equal(inputs.pixel_values, again.pixel_values)
-        assert inputs.layouts == again.layouts
-    with torch.no_grad():
-        logits = hf(**expected, position_ids=inputs.position_ids).logits
-        assert relative_error(model(inputs), logits, expected["attention_mask"]) < 1e-9
-    if any(images):
-        tokens = hf.generate(**expected, max_new_tokens=12, do_sample=False)[:, inputs.shape[1] :]
-        mine = model.generate(inputs, max_new_tokens=12, eos_token_id=[], return_type="tokens")
-        assert torch.equal(mine, tokens)
 
 
 def test_boxes_tile_the_picture_whether_it_is_cut_or_padded(loaded: Any) -> None:
@@ -141,13 +102,15 @@ def test_a_mark_in_the_picture_lights_the_token_whose_box_holds_it(loaded: Any) 
 
 def test_lists_of_frames_are_read_without_torchvision(tmp_path: Path) -> None:
     """The pixels of frames of the tower's own size equal those of Hugging Face's video processor."""
-    processor: Any = ImageOnlyLlavaOnevisionProcessor.from_pretrained(tiny_onevision.write_processor(CASE, tmp_path))
+    processor: Any = ImageOnlyLlavaOnevisionProcessor.from_pretrained(tiny.write_processor(CASE, tmp_path))
     clips = [[picture(28, 28, seed) for seed in range(3)], [picture(28, 28, seed) for seed in range(3, 6)]]
     texts = ["what <video> who <video> is"]
     raw = processor(text=texts, images=None, videos=clips, return_tensors="pt")
     assert raw["pixel_values_videos"].shape == (2, 3, 3, 28, 28)
-    if tiny_onevision.PROCESSOR is not ImageOnlyLlavaOnevisionProcessor:
-        whole = tiny_onevision.PROCESSOR.from_pretrained(tmp_path)(text=texts, videos=clips, return_tensors="pt")
+    if tiny_processors.CLASSES["onevision"] is not ImageOnlyLlavaOnevisionProcessor:
+        whole = tiny_processors.CLASSES["onevision"].from_pretrained(tmp_path)(
+            text=texts, videos=clips, return_tensors="pt"
+        )
         assert torch.equal(whole["input_ids"], raw["input_ids"])
         torch.testing.assert_close(whole["pixel_values_videos"], raw["pixel_values_videos"], rtol=0, atol=1e-6)
     hf, model = build_hf(CASE), HookedVLM.from_hf(build_hf(CASE))
@@ -163,8 +126,8 @@ def test_lists_of_frames_are_read_without_torchvision(tmp_path: Path) -> None:
 
 
 def test_pictures_that_do_not_fit_are_refused() -> None:
-    model = native_model(ONEVISION_BY_NAME["onevision-image-and-video"])
-    raw = raw_inputs(ONEVISION_BY_NAME["onevision-image-and-video"])
+    model = native_model(BY_NAME["onevision-image-and-video"])
+    raw = raw_inputs(BY_NAME["onevision-image-and-video"])
 
     def refused(told: str, **change: Any) -> None:
         given = {k: v for k, v in (raw | change).items() if v is not None}
@@ -173,7 +136,7 @@ def test_pictures_that_do_not_fit_are_refused() -> None:
 
     refused(r"batch_num_images \[2, 2\] must add up to the 3 images", batch_num_images=torch.tensor([2, 2]))
     refused("needs 7 tiles; pixel_values hold 3.*or batch_num_images was left out", batch_num_images=None)
-    tiled = raw_inputs(ONEVISION_BY_NAME["onevision-all-in-tiles"]) | {"pixel_values_videos": None}
+    tiled = raw_inputs(BY_NAME["onevision-all-in-tiles"]) | {"pixel_values_videos": None}
     refused("and pass on its batch_num_images", **tiled | {"batch_num_images": torch.tensor([1, 2])})
     refused("pixel_values_videos must be .videos frames channel", pixel_values_videos=raw["pixel_values_videos"][0])
     refused(r"video tokens; the 0 videos given fill \[\]", pixel_values_videos=None)
@@ -190,4 +153,4 @@ def tiny_processor() -> Any:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        return tiny_onevision.processor(CASE, Path(folder))
+        return tiny_processors.processor(CASE, Path(folder))

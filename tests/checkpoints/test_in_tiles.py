@@ -1,4 +1,4 @@
-"""Idefics3's and SmolVLM's own processors without torchvision: tokens, pixels, grids, boxes, frames of a video."""
+"""Images in tiles (Idefics3, SmolVLM): grids, boxes, frames of a video, processors of every form."""
 
 from __future__ import annotations
 
@@ -12,71 +12,28 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from tests.cases import relative_error
-from tests.checkpoints import tiny_tiles
+from tests.cases import BY_NAME, TILED, relative_error
+from tests.checkpoints import tiny, tiny_processors
 from tests.checkpoints.tiny import picture
-from tests.tile_cases import IMAGE, TILE_BY_NAME
+from tests.odd_inputs import IMAGE_TOKEN
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.image_only import ImageOnlySmolVLMProcessor
 from veena_lens.checkpoints.loading import load_processor
 from veena_lens.interventions import Ablate
 from veena_lens.positions import Box, Tile, position_mask
 
-KINDS = ["idefics3", "smolvlm"]
 A, B, C = picture(40, 30), picture(16, 90, 1), picture(31, 31, 2)
 FEEL = "how does this person feel ?"
 
 
-@pytest.fixture(scope="module", params=[(kind, names) for kind in KINDS for names in (True, False)], ids=str)
+@pytest.fixture(scope="module", params=[(kind, names) for kind in TILED for names in (True, False)], ids=str)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """(the Hugging Face model, ours from its folder); names of tiles are one token, or several."""
     kind, has_names = request.param
-    hf, folder = tiny_tiles.save(
-        TILE_BY_NAME[f"{kind}-plain"], tmp_path_factory.mktemp(kind), torch.float64, has_names=has_names
+    hf, folder = tiny.save(
+        BY_NAME[f"{kind}-plain"], tmp_path_factory.mktemp(kind), torch.float64, settings=dict(has_names=has_names)
     )
     return hf, HookedVLM.from_pretrained(folder)
-
-
-def theirs(processor: Any, texts: list[str], images: list[list[Any]]) -> Any:
-    """What the processor itself makes of the same prompts."""
-    rows = []
-    for text, mine in zip(texts, images, strict=True):
-        content = [*({"type": "image"} for _ in mine), {"type": "text", "text": text}]
-        rows.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    given = images if any(images) else None
-    processor.tokenizer.padding_side = "left"
-    return processor(text=rows, images=given, padding=True, return_tensors="pt", add_special_tokens=False)
-
-
-@pytest.mark.parametrize(
-    ("texts", "images"),
-    [
-        ([FEEL], [[A]]),
-        ([FEEL], [[B, C, A]]),
-        ([FEEL, "who is sad", "what"], [[A], [B, C], []]),
-        ([FEEL, "what"], [[], []]),
-    ],
-    ids=["one", "three", "unequal", "text alone"],
-)
-def test_tokens_pixels_and_logits_equal_the_processor_and_hugging_face(
-    texts: list[str], images: list[Any], loaded: Any
-) -> None:
-    hf, model = loaded
-    expected = theirs(model.processor, texts, images)
-    inputs = model.prepare(texts if len(texts) > 1 else texts[0], images if len(texts) > 1 else images[0])
-    assert torch.equal(inputs.tokens, expected["input_ids"])
-    assert torch.equal(inputs.attention_mask, expected["attention_mask"].bool())
-    assert inputs.n_images == [len(mine) for mine in images]
-    again = model.inputs_from_hf(**expected)
-    if inputs.pixel_values is not None:
-        assert torch.equal(again.pixel_values, inputs.pixel_values) and again.grids == inputs.grids
-        tiles = [1 + (h * w > 4) * (h * w // 4) for row in inputs.grids for h, w in row]
-        assert len(inputs.pixel_values) == sum(tiles) and inputs.patch_mask is None
-    with torch.no_grad():
-        logits = hf(**expected, position_ids=inputs.position_ids).logits
-        assert relative_error(model(inputs), logits, expected["attention_mask"]) < 1e-9
-        plain = hf(**expected).logits
-        assert relative_error(model.forward_hf(**expected), plain, expected["attention_mask"]) < 1e-9
 
 
 def test_grids_spans_and_boxes_lie_where_the_tiles_do(loaded: Any) -> None:
@@ -87,7 +44,7 @@ def test_grids_spans_and_boxes_lie_where_the_tiles_do(loaded: Any) -> None:
     assert [max(tiles) for row in inputs.token_tiles for tiles in row] == [3, 9, 9]
     for row, spans in enumerate(inputs.spans):
         for image, span in enumerate(spans.images):
-            places = torch.arange(span.start, span.stop)[inputs.tokens[row, span] == IMAGE]
+            places = torch.arange(span.start, span.stop)[inputs.tokens[row, span] == IMAGE_TOKEN]
             tiles = torch.tensor(inputs.token_tiles[row][image])
             assert len(places) == len(tiles) and int(places[0]) == span.start and int(places[-1]) == span.stop - 1
             assert (tiles[-4:] == 0).all() and (tiles[:4] == 1).all() and int(tiles[4]) == 2
@@ -147,10 +104,10 @@ def test_uncut_pictures_are_one_tile_each(loaded: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["hub", "saved again", "no number of tokens", "class named by config.json alone"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TILED)
 def test_processor_of_every_form_of_a_folder_loads(kind: str, form: str, tmp_path: Path) -> None:
-    case = TILE_BY_NAME[f"{kind}-plain"]
-    folder = tiny_tiles.write_processor(case, tmp_path)
+    case = BY_NAME[f"{kind}-plain"]
+    folder = tiny.write_processor(case, tmp_path)
     case.config().save_pretrained(folder)
     if form == "saved again":
         load_processor(folder).save_pretrained(tmp_path / "again")
@@ -168,12 +125,12 @@ def test_processor_of_every_form_of_a_folder_loads(kind: str, form: str, tmp_pat
     assert isinstance(found, kinds[kind]) and found.image_seq_len == 4
     text = f"<image> {FEEL}"
     raw = found(text=[text], images=[[A]], return_tensors="pt")
-    assert raw["pixel_values"].shape == (1, 10, 3, 16, 16) and int((raw["input_ids"] == IMAGE).sum()) == 40
+    assert raw["pixel_values"].shape == (1, 10, 3, 16, 16) and int((raw["input_ids"] == IMAGE_TOKEN).sum()) == 40
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TILED)
 def test_processor_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> None:
-    _, folder = tiny_tiles.save(TILE_BY_NAME[f"{kind}-plain"], tmp_path)
+    _, folder = tiny.save(BY_NAME[f"{kind}-plain"], tmp_path)
     model = HookedVLM.from_pretrained(folder)
     processor = model.processor
     if kind == "smolvlm":
@@ -191,7 +148,7 @@ def test_processor_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="image_seq_len is 9, but the model's vision tower expects 4"):
         model.prepare(FEEL, A)
     processor.image_seq_len = 4
-    blind = tiny_tiles.tokenizer_of()
+    blind = tiny_processors.tile_tokenizer()
     blind.pre_tokenizer = pre_tokenizers.Whitespace()  # drops line breaks
     processor.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=blind, pad_token="<|endoftext|>")
     with pytest.raises(ValueError, match="its tokens stand for 10 images, 1 were given.*line breaks"):

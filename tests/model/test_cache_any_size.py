@@ -1,4 +1,4 @@
-"""run_with_cache and ActivationCache on Qwen2-VL and Qwen3-VL: images of unequal size, frames of videos."""
+"""run_with_cache and ActivationCache with images of unequal size, frames of videos and deep-stack features (Qwen)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import raw_inputs, relative_error
-from tests.qwen_cases import IMAGE, KINDS, QWEN_BY_NAME, VIDEO, QwenCase
+from tests.cases import BY_NAME, raw_inputs, relative_error
+from tests.model.test_run_with_cache import ANY_SIZE
+from tests.odd_inputs import QWEN_IMAGE, QWEN_VIDEO
 from veena_lens import ActivationCache
 from veena_lens.hook_table import hooks_of
 from veena_lens.positions import position_mask
 
-ROWS = ("2 i4x4 3 v2x2x4 2", "1 i2x6 2 i6x2 3", "4")
-CASES = {kind: QwenCase(name="cache", kind=kind, rows=ROWS) for kind in KINDS}
-OF_PICTURES = ("vision.", "connector.", "hook_image", "deepstack.")
+OF_IMAGES = ("vision.", "connector.", "hook_image", "deepstack.")
 everything = lambda name: True  # noqa: E731
 
 
-@pytest.fixture(params=list(CASES))
+@pytest.fixture(params=list(ANY_SIZE))
 def ready(request: pytest.FixtureRequest, model_of) -> tuple[Any, Any]:
     """A model in pure float64 and a batch: an image and a video, two thin images, text alone."""
-    case = CASES[request.param]
+    case = ANY_SIZE[request.param]
     model = model_of(case, casts="none")
     return model, model.inputs_from_hf(**raw_inputs(case))
 
@@ -42,7 +41,6 @@ def blocks_of(cache: ActivationCache) -> set[int]:
 def test_filter_caches_exactly_what_it_names(ready) -> None:
     model, inputs = ready
     defaults = {name for name, row in hooks_of(model.cfg).items() if row.by_default}
-    assert set(model.run_with_cache(inputs)[1]) == defaults
     names = ["vision.ln_post.hook_normalized", "blocks.1.attn.hook_rot_q"]
     names += ["deepstack.1.hook_out", "blocks.2.attn.k_norm.hook_scale"] if model.cfg.n_deepstack else []
     assert set(model.run_with_cache(inputs, names_filter=names)[1]) == set(names)
@@ -55,55 +53,9 @@ def test_filter_caches_exactly_what_it_names(ready) -> None:
     [("deepstack.2.hook_out", "deepstack.1.hook_out"), ("blocks.0.hook_deepstack", "blocks.1.hook_deepstack")],
 )
 def test_deepstack_hook_that_is_not_there_is_refused(wrong: str, near: str, model_of) -> None:
-    model = model_of(CASES["qwen3_vl"], casts="none")
+    model = model_of(ANY_SIZE["qwen3_vl-cache"], casts="none")
     with pytest.raises(ValueError, match=f"{wrong}.*{near}"):
-        model.run_with_cache(model.inputs_from_hf(**raw_inputs(CASES["qwen3_vl"])), names_filter=wrong)
-
-
-@pytest.mark.parametrize("pos_slice", [-1, slice(2, 5), [1, 5, 6], (2, 6)], ids=str)
-def test_pos_slice_slices_only_positions_of_the_decoder(pos_slice: Any, run) -> None:
-    model, inputs, whole = run
-    with torch.no_grad():
-        logits, cache = model.run_with_cache(inputs, names_filter=everything, pos_slice=pos_slice)
-    assert torch.equal(logits, whole["unembed.hook_out"]) and set(cache) == set(whole)
-    if isinstance(pos_slice, tuple):
-        pos_slice = slice(*pos_slice)
-    places = torch.arange(inputs.shape[1])[[pos_slice] if isinstance(pos_slice, int) else pos_slice]
-    for name, row in hooks_of(model.cfg).items():
-        axes, value = row.axis_names, whole[name]
-        if axes[0] == "batch":
-            value = value.index_select(axes.index("query_pos" if "query_pos" in axes else "pos"), places)
-        assert torch.equal(cache[name], value), name
-
-
-def test_remove_batch_dim_leaves_pictures_alone(ready) -> None:
-    model, inputs = ready[0], ready[1][0]
-    with torch.no_grad():
-        _, whole = model.run_with_cache(inputs, names_filter=everything)
-        _, cache = model.run_with_cache(inputs, names_filter=everything, remove_batch_dim=True)
-    after = ActivationCache(dict(whole.cache_dict), model, inputs=inputs).remove_batch_dim()
-    assert len(cache["vision.hook_embed"]) == 3 and not cache.has_batch_dim
-    for name, row in hooks_of(model.cfg).items():
-        expected = whole[name][0] if row.of_text else whole[name]
-        assert torch.equal(cache[name], expected) and torch.equal(after[name], expected), name
-
-
-def test_device_moves_what_is_kept(ready) -> None:
-    model, inputs = ready
-    with torch.no_grad():
-        _, cache = model.run_with_cache(inputs, device="meta")
-    assert {value.device.type for value in cache.values()} == {"meta"}
-
-
-def test_stop_at_layer_gives_the_residual_before_that_layer(run) -> None:
-    """Before what deep-stack features add at that layer's input."""
-    model, inputs, whole = run
-    for stop in (0, 1, 2, -1):
-        with torch.no_grad():
-            resid, cache = model.run_with_cache(inputs, stop_at_layer=stop)
-        layer = stop % model.cfg.n_layers
-        assert torch.equal(resid, whole["resid_pre", layer]) and blocks_of(cache) == set(range(layer))
-        assert "unembed.hook_out" not in cache and "hook_image_features" in cache
+        model.run_with_cache(model.inputs_from_hf(**raw_inputs(ANY_SIZE["qwen3_vl-cache"])), names_filter=wrong)
 
 
 def test_start_at_layer_continues_from_a_residual(run) -> None:
@@ -116,7 +68,7 @@ def test_start_at_layer_continues_from_a_residual(run) -> None:
             logits, cache = model.run_with_cache(resid, start_at_layer=start, tokens=inputs)
         assert relative_error(logits, whole["unembed.hook_out"], inputs.attention_mask) < 1e-12, start
         assert blocks_of(cache) == set(range(start, n))
-        seen = {name for name in cache if name.startswith(OF_PICTURES)}
+        seen = {name for name in cache if name.startswith(OF_IMAGES)}
         assert bool(seen) == (start <= model.cfg.n_deepstack and model.cfg.n_deepstack > 0)
         if start < n:
             with torch.no_grad():
@@ -153,7 +105,7 @@ def test_residuals_of_a_part_add_up(run) -> None:
 
 def test_components_sum_to_what_the_last_norm_reads_where_every_layer_is_followed_by_an_addition(model_of) -> None:
     """The last one comes after the last block."""
-    case = QWEN_BY_NAME["qwen3_vl-deepstack-every-decoder-layer"]
+    case = BY_NAME["qwen3_vl-deepstack-every-decoder-layer"]
     model = model_of(case, casts="none")
     inputs, n = model.inputs_from_hf(**raw_inputs(case)), model.cfg.n_layers
     assert model.cfg.n_deepstack == n
@@ -191,17 +143,10 @@ def test_hook_that_writes_in_place_does_not_falsify_the_cache(ready) -> None:
             assert all(torch.equal(cache[n], plain[n]) for n in merged), "of block 0, before the edit"
 
 
-def test_inference_mode_gives_the_same(run) -> None:
-    model, inputs, cache = run
-    with torch.inference_mode():
-        _, quick = model.run_with_cache(inputs, names_filter=everything)
-    assert all(torch.equal(cache[name], quick[name]) for name in cache)
-
-
 # --- positions and grids -----------------------------------------------------------------------------
 def test_image_words_pick_image_and_video_tokens(run) -> None:
     _, inputs, cache = run
-    filled = (inputs.tokens == IMAGE) | (inputs.tokens == VIDEO)
+    filled = (inputs.tokens == QWEN_IMAGE) | (inputs.tokens == QWEN_VIDEO)
     assert torch.equal(inputs.image_mask, filled) and filled.sum(-1).tolist() == [4 + 4, 6, 0]
     value = cache.at("image", "resid_post", 1)
     assert value.mask.sum(-1).tolist() == [8, 6, 0]
@@ -286,7 +231,7 @@ def test_saved_cache_loads_as_it_was(run, tmp_path) -> None:
     for name in ("tokens", "attention_mask", "position_ids", "crop_rows", "crop_images", "crop_grids"):
         assert torch.equal(getattr(loaded.inputs, name), getattr(inputs, name)), name
     assert loaded.inputs.position_ids.shape[0] == 3
-    assert loaded.inputs.video_token_id == VIDEO and loaded.inputs.image_token_id == IMAGE
+    assert loaded.inputs.video_token_id == QWEN_VIDEO and loaded.inputs.image_token_id == QWEN_IMAGE
     assert loaded.inputs.grids == inputs.grids and loaded.inputs.spans == inputs.spans
     assert torch.equal(loaded.inputs.image_mask, inputs.image_mask)
     for row, image in ((0, 0), (0, 2), (1, 1)):

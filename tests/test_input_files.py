@@ -11,18 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from tests.onevision_cases import ONEVISION_BY_NAME
-from tests.qwen_cases import QWEN_BY_NAME
-from tests.tile_cases import TILE_BY_NAME
 from veena_lens import ActivationCache, MultimodalInputs
 from veena_lens.input_files import describe_inputs, input_tensors, restore_inputs
 
 DATA = Path(__file__).parent / "data"
 CASES: dict[str, Any] = {
     "fixed": BY_NAME["three-images-and-none"],
-    "anyres": ONEVISION_BY_NAME["onevision-plain"],
-    "tiles": TILE_BY_NAME["idefics3-plain"],
-    "dynamic": QWEN_BY_NAME["qwen2_vl-plain"],
+    "anyres": BY_NAME["onevision-plain"],
+    "tiles": BY_NAME["idefics3-plain"],
+    "dynamic": BY_NAME["qwen2_vl-plain"],
 }
 Rename = Callable[[Path, Path], None]
 FIELDS = ("grids", "grid_places", "token_tiles", "n_images")

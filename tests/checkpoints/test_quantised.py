@@ -52,7 +52,7 @@ def marked(folder: Path, settings: dict[str, Any] | None) -> Path:
         ),
         (
             AO,
-            (dict(quant_method="gptq", bits=4), "quantised by 'gptq' .*'bits': 4.*and torchao can be loaded. Use"),
+            r"torchao \(quant_type='Int8WeightOnlyConfig'\), but torchao is not .*: run `pip install torchao`, or",
         ),
         (
             dict(quant_method="gptq", bits=4),

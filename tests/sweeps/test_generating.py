@@ -110,5 +110,5 @@ def test_bad_sweeps_are_refused(embedded: HookedVLM) -> None:
         generation_sweep(embedded, inputs, [Steer(99, torch.ones(embedded.cfg.d_model))])
     with pytest.raises(ValueError, match="greedily"):
         generation_sweep(embedded, inputs, [[]], do_sample=True)
-    with pytest.raises(ValueError, match="one number a text"):
+    with pytest.raises(ValueError, match="one number per text"):
         generation_sweep(embedded, inputs, [[]], lambda texts: 1.0, max_new_tokens=2, progress=False)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GenerationSweep:
-    """`texts` and `tokens` of every prompt under every entry, [row][entry]; `scores` [row entry] if one was asked."""
+    """Texts and tokens of every prompt under every entry, [row][entry]; `scores` [row entry] or None."""
 
     texts: list[list[str]]
     tokens: list[list[list[int]]]
@@ -39,7 +39,7 @@ class GenerationSweep:
     labels: list[str]
 
     def to_frame(self) -> Any:
-        """A tidy table: row, entry, text and, where there is one, score."""
+        """Return a tidy table: row, entry, text and, where there is one, score."""
         import pandas as pd
 
         rows = []
@@ -74,13 +74,16 @@ def generation_sweep(
     progress: bool = True,
     **settings: Any,
 ) -> GenerationSweep:
-    """What the model says of each prompt under each entry: a list of interventions, one alone, a Circuit, or [].
+    """Generate a continuation of each prompt under each entry.
 
-    score: a function of the texts of one prompt, one a row, giving as many numbers. engine="naive" generates under
-    `model.intervene(per_row=...)`, whole prompts every time, with the same result. Further settings are those of
-    `model.generate` (no sampling: rows would not repeat themselves alone).
+    entries: each a list of interventions, a single one, a Circuit, or [] for none.
+    score: a function from the texts of one prompt, one per entry, to as many numbers.
+    max_new_tokens, settings: those of `model.generate`; no sampling, since entries could not be compared.
+    engine: "suffix" shares what no entry edits; "naive" generates whole prompts under
+        `model.intervene(per_row=...)`, with the same result.
+    max_rows: how many entries decode together. progress: whether a bar is shown.
     Raises: ValueError for no entries, an intervention that does not fit, sampling, or a score of another length;
-    TypeError for an entry that is no intervention.
+    TypeError for an entry that is not an intervention.
     """
     require_engine(model, engine)
     if settings.get("do_sample"):
@@ -128,7 +131,7 @@ def _on_pictures(model: HookedVLM, item: Any) -> bool:
 
 
 def _batches(again: Sequence[bool], starts: Sequence[int], max_rows: int) -> Iterator[list[int]]:
-    """Entries that decode together: those that edit images apart from the others, earlier starts first."""
+    """Yield the entries that decode together: those that edit images apart from the others, earlier starts first."""
     for kind in (False, True):
         order = sorted((j for j in range(len(starts)) if again[j] == kind), key=lambda j: starts[j])
         for at in range(0, len(order), max_rows):
@@ -143,13 +146,13 @@ def _as_list(entry: Any) -> list[Any]:
 def _scored(score: Callable[[list[str]], Any], texts: list[str], n: int) -> Tensor:
     values = torch.as_tensor(score(texts), dtype=torch.float64)
     if values.shape != (n,):
-        raise ValueError(f"The score must give one number a text, [{n}], not {list(values.shape)}.")
+        raise ValueError(f"The score must give one number per text, [{n}], not {list(values.shape)}.")
     return values
 
 
 def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequence[Any]) -> int:
-    """The first position of a prompt that a list of interventions can change; at most the last one, which is run anew
-    for its logits."""
+    """Return the first position of a prompt that interventions can change; at most the last, which is run again for its
+    logits."""
     first, run = row.shape[1] - 1, PassSpan.whole(row)
     for item in interventions:
         if item.is_whole:
@@ -167,7 +170,7 @@ def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequenc
 def _continue(
     model: HookedVLM, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
 ) -> Tensor:
-    """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
+    """Return the tokens [entry new] that continue a prompt under each list; what lies before `start` is shared."""
     n, length, n_layers = len(lists), row.shape[1], model.cfg.n_layers
     base, whole = KVCache(n_layers), PassSpan.whole(row)
     with running(model, whole):

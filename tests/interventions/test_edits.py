@@ -390,7 +390,7 @@ def test_file_that_is_no_circuit_is_refused(tmp_path: Any) -> None:
     with pytest.raises(FileNotFoundError, match="none.safetensors"):
         Circuit.load(tmp_path / "none.safetensors")
     save_file({"x": torch.zeros(1)}, str(tmp_path / "other.safetensors"))
-    with pytest.raises(ValueError, match="no circuit"):
+    with pytest.raises(ValueError, match="not a circuit"):
         Circuit.load(tmp_path / "other.safetensors")
     with pytest.raises(TypeError, match="'steer' is not an intervention"):
         Circuit(["steer"])

@@ -28,7 +28,7 @@ from veena_lens.config import TransformerConfig
 
 @dataclass(frozen=True, eq=False)
 class Copies:
-    """The normed residual once a head, and whether a hook edited it."""
+    """The normed residual, one copy per head, and whether a hook edited it."""
 
     value: Float[Tensor, "batch pos heads d_model"]
     edited: bool
@@ -36,7 +36,7 @@ class Copies:
 
 @dataclass(frozen=True, eq=False)
 class AttentionInputs:
-    """What attention reads: one normed residual for all heads, and copies a head where hooks listen to them."""
+    """What attention reads: one normed residual for all heads, and one copy per head where hooks listen to them."""
 
     shared: Float[Tensor, "batch pos d_model"]
     q: Copies | None = None
@@ -88,7 +88,7 @@ class Attention(nn.Module):
     def _project(
         self, linear: nn.Linear, shared: Tensor, copies: Copies | None
     ) -> Float[Tensor, "batch pos heads d_head"]:
-        """Linear map to heads, from the shared input or from one copy a head."""
+        """Map linearly to heads, from the shared input or from one copy per head."""
         out = rearrange(linear(shared), "b p (h d) -> b p h d", d=self.d_head)
         if copies is None or not (copies.edited or (torch.is_grad_enabled() and copies.value.requires_grad)):
             return out
@@ -99,7 +99,7 @@ class Attention(nn.Module):
         return split if copies.edited else carry(out, split)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
-        """softmax(scale q k^T) v; q, k, v come as [batch pos heads d_head]."""
+        """Return softmax(scale q k^T) v; q, k, v come as [batch pos heads d_head]."""
         if context.prefix is not None:
             return self._attend_with_prefix(q, k, v, context.prefix, context.bias(self.layer))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -135,14 +135,14 @@ class Attention(nn.Module):
     def _attend_with_prefix(
         self, q: Tensor, k: Tensor, v: Tensor, prefix: SharedPrefix, bias: Tensor | None
     ) -> Float[Tensor, "batch pos n_heads d_head"]:
-        """Rows that share a prefix: its keys are read once for all rows, each row's own tail joins the softmax."""
+        """Attend from rows that share a prefix: its keys are read once for all, each row's tail joins the softmax."""
         scores = prefix.scores(self.layer, q, k, self.scale, bias)
         scores, _ = listen(self.hook_attn_scores, scores)
         pattern, _ = listen(self.hook_pattern, masked_softmax(scores, None))
         return prefix.values(self.layer, pattern, v)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
-        """The fused kernel; an additive bias joins the mask."""
+        """Call the fused kernel; an additive bias joins the mask."""
         if isinstance(mask, AreaMask) and bias is None:
             return attend_in_areas(q, k, v, mask, self.scale)
         attn_mask, is_causal = mask.allowed, mask.is_causal
@@ -215,10 +215,10 @@ class Attention(nn.Module):
 
     @property
     def OV(self) -> Any:
-        """FactoredMatrix W_V W_O, one a head: what a head moves from source to destination."""
+        """FactoredMatrix W_V W_O, one per head: what a head moves from source to destination."""
         return FactoredMatrix(self.W_V, self.W_O)
 
     @property
     def QK(self) -> Any:
-        """FactoredMatrix W_Q W_K^T, one a head: what a head matches."""
+        """FactoredMatrix W_Q W_K^T, one per head: what a head matches."""
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))

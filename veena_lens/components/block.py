@@ -1,6 +1,6 @@
-"""A transformer block: attention and MLP, each reading a norm of the residual stream and adding to it.
+"""A transformer block, in which attention and MLP each read a norm of the residual stream and add to it.
 
-Token embedding and unembedding; a tied unembedding reads the embedding's weight.
+Also the token embedding and the unembedding; a tied unembedding reads the weight of the embedding.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from veena_lens.config import TransformerConfig
 
 
 class Embed(nn.Module):
-    """Token id -> residual: a row of the weight, times the square root of d_model where `scales` (Gemma).
+    """Maps a token id to a residual: a row of the weight, times the square root of d_model where `scales` (Gemma).
 
-    `W_E` is the stored weight without that factor (a tied unembedding reads it as it is)."""
+    `W_E` is the stored weight without that factor, as a tied unembedding reads it."""
 
     def __init__(self, d_vocab: int, d_model: int, scales: bool = False) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Embed(nn.Module):
 
 
 class Unembed(nn.Module):
-    """Residual after the last norm -> logits."""
+    """Maps the residual after the last norm to logits."""
 
     def __init__(self, d_vocab: int, d_model: int, tied_to: Embed | None, bias: bool = False) -> None:
         super().__init__()

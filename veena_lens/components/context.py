@@ -1,6 +1,6 @@
-"""What every block of one forward pass shares: masks, rotary tables, past keys, and who listens to attention.
+"""What the blocks of one forward pass share: masks, rotary tables, past keys, and who reads attention.
 
-Masks are made once a pass and a window size. With neither padding nor a past the mask is left out and the
+Masks are made once per pass and window size. With neither padding nor a past the mask is left out and the
 kernel's own causal rule applies, as Hugging Face does, so that the same kernel runs on the same arguments.
 """
 
@@ -38,15 +38,17 @@ class AttentionReader(Protocol):
 
 @dataclass(eq=False)
 class Context:
-    """Shared by the blocks of one pass. `windows` maps a layer to its sliding window (None: full).
+    """Shared by the blocks of one pass.
 
-    `bias` gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None; `rows`, when
-    set, is told the rotated queries, keys and mask of each layer, to read attention rows without a pattern.
-    `prefix`, when set, holds keys and values of positions that all rows share (see `components/kv_cache.py`).
-    `deepstack` maps a layer to what is added at its input, zero away from the image tokens. `rotary` gives a
-    layer's tables. `image_runs` numbers, for every key, the image whose tokens read each other in both directions (-1:
-    none); new positions past its end are text. `areas` numbers the area of each position: in the layers of
-    `within_areas` a query reads its own area alone.
+    key_mask: False at pads; None without any. n_past, n_new: positions before this chunk, and of it.
+    is_causal: False in a vision tower. rotary: gives a layer's rotary tables; None without rotary positions.
+    kv_cache: holds earlier chunks' keys and values and takes this one's. windows: a layer's sliding window, None: full.
+    bias: gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None.
+    rows: reads the queries and keys of each layer. prefix: keys and values of positions that all rows share.
+    deepstack: what is added at the input of a layer, zero away from the image tokens.
+    image_runs: numbers, for every key, the image whose tokens read each other in both directions (-1: none); new
+        positions past its end are text.
+    areas: numbers the area of each position; in the layers of `within_areas` a query reads its own area alone.
     """
 
     key_mask: Bool[Tensor, "batch key_pos"] | None
@@ -66,7 +68,7 @@ class Context:
     _masks: dict[Any, Mask] = field(default_factory=dict)
 
     def mask(self, layer: int, device: torch.device) -> Mask:
-        """The mask of a layer, on its device."""
+        """Return the mask of a layer, on its device."""
         window = self.windows(layer)
         n_key = self.n_past + self.n_new
         if window is not None and window >= n_key:
@@ -99,12 +101,12 @@ class Context:
     def with_deepstack(
         self, layer: int, resid: Float[Tensor, "batch pos d_model"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual that enters a layer with the features of inner tower layers added."""
+        """Return the residual that enters a layer with the features of inner tower layers added."""
         added = self.deepstack.get(layer)
         return resid if added is None else resid + added.to(resid.device)
 
     def tables(self, layer: int, device: torch.device) -> RotaryTables | None:
-        """Rotary tables of a layer, on a device."""
+        """Return the rotary tables of a layer, on a device."""
         if self.rotary is None:
             return None
         cos, sin = self.rotary(layer)

@@ -1,8 +1,8 @@
 """Listening to hook points without changing what is computed.
 
-A value that costs extra is computed when somebody listens. If the listeners only read it, the model goes on
-with the number its fast path gives, so that listening never changes a bit; if they edit it, it goes on with
-the edit. `listen` tells which, `carry` gives the fast number the gradient of the value that was heard.
+A value that costs extra is computed when a hook listens. If the hooks only read it, the model goes on with the
+number of its fast path, so that listening never changes a bit; if they edit it, it goes on with the edit. `listen`
+says which, `carry` gives the fast number the gradient of the value that the hooks saw.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 
 def heard(*hooks: HookPoint) -> bool:
-    """True when any of the points has a forward or backward hook."""
+    """Return True when any of the points has a forward or backward hook."""
     return any(h._forward_hooks or h._backward_hooks for h in hooks)
 
 
@@ -49,7 +49,7 @@ class _Carry(torch.autograd.Function):
 
 
 def carry(value: Shaped[Tensor, ...], proxy: Shaped[Tensor, ...]) -> Shaped[Tensor, ...]:
-    """The numbers of `value` with the gradient of `proxy` (both are the same quantity, rounded differently)."""
+    """Return the numbers of `value` with the gradient of `proxy` (both are one quantity, rounded differently)."""
     if torch.is_grad_enabled() and proxy.requires_grad:
         return _Carry.apply(value.detach(), proxy)  # type: ignore[no-any-return]
     return value

@@ -1,12 +1,9 @@
-"""Keys and values of past positions, one pair a layer, stored after rotary (as in Hugging Face).
+"""Keys and values of past positions, stored after rotary as in Hugging Face.
 
-Generation appends to it step by step; `keep_rows` drops finished rows or repeats rows that share a prefix.
-
-Keys and values that many rows share, and each row's own tail.
-
-A sweep's rows are copies of one sequence that differ from some position on. They meet the shared prefix as
-further queries of one sequence: one product over its keys for all rows, never an expanded copy. The tail's own
-keys join in the same softmax.
+`KVCache` grows by one chunk of positions per pass, as generation does; `keep_rows` drops finished rows or repeats rows.
+`SharedPrefix` holds what the rows of a sweep share: copies of one sequence that differ from some position on. They
+read the prefix as further queries of one sequence, with one product over its keys for all rows and no expanded copy;
+the keys of each row's own tail join in the same softmax.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from veena_lens.components.masks import causal_mask
 
 
 class KVCache:
-    """Grows by one chunk of positions a forward pass; `mask` marks its real (unpadded) keys."""
+    """Grows by one chunk of positions per forward pass; `mask` marks its real (unpadded) keys."""
 
     def __init__(self, n_layers: int) -> None:
         self._keys: list[Tensor | None] = [None] * n_layers
@@ -70,10 +67,12 @@ class KVCache:
 
 
 class SharedPrefix:
-    """`keys`, `values`: a [pos n_key_value_heads d_head] tensor a layer, of positions 0 .. start - 1, after rotary.
+    """Keys and values of positions 0 .. start - 1, which all rows share.
 
-    `image_runs`: which image's tokens read each other in both directions, as in `Context`; none may begin before
-    `start` and go on after it."""
+    keys, values: one [pos n_key_value_heads d_head] tensor per layer, keys after rotary.
+    windows: a layer's sliding window, None: full.
+    image_runs: which image's tokens read each other in both directions, as in `Context`; none may begin before `start`
+        and go on after it."""
 
     def __init__(
         self,
@@ -94,7 +93,7 @@ class SharedPrefix:
         scale: float,
         bias: Float[Tensor, "row heads n key_pos"] | None = None,
     ) -> Float[Tensor, "row heads n key_pos"]:
-        """Scaled, masked logits of the last n positions of the tail over prefix and own tail."""
+        """Return the scaled, masked scores of the last n positions of the tail over prefix and own tail."""
         rows, n = q.shape[:2]
         kv = k.shape[2]
         grouped = rearrange(q, "r n (g h) d -> g (r h n) d", g=kv)
@@ -111,7 +110,7 @@ class SharedPrefix:
     def values(
         self, layer: int, pattern: Float[Tensor, "row heads n key_pos"], v: Float[Tensor, "row tail kv d_head"]
     ) -> Float[Tensor, "row n heads d_head"]:
-        """Head outputs: pattern times values, prefix and tail."""
+        """Return head outputs: pattern times values, of prefix and tail."""
         rows, _, n, _ = pattern.shape
         kv = v.shape[2]
         grouped = rearrange(pattern[..., : self.start], "r (g h) n t -> g (r h n) t", g=kv)

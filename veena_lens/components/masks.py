@@ -1,8 +1,8 @@
-"""Attention inside areas: each position reads its own area alone, in both directions (windows of an image).
+"""Which keys a query may read: causal masks with windows and images, and areas of an image (windows of a tower).
 
-Positions keep their order, so that a pattern reads as the image lies; only the fused kernel meets the areas one
-by one, gathered to rows, at the cost of its own positions and not of all. The mask over all positions is made
-where a listener asks for scores or pattern.
+Inside areas each position reads its own area alone, in both directions. Positions keep their order, so that a pattern
+reads as the image lies; only the fused kernel sees the areas one by one, gathered to rows, at the cost of their own
+positions instead of all. The mask over all positions is made where a hook listens to scores or pattern.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class AttentionMask:
     is_causal: bool
 
     def explicit(self, n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, ...] | None:
-        """The mask as a tensor, None when every key is allowed."""
+        """Return the mask as a tensor, None when every key is allowed."""
         if self.allowed is not None or not self.is_causal:
             return self.allowed
         return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
@@ -35,7 +35,7 @@ class AttentionMask:
 
 @dataclass(frozen=True, eq=False)
 class AreaMask:
-    """`numbers` tells areas of a row apart, `real` which positions exist; others read nothing and are not read."""
+    """Numbers of the areas of a row, and which positions are real; the others read nothing and are not read."""
 
     numbers: Int[Tensor, "batch pos"]
     real: Bool[Tensor, "batch pos"]
@@ -48,7 +48,7 @@ class AreaMask:
         return (same & self.real[:, :, None] & self.real[:, None])[:, None]
 
     def explicit(self, n_query: int, n_key: int, device: torch.device) -> Bool[Tensor, ...]:
-        """The mask as a tensor."""
+        """Return the mask as a tensor."""
         return self.allowed
 
     @cached_property
@@ -70,7 +70,7 @@ def attend_in_areas(
     mask: AreaMask,
     scale: float,
 ) -> Float[Tensor, "batch heads pos d_head"]:
-    """softmax(q k^T scale) v inside each area; zeros where a position does not exist."""
+    """Return softmax(q k^T scale) v inside each area; zeros where a position does not exist."""
     members, batch = mask.members, len(q)
     there = members >= 0
     flat = [rearrange(x, "b h p d -> (b p) h d") for x in (q, k, v)]
@@ -91,7 +91,7 @@ def causal_mask(
     device: torch.device,
     image_runs: Int[Tensor, "#batch known"] | None = None,
 ) -> Bool[Tensor, "#batch one query_pos key_pos"]:
-    """True where a query at positions n_past .. may read a key: itself or earlier, or of its own image of
+    """Return True where a query at positions n_past .. may read a key: itself or earlier, or of its own image of
     `image_runs` (as in `Context`); never further back than the sliding window."""
     n_key = n_past + n_new
     query = torch.arange(n_past, n_key, device=device)[:, None]
@@ -105,14 +105,14 @@ def causal_mask(
 
 
 def softmax_dtype(dtype: torch.dtype) -> torch.dtype | None:
-    """float32 for half types, else the scores' own."""
+    """Return float32 for half types, None (the dtype of the scores) else."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
 
 
 def masked_softmax(
     scores: Float[Tensor, "batch heads query_pos key_pos"], allowed: Bool[Tensor, ...] | None
 ) -> Float[Tensor, "batch heads query_pos key_pos"]:
-    """Softmax over keys; a query with no allowed key (a pad) gets zeros, as the fused kernel gives."""
+    """Return the softmax over keys; a query with no allowed key (a pad) gets zeros, as the fused kernel gives."""
     pattern = scores.softmax(-1, dtype=softmax_dtype(scores.dtype)).to(scores.dtype)
     if allowed is not None:
         pattern = pattern * allowed.any(-1, keepdim=True)

@@ -65,11 +65,18 @@ def places(
 
 @dataclass(frozen=True)
 class BoostAttention(Intervention):
-    """Attention of `heads` in `layer` from `queries` to `keys`, strengthened by `factor`.
+    """Strengthen (or weaken) the attention of `heads` in `layer` from `queries` to `keys` by `factor`.
 
-    renorm == logit: A' = factor A on the keys, the row renormalised (s' = s + log factor).
-    scale: A' = factor A, not renormalised. mul: s' = factor s (VAF, AdaptVis). abs: s' = s + (factor - 1)|s|
-    (PAI). A factor of 1 changes nothing in any mode. Keys in a row that has none (no image) do nothing there.
+    heads: None for all. keys, queries: words, numbers, a slice, a mask, a Box or a Tile.
+    factor: 1 changes nothing in any mode.
+    mode: with scores s and weights A = softmax(s),
+
+        renorm, logit   A' = factor A on the keys, the row renormalised; the same as s' = s + log(factor)
+        scale           A' = factor A, not renormalised
+        mul             s' = factor s (VAF, AdaptVis)
+        abs             s' = s + (factor - 1)|s| (PAI)
+
+    Rows without an image are not affected by keys="image".
     Raises: ValueError for an unknown mode, or a factor that is not positive in renorm and logit.
     """
 
@@ -89,7 +96,7 @@ class BoostAttention(Intervention):
 
     @property
     def is_bias(self) -> bool:
-        """True where the boost is an additive bias on the scores."""
+        """True in the modes renorm and logit."""
         return self.mode in ("renorm", "logit")
 
     @property
@@ -101,7 +108,7 @@ class BoostAttention(Intervention):
         return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """hook_pattern for scale, else hook_attn_scores of the layer (reached as a bias in renorm and logit)."""
+        """Return hook_pattern for scale, else hook_attn_scores of the layer (reached as a bias in renorm and logit)."""
         hook = "hook_pattern" if self.mode == "scale" else "hook_attn_scores"
         return attention_site(cfg, self, hook, self.heads)
 
@@ -111,9 +118,9 @@ class BoostAttention(Intervention):
         at: Bool[Tensor, "batch query_pos"],
         keys: Bool[Tensor, "batch key_pos"] | None = None,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """Boosted scores or pattern at the chosen heads, queries and keys (None: every key)."""
+        """Return boosted scores or pattern at the chosen heads, queries and keys (None: every key)."""
         place = places(self.heads, at, keys, activation.shape[1], activation.shape[-1])
-        # A masked score stays as it is: multiplying the largest negative number would overflow.
+        # A masked score is left unchanged: multiplying the largest negative number would overflow.
         place = place & (activation > torch.finfo(activation.dtype).min)
         if self.mode == "abs":
             boosted = activation + (self.factor - 1) * activation.abs()
@@ -146,16 +153,18 @@ class BoostAttention(Intervention):
         n_heads: int,
         dtype: torch.dtype,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """log(factor) at the chosen places, 0 elsewhere."""
+        """Return log(factor) at the chosen places, 0 elsewhere."""
         return places(self.heads, at, keys, n_heads, keys.shape[-1]).to(dtype) * math.log(self.factor)
 
 
 @dataclass(frozen=True)
 class KnockOutAttention(Intervention):
-    """Attention of `heads` (default: all) in `layer` from `queries` to `keys` becomes 0.
+    """Cut the attention of `heads` in `layer` from `queries` to `keys`; the other weights are renormalised.
 
-    A query that loses every key keeps its attention as it was spread among them: there is nothing to put in its
-    place. Keys in a row that has none (no image) do nothing there.
+    heads: None for all. keys, queries: words, numbers, a slice, a mask, a Box or a Tile.
+    If all keys of a query are knocked out, its attention is left unchanged. Rows without an image are not affected by
+    keys="image".
+    Source: Geva et al. 2023, arXiv 2304.14767 (attention knockout).
     """
 
     layer: int
@@ -189,7 +198,7 @@ class KnockOutAttention(Intervention):
         at: Bool[Tensor, "batch query_pos"],
         keys: Bool[Tensor, "batch key_pos"] | None = None,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """The scores with the chosen ones lowered beyond reach."""
+        """Return the scores with the chosen ones lowered so far that their weights are 0."""
         place = places(self.heads, at, keys, activation.shape[1], activation.shape[-1])
         return torch.where(place, torch.finfo(activation.dtype).min / 2, activation)
 
@@ -211,16 +220,20 @@ class KnockOutAttention(Intervention):
         n_heads: int,
         dtype: torch.dtype,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """A shift that no score survives at the chosen places, 0 elsewhere; finite, so that no row turns NaN."""
+        """Return a shift at the chosen places that no score survives, 0 elsewhere; finite, so that no row turns NaN."""
         return places(self.heads, at, keys, n_heads, keys.shape[-1]).to(dtype) * (torch.finfo(dtype).min / 2)
 
 
 @dataclass(frozen=True)
 class SuppressHeads(Intervention):
-    """The output of the heads of `layer` with the least attention mass on `keys`, times `factor`, at `queries`.
+    """Scale the output of those heads of `layer` that attend least to `keys`, query by query.
 
-    At each query int(keep * n_heads) heads stay as they are. Rows without keys (no image) stay as they are, and so
-    does everything where keep or factor is 1.
+    Which heads these are follows from the pattern of the very pass that is edited. A head's output is its row of the
+    pattern times the values, so scaling the row scales the output.
+    keep: the share of heads, int(keep * n_heads) at each query, that are left unchanged.
+    factor: what the outputs of the others are multiplied by. keys, queries: words, numbers, a slice, a mask, a Box or
+        a Tile.
+    Rows without keys (no image) are not affected; a keep or a factor of 1 changes nothing.
     Raises: ValueError for a keep outside [0, 1], or a factor that is not finite.
     Source: Sarkar et al. 2025, arXiv 2505.16411 (SPIN).
     """
@@ -247,7 +260,7 @@ class SuppressHeads(Intervention):
         return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """hook_pattern of the layer."""
+        """Return hook_pattern of the layer."""
         return attention_site(cfg, self, "hook_pattern")
 
     def edit(
@@ -256,7 +269,7 @@ class SuppressHeads(Intervention):
         at: Bool[Tensor, "batch query_pos"],
         keys: Bool[Tensor, "batch key_pos"] | None = None,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """The pattern with the rows of the chosen heads scaled (keys None: every key)."""
+        """Return the pattern with the rows of the chosen heads scaled (keys None: every key)."""
         n_heads = activation.shape[1]
         n_quiet = n_heads - int(self.keep * n_heads + 1e-9)  # 0.7 * 10 is a little under 7
         keys = at.new_ones(len(at), activation.shape[-1]) if keys is None else keys.to(at.device)

@@ -120,7 +120,7 @@ def require_intervention(item: Any, who: str) -> Intervention:
 
 
 def require_layer(layer: int, n_layers: int, who: str) -> int:
-    """A layer in 0 .. n_layers - 1, negative ones counted from the end.
+    """Return a layer in 0 .. n_layers - 1, negative ones counted from the end.
 
     Raises: ValueError when it is outside."""
     resolved = layer + n_layers if layer < 0 else layer
@@ -130,7 +130,7 @@ def require_layer(layer: int, n_layers: int, who: str) -> int:
 
 
 def require_unit(unit: int, n: int, who: str, what: str) -> int:
-    """A head, neuron or the like in 0 .. n - 1, negative ones counted from the end.
+    """Return a head, neuron or the like in 0 .. n - 1, negative ones counted from the end.
 
     Raises: ValueError when it is outside."""
     if not -n <= unit < n:
@@ -151,7 +151,7 @@ def require_units(units: Sequence[int] | None, n: int, who: str, what: str) -> N
 def require_site(
     cfg: HookedVLMConfig, name: str, heads: Sequence[int] | None, neurons: Sequence[int] | None, who: str
 ) -> str:
-    """The canonical hook name, heads and neurons checked against its axes.
+    """Return the canonical hook name, with heads and neurons checked against its axes.
 
     Raises: ValueError for an unknown site, or a selection that the site has no axis for."""
     full = require_hook(name, hooks_of(cfg))
@@ -176,7 +176,7 @@ def selection(
     heads: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
 ) -> Bool[Tensor, ...]:
-    """True where an activation is edited: positions, heads and neurons together, broadcastable to it."""
+    """Return True where an activation is edited: positions, heads and neurons together, broadcastable to it."""
     axes = row_of(canonical(name)).axis_names
     shape = [1] * activation.ndim
     if axes[0] == "n_image_tokens":
@@ -197,7 +197,7 @@ def selection(
 
 
 def plain(value: Any) -> Any:
-    """Numbers and lists of numpy and torch as Python's own, so that JSON and a repr hold them; the rest as it is.
+    """Return numbers and lists of numpy and torch as Python's, which JSON and a repr can hold; the rest unchanged.
 
     A mask stays a tensor."""
     if isinstance(value, Tensor) and value.dtype == torch.bool:
@@ -210,9 +210,10 @@ def plain(value: Any) -> Any:
 
 
 def content(item: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: None) -> list[Any] | None:
-    """An intervention's type and fields as JSON holds them, tensors as `of_tensor` tells them.
+    """Return an intervention's type and fields as JSON can hold them; equal for two that do the same.
 
-    Equal for two that do the same. None where a field is anything else, or `of_tensor` does not tell it."""
+    of_tensor: gives the content of a tensor, None where it has none.
+    None where a field has no content."""
     if not is_dataclass(item):
         return None
     found: list[Any] = [type(item).__name__]
@@ -230,7 +231,7 @@ def content(item: Any, of_tensor: Callable[[Tensor], Any] = lambda tensor: None)
 
 
 def shown(value: Any) -> str:
-    """A value in a repr: of a mask its shape and how much it selects, of a long list its ends."""
+    """Return a value as a repr shows it: of a mask its shape and how much it selects, of a long list its ends."""
     value = plain(value)
     if isinstance(value, Tensor):
         return f"<mask {list(value.shape)}, {int(value.sum())} chosen>"
@@ -240,12 +241,12 @@ def shown(value: Any) -> str:
 
 
 def show_units(**parts: Any) -> str:
-    """`heads=[3], positions='query'` for a repr; parts that are None are left out."""
+    """Return `heads=[3], positions='query'` for a repr; parts that are None are left out."""
     return ", ".join(f"{k}={shown(v)}" for k, v in parts.items() if v is not None)
 
 
 def show(item: Any) -> str:
-    """The repr of an intervention that is numbers and words: its fields, readably."""
+    """Return the repr of an intervention that is numbers and words: its fields, readably."""
     return f"{type(item).__name__}({show_units(**{f.name: getattr(item, f.name) for f in fields(item)})})"
 
 
@@ -254,7 +255,7 @@ SAMPLED = 16  # numbers of each weight that tell one model from another
 
 
 def unit_sizes(cfg: HookedVLMConfig, name: str) -> dict[str, int]:
-    """Sizes of the axes of a hook point that do not depend on the inputs."""
+    """Return the sizes of those axes of a hook point that do not depend on the inputs."""
     of: Any = cfg
     if name.startswith("vision."):
         of = cfg.vision
@@ -277,8 +278,8 @@ def require_source(cfg: HookedVLMConfig, name: str, shape: Sequence[int], who: s
         found = shape[axes.index(axis)]
         if found != size:
             raise ValueError(
-                f"{who}: the source of {name} is {shape}, with {axis} {found}; this model has {axis} {size}: it is of "
-                "another model."
+                f"{who}: the source of {name} is {shape}, with {axis} {found}; this model has {axis} {size}: it comes "
+                "from another model."
             )
 
 
@@ -293,7 +294,7 @@ def require_fill(cfg: HookedVLMConfig, name: str, shape: Sequence[int], who: str
 
 
 def picture_positions(cfg: HookedVLMConfig, inputs: MultimodalInputs, name: str) -> int:
-    """How many positions an image has at a hook point of the tower or the connector, padding counted in."""
+    """Return how many positions an image has at a hook point of the tower or the connector, padding included."""
     assert cfg.vision is not None
     in_tower = name.startswith("vision.")
     if inputs.crop_grids is None or inputs.pixel_values is None:
@@ -303,7 +304,7 @@ def picture_positions(cfg: HookedVLMConfig, inputs: MultimodalInputs, name: str)
 
 
 def places_of_run(cfg: HookedVLMConfig, inputs: MultimodalInputs, name: str, length: int) -> dict[str, int]:
-    """Sizes of the other axes: rows, images, positions."""
+    """Return the sizes of the other axes: rows, images, positions."""
     sizes = {"batch": len(inputs), "pos": length, "query_pos": length, "key_pos": length}
     axes = row_of(canonical(name)).axis_names
     if axes[0] == "crop":
@@ -316,7 +317,7 @@ def places_of_run(cfg: HookedVLMConfig, inputs: MultimodalInputs, name: str, len
 
 
 def is_same_model(a: Any, b: Any) -> bool:
-    """True for one model, or two with equal shapes and (but for the dtype's rounding) equal weights."""
+    """Return True for one model, or two with equal shapes and (but for the dtype's rounding) equal weights."""
     if a is b:
         return True
     mine, theirs = dict(a.named_parameters()), dict(b.named_parameters())

@@ -79,11 +79,11 @@ class Circuit(Sequence[Any]):
     def load(cls, path: str | Path) -> Circuit:
         """Read what `save` wrote.
 
-        Raises: FileNotFoundError; ValueError for a file cut short, one that is no circuit, or an unknown kind in it."""
+        Raises: FileNotFoundError; ValueError for a file cut short, one without a circuit, or an unknown kind in it."""
         with opened(path, "a circuit") as f:
             about = json.loads((f.metadata() or {}).get("veena_lens", "{}"))
             if about.get("format") != FORMAT:
-                raise ValueError(f"{path} is a safetensors file, but no circuit of veena_lens.")
+                raise ValueError(f"{path} is a safetensors file, but not a circuit of veena_lens.")
             tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         return cls([_unpack(item, tensors) for item in about["interventions"]], about["name"], about["meta"])
 

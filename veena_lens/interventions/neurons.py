@@ -18,9 +18,10 @@ from veena_lens.positions import parse
 
 @dataclass(frozen=True)
 class ScaleNeurons(Intervention):
-    """mlp.hook_post of `neurons` in `layer` times `factor` at `positions` (a factor of 1 changes nothing).
+    """Multiply the activations (mlp.hook_post) of `neurons` in `layer` by `factor` at `positions`.
 
-    signs: one number a neuron; it is then scaled only where its activation has that number's sign (never for 0).
+    factor: 1 changes nothing. positions: words, numbers, a slice, a mask, a Box or a Tile.
+    signs: one number per neuron, which is then scaled only where its activation has that number's sign (never for 0).
     Raises: ValueError for no neurons, a factor that is not finite, or another number of signs than of neurons.
     """
 
@@ -41,14 +42,14 @@ class ScaleNeurons(Intervention):
         return show(self)
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """blocks.{layer}.mlp.hook_post."""
+        """Return blocks.{layer}.mlp.hook_post."""
         require_units(self.neurons, cfg.d_mlp, "ScaleNeurons", "neuron")
         return f"blocks.{require_layer(self.layer, cfg.n_layers, 'ScaleNeurons')}.mlp.hook_post"
 
     def edit(
         self, activation: Float[Tensor, "batch pos d_mlp"], at: Bool[Tensor, "rows pos"]
     ) -> Float[Tensor, "batch pos d_mlp"]:
-        """factor * activation at the chosen places."""
+        """Return factor * activation at the chosen places, else the activation."""
         mask = selection("blocks.0.mlp.hook_post", activation, at, neurons=self.neurons)
         if self.signs is not None:
             wanted = activation.new_zeros(activation.shape[-1])

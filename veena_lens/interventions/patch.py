@@ -1,6 +1,7 @@
-"""Activation patching: put another run's activation in place (Vig et al. 2020; Meng et al. 2022).
+"""Patch and ablate: put another activation in place of a run's own.
 
-Ablation: take a component's value away, to zero, to its mean over reference runs, or to a given value.
+`Patch` takes it from another run (activation patching, Vig et al. 2020; Meng et al. 2022). `Ablate` takes a
+component's value away: it becomes zero, its mean over reference runs, or a given value.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ from veena_lens.positions import parse, position_mask, reaches_generated
 
 @dataclass(frozen=True, eq=False)
 class Patch(Intervention):
-    """Give `heads` or `neurons` (default: all) of a hook point the source run's value at `positions`.
+    """Replace the activation of a hook point at `positions` by another run's.
 
-    `source` is a cache of the other run, or its activation as a tensor. With a cache, words such as "query" are
-    read in the source's own inputs, and the k-th chosen position there goes to the k-th one here, so runs of
-    unequal length can be patched into each other. A source of one row serves every row.
+    name: the hook point. heads, neurons: which to replace; None for all.
+    source: a cache of the other run, or its activation as a tensor; one row serves every row. With a cache, words
+        such as "query" are read in the source's inputs, and the k-th chosen position there goes to the k-th one here,
+        so that runs of unequal length can be patched into each other.
+    positions: words, numbers, a slice, a mask, a Box or a Tile.
     Raises: MissingActivation (a KeyError) when the cache lacks the activation; ValueError for what does not fit.
     """
 
@@ -64,7 +67,7 @@ class Patch(Intervention):
 
     @property
     def n_rows(self) -> int | None:
-        """Rows of the source; None at hooks that count images or image tokens."""
+        """The number of rows of the source; None at hooks that count images or image tokens."""
         return len(self._values) if row_of(canonical(self.name)).of_text else None
 
     @property
@@ -73,7 +76,7 @@ class Patch(Intervention):
         return self._chosen is None
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """The hook point it is named by. Raises: ValueError for a source of another model's shape."""
+        """Return the hook point. Raises: ValueError for a source of another model's shape."""
         site = require_site(cfg, self.name, self.heads, self.neurons, "Patch")
         require_source(cfg, self.name, self._values.shape, "Patch")
         return site
@@ -123,10 +126,10 @@ class Patch(Intervention):
         at: Bool[Tensor, "rows pos"],
         before: Int[Tensor, " rows"] | None = None,
     ) -> Float[Tensor, ...]:
-        """The source's value at the chosen places, else the activation as it was.
+        """Return the source's value at the chosen places, else the activation.
 
-        `before` counts the positions that earlier chunks of cached decoding chose; past the source's last one
-        nothing is patched."""
+        before: how many positions of each row were chosen in earlier chunks of cached decoding. Behind the source's
+        last chosen position nothing is patched."""
         values, at = self._aligned(activation, at, before)
         return torch.where(selection(self.name, activation, at, self.heads, self.neurons), values, activation)
 
@@ -167,7 +170,7 @@ class Patch(Intervention):
     def _grown(self, activation: Tensor, values: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """The source's values in front of what a longer run has at its end, and the chosen positions that it has.
 
-        Raises: ValueError where the source is no shorter run of the same rows."""
+        Raises: ValueError where the source is not a shorter run of the same rows."""
         axes = row_of(canonical(self.name)).axis_names
         longer = [i for i, axis in enumerate(axes) if axis in ("pos", "query_pos", "key_pos")]
         lengths = {values.shape[i] for i in longer}
@@ -191,10 +194,12 @@ class Patch(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class Ablate(Intervention):
-    """Set `heads` or `neurons` (default: all) of a hook point to `value` at `positions`.
+    """Set the activation of a hook point to a value at `positions`.
 
-    value: "zero"; "mean", over the rows and chosen positions of a `reference` cache; or a tensor that
-    broadcasts to the activation.
+    name: the hook point. heads, neurons: which to set; None for all.
+    value: "zero"; "mean", over the rows and chosen positions of the `reference` cache; or a tensor that broadcasts to
+        the activation.
+    positions: words, numbers, a slice, a mask, a Box or a Tile.
     Raises: ValueError for "mean" without a reference, or another word.
     """
 
@@ -239,7 +244,7 @@ class Ablate(Intervention):
         return value[chosen].mean(0)
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """The hook point it is named by. Raises: ValueError for a value that does not fit this model."""
+        """Return the hook point. Raises: ValueError for a value that does not fit this model."""
         site = require_site(cfg, self.name, self.heads, self.neurons, "Ablate")
         require_fill(cfg, self.name, self._fill.shape, "Ablate")
         return site
@@ -250,7 +255,7 @@ class Ablate(Intervention):
         return (self.reference,) if isinstance(self.reference, ActivationCache) else ()
 
     def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:
-        """The value at the chosen places, else the activation as it was."""
+        """Return the value at the chosen places, else the activation."""
         mask = selection(self.name, activation, at, self.heads, self.neurons)
         return torch.where(mask, self._fill.to(activation), activation)
 

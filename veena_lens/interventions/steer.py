@@ -1,6 +1,7 @@
-"""Steering: add a direction to the residual stream (Turner et al. 2023, arXiv 2308.10248; CAA, arXiv 2312.06681).
+"""Steering: change the residual stream, or what an MLP adds to it, towards a direction.
 
-Steering that keeps the norm: an output is turned towards a direction and stays as long as it was (VISTA, VTI).
+`Steer` adds the direction (Turner et al. 2023, arXiv 2308.10248; CAA, arXiv 2312.06681). `SteerKeepingNorm` turns an
+output towards it and keeps the output's norm (VISTA, VTI).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from veena_lens.positions import parse
 
 @dataclass(frozen=True, eq=False)  # holds a tensor: identity, not ==
 class Steer(Intervention):
-    """resid_post of `layer` += alpha * vector at `positions`; alpha is in units of `vector`.
+    """Add alpha * vector to the residual stream after `layer` (resid_post) at `positions`.
+
+    vector: [d_model]. alpha: in units of `vector`. positions: words, numbers, a slice, a mask, a Box or a Tile.
 
     Raises: ValueError for a vector that is not [d_model], is not finite, or for unknown positions.
     """
@@ -41,7 +44,7 @@ class Steer(Intervention):
             raise ValueError(f"Steer: alpha={self.alpha} must be finite.")
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """blocks.{layer}.hook_resid_post."""
+        """Return blocks.{layer}.hook_resid_post."""
         if len(self.vector) != cfg.d_model:
             raise ValueError(f"Steer: the vector has {len(self.vector)} entries; the model's d_model is {cfg.d_model}.")
         return f"blocks.{require_layer(self.layer, cfg.n_layers, 'Steer')}.hook_resid_post"
@@ -49,7 +52,7 @@ class Steer(Intervention):
     def edit(
         self, activation: Float[Tensor, "batch pos d_model"], at: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """activation + alpha * vector where `at`, else as it was."""
+        """Return activation + alpha * vector where `at`, else the activation."""
         return torch.where(at[..., None], activation + self.alpha * self.vector.to(activation), activation)
 
     def __repr__(self) -> str:
@@ -60,10 +63,11 @@ class Steer(Intervention):
 
 @dataclass(frozen=True, eq=False)  # holds a tensor: identity, not ==
 class SteerKeepingNorm(Intervention):
-    """hook_mlp_out of `layer` becomes ||x|| normalise(x^ + y) at `positions`, y = strength w v^, ^ meaning unit length.
+    """Turn what the MLP of `layer` adds (hook_mlp_out) towards a direction at `positions`; its norm is kept.
 
-    w is 1 + max(0, cos(x, -v)) where `adaptive` (an output that points away is turned more), else 1. A strength of 0
-    changes nothing.
+    With ^ for unit length, x becomes ||x|| (x^ + strength w v^)^, where w is 1 + max(0, cos(x, -v)) if `adaptive` (an
+    output that points away is turned more), else 1.
+    vector: [d_model]. strength: 0 changes nothing. positions: words, numbers, a slice, a mask, a Box or a Tile.
     Raises: ValueError for a vector that is not [d_model], is zero or not finite, or a strength that is not finite.
     Source: Li et al. 2025, arXiv 2502.03628 (VISTA, adaptive); Liu et al. 2024, arXiv 2410.15778 (VTI, not).
     """
@@ -86,7 +90,7 @@ class SteerKeepingNorm(Intervention):
             raise ValueError(f"SteerKeepingNorm: strength={self.strength} must be finite.")
 
     def site(self, cfg: HookedVLMConfig) -> str:
-        """blocks.{layer}.hook_mlp_out."""
+        """Return blocks.{layer}.hook_mlp_out."""
         if len(self.vector) != cfg.d_model:
             raise ValueError(
                 f"SteerKeepingNorm: the vector has {len(self.vector)} entries; the model's d_model is {cfg.d_model}."
@@ -96,10 +100,10 @@ class SteerKeepingNorm(Intervention):
     def edit(
         self, activation: Float[Tensor, "batch pos d_model"], at: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The turned output where `at`, else as it was."""
+        """Return the turned output where `at`, else the output."""
         if self.strength == 0:
             return activation
-        rows = at.any(-1)  # where each row has a direction of its own, the others need no arithmetic
+        rows = at.any(-1)  # rows that other directions turn need no arithmetic
         chosen = activation[rows]
         x = chosen if chosen.dtype == torch.float64 else chosen.float()
         v = F.normalize(self.vector.to(x), dim=-1)

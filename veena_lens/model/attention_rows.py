@@ -42,7 +42,7 @@ class AttentionRows:
         self._now: tuple[Tensor, Tensor] | None = None
 
     def begin(self, span: PassSpan) -> None:
-        """A chunk starts: find its query rows and, at the first one, the keys."""
+        """Begin a chunk: find its query rows and, at the first chunk, the keys."""
         if self._key_places is None or span.is_prefill:
             self._parts = {layer: [] for layer in self.layers}
             self._query_places, self._query_masks = [], []
@@ -62,7 +62,7 @@ class AttentionRows:
         bias: Tensor | None,
         pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
     ) -> None:
-        """A layer's queries, keys and mask, or its pattern where one was made anyway (and maybe edited)."""
+        """Read a layer's queries, keys and mask, or its pattern where one was made anyway (and maybe edited)."""
         if layer not in self._parts or self._now is None or self._key_places is None:
             return
         with torch.no_grad():
@@ -79,7 +79,7 @@ class AttentionRows:
         bias: Tensor | None,
         pattern: Float[Tensor, "batch n_heads query_pos key_pos"] | None,
     ) -> Float[Tensor, "batch head n key_pos"]:
-        """Attention weights of the chosen heads at the query rows `index`."""
+        """Return the attention weights of the chosen heads at the query rows `index`."""
         rows = self._attend(_gather(q, index), k, index, mask, bias) if pattern is None else _gather(pattern, index)
         return rows[:, self.heads]
 
@@ -100,11 +100,11 @@ class AttentionRows:
         return masked_softmax(scores, allowed)
 
     def scores(self) -> Scores:
-        """Attention [batch layer head query key]; `mask` is False at the padding of unequal rows.
+        """Return attention [batch layer head query key]; `mask` is False at the padding of unequal rows.
 
-        Raises: ValueError when nothing was collected."""
+        Raises: ValueError when nothing was recorded."""
         if not self._query_masks or self._key_mask is None or self._key_places is None:
-            raise ValueError(f"No row was collected: {self.queries!r} selects no query in what the model ran on.")
+            raise ValueError(f"No attention was recorded: queries={self.queries!r} matched no token of the inputs.")
         device = self._parts[self.layers[0]][0].device
         values = torch.stack([torch.cat([p.to(device) for p in self._parts[layer]], 2) for layer in self.layers], 1)
         query_mask = torch.cat([m.to(device) for m in self._query_masks], 1)

@@ -60,7 +60,7 @@ class Applied:
         return chosen[span.inputs.image_mask][:, None]
 
     def nowhere(self, at: Bool[Tensor, "rows pos"]) -> str | None:
-        """Which of its rows a mask leaves empty, in words, or None; several rows only where a site has a row each."""
+        """Name the rows that a mask leaves empty, None where there are none."""
         if self.of is None or len(self.of) == 1:
             where = "every row" if self.of is None else f"row {self.of[0]}"
             return None if bool(at.any()) else where
@@ -258,7 +258,7 @@ def require_reach(model: HookedVLM, span: PassSpan) -> None:
     n = len(span.inputs)
     for lists in model._edits.row_counts:
         if lists != n:
-            raise ValueError(f"intervene(per_row=...): {lists} lists for a batch of {n} rows.")
+            raise ValueError(f"intervene(per_row=...): {lists} lists for a batch of {n} rows; give one per row.")
     for applied in model._edits.applied:
         intervention = applied.intervention
         needs_image = intervention.keys is not None and "image" in _words(intervention.keys)

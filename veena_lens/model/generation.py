@@ -1,6 +1,6 @@
-"""Generation: a short loop of our own over cached forwards, with transformers' processors and criteria.
+"""Generation: a short loop over cached forwards, with transformers' logits processors and stopping criteria.
 
-The loop is ours so that hooks and interventions act at every step and positions keep their meaning; logits
+The loop is written here so that hooks and interventions act at every step and positions keep their meaning; logits
 processors and stopping criteria are transformers' own classes, set by the checkpoint's generation config.
 """
 
@@ -179,7 +179,7 @@ SETTINGS = (
 
 
 def end_tokens(generation_config: Any) -> tuple[int, ...]:
-    """Tokens that end a completion, as the checkpoint's generation config says."""
+    """Return the tokens that end a completion, as the checkpoint's generation config says."""
     return _as_tuple(getattr(generation_config, "eos_token_id", None))
 
 

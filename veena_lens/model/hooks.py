@@ -91,8 +91,10 @@ class HookedRoot(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Any]:
-        """Temporary hooks: `(name or predicate, fn)` pairs, removed at the end, also after an exception.
+        """Add hooks for the length of a `with` block; they are removed however it ends.
 
+        fwd_hooks, bwd_hooks: `(name or predicate, fn)` pairs. reset_hooks_end: False keeps the hooks.
+        clear_contexts: whether the points' contexts are cleared at the end.
         A name may be given as HookedTransformer or transformer_lens 4 spells it.
         Raises: ValueError for an unknown name before any hook is added."""
         resolved: list[list[Any]] = [
@@ -110,7 +112,7 @@ class HookedRoot(HookedRootModule):
         clear_contexts: bool = False,
         **model_kwargs: Any,
     ) -> Any:
-        """Forward with temporary hooks `fn(tensor, hook=HookPoint) -> None | tensor`.
+        """Run forward with temporary hooks `fn(tensor, hook=HookPoint) -> None | tensor`.
 
         Backward hooks act in a later `backward()` only with `reset_hooks_end=False`; otherwise use
         `with model.hooks(bwd_hooks=...)` around forward and backward."""
@@ -126,10 +128,10 @@ class HookedRoot(HookedRootModule):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
     ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
-        """(cache, forward hooks, backward hooks), not yet added to the model."""
+        """Return (cache, forward hooks, backward hooks), not yet added; the arguments are those of `run_with_cache`."""
         cache = {} if cache is None else cache
         position = Slice.unwrap(pos_slice)
-        # Somebody else's hook may write into a tensor that two names share: then the cache needs copies.
+        # A user's hook may write into a tensor that two names share: then the cache needs copies.
         copies = any(p._forward_hooks for p in self.hook_dict.values())
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
@@ -164,7 +166,7 @@ class HookedRoot(HookedRootModule):
         remove_batch_dim: bool = False,
         cache: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Hooks that fill the returned dictionary in every later forward, until `reset_hooks`."""
+        """Add hooks that fill the returned dictionary in every later forward, until `reset_hooks`."""
         cache, fwd, bwd = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
         for name, fn in fwd:
             self.add_hook(name, fn, dir="fwd")
@@ -174,7 +176,7 @@ class HookedRoot(HookedRootModule):
         return cache
 
     def names_of(self, names_filter: Any) -> list[str]:
-        """Hook names that a filter selects: None (the default set), a name, names, or a predicate.
+        """Return the hook names that a filter selects: None (the default set), a name, names, or a predicate.
 
         Raises: ValueError for an unknown name."""
         if names_filter is None:

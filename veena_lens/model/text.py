@@ -31,7 +31,7 @@ def bare_inputs(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
 ) -> MultimodalInputs:
-    """Inputs of text tokens [batch pos] (or one row [pos]); positions count real tokens unless given.
+    """Return inputs of text tokens [batch pos] (or one row [pos]); positions count real tokens unless given.
 
     Raises: ValueError for padding without a mask, or image tokens (their images are missing)."""
     try:
@@ -167,7 +167,7 @@ class TextInterface:
     def to_tokens(
         self, input: str | Sequence[str], prepend_bos: bool | None = None, move_to_device: bool = True, **_: Any
     ) -> Int[Tensor, "batch pos"]:
-        """Tokens of raw text (no chat template), shorter rows padded on the left.
+        """Return the tokens of raw text (no chat template), shorter rows padded on the left.
 
         prepend_bos: None follows the tokenizer; False leaves every special token out; True adds the BOS token
         where the tokenizer has not."""
@@ -186,13 +186,13 @@ class TextInterface:
         return checkpoints.pad_token_of(self.tokenizer, self.cfg)
 
     def to_string(self, tokens: Any) -> str | list[str]:
-        """Text of tokens: a string for one row [pos], a list for [batch pos]; special tokens shown."""
+        """Return the text of tokens: a string for one row [pos], a list for [batch pos]; special tokens shown."""
         tokenizer = require_tokenizer(self.tokenizer, "to_string")
         ids = torch.as_tensor(tokens)
         return tokenizer.batch_decode(ids) if ids.ndim == 2 else tokenizer.decode(ids)
 
     def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[Any]:
-        """Each token as text; for more than one row a list a row."""
+        """Return each token as text; for more than one row one list per row."""
         tokenizer = require_tokenizer(self.tokenizer, "to_str_tokens")
         if isinstance(input, MultimodalInputs):
             ids = input.tokens
@@ -205,7 +205,7 @@ class TextInterface:
         return texts[0] if len(texts) == 1 else texts
 
     def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token.
+        """Return the id of a text that is one token.
 
         Raises: ValueError when it is more, listing them."""
         ids = encode_text(self.tokenizer, string, special=False)[0]
@@ -215,11 +215,11 @@ class TextInterface:
         return int(ids[0])
 
     def to_single_str_token(self, int_token: int) -> str:
-        """The text of one token."""
+        """Return the text of one token."""
         return require_tokenizer(self.tokenizer, "to_single_str_token").decode([int_token])
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*pos d_model"]:
-        """Directions of the last residual stream that raise these tokens' logits, [d_model] for one token.
+        """Return directions of the last residual stream that raise these tokens' logits, [d_model] for one token.
 
         The last norm's weight is folded in, so that a dot product with a residual divided by
         `ln_final.hook_scale` is the logit exactly."""

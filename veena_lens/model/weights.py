@@ -161,7 +161,7 @@ class StackedWeights:
                     out[f"blocks.{layer}.{part}.{name}"] = getattr(getattr(block, part), name)
         return out | {"ln_final.w": self.ln_final.w, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
 
-    # Computed when heard, so always on; the setters are there for code written for HookedTransformer.
+    # Computed when a hook listens, so always on; the setters are there for code written for HookedTransformer.
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Changes nothing: head results are computed whenever a hook listens."""
 

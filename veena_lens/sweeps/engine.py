@@ -1,15 +1,12 @@
-"""Running the rows of a sweep through an engine and a metric, with progress and results kept as they come.
+"""Runs the rows of a sweep and measures each, by one of two engines that give the same numbers.
 
-The run that rows of a sweep leave: what it computed, kept so that they need not.
+The suffix engine runs the unpatched input once (`base_run`) and recomputes only the layers and positions that a row's
+edit can reach. With a causal decoder an edit at layer l and positions >= p leaves every activation of layers < l and of
+positions < p unchanged (an image whose tokens read each other in both directions counts as one position: an edit inside
+reaches it from its first token). Rows of many edits travel through the layers together, each joining the batch at the
+layer of its edit (a staircase), as further queries on the base run's keys.
 
-The exact suffix engine: rows recompute only the layers and positions that their edit can reach.
-
-With a causal decoder an edit at layer l and positions >= p leaves every activation of layers < l and of
-positions < p as it was (an image whose tokens read each other in both directions is one position here: an edit inside
-reaches it from its first token). Rows of many edits travel through the layers together, each joining the batch at its
-own layer (a staircase), as further queries on the base run's keys.
-
-The naive engine: one whole forward a row. The specification that the suffix engine is tested against.
+The naive engine runs one whole forward per row; it is the specification that the suffix engine is tested against.
 """
 
 from __future__ import annotations
@@ -41,9 +38,11 @@ if TYPE_CHECKING:
 def base_run(
     model: HookedVLM, inputs: MultimodalInputs, sites: Sequence[str] = (), on_pictures: Sequence[str] = ()
 ) -> BaseRun:
-    """Run once and keep what rows (`on_pictures`: those that edit tower or connector) and metrics (`sites`) need.
+    """Run one row of inputs without edits, and keep what the rows of a sweep and their metrics need.
 
-    Images are encoded here, and again only where an edit changes them, from there on."""
+    Images are encoded here, and again only where an edit changes them.
+    sites: hooks that metrics read. on_pictures: hooks of the tower or the connector that rows edit.
+    """
     n = model.cfg.n_layers
     names = {f"blocks.{i}.{part}" for i in range(n) for part in ("hook_resid_pre", "attn.hook_rot_k", "attn.hook_v")}
     names |= set(sites)
@@ -68,7 +67,7 @@ def base_run(
 
 
 def chunks(rows: Sequence[AnyRow], max_rows: int) -> Iterator[list[int]]:
-    """Indices of rows that share a first position, at most `max_rows` together, earlier layers first."""
+    """Yield the indices of rows that share a first position, at most `max_rows` together, earlier layers first."""
     groups: dict[tuple[int, bool], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         groups[row.start, row.is_picture].append(i)
@@ -82,9 +81,10 @@ def chunks(rows: Sequence[AnyRow], max_rows: int) -> Iterator[list[int]]:
 def run_staircase(
     model: HookedVLM, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
 ) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
-    """(logits of the last position, or None; the activations at `sites` [rows pos ...]) of each row.
+    """Return the logits of each row's last position (None without `with_logits`), and its activations at `sites`.
 
-    All rows must share their first position, and edit the text's blocks or the images, not both."""
+    rows: edits that share their first position, all in the blocks of the text or all in the images.
+    sites: hooks of the decoder whose activations [rows pos ...] are returned by name."""
     start = rows[0].start
     last_layer = model.cfg.n_layers - 1 if with_logits else max(layer_of(site) or 0 for site in sites)
     order = sorted(range(len(rows)), key=lambda i: rows[i].layer)
@@ -127,7 +127,7 @@ def run_staircase(
 
 
 def _edits(rows: Sequence[Any], new: list[int], joined: int, start: int) -> list[tuple[str, Callable[..., Any]]]:
-    """Hooks of one layer that edit the rows which just joined, site by site."""
+    """Return the hooks of one layer that edit the rows that just joined, one per site."""
     by_site: dict[str, list[tuple[int, Row]]] = defaultdict(list)
     for place, i in enumerate(new, start=joined):
         by_site[rows[i].site].append((place, rows[i]))
@@ -145,7 +145,7 @@ def _edits(rows: Sequence[Any], new: list[int], joined: int, start: int) -> list
 
 
 def _capture(seen: Tensor, order: list[int], start: int) -> Callable[..., None]:
-    """A listener that keeps the metric's activation of the rows present, in the rows' own order."""
+    """Return a hook that keeps a metric's activation of the rows present, in the order of the rows."""
 
     def keep(tensor: Tensor, hook: Any) -> None:
         seen[torch.tensor(order), start:] = tensor.to(seen)
@@ -157,7 +157,7 @@ def _capture(seen: Tensor, order: list[int], start: int) -> Callable[..., None]:
 def run_naive(
     model: HookedVLM, base: BaseRun, rows: Sequence[AnyRow], sites: Sequence[str] = (), with_logits: bool = True
 ) -> tuple[Float[Tensor, "rows d_vocab"] | None, dict[str, Tensor]]:
-    """As `run_staircase`, each row by a forward of its own."""
+    """Return the same as `run_staircase`, from one forward per row."""
     logits, seen = [], {site: [] for site in sites}
     for row in rows:
 
@@ -189,7 +189,7 @@ def require_engine(model: HookedVLM, engine: str) -> None:
 
 
 def require_inputs(inputs: Any, name: str) -> None:
-    """Raises: TypeError for what is no prepared inputs, ValueError for a batch without rows."""
+    """Raises: TypeError for anything but prepared inputs, ValueError for a batch without rows."""
     if not isinstance(inputs, MultimodalInputs):
         raise TypeError(f"{name} must be prepared inputs (model.prepare, model.inputs_from_hf), not {inputs!r}.")
     if not len(inputs):
@@ -207,7 +207,10 @@ def run_rows(
     advance: Callable[[int], Any],
     store: Store,
 ) -> dict[str, Tensor]:
-    """Each metric of every row, in order; `advance` moves the progress bar on, `store` keeps each batch of rows."""
+    """Return each metric of every row, [rows].
+
+    engine: "suffix" or "naive". max_rows: how many rows travel together. advance: moves the progress bar by as many
+    rows as are done. store: keeps each batch of rows, and gives it back instead of computing it again."""
     sites, with_logits = sites_of(model, metrics), read_logits(metrics)
     values: dict[str, Tensor] = {}
     for number, members in enumerate(chunks(rows, max_rows if engine == "suffix" else 1)):
@@ -226,7 +229,7 @@ def run_rows(
 
 
 def bar(total: int, show: bool, what: str) -> Any:
-    """A progress bar, or None."""
+    """Return a progress bar, or None where none is to be shown."""
     if not show:
         return None
     from tqdm.auto import tqdm

@@ -146,7 +146,7 @@ def first_edited(model: HookedVLM, row: MultimodalInputs, interventions: Sequenc
 def _continue(
     model: HookedVLM, row: MultimodalInputs, lists: Sequence[list[Any]], start: int, settings: dict[str, Any]
 ) -> Tensor:
-    """Tokens [entry new] of one prompt under each list, sharing everything before `start`."""
+    """Return the tokens [entry new] that continue a prompt under each list; what lies before `start` is shared."""
     n, length, n_layers = len(lists), row.shape[1], model.cfg.n_layers
     base, whole = KVCache(n_layers), PassSpan.whole(row)
     with running(model, whole):

@@ -1,8 +1,8 @@
-"""Running images again from the block where a row edits them, and no others.
+"""Encodes the images that rows of a sweep edit again, from the block of the edit on, and no others.
 
 The tower has no causal order, so an edit reaches every patch of its own image, but no other image and no earlier
-block. Edited images of many rows go through the tower together, each joining the batch at its own block (a
-staircase, as in the decoder); what the base run knows of the rest is put beside them.
+block. Edited images of many rows go through the tower together, each joining the batch at the block of its edit (a
+staircase, as in the decoder); what the base run knows of the other images is put beside them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EMBEDDING = -1  # depth of what lies before the tower's first block
 
 
 def depth_of(site: str, n_layers: int) -> int:
-    """Where an edit of images leaves the base run: -1 before block 0 of the tower, its block, n_layers after the
+    """Return where an edit of images leaves the base run: -1 before block 0 of the tower, its block, n_layers after the
     last block, n_layers + 1 in the connector, n_layers + 2 where features enter the text."""
     if site in FEATURE_SITES or site.startswith("deepstack."):
         return n_layers + 2
@@ -40,12 +40,12 @@ def depth_of(site: str, n_layers: int) -> int:
 
 
 def blocks_again(site: str, n_layers: int) -> int:
-    """How many blocks of the tower an edited image passes."""
+    """Return how many blocks of the tower an edited image passes."""
     return n_layers - min(max(depth_of(site, n_layers), 0), n_layers)
 
 
 def names_to_keep(model: HookedVLM, sites: Sequence[str]) -> dict[str, str]:
-    """What a base run must hear so that these sites can start where they are: a name of its own -> hook."""
+    """Return the hooks that a base run must keep so that edits at these sites can start there, by a name for each."""
     tower, n = model.vision, model.vision.cfg.n_layers
     depths = {depth_of(site, n) for site in sites}
     if min(depths, default=n + 2) > n + 1:
@@ -59,7 +59,7 @@ def names_to_keep(model: HookedVLM, sites: Sequence[str]) -> dict[str, str]:
 
 @torch.no_grad()
 def seen_pictures(model: HookedVLM, found: dict[str, Tensor]) -> SeenPictures:
-    """What the base run's tower and connector made of all images, under the names of `names_to_keep`."""
+    """Return what the base run's tower and connector made of all images, from the hooks of `names_to_keep`."""
 
     def part(word: str) -> dict[int, Tensor]:
         return {int(name.split()[1]): x for name, x in found.items() if name.startswith(word)}
@@ -71,7 +71,7 @@ def seen_pictures(model: HookedVLM, found: dict[str, Tensor]) -> SeenPictures:
 
 
 def encode_again(model: HookedVLM, base: BaseRun, rows: Sequence[AnyRow]) -> ResidualState:
-    """The merged sequence of each row, under its own edit of the images.
+    """Return what enters block 0 of each row, under the row's edit of the images.
 
     Features are edited where they lie in the sequence; for tower and connector the images that a row edits run again
     from the edited place on, and their features take the place of the base run's."""

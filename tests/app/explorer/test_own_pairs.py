@@ -154,7 +154,7 @@ def test_archives_that_cannot_be_used_are_told_and_write_nothing(
         ({"manifest.jsonl": b"{broken\n", **good}, "line 1: no JSON object"),
         ({"sad/0.png": faces[0][0]}, "holds no pairs. A .zip of pairs has one folder an emotion"),
         ({"notes.txt": b"x"}, "faces.zip holds no pictures"),
-        ({**good, "sad/7.png": faces[0][0]}, "pair '7' has no neutral picture"),
+        ({**good, "sad/7.png": faces[0][0]}, "pair '7' has no neutral image"),
         ({**good, "bored stiff/0.png": faces[0][0]}, "No wheel covers the labels 'bored stiff'"),
         ({f"sad/{i}.png": faces[0][0] for i in range(10)}, "holds 10 pictures; the limit here is 4 pairs"),
         (bomb, "sad/0.png unpacks to more than 300,000 bytes"),

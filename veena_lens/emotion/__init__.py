@@ -50,6 +50,7 @@ _HOMES = homes_of(
         "planted.circuit": "Plant plant_circuit",
         "results": "main_table part_table results_of save_results",
         "settings": "Settings preset",
+        "study": "Asking Study",
         "words.lexicon": "LabelExtractor Lexicon extract_emotions string_to_list",
         "words.scores": "sentiment_score",
         "words.wheel": "Wheel",

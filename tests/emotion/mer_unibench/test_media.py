@@ -95,7 +95,7 @@ def test_a_lost_video_names_the_paths_tried(own: Made) -> None:
 
 def test_a_frame_that_is_no_picture_is_named(own: Made) -> None:
     (place_of(own, "meld") / "subvideo" / "meld_0000" / "9.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="9.png cannot be read as an picture"):
+    with pytest.raises(ValueError, match="9.png cannot be read as an image"):
         see(_sample(own, "meld"))
 
 

@@ -124,7 +124,7 @@ def test_every_problem_is_listed_at_once_with_its_line(tmp_path: Path) -> None:
     assert "line 1 (0.png): " in problems and "cannot be read" in problems
     assert "line 5 (4.png): No picture at" in problems
     assert "line 8 (7.png): 8 x 16 pixels" in problems and "token grids" in problems
-    assert "line 10 (9.png), line 13 (9.png): the same picture, question and context." in problems
+    assert "line 10 (9.png), line 13 (9.png): the same image, question and context." in problems
     assert "twins differ in identity" in problems and "'somebody else' (line 12 (11.png))" in problems
 
 
@@ -136,7 +136,7 @@ def test_unreadable_pictures_are_left_out_when_asked(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"(?s)without 2 images.*scene-1-neutral"):
         kept = load_pairs(tmp_path, unreadable="skip")
     assert [(p.identity, p.emotion) for p in kept] == [("person-0", "sad"), ("person-2", "happy"), ("person-2", "sad")]
-    assert len(kept.skipped) == 2 and "2 pictures skipped" in repr(kept)
+    assert len(kept.skipped) == 2 and "2 images skipped" in repr(kept)
     assert {(s.identity, s.emotion) for s in kept.singles} == {("person-1", "happy"), ("person-1", "sad")}
 
 
@@ -147,9 +147,9 @@ def test_scene_without_neutral_or_with_two_or_without_emotional_is_refused() -> 
     given = [*given[:6], given[8], *given[9:]]
     problems = refused(given)
     assert len(problems) == 3
-    assert "pair 'scene-0' has no neutral picture" in problems[0] and "record 0, record 1, record 2" in problems[0]
-    assert "pair 'scene-1' has 2 neutral pictures" in problems[1]
-    assert "pair 'scene-2' has a neutral picture and no emotional one" in problems[2]
+    assert "pair 'scene-0' has no neutral image" in problems[0] and "record 0, record 1, record 2" in problems[0]
+    assert "pair 'scene-1' has 2 neutral images" in problems[1]
+    assert "pair 'scene-2' has a neutral image and no emotional one" in problems[2]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_scene_without_neutral_or_with_two_or_without_emotional_is_refused() -> 
     [
         ({"emotoin": "sad"}, "unknown field 'emotoin'; did you mean 'emotion'?"),
         ({"emotion": 3}, "emotion=3 must be text"),
-        ({"picture": None}, "no picture"),
+        ({"picture": None}, "no image; give its file as `picture`"),
         ({"attributes": ["red"]}, "attributes=['red'] must be a dictionary"),
         ({"identity": 7}, "identity=7 must be text or null"),
         ({"context": "maybe."}, "context and context_emotion belong together"),

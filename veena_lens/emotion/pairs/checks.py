@@ -68,12 +68,12 @@ def build(
     problems += _duplicates(placed) + _label_problems(placed, wheels) + _pair_problems(placed)
     problems += _size_problems(kept, sizes)
     if not placed:
-        problems.append("no records at all; a pair needs an emotional and a neutral picture.")
+        problems.append("no records at all; a pair needs an emotional and a neutral image.")
     if problems:
         raise PairProblems(source, problems)
     if lost:
         listed = "\n".join(f"  {text}" for text in lost.values())
-        warnings.warn(f"{source}: going on without {len(lost)} pictures:\n{listed}", stacklevel=3)
+        warnings.warn(f"{source}: going on without {len(lost)} images:\n{listed}", stacklevel=3)
         if not kept:
             raise PairProblems(source, ["none of the images can be read."])
     return replace(_assembled([_example(item) for item in kept], source), skipped=tuple(map(str, lost.values())))
@@ -122,7 +122,7 @@ def _field_problems(item: Placed, known: Sequence[str]) -> list[str]:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}."
             found.append(f"{item.where}: unknown field {name!r}{hint}")
     if record.get("picture") is None:
-        found.append(f"{item.where}: no picture; give its file.")
+        found.append(f"{item.where}: no image; give its file as `picture`.")
     for name in TEXTS:
         if not isinstance(record.get(name), str) or not record[name].strip():
             found.append(f"{item.where}: {name}={record.get(name)!r} must be text.")
@@ -155,7 +155,7 @@ def _duplicates(placed: Sequence[Placed]) -> list[str]:
     groups: dict[Any, list[str]] = {}
     for item in placed:
         groups.setdefault((_name(item), item.record["question"], item.record.get("context")), []).append(item.where)
-    return [f"{_places(where)}: the same picture, question and context." for where in groups.values() if len(where) > 1]
+    return [f"{_places(where)}: the same image, question and context." for where in groups.values() if len(where) > 1]
 
 
 def _label_problems(placed: Sequence[Placed], wheels: Any) -> list[str]:
@@ -191,15 +191,13 @@ def _pair_problems(placed: Sequence[Placed]) -> list[str]:
         emotional = [item.where for item in items if item.record["emotion"] != NEUTRAL]
         if not neutral:
             found.append(
-                f"{_places(emotional)}: pair {scene!r} has no neutral picture; add it, or leave `pair` out for a "
-                "picture without a twin."
+                f"{_places(emotional)}: pair {scene!r} has no neutral image; add it, or leave `pair` out for an "
+                "image without a twin."
             )
         if len(neutral) > 1:
-            found.append(f"{_places(list(neutral.values()))}: pair {scene!r} has {len(neutral)} neutral pictures.")
+            found.append(f"{_places(list(neutral.values()))}: pair {scene!r} has {len(neutral)} neutral images.")
         if not emotional:
-            found.append(
-                f"{_places(list(neutral.values()))}: pair {scene!r} has a neutral picture and no emotional one."
-            )
+            found.append(f"{_places(list(neutral.values()))}: pair {scene!r} has a neutral image and no emotional one.")
         for name in ("identity", "style", "split"):
             values = {item.record.get(name): item.where for item in items}
             if len(values) > 1:

@@ -56,7 +56,7 @@ def load_pairs(
     if not path.is_file():
         raise FileNotFoundError(
             f"No {manifest} in {folder}: write one, a JSON object a line with the fields {', '.join(FIELDS)}; or load "
-            "pictures sorted into folders with pairs_from_folders."
+            "images sorted into folders with pairs_from_folders."
         )
     placed, broken = [], []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

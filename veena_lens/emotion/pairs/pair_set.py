@@ -354,7 +354,7 @@ class PairSet(Sequence[Pair]):
             if found and list(found) not in ([""], ["none"]):
                 rows.append(f"  {name}: " + ", ".join(f"{label or '-'} {count}" for label, count in found.items()))
         if self.skipped:
-            rows.append(f"  {len(self.skipped)} pictures skipped (.skipped says why)")
+            rows.append(f"  {len(self.skipped)} images skipped (.skipped says why)")
         if self.source:
             rows.append(f"  from {self.source}")
         return "\n".join(rows)

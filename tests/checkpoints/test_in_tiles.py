@@ -138,7 +138,7 @@ def test_processor_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> No
             model.prepare("<video> what", chat=False)
     with pytest.raises(ValueError, match="chat template places it for each image"):
         model.prepare("<image> what", A)
-    with pytest.raises(ValueError, match="1 image placeholders .* and 2 pictures"):
+    with pytest.raises(ValueError, match="1 image placeholders .* and 2 images"):
         model.prepare("<image> what", [A, B], chat=False)
     processor.image_processor.max_image_size = {"longest_edge": 32}
     with pytest.raises(ValueError, match="max_image_size=32, the model's tower 16"):

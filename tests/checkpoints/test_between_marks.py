@@ -74,7 +74,7 @@ def test_processor_or_prompt_that_does_not_fit_is_refused(loaded: Any) -> None:
     _, model = loaded
     with pytest.raises(ValueError, match="chat template places it for each image"):
         model.prepare("<start_of_image> what", A)
-    with pytest.raises(ValueError, match="1 image placeholders .* and 2 pictures"):
+    with pytest.raises(ValueError, match="1 image placeholders .* and 2 images"):
         model.prepare("<start_of_image> what", [A, B], chat=False)
     with pytest.raises(ValueError, match="1 image tokens .*but no picture"):
         model.prepare("<image_soft_token> what", chat=False)

@@ -70,7 +70,9 @@ def test_drawn_configuration_generates_as_hugging_face(family: str) -> None:
         raw = raw_inputs(case)
         hf, model = talking_pair(case, gain=2.0)
         ours = model.generate(model.inputs_from_hf(**raw), max_new_tokens=12, return_type="tokens")
-        assert ours.tolist() == greedy(hf, raw, max_new_tokens=12)
+        # Hugging Face's cache of a window of one token keeps all tokens: -0 is where it cuts.
+        use_cache = case.text.get("sliding_window") != 1
+        assert ours.tolist() == greedy(hf, raw, max_new_tokens=12, use_cache=use_cache)
 
     check_drawn(family, 6 if family == "onevision" else 8, check)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from veena_lens.app import commands
 from veena_lens.app.commands import drawn_questions, enhance_command, run_command, table_command
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.emotion.pairs.loading import load_pairs
+from veena_lens.emotion.pairs.pair_set import PairSet
 from veena_lens.emotion.results import main_table
 from veena_lens.emotion.settings import settings_for
 from veena_lens.interventions import Circuit, Steer
@@ -86,7 +89,7 @@ def test_settings_take_seed_and_question_and_ask_for_attributes_of_drawn_faces()
     found = settings_for("tiny", seed=3, question="What is felt?", **drawn_questions(pairs))
     assert (found.seed, found.question, found.preset) == (3, "What is felt?", "tiny")
     assert found.questions and set(found.questions) <= {"hair", "background", "glasses"}
-    photographs: Any = type("Pairs", (), {"examples": [type("E", (), {"style": "photo"})()]})()
+    photographs = Mock(spec=PairSet, examples=[SimpleNamespace(style="photo")])
     assert settings_for("tiny", **drawn_questions(photographs)).questions is None
 
 

@@ -61,7 +61,10 @@ def processor(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         (dict(messages=message("what", 1), images=[A, B]), "Row 0 has 1 image placeholders .*2 images"),
         (dict(messages=message("the <|image_pad|>", 1), images=A), "Row 0 has 2 image placeholders .*1 images"),
         (dict(messages=message("the <|video_pad|>", 1), images=A), "Row 0 holds the video token"),
-        (dict(messages=[{"role": "user", "content": [{"type": "video"}]}]), "part of type 'video'; it must be 'image' or 'text'"),
+        (
+            dict(messages=[{"role": "user", "content": [{"type": "video"}]}]),
+            "part of type .video.; it must be .image. or .text.",
+        ),
         (dict(text="what " * 600), "longest prompt has 6[0-9]{2} tokens; the model's context is 512"),
         (dict(text=[FEEL, FEEL], images=[A, Image.new("RGB", (201, 1))]), "images of 201 x 1 pixels: .*aspect ratio"),
         (dict(text=FEEL, images=[A, Image.new("RGB", (3, 700))]), "images of 40 x 30, 3 x 700 pixels: .*aspect"),

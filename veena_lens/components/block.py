@@ -5,6 +5,9 @@ Also the token embedding and the unembedding; a tied unembedding reads the weigh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -137,3 +140,13 @@ class Block(nn.Module):
             copies(self.hook_k_input, self.n_kv),
             copies(self.hook_v_input, self.n_kv),
         )
+
+
+class Blocks(nn.ModuleList):
+    """The blocks of a decoder, in order; for a type checker, a list of `Block`."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, index: int) -> Block: ...  # pyright: ignore[reportIncompatibleMethodOverride]
+
+        def __iter__(self) -> Iterator[Block]: ...

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from veena_lens.components.block import Block
 from veena_lens.components.context import Context
 from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.images.layout import image_runs, pack_features
@@ -141,7 +140,7 @@ def run_blocks(
     stop_layer: int | None = None,
 ) -> Float[Tensor, "batch pos d_model"]:
     """Return the residual stream after blocks start_layer .. stop_layer - 1, moved to each block's device."""
-    for block in cast("list[Block]", list(model.blocks))[start_layer:stop_layer]:
+    for block in list(model.blocks)[start_layer:stop_layer]:
         device = block.ln1.weight.device
         resid = block(resid if resid.device == device else resid.to(device), shared)
     return resid

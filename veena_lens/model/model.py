@@ -1,8 +1,7 @@
 """HookedVLM: a vision-language model with HookedTransformer's names, built from our own components.
 
-The text decoder's hooks lie at the root as in HookedTransformer, the tower's under `vision.`, the projector's
-under `connector.`. Text-only checkpoints load as the same class without a tower.
-"""
+The decoder's hooks are at the root as in HookedTransformer, the tower's under `vision.`, the projector's under
+`connector.`. Text-only checkpoints load as the same class without a tower."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens import checkpoints
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.components.block import Block, Embed, Unembed
+from veena_lens.components.block import Block, Blocks, Embed, Unembed
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
@@ -64,7 +63,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
                 self.deepstack = nn.ModuleList(DeepstackMerger(cfg.vision, cfg.connector, live) for live in reach)
         self.embed = Embed(cfg.d_vocab, cfg.d_model, cfg.scales_embeddings)
         self.hook_embed = HookPoint()
-        self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
+        self.blocks = Blocks(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
         self.ln_final = make_norm(cfg)
         tied_to = self.embed if cfg.tie_word_embeddings else None
         self.unembed = Unembed(cfg.d_vocab, cfg.d_model, tied_to, cfg.unembed_bias)
@@ -386,7 +385,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         """Yield text as it grows: the new piece, str for one row, list[str] for a batch; joined they are `generate`'s.
 
         settings: those of `generate`. Raises: as `generate`; TypeError for an unknown setting."""
-        settings |= {"max_new_tokens": max_new_tokens, "do_sample": do_sample}
+        settings.update(max_new_tokens=max_new_tokens, do_sample=do_sample)
         return generation.generate_stream(self, inputs, settings)
 
     def __repr__(self) -> str:

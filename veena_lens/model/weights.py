@@ -5,15 +5,15 @@ A layer's matrices are views of the parameters (write through them); the stacks 
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens import FactoredMatrix
 from transformer_lens.utilities import composition_scores
 
-from veena_lens.components.block import Block, Embed, Unembed
+from veena_lens.components.block import Blocks, Embed, Unembed
 from veena_lens.components.norms import Norm
 from veena_lens.config import HookedVLMConfig
 
@@ -21,7 +21,7 @@ from veena_lens.config import HookedVLMConfig
 class StackedWeights:
     """View of a model's weights as HookedTransformer stacks them: W_Q [layer n_heads d_model d_head] and its kin."""
 
-    blocks: nn.ModuleList
+    blocks: Blocks
     cfg: HookedVLMConfig
     embed: Embed
     unembed: Unembed
@@ -123,7 +123,7 @@ class StackedWeights:
                 "each position. Decompose by attn_out and mlp_out (`decompose_resid`)."
             )
         total = torch.zeros(self.cfg.d_model, dtype=self.cfg.dtype, device=self.cfg.device)
-        blocks = cast("list[Block]", list(self.blocks))
+        blocks = list(self.blocks)
         for block in blocks[:layer]:
             total = total + block.attn.b_O
             if include_mlp_biases:

@@ -12,6 +12,7 @@ from tests.emotion.asked import bundled
 from tests.emotion.small_run import MODEL, new_folder, small_run
 from veena_lens.app import veena_report
 from veena_lens.app.veena_report import write_veena_report
+from veena_lens.emotion import tables
 
 SECTIONS = (
     "What each method is worth",
@@ -66,7 +67,7 @@ def test_nothing_unknown_is_printed_as_nan() -> None:
 
 @pytest.mark.parametrize(("name", "shown"), [("3_mlp_out", "MLP 3"), ("L2H1", "L2H1")])
 def test_parts_of_the_model_are_named_as_people_write_them(name: str, shown: str) -> None:
-    assert veena_report._part(name) == shown
+    assert tables._part("sender")({"sender": name}) == shown
 
 
 def test_examples_are_evenly_spaced_and_all_where_there_are_few() -> None:

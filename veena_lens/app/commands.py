@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,12 +24,15 @@ from veena_lens.emotion.mer_unibench.loading import LoadedSet, Overrides, load_s
 from veena_lens.emotion.mer_unibench.scoring import SetScore, benchmark_mean, score_answers
 from veena_lens.emotion.methods import Method, generate_answers
 from veena_lens.emotion.pairs.loading import load_pairs
-from veena_lens.emotion.pairs.pair_set import Example, PairSet
+from veena_lens.emotion.pairs.pair_set import Example
 from veena_lens.emotion.pipeline import VeenaRun, part_identities, run_veena
 from veena_lens.emotion.results import main_table, part_table, results_of, save_results
 from veena_lens.emotion.settings import settings_for
 from veena_lens.emotion.words.wheels import EmotionWheels
 from veena_lens.interventions import Circuit
+
+if TYPE_CHECKING:
+    from veena_lens.emotion.pairs.pair_set import PairSet
 
 DRAWN_STYLES = ("avataaars", "open-peeps", "micah", "emoji")  # images whose attributes are known
 

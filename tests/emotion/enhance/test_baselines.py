@@ -238,7 +238,7 @@ def test_what_needs_a_picture_names_the_rows_without_one(model_of) -> None:
         with pytest.raises(ValueError, match=rf"{method.name} needs an image in every row; rows \[{bare}\]"):
             with method.applied(model, inputs):
                 pass
-    with pytest.raises(ValueError, match="visual_directions needs an picture"):
+    with pytest.raises(ValueError, match="visual_directions needs an image"):
         visual_directions(model, inputs)
 
 

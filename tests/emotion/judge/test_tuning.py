@@ -101,7 +101,7 @@ def test_the_trial_worth_most_is_taken_and_named_after_its_family(scripted) -> N
     assert found.method.name == "VEE" and dict(found.method.settings) == {"mode": "scale", "beta": 3.0}
     assert found.score == 1.0 and found.trials["worth"].tolist() == [0.25, 0.5, 1.0]
     assert (found.trials["plain"] == 0.25).all() and found.method.about == "3.0"
-    assert "3 of 3 trials allowed" in repr(found) and "worth 1.000" in repr(found)
+    assert "3 of 3 trials allowed" in repr(found) and "score 1.000" in repr(found)
 
 
 def test_of_equals_the_weaker_is_taken(scripted) -> None:

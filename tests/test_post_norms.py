@@ -42,7 +42,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def test_components_heads_and_neurons_sum_to_the_residual() -> None:
-    model, inputs, _, cache = run()
+    _model, inputs, _, cache = run()
     keep = inputs.attention_mask
     for layer, mlp_input in ((0, True), (1, False), (2, True), (3, False)):
         whole = cache["resid_mid" if mlp_input else "resid_pre", layer] if layer < 3 else cache["resid_post", 2]
@@ -101,7 +101,7 @@ def test_biases_that_a_norm_follows_are_no_constant() -> None:
 
 @pytest.mark.parametrize("has_baseline", [True, False])
 def test_pushes_of_heads_neurons_and_keys_sum_to_those_of_components(has_baseline: bool) -> None:
-    model, inputs, twins, cache = run("unequal-rows")
+    model, inputs, twins, _cache = run("unequal-rows")
     inputs, twins = inputs[[0, 2, 3]], twins[[0, 2, 3]]
     direction = torch.randn(3, 48, dtype=torch.float64)
     kw: dict[str, Any] = dict(positions="query", model=model, **(dict(baseline=twins) if has_baseline else {}))

@@ -134,7 +134,7 @@ def test_hook_point_that_does_nothing_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_images_of_the_user_take_the_place_of_drawn_ones(tmp_path: Path) -> None:
-    model, path = loaded("clip-llama", tmp_path, torch.float32)
+    model, _path = loaded("clip-llama", tmp_path, torch.float32)
     assert probe(model, [tiny.picture(), tiny.picture(50, 20), tiny.picture(9, 30)]).n_images == [1, 2]
     with pytest.raises(ValueError, match="two images or more, not 1"):
         probe(model, [tiny.picture()])

@@ -110,7 +110,7 @@ def test_tied_head_is_one_parameter_and_a_stored_copy_must_equal_it(name: str, t
 
 
 def test_device_map_may_split_a_fused_tensor(tmp_path: Path) -> None:
-    theirs, folder = tiny.save(BY_NAME["qwen2_vl-plain"], tmp_path, with_processor=False)
+    _theirs, folder = tiny.save(BY_NAME["qwen2_vl-plain"], tmp_path, with_processor=False)
     split = {"": "cpu", "vision.blocks.1.attn.k": "meta"}
     placed: Any = HookedVLM.from_pretrained(folder, device_map=split)
     assert placed.vision.blocks[1].attn.k.weight.is_meta and not placed.vision.blocks[1].attn.q.weight.is_meta

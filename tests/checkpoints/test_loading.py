@@ -77,7 +77,7 @@ def test_all_missing_spare_and_misshapen_keys_are_listed_at_once(tmp_path: Path)
 
 
 def test_key_that_is_stored_twice_is_told_of(tmp_path: Path) -> None:
-    theirs, folder = tiny.save(LLAVA, tmp_path, with_processor=False)
+    _theirs, folder = tiny.save(LLAVA, tmp_path, with_processor=False)
     state = load_file(folder / "model.safetensors")
     state["model.language_model.norm.weight"] = torch.zeros(48)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

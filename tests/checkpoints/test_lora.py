@@ -197,7 +197,7 @@ def test_folders_that_hold_no_adapter_are_told_of(tmp_path: Path) -> None:
 def test_merged_adapter_equals_peft(rank_stabilised: bool, tmp_path: Path) -> None:
     """Trained, saved and merged by peft itself."""
     peft = pytest.importorskip("peft")
-    hf, base = tiny.save(CASE, tmp_path / "base", torch.float64, with_processor=False)
+    _hf, base = tiny.save(CASE, tmp_path / "base", torch.float64, with_processor=False)
     config = peft.LoraConfig(
         r=3,
         lora_alpha=7,

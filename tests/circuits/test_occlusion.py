@@ -98,7 +98,7 @@ def test_every_layout_covers_the_pixels_of_its_cells(layout: str, text: str, oth
     found = occlude_pixels(model, [text] * 2, pictures, fill="grey", **kw)
     for pair, picture in enumerate(pictures):
         inputs = model.prepare(text=text, images=picture, **prepare)
-        height, width = inputs.grids[0][0]
+        _height, width = inputs.grids[0][0]
         assert bool(found.exists[pair].any(0).nonzero().max() < width)
         cells = inputs.grid_tokens(0)
         places = inputs.image_mask[0].nonzero().flatten().tolist()

@@ -55,7 +55,7 @@ def test_a_word_is_read_where_it_stands_and_not_before_it(planted) -> None:
 
 
 def test_directions_steer_the_probe_towards_their_class(planted) -> None:
-    model, inputs, labels, groups = planted
+    model, inputs, labels, _groups = planted
     found = probe(planted, folds=3)
     assert found.directions.shape == (2, 1, 3, 48) and found.classes == list(dict.fromkeys(labels))
     torch.testing.assert_close(found.directions.norm(dim=-1), torch.ones(2, 1, 3, dtype=torch.float64))
@@ -141,7 +141,7 @@ def test_intervals_resample_groups_not_rows() -> None:
 
 @pytest.mark.parametrize("name", ["three-images-and-none", "llava-next", "qwen2_vl-plain", "qwen3_vl-plain"])
 def test_padded_rows_are_read_at_their_own_places_and_caches_serve_as_well(name: str, model_of) -> None:
-    model, clean, corrupted = pair_of(model_of, name)
+    model, clean, _corrupted = pair_of(model_of, name)
     wheres = ["last", "query", slice(0, 2)]
     part = probes._features(model, clean, clean, ["blocks.1.hook_resid_post"], wheres, 2)
     for row in range(len(clean)):

@@ -1,5 +1,6 @@
 """docs/errors.md quotes messages: the code above each quotation raises it, word for word where words are quoted."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 BLOCK = re.compile(r"^```(python|py|text)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 BLOCKS = [(found[1], found[2]) for found in BLOCK.finditer(PAGE.read_text("utf-8"))]
-QUOTED = [(code, quote) for (kind, code), (_, quote) in zip(BLOCKS, BLOCKS[1:]) if kind == "py"]
+QUOTED = [(code, quote) for (kind, code), (_, quote) in itertools.pairwise(BLOCKS) if kind == "py"]
 
 
 def words(text: str) -> str:

@@ -110,7 +110,7 @@ def test_a_circuit_comes_back_from_its_file_as_it_was(kind: str, ready, tmp_path
 @pytest.mark.parametrize("positions", ["last", "query", "image", "all", slice(2, 5)], ids=str)
 @pytest.mark.parametrize("part", ["hook_resid_pre", "attn.hook_z", "attn.hook_k", "attn.hook_pattern", "mlp.hook_post"])
 def test_a_patch_equals_a_hook_written_by_hand(part: str, positions: Any, ready) -> None:
-    model, inputs, plain, _ = ready
+    model, inputs, _plain, _ = ready
     source = other_pictures(model)
     name = f"blocks.1.{part}"
     with torch.no_grad():

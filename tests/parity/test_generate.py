@@ -108,7 +108,7 @@ def test_generated_tokens_make_an_answer_whose_logits_say_them_again(pad: int | 
     """`with_answer(generate(...))` is the run that was just made: teacher forced, it predicts the same tokens,
     also where rows ended at different lengths."""
     case = BY_NAME["three-images-and-none"]
-    hf, model = talking_pair(case)
+    _hf, model = talking_pair(case)
     model.generation_config.pad_token_id = pad
     inputs = model.inputs_from_hf(**counted_inputs(case))
     options = dict(max_new_tokens=20, do_sample=False, return_type="tokens")

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Folder",
     "LAYOUTS",
-    "Picture",
     "SMALL_FILES",
+    "Folder",
+    "Picture",
     "WeightFile",
     "bundled_names",
     "bundled_pairs",

@@ -25,10 +25,10 @@ from veena_lens.circuits.gradients import (
 )
 from veena_lens.hook_table import row_of
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import counting
 from veena_lens.positions import parse
 from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import corresponding, is_each
-from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import (
     effect,
     measure_of,
@@ -132,19 +132,16 @@ def attribution_patching(
             raise ValueError(
                 f"{who}: {keyed[0]} has keys at other positions in the source; prompts must be of one length."
             )
-    show = bar(len(base), progress, "pairs")
-    found, of_base, of_source = [], [], []
-    for rows in parts(len(base), max_rows):
-        mine, other = (Places(*padded([side[i] for i in rows])) for side in (here, there))
-        with torch.no_grad(), recorded_at(model, chosen.sites, other) as theirs:
-            of_source.append(measure(source[rows], rows, plain=True))
-        plain, terms = products(measure, base[rows], rows, chosen.sites, theirs, mine, steps)
-        of_base.append(plain)
-        found.append(torch.stack([_summed(term, chosen, mine.exists, each).to(wide(plain)) for term in terms]))
-        if show is not None:
-            show.update(len(rows))
-    if show is not None:
-        show.close()
+    with counting(len(base), "pairs", progress) as advance:
+        found, of_base, of_source = [], [], []
+        for rows in parts(len(base), max_rows):
+            mine, other = (Places(*padded([side[i] for i in rows])) for side in (here, there))
+            with torch.no_grad(), recorded_at(model, chosen.sites, other) as theirs:
+                of_source.append(measure(source[rows], rows, plain=True))
+            plain, terms = products(measure, base[rows], rows, chosen.sites, theirs, mine, steps)
+            of_base.append(plain)
+            found.append(torch.stack([_summed(term, chosen, mine.exists, each).to(wide(plain)) for term in terms]))
+            advance(len(rows))
     runs = reference_runs(direction, torch.cat(of_base), torch.cat(of_source))
     by_pair = effect(torch.cat(found, 1).transpose(0, 1), runs, relative)  # [pair site unit pos]
     unit = chosen.unit or "unit"
@@ -220,21 +217,20 @@ def image_attribution(
             )
     inner = range(cfg.n_deepstack if deepstack and site != TOWER_SITE else 0)
     sites = [site, *(f"deepstack.{i}.hook_out" for i in inner)]
-    show = bar(len(base), progress, "pairs")
-    found: list[Tensor] = []
-    of_base, of_source = [], []
-    for rows in parts(len(base), max_rows):
-        mine, other = (batch_places(x[rows], [y[i] for i in rows], image) for x, y in ((base, here), (source, there)))
-        with torch.no_grad(), recorded_at(model, sites, other) as theirs:
-            of_source.append(measure(source[rows], rows, plain=True))
-        plain, terms = products(measure, base[rows], rows, sites, theirs, mine, steps, together=True)
-        of_base.append(plain)
-        total = torch.stack([wide(term).sum(-1).to(wide(plain)) for term in terms if term is not None]).sum(0)
-        found += [row[keep] for row, keep in zip(total, mine.exists.to(plain.device), strict=True)]
-        if show is not None:
-            show.update(len(rows))
-    if show is not None:
-        show.close()
+    with counting(len(base), "pairs", progress) as advance:
+        found: list[Tensor] = []
+        of_base, of_source = [], []
+        for rows in parts(len(base), max_rows):
+            mine, other = (
+                batch_places(x[rows], [y[i] for i in rows], image) for x, y in ((base, here), (source, there))
+            )
+            with torch.no_grad(), recorded_at(model, sites, other) as theirs:
+                of_source.append(measure(source[rows], rows, plain=True))
+            plain, terms = products(measure, base[rows], rows, sites, theirs, mine, steps, together=True)
+            of_base.append(plain)
+            total = torch.stack([wide(term).sum(-1).to(wide(plain)) for term in terms if term is not None]).sum(0)
+            found += [row[keep] for row, keep in zip(total, mine.exists.to(plain.device), strict=True)]
+            advance(len(rows))
     runs = reference_runs(direction, torch.cat(of_base), torch.cat(of_source))
     values, mask = side_by_side([patches.map_of(x) for patches, x in zip(here, found, strict=True)])
     whole = torch.stack([x.sum() for x in found])
@@ -299,21 +295,18 @@ def check_attribution(
     drawn = order[n_top:][torch.randperm(len(order) - n_top, generator=torch.Generator().manual_seed(seed))[:sample]]
     entries = torch.cat([order[:n_top], drawn])
     spots = torch.stack(torch.unravel_index(entries, table.shape[1:]), -1).tolist()
-    show = bar(len(spots) * len(clean), progress, "patches")
-    exact = torch.empty(len(clean), len(spots), dtype=torch.float64)
-    metrics = list(metric) if isinstance(metric, (list, tuple)) else [metric] * len(clean)
-    for members, call in _sweeps(guess, sites, positions, lead, spots):
-        for i in range(len(clean)):
-            swept = patch_sweep(
-                model, clean[i], corrupted[i], metric=metrics[i], direction=direction, progress=False, **call
-            )
-            change = swept.values - patched_and_source(direction, swept.clean, swept.corrupted)[0]
-            runs = ReferenceRuns(swept.clean, swept.corrupted, direction)
-            exact[i, members] = effect(change.reshape(1, -1), runs, relative)[0].double().cpu()
-            if show is not None:
-                show.update(len(members))
-    if show is not None:
-        show.close()
+    with counting(len(spots) * len(clean), "patches", progress) as advance:
+        exact = torch.empty(len(clean), len(spots), dtype=torch.float64)
+        metrics = list(metric) if isinstance(metric, (list, tuple)) else [metric] * len(clean)
+        for members, call in _sweeps(guess, sites, positions, lead, spots):
+            for i in range(len(clean)):
+                swept = patch_sweep(
+                    model, clean[i], corrupted[i], metric=metrics[i], direction=direction, progress=False, **call
+                )
+                change = swept.values - patched_and_source(direction, swept.clean, swept.corrupted)[0]
+                runs = ReferenceRuns(swept.clean, swept.corrupted, direction)
+                exact[i, members] = effect(change.reshape(1, -1), runs, relative)[0].double().cpu()
+                advance(len(members))
     both = torch.stack([flat[:, entries], exact], -1)
     mean = both.nanmean(0)
     names = [" ".join(f"{axis} {guess.labels[axis][k]}" for axis, k in zip(lead, spot, strict=True)) for spot in spots]

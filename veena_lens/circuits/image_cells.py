@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import counting
 from veena_lens.scores import Scores
-from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import parts, wide
 
 
@@ -124,19 +124,16 @@ def mapped(
 
     run: gives for a pair that metric [1], and a function from windows [cells] to the metric with each covered."""
     every = [windows.on(grid) for grid in grids]
-    show = bar(sum(map(len, every)), progress, "occlusions")
-    maps, base = [], []
-    for pair, chosen in enumerate(every):
-        plain, covered = run(pair)
-        found = []
-        for some in parts(len(chosen), max_rows):
-            found.append(covered([chosen[k] for k in some]))
-            if show is not None:
-                show.update(len(some))
-        base.append(plain)
-        maps.append(spread(wide(plain) - wide(torch.cat(found)), torch.stack(chosen)))
-    if show is not None:
-        show.close()
+    with counting(sum(map(len, every)), "occlusions", progress) as advance:
+        maps, base = [], []
+        for pair, chosen in enumerate(every):
+            plain, covered = run(pair)
+            found = []
+            for some in parts(len(chosen), max_rows):
+                found.append(covered([chosen[k] for k in some]))
+                advance(len(some))
+            base.append(plain)
+            maps.append(spread(wide(plain) - wide(torch.cat(found)), torch.stack(chosen)))
     return maps, torch.cat(base)
 
 

@@ -17,10 +17,10 @@ from veena_lens.images.layout import image_runs
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import Box, KnockOutAttention, Tile
 from veena_lens.interventions.base import require_units
+from veena_lens.long_runs import counting
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
 from veena_lens.sweeps.alignment import bare, places_of
-from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import entering_layers, measure_of, parts, require_rows, wide
 
 if TYPE_CHECKING:
@@ -74,29 +74,26 @@ def attention_knockout(
     masks = [[_masks(who, cfg, inputs, row, cut) for cut in cuts] for row in range(len(inputs))]
     base, starts = [], sorted({w[0] for w in windows.values()})
     change = torch.zeros(len(inputs), len(names), len(windows), dtype=torch.float64)
-    show = bar(change.numel(), progress, "cuts")
-    for rows in parts(len(inputs), max_rows):
-        mine = inputs[rows]
-        with torch.no_grad(), entering_layers(model, mine, starts) as entering:
-            plain = measure(mine, rows, plain=True)
-        base.append(plain)
-        without = bare(mine)
-        todo = [(at, cut) for at in range(len(rows)) for cut in range(len(names))]
-        for column, within in enumerate(windows.values()):
-            for some in parts(len(todo), max_rows):
-                at, cut = (list(x) for x in zip(*(todo[k] for k in some)))
-                pairs = [rows[i] for i in at]
-                chosen = [masks[pair][c] for pair, c in zip(pairs, cut, strict=True)]
-                knocks = [
-                    [KnockOutAttention(layer, heads, keys, queries) for layer in within] for keys, queries in chosen
-                ]
-                with torch.no_grad(), model.intervene(per_row=knocks):
-                    found = measure(without[at], pairs, entering=entering[within[0]].rows(at))
-                change[pairs, cut, column] = (found - plain[at]).double().cpu()
-                if show is not None:
-                    show.update(len(some))
-    if show is not None:
-        show.close()
+    with counting(change.numel(), "cuts", progress) as advance:
+        for rows in parts(len(inputs), max_rows):
+            mine = inputs[rows]
+            with torch.no_grad(), entering_layers(model, mine, starts) as entering:
+                plain = measure(mine, rows, plain=True)
+            base.append(plain)
+            without = bare(mine)
+            todo = [(at, cut) for at in range(len(rows)) for cut in range(len(names))]
+            for column, within in enumerate(windows.values()):
+                for some in parts(len(todo), max_rows):
+                    at, cut = (list(x) for x in zip(*(todo[k] for k in some)))
+                    pairs = [rows[i] for i in at]
+                    chosen = [masks[pair][c] for pair, c in zip(pairs, cut, strict=True)]
+                    knocks = [
+                        [KnockOutAttention(layer, heads, keys, queries) for layer in within] for keys, queries in chosen
+                    ]
+                    with torch.no_grad(), model.intervene(per_row=knocks):
+                        found = measure(without[at], pairs, entering=entering[within[0]].rows(at))
+                    change[pairs, cut, column] = (found - plain[at]).double().cpu()
+                    advance(len(some))
     before = torch.cat(base).double().cpu()
     if relative:
         change = change / torch.where(before == 0, torch.nan, before.abs())[:, None, None]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_unit
+from veena_lens.long_runs import counting
 from veena_lens.positions import parse
 from veena_lens.residual_parts import denominators, divided, head_rows, neuron_rows
 from veena_lens.scores import Scores
 from veena_lens.sweeps.alignment import bare, corresponding
-from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import (
     Entering,
     Measure,
@@ -125,25 +125,22 @@ def path_patching(
     base, source = patched_and_source(direction, clean, corrupted)
     places = corresponding(base, source, positions)
     exists = torch.tensor([[any(s.place <= d.place for s in c for d in r) for r in receiving] for c in sending])
-    show = bar(int(exists.sum()) * len(base), progress, "paths")
-    change, of_base, of_source = [], [], []
-    for i in range(len(base)):
-        pair = _Pair(measure, base[i].without_padding(), source[i].without_padding(), i, sending, receiving, norm)
-        first = [int(side.attention_mask[i].long().argmax()) for side in (base, source)]
-        pair.at(places[0][i] - first[0], places[1][i] - first[1])
-        of_base.append(pair.plain)
-        of_source.append(pair.other)
-        table = torch.zeros(exists.shape, dtype=wide(pair.plain).dtype, device=pair.plain.device)
-        for column, inputs in enumerate(receiving):
-            able = exists[:, column].nonzero().flatten().tolist()
-            for some in parts(len(able), max_rows):
-                rows = [able[k] for k in some]
-                table[rows, column] = (pair.run([sending[k] for k in rows], inputs) - pair.plain).to(table)
-                if show is not None:
-                    show.update(len(rows))
-        change.append(table)
-    if show is not None:
-        show.close()
+    with counting(int(exists.sum()) * len(base), "paths", progress) as advance:
+        change, of_base, of_source = [], [], []
+        for i in range(len(base)):
+            pair = _Pair(measure, base[i].without_padding(), source[i].without_padding(), i, sending, receiving, norm)
+            first = [int(side.attention_mask[i].long().argmax()) for side in (base, source)]
+            pair.at(places[0][i] - first[0], places[1][i] - first[1])
+            of_base.append(pair.plain)
+            of_source.append(pair.other)
+            table = torch.zeros(exists.shape, dtype=wide(pair.plain).dtype, device=pair.plain.device)
+            for column, inputs in enumerate(receiving):
+                able = exists[:, column].nonzero().flatten().tolist()
+                for some in parts(len(able), max_rows):
+                    rows = [able[k] for k in some]
+                    table[rows, column] = (pair.run([sending[k] for k in rows], inputs) - pair.plain).to(table)
+                    advance(len(rows))
+            change.append(table)
     runs = reference_runs(direction, torch.stack(of_base), torch.stack(of_source))
     values = effect(torch.stack(change), runs, relative)
     labels = {"sender": [" + ".join(x) for x in from_labels], "receiver": [" + ".join(x) for x in to_labels]}

@@ -20,10 +20,10 @@ from veena_lens.hook_table import hooks_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_unit, require_units
+from veena_lens.long_runs import counting
 from veena_lens.positions import parse
 from veena_lens.scores import Scores
 from veena_lens.sweeps.alignment import places_of
-from veena_lens.sweeps.engine import bar
 from veena_lens.sweeps.measuring import parts, require_rows
 
 if TYPE_CHECKING:
@@ -161,29 +161,28 @@ def linear_probes(
     values = torch.empty(len(chosen), len(wheres), len(STATISTICS), dtype=torch.float64)
     directions = torch.empty(len(chosen), len(wheres), len(classes), features.shape[-1], dtype=torch.float64)
     failed = 0
-    show = bar(len(chosen) * len(wheres), progress, "probes")
-    for layer in range(len(chosen)):
-        for where in range(len(wheres)):
-            x = features[layer, where]
-            right, missed = _hits(x, truth, sides, strength)
-            failed += missed
-            control = []
-            for shuffled in shuffles:
-                hits, missed = _hits(x, shuffled, sides, strength)
-                control.append(hits.mean())
+    with counting(len(chosen) * len(wheres), "probes", progress) as advance:
+        for layer in range(len(chosen)):
+            for where in range(len(wheres)):
+                x = features[layer, where]
+                right, missed = _hits(x, truth, sides, strength)
                 failed += missed
-            accuracies = (resampled @ right) / resampled.sum(1)
-            low, high = torch.quantile(accuracies, torch.tensor([0.025, 0.975], dtype=torch.float64))
-            chance = truth[held].bincount().max() / len(held)
-            values[layer, where] = torch.stack([right.mean(), low, high, torch.stack(control).mean(), chance.double()])
-            learned = sides[0][0] if train is not None else torch.arange(len(truth))
-            weights, _, missed = _fit(x[learned], truth[learned], len(classes), strength)
-            failed += missed
-            directions[layer, where] = weights / weights.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-            if show is not None:
-                show.update(1)
-    if show is not None:
-        show.close()
+                control = []
+                for shuffled in shuffles:
+                    hits, missed = _hits(x, shuffled, sides, strength)
+                    control.append(hits.mean())
+                    failed += missed
+                accuracies = (resampled @ right) / resampled.sum(1)
+                low, high = torch.quantile(accuracies, torch.tensor([0.025, 0.975], dtype=torch.float64))
+                chance = truth[held].bincount().max() / len(held)
+                values[layer, where] = torch.stack(
+                    [right.mean(), low, high, torch.stack(control).mean(), chance.double()]
+                )
+                learned = sides[0][0] if train is not None else torch.arange(len(truth))
+                weights, _, missed = _fit(x[learned], truth[learned], len(classes), strength)
+                failed += missed
+                directions[layer, where] = weights / weights.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+                advance(1)
     scores = Scores(
         values,
         ("layer", "position", "statistic"),

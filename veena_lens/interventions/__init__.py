@@ -18,9 +18,9 @@ __all__ = [
     "Intervention",
     "KnockOutAttention",
     "Patch",
-    "SuppressHeads",
     "ScaleNeurons",
     "Steer",
-    "Tile",
     "SteerKeepingNorm",
+    "SuppressHeads",
+    "Tile",
 ]

@@ -226,12 +226,3 @@ def run_rows(
             values[name][torch.tensor(members, device=values[name].device)] = value.to(values[name])
         advance(len(members))
     return values
-
-
-def bar(total: int, show: bool, what: str) -> Any:
-    """Return a progress bar, or None where none is to be shown."""
-    if not show:
-        return None
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=what, unit="row", leave=False)

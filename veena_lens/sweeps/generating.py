@@ -18,12 +18,13 @@ from veena_lens.hook_table import row_of
 from veena_lens.images.layout import image_runs, reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention, require_intervention
+from veena_lens.long_runs import counting
 from veena_lens.model.edits import require_reach, running
 from veena_lens.model.forward import LAST, ResidualState, embed, forward
 from veena_lens.model.generation import as_prompt, decode_steps
 from veena_lens.model.span import PassSpan
 from veena_lens.scores import Scores
-from veena_lens.sweeps.engine import bar, require_engine
+from veena_lens.sweeps.engine import require_engine
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
@@ -66,27 +67,24 @@ def generation_sweep(
         for intervention in mine:
             intervention.site(model.cfg)
     settings = {"use_past_kv_cache": True, "max_new_tokens": max_new_tokens, **settings}
-    show = bar(len(inputs) * len(lists), progress, "continuations")
-    tokens: list[list[list[int]]] = []
-    for i in range(len(inputs)):
-        row = as_prompt(model, inputs[i].without_padding())
-        found: list[list[int]] = [[] for _ in lists]
-        starts = [first_edited(model, row, mine) for mine in lists]
-        again = [any(_on_pictures(model, item) for item in mine) for mine in lists]  # these encode their own images
-        for members in _batches(again, starts, max_rows):
-            mine = [lists[j] for j in members]
-            if engine == "naive":
-                with model.intervene(per_row=mine):
-                    grown = model.generate(row[[0] * len(mine)], return_type="tokens", **settings)
-            else:
-                grown = _continue(model, row, mine, starts[members[0]], settings)
-            for j, ids in zip(members, grown.tolist(), strict=True):
-                found[j] = ids
-            if show is not None:
-                show.update(len(members))
-        tokens.append(found)
-    if show is not None:
-        show.close()
+    with counting(len(inputs) * len(lists), "continuations", progress) as advance:
+        tokens: list[list[list[int]]] = []
+        for i in range(len(inputs)):
+            row = as_prompt(model, inputs[i].without_padding())
+            found: list[list[int]] = [[] for _ in lists]
+            starts = [first_edited(model, row, mine) for mine in lists]
+            again = [any(_on_pictures(model, item) for item in mine) for mine in lists]  # these encode their own images
+            for members in _batches(again, starts, max_rows):
+                mine = [lists[j] for j in members]
+                if engine == "naive":
+                    with model.intervene(per_row=mine):
+                        grown = model.generate(row[[0] * len(mine)], return_type="tokens", **settings)
+                else:
+                    grown = _continue(model, row, mine, starts[members[0]], settings)
+                for j, ids in zip(members, grown.tolist(), strict=True):
+                    found[j] = ids
+                advance(len(members))
+            tokens.append(found)
     texts = [model.tokenizer.batch_decode(rows, skip_special_tokens=True) if model.tokenizer else [] for rows in tokens]
     values = torch.full((len(inputs), len(lists)), torch.nan, dtype=torch.float64)
     if score is not None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from veena_lens.emotion.pairs.loading import MANIFEST, Example, PairSet, load_pairs, write_manifest
-from veena_lens.sweeps.engine import bar
+from veena_lens.long_runs import counting
 from veena_lens.zoo.captions import (
     EMOTION_QUESTIONS,
     EVENTS,
@@ -247,17 +247,14 @@ def build_pairs(
         raise ValueError(f"build_pairs: identities={identities} and per_emotion={per_emotion} must be at least 1.")
     people = [(style, number) for style in styles for number in identity_choice(style, split, identities)]
     _claim(folder, {"split": split, "per_emotion": per_emotion, "seed": seed})
-    show = bar(len(people), progress, "identities")
-    drawings: list[Drawing] = []
-    for style, number in people:
-        planned = _planned(style, number, split, per_emotion, seed)
-        if not all((folder / drawing.example.file).is_file() for drawing in planned):
-            _draw(style, planned, folder)
-        drawings += planned
-        if show is not None:
-            show.update(1)
-    if show is not None:
-        show.close()
+    with counting(len(people), "identities", progress) as advance:
+        drawings: list[Drawing] = []
+        for style, number in people:
+            planned = _planned(style, number, split, per_emotion, seed)
+            if not all((folder / drawing.example.file).is_file() for drawing in planned):
+                _draw(style, planned, folder)
+            drawings += planned
+            advance(1)
     examples = [replace(_with_attributes(d), picture=folder / d.example.file) for d in drawings]
     write_manifest(examples, folder / MANIFEST)
     pairs = load_pairs(folder)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 __all__ = [
     "BACKGROUNDS",
     "EMOTIONS",
-    "EmotionWords",
     "HAIR_WORDS",
-    "Identity",
     "SPLITS",
     "WORDS",
+    "EmotionWords",
+    "Identity",
     "identity",
     "identity_numbers",
     "named_emotion",
@@ -67,19 +67,56 @@ SPLITS: dict[str, range] = {
     "test": range(20000, 20400),
 }
 
-# ruff: noqa: SIM905 (long lists of names read better as one string)
-HAIR_TYPES = (
-    "BIG_HAIR BOB BUN CAESAR_SIDE_PART CAESAR CURLY CURVY DREADS FRIDA FRIZZLE FRO LONG_NOT_TOO_LONG "
-    "MIA_WALLACE SHAGGY_MULLET SHAGGY SHAVED_SIDES SHORT_CURLY SHORT_DREADS_1 SHORT_DREADS_2 SHORT_FLAT SHORT_ROUND "
-    "SHORT_WAVED SIDES STRAIGHT_1 STRAIGHT_2 STRAIGHT_STRAND BRAIDS BUZZCUT CORNROWS DREADLOCKS ELVIS EVIL_SPIKE "
-    "LOOSE_HAIR MOHAWK MOWGLI PIXIE POMPADOUR QUIFF TWIST_LONG_HAIR TWIST_LONG_HAIR_2 WILD"
-).split()
+
+HAIR_TYPES = [
+    "BIG_HAIR",
+    "BOB",
+    "BUN",
+    "CAESAR_SIDE_PART",
+    "CAESAR",
+    "CURLY",
+    "CURVY",
+    "DREADS",
+    "FRIDA",
+    "FRIZZLE",
+    "FRO",
+    "LONG_NOT_TOO_LONG",
+    "MIA_WALLACE",
+    "SHAGGY_MULLET",
+    "SHAGGY",
+    "SHAVED_SIDES",
+    "SHORT_CURLY",
+    "SHORT_DREADS_1",
+    "SHORT_DREADS_2",
+    "SHORT_FLAT",
+    "SHORT_ROUND",
+    "SHORT_WAVED",
+    "SIDES",
+    "STRAIGHT_1",
+    "STRAIGHT_2",
+    "STRAIGHT_STRAND",
+    "BRAIDS",
+    "BUZZCUT",
+    "CORNROWS",
+    "DREADLOCKS",
+    "ELVIS",
+    "EVIL_SPIKE",
+    "LOOSE_HAIR",
+    "MOHAWK",
+    "MOWGLI",
+    "PIXIE",
+    "POMPADOUR",
+    "QUIFF",
+    "TWIST_LONG_HAIR",
+    "TWIST_LONG_HAIR_2",
+    "WILD",
+]
 HAIR_COLORS = {"black": "BLACK", "brown": "BROWN", "blonde": "BLONDE_GOLDEN", "red": "RED", "gray": "SILVER_GRAY",
                "pink": "PASTEL_PINK"}  # fmt: skip
 HAIR_WORDS = tuple(HAIR_COLORS)
-SKIN = "TANNED PALE LIGHT BROWN DARK_BROWN BLACK".split()
-CLOTHES = "BLAZER_SHIRT COLLAR_SWEATER HOODIE OVERALL SHIRT_CREW_NECK SHIRT_SCOOP_NECK SHIRT_V_NECK".split()
-CLOTHES_COLORS = "BLACK BLUE_01 BLUE_02 GRAY_01 HEATHER PASTEL_GREEN PASTEL_YELLOW PINK WHITE".split()
+SKIN = ["TANNED", "PALE", "LIGHT", "BROWN", "DARK_BROWN", "BLACK"]
+CLOTHES = ["BLAZER_SHIRT", "COLLAR_SWEATER", "HOODIE", "OVERALL", "SHIRT_CREW_NECK", "SHIRT_SCOOP_NECK", "SHIRT_V_NECK"]
+CLOTHES_COLORS = ["BLACK", "BLUE_01", "BLUE_02", "GRAY_01", "HEATHER", "PASTEL_GREEN", "PASTEL_YELLOW", "PINK", "WHITE"]
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 242),

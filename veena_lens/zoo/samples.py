@@ -44,9 +44,9 @@ from veena_lens.zoo.pictures import Bank, Face, StyleBank, compose, load_bank, l
 from veena_lens.zoo.tokenizer import SYSTEM_MESSAGES
 
 __all__ = [
-    "Faces",
     "HEAD_CLASSES",
     "TRAINING_STYLES",
+    "Faces",
     "Writer",
     "grid_positions",
     "head_labels",

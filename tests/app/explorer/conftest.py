@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from veena_lens.app.explorer.pictures import GivenImage, open_sample, samples  # noqa: E402
-from veena_lens.app.explorer.state import (  # noqa: E402
+from veena_lens.app.explorer.pictures import GivenImage, open_sample, samples
+from veena_lens.app.explorer.state import (
     Explorer,
-    Limits,  # noqa: E402
+    Limits,
     Session,
     is_clean,
 )

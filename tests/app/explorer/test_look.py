@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_answer_grows_to_what_generate_gives(explorer: Explorer, session: Sessio
     with explorer.using(NAME) as model:
         (whole,) = model.generate(model.prepare(text=QUESTION, images=face.image), max_new_tokens=16)
     assert texts[-1] == whole and len(texts) > 3
-    assert all(later.startswith(sooner) for sooner, later in zip(texts, texts[1:]))
+    assert all(later.startswith(sooner) for sooner, later in itertools.pairwise(texts))
     view, _ = look.look(explorer, session)
     words = [t["text"] for t in view.header["tokens"] if t.get("part") == "answer"]
     assert "".join(words) == whole

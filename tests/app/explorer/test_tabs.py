@@ -117,7 +117,7 @@ def test_pair_or_words_that_cannot_be_are_told(explorer: Explorer, session: Sess
 def test_clicked_cell_opens_its_head_and_exports_are_readable(explorer: Explorer, session: Session) -> None:
     for _ in patch.sweep(explorer, session, question()):
         pass
-    value, code = patch.open_head(explorer, session, 3, 5)
+    value, _code = patch.open_head(explorer, session, 3, 5)
     shown = json.loads(value)
     view = explorer.view(shown["token"])
     assert shown["open"] == {"layer": 3, "head": 5} and view is not None and "difference" in view.header["modes"]

@@ -36,7 +36,7 @@ CONDITIONS = {
 }
 PLAIN = {"alone": ["happy", "neutral"], "consistent": ["happy", "neutral"]}
 PLAIN |= {"conflict, weak": ["happy", "sad"], "conflict, strong": ["angry", "angry"]}
-RIGHT = dict.fromkeys(CONDITIONS, ["happy", "neutral"])
+RIGHT = {key: ["happy", "neutral"] for key in CONDITIONS}
 
 
 def said(methods: Mapping[str, Mapping[str, list[str]]]) -> Evaluation:
@@ -51,7 +51,7 @@ def test_worth_is_the_mean_over_conflicts_and_harm_the_largest_loss_elsewhere() 
         "right": RIGHT,
         "loses": RIGHT | {"consistent": ["sad", "neutral"]},
         "invents": RIGHT | {"alone": ["happy", "happy and neutral"]},
-        "silent": dict.fromkeys(CONDITIONS, ["", ""]),
+        "silent": {key: ["", ""] for key in CONDITIONS},
     })  # fmt: skip
     assert trial_score(found, "plain") == (0.25, 0.0)
     assert trial_score(found, "right") == (1.0, 0.0)

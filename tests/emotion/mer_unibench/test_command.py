@@ -90,7 +90,7 @@ def test_bad_input_is_one_message(
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         with pytest.warns(UserWarning) if "answer" in words else _nothing():
-            code, out, err = _run(capsys, *(places.get(word, word) for word in words))
+            code, _out, err = _run(capsys, *(places.get(word, word) for word in words))
     assert code == 2 and told in err and "Traceback" not in err
 
 

@@ -208,7 +208,7 @@ def _unpack(path: Path, folder: Path, limits: Limits) -> None:
 def _wanted(entry: zipfile.ZipInfo) -> bool:
     """True for images and manifests; not for folders, links or hidden files."""
     name = PurePosixPath(entry.filename.replace("\\", "/"))
-    hidden = any(part.startswith(".") and part not in ("..", ".") or part == "__MACOSX" for part in name.parts)
+    hidden = any((part.startswith(".") and part not in ("..", ".")) or part == "__MACOSX" for part in name.parts)
     is_link = stat.S_ISLNK(entry.external_attr >> 16)
     return not (entry.is_dir() or hidden or is_link) and (name.suffix.lower() in PICTURES or name.name == MANIFEST)
 

@@ -97,7 +97,7 @@ class CachedRows:
     def __post_init__(self) -> None:
         if self.cache.inputs is None:
             raise ValueError("This cache was sliced or made without its inputs, so its images and tokens are unknown.")
-        if self.n_layers == 0 or not (self._holds(PATTERN) or self._holds(QUERIES) and self._holds(KEYS)):
+        if self.n_layers == 0 or not (self._holds(PATTERN) or (self._holds(QUERIES) and self._holds(KEYS))):
             raise MissingActivation(
                 "The cache holds no attention: cache every layer's attn.hook_pattern, or attn.hook_rot_q and "
                 "attn.hook_rot_k (smaller where the prompt is long), with names_filter=lambda name: "

@@ -29,8 +29,22 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 __all__ = [
-    "Baseline", "WORDINGS", "adaptvis", "all_baselines", "first_token_confidence", "pai", "plain_steering",
-    "prompt_only", "random_directions", "random_heads", "random_neurons", "scalingvis", "spin", "vaf", "vcd", "vista",
+    "WORDINGS",
+    "Baseline",
+    "adaptvis",
+    "all_baselines",
+    "first_token_confidence",
+    "pai",
+    "plain_steering",
+    "prompt_only",
+    "random_directions",
+    "random_heads",
+    "random_neurons",
+    "scalingvis",
+    "spin",
+    "vaf",
+    "vcd",
+    "vista",
     "visual_directions",
 ]  # fmt: skip
 

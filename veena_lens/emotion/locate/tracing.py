@@ -154,7 +154,7 @@ COLUMNS = ("level", "sender", "receiver", "rows", "effect", "low", "high", "path
 
 
 @dataclass(frozen=True, eq=False)
-class head_push:  # noqa: N801 (read as a function, as the metrics of sweeps are)
+class head_push:
     """<z W_O[head], u> of one head, averaged over `positions`; a metric for sweeps and path patching."""
 
     layer: int

@@ -155,8 +155,15 @@ _NEGATORS = words(
     "couldnt shouldnt aint"
 )
 _NEGATING_PHRASES = frozenset(
-    [("far", "from"), ("free", "of"), ("free", "from"), ("devoid", "of"), ("anything", "but"), ("instead", "of")]
-    + [("rather", "than")]
+    [
+        ("far", "from"),
+        ("free", "of"),
+        ("free", "from"),
+        ("devoid", "of"),
+        ("anything", "but"),
+        ("instead", "of"),
+        ("rather", "than"),
+    ]
 )
 # "not only happy", "no doubt angry", "cannot help smiling": these turn a negation into a statement.
 _STATING = words("only just merely simply solely doubt help")

@@ -136,7 +136,7 @@ def test_processor_that_does_not_fit_is_refused(kind: str, tmp_path: Path) -> No
     if kind == "smolvlm":
         with pytest.raises(ValueError, match="Row 0 holds the video token '<video>'"):
             model.prepare("<video> what", chat=False)
-    with pytest.raises(ValueError, match="chat template places it for each image"):
+    with pytest.raises(ValueError, match="chat template inserts it for each image"):
         model.prepare("<image> what", A)
     with pytest.raises(ValueError, match="1 image placeholders .* and 2 images"):
         model.prepare("<image> what", [A, B], chat=False)

@@ -61,9 +61,9 @@ def test_padded_tokens_without_a_mask_are_refused(side: str, model: Any, text_mo
 
 def test_image_tokens_without_a_picture_are_refused(model: Any, raw: dict[str, Any], refuses: Any) -> None:
     del raw["pixel_values"]
-    refuses(lambda: model.forward_hf(**raw), "12 image tokens.*no picture")
-    refuses(lambda: model(torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN, 6]])), "2 image tokens.*no picture")
-    refuses(lambda: model.generate(torch.tensor([[5, IMAGE_TOKEN]]), return_type="tokens"), "no picture")
+    refuses(lambda: model.forward_hf(**raw), "12 image tokens.*no image")
+    refuses(lambda: model(torch.tensor([[5, IMAGE_TOKEN, IMAGE_TOKEN, 6]])), "2 image tokens.*no image")
+    refuses(lambda: model.generate(torch.tensor([[5, IMAGE_TOKEN]]), return_type="tokens"), "no image")
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

@@ -185,7 +185,7 @@ def head_rankings(results: Results) -> Table:
         Column("heads ranked by", _text("way"), "ranking"),
         Column("mode", _text("mode")),
         Column("plain", _share("plain"), only="markdown"),
-        Column("worth", _share("worth"), "worth, %"),
+        Column("score", _share("worth"), "score, %"),
         Column("harm", _share("harm"), "harm, %"),
         Column("perplexity", _fixed("perplexity", 2), page_cell=_number("perplexity")),
     ]
@@ -201,7 +201,7 @@ def tuned(results: Results) -> Table:
     columns = [
         Column("method", _text("method")),
         Column("settings", _settings(LONG_SETTINGS), page_cell=_settings()),
-        Column("worth", _share("worth"), "worth, %"),
+        Column("score", _share("worth"), "score, %"),
         Column("trials allowed", allowed),
     ]
     return Table([{"method": name, **chosen} for name, chosen in results["tuned"].items()], columns)
@@ -221,7 +221,7 @@ def effects(results: Results) -> Table:
 def elsewhere(results: Results) -> Table:
     """Return the table of images of other kinds."""
     columns = [
-        Column("pictures", _text("condition")),
+        Column("images", _text("condition")),
         Column("method", _text("method"), page_cell=_method),
         Column("n", _text("n"), page_cell=_integer("n")),
         Column("hit rate", _share("hit"), "hit rate, %"),

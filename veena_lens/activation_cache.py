@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -162,7 +162,7 @@ class ActivationCache(ResidualParts):
             out = out * mask.view(*mask.shape, *[1] * (out.ndim - 2)).to(out.dtype)
             if axis != 1:
                 out = out.movedim(1, axis)
-        out.mask = mask  # type: ignore[attr-defined]
+        cast(Any, out).mask = mask
         return out
 
     def image_grid(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Casts = Literal["hf", "none"]
@@ -20,7 +20,7 @@ class _Printed:
 
     def __repr__(self) -> str:
         lines = []
-        for f in fields(self):  # type: ignore[arg-type]
+        for f in fields(cast(Any, self)):
             value = getattr(self, f.name)
             if value == f.default and f.name not in ("dtype", "device"):
                 continue

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType
-from typing import Any, TypeVar, final
+from typing import Any, TypeVar, cast, final
 
 import torch
 from safetensors import safe_open
@@ -108,7 +108,7 @@ def fingerprint(value: Any) -> Any:
         return [type(value).__qualname__, parts]
     if hasattr(value, "tobytes"):  # an array of numpy, or an image of PIL
         about = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
-        return [*about, hashlib.sha256(value.tobytes()).hexdigest()]  # pyright: ignore[reportAttributeAccessIssue]
+        return [*about, hashlib.sha256(cast(Any, value).tobytes()).hexdigest()]
     if hasattr(value, "__dict__") and callable(value) and not isinstance(value, type):
         return [type(value).__qualname__, fingerprint(vars(value))]
     return repr(value)

@@ -61,7 +61,7 @@ def plain_labels(axis: str, labels: Sequence | None, count: int) -> list[Label]:
 
 def find_label(labels: Sequence, wanted: object) -> list[int]:
     """Return the places where a label occurs; a negative integer counts from the end of labels 0, 1, ..."""
-    wanted = wanted.item() if hasattr(wanted, "item") else wanted  # type: ignore[union-attr]
+    wanted = getattr(wanted, "item", lambda: wanted)()
     # 1 == True and 1 == 1.0 in Python; a boolean label is asked for by a boolean.
     found = [
         i for i, label in enumerate(labels) if label == wanted and isinstance(label, bool) == isinstance(wanted, bool)

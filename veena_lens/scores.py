@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -194,9 +194,10 @@ class Scores:
         return out
 
     def _select(self, axis: str, wanted: Label | Sequence) -> Scores:
-        single = isinstance(wanted, (str, int, float, bool)) or wanted is None
+        single = wanted is None or isinstance(wanted, (str, int, float, bool))
+        labels = [wanted] if single else list(cast("Sequence", wanted))
         places: list[int] = []
-        for label in [wanted] if single else wanted:  # type: ignore[union-attr]
+        for label in labels:
             found = find_label(self.labels[axis], label)
             if not found or (single and len(found) > 1):
                 trouble = f"occurs at entries {found}" if found else "does not occur"

@@ -7,7 +7,7 @@ added to the neutral test images (other people): how many of the answers then na
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from veena_lens.emotion import (
     Directions,
@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.model:
         model = HookedVLM.from_pretrained(name)
         for way, settings in WAYS.items():
-            found = extract_directions(model, development, max_new_tokens=12, progress=False, **settings)  # type: ignore[arg-type]
+            found = extract_directions(model, development, max_new_tokens=12, progress=False, **cast(Any, settings))
             asked = test if "question" not in settings else test.asked(settings["question"])
             neutral = list(asked.neutrals)
             rows = [named(model, found, neutral, options.layer, alpha) for alpha in options.alphas]

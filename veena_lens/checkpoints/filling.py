@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ def fill_from_files(
         _place_packed(module, weights, theirs, scheme, packed[theirs], devices, target, changes.get(theirs))
     if head is not None:
         _require_tied(module, head, str(folder))
-    module.device_map = devices.map  # type: ignore[assignment]
+    cast(Any, module).device_map = devices.map
 
 
 def _entries(files: Sequence[WeightFile], adapter: Adapter) -> tuple[dict[str, Entry], list[str]]:

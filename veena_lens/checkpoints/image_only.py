@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, cast, no_type_check
 
 import torch
 from transformers.image_processing_utils import BatchFeature
@@ -80,7 +80,7 @@ class _ImageOnly:
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
         folder, of_class = Path(save_directory), {"processor_class": type(self).__name__.removeprefix("ImageOnly")}
         image, joint, text = (folder / f"{part}_config.json" for part in ("preprocessor", "processor", "tokenizer"))
-        self.image_processor.save_pretrained(folder)  # type: ignore[attr-defined]
+        cast(Any, self).image_processor.save_pretrained(folder)
         # Some versions put a lone image processor into `processor_config.json` instead.
         kept = json.loads((image if image.exists() else joint).read_text(encoding="utf-8"))
         kept = kept.get("image_processor", kept)

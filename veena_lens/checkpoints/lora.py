@@ -182,7 +182,8 @@ def changes_of(
 
 def _split(key: str) -> tuple[str, str, str]:
     """Split an entry's name into module, kind ("lora_A", "lora_B", ... or "whole") and rest."""
-    module, kind, rest = re.fullmatch(r"(?:(.*?)\.(lora_\w+))?(.*)", key).groups()  # type: ignore[union-attr]
+    found = re.fullmatch(r"(?:(.*?)\.(lora_\w+))?(.*)", key)
+    module, kind, rest = found.groups("") if found else ("", "", key)
     return (module, kind, rest) if kind else (key.rpartition(".")[0], "whole", "")
 
 

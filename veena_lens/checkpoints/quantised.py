@@ -17,6 +17,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -87,8 +88,7 @@ def require_usable(scheme: Scheme, devices: Collection[torch.device], where: str
             "with float weights."
         )
     if scheme.method == "bitsandbytes":
-        import bitsandbytes  # type: ignore[import-not-found]
-
+        bitsandbytes = import_module("bitsandbytes")
         runs_on = getattr(bitsandbytes, "supported_torch_devices", {"cuda"})
         other = sorted({d.type for d in devices} - set(runs_on) - {"meta"})
         if other:
@@ -215,7 +215,7 @@ class FourBits(Packed):
     compute_dtype: torch.dtype
 
     def dense(self) -> Float[Tensor, "out in"]:
-        import bitsandbytes as bnb  # type: ignore[import-not-found]
+        bnb = import_module("bitsandbytes")
 
         state = bnb.functional.QuantState.from_dict(dict(self.statistics), device=self.data.device)
         return _dense_blocks(self.data, state)
@@ -226,7 +226,7 @@ class FourBits(Packed):
         return self if part is None and whole else None
 
     def linear(self, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
-        import bitsandbytes as bnb  # type: ignore[import-not-found]
+        bnb = import_module("bitsandbytes")
 
         out_features, in_features = self.shape
         inner = bnb.nn.Linear4bit(
@@ -264,7 +264,7 @@ class EightBits(Packed):
         return EightBits(self.data[at].clone(), self.largest[at].clone(), self.threshold)
 
     def linear(self, bias: Tensor | None, dtype: torch.dtype) -> QuantisedLinear:
-        import bitsandbytes as bnb  # type: ignore[import-not-found]
+        bnb = import_module("bitsandbytes")
 
         out_features, in_features = self.data.shape
         inner = bnb.nn.Linear8bitLt(
@@ -284,7 +284,7 @@ class EightBits(Packed):
 
 def _dense_blocks(data: Tensor, state: Any) -> Float[Tensor, "out in"]:
     """Dequantise as one row per block, a shape that every kernel of the package handles correctly."""
-    import bitsandbytes as bnb  # type: ignore[import-not-found]
+    bnb = import_module("bitsandbytes")
 
     shape, flat = tuple(state.shape), copy.copy(state)
     n = shape[0] * shape[1]
@@ -308,12 +308,10 @@ class TorchaoWeight(Packed):
     @classmethod
     def of(cls, parts: Mapping[str, Tensor], about: Mapping[str, Any], dtype: torch.dtype) -> TorchaoWeight:
         """Return the weight of a file's parts and the description in its header."""
-        from torchao.prototype.safetensors.safetensors_support import (  # type: ignore[import-not-found]
-            unflatten_tensor_state_dict,
-        )
+        support = import_module("torchao.prototype.safetensors.safetensors_support")
 
         header = {"w.weight": json.dumps(about), "tensor_names": json.dumps(["w.weight"])}
-        made = unflatten_tensor_state_dict({f"w._weight_{part}": t for part, t in parts.items()}, header)
+        made = support.unflatten_tensor_state_dict({f"w._weight_{part}": t for part, t in parts.items()}, header)
         tensor = (made[0] if isinstance(made, tuple) else made)["w.weight"]
         return cls(tensor.to(dtype) if tensor.dtype != dtype else tensor)
 

@@ -7,7 +7,7 @@ the tokens that excite a neuron most, `classify_neurons` puts the three together
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from einops import einsum
@@ -157,7 +157,7 @@ def top_neurons(trace: Scores, k: int = 30, consistency: float | int = 0.8, by: 
         )
     mean, share = trace.mean(rows), sign_consistency(trace, rows)
     kept = Scores(mean.values, mean.axes, mean.labels, mask=mean.exists & (share.values >= consistency))
-    table = kept.top(k, by=by)  # type: ignore[arg-type]
+    table = kept.top(k, by=cast(Any, by))
     consistent = [
         share.select(layer=layer, neuron=n).values.item() for layer, n in zip(table["layer"], table["neuron"])
     ]

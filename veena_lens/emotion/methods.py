@@ -56,9 +56,10 @@ class Method:
 
         What only code says (a reworded prompt, a rule of decoding, interventions that follow from the batch) is told
         by the method's name and settings."""
-        fixed = self.prompt is None and self.decoding is None and not callable(self.interventions)
-        if fixed and all(is_dataclass(item) for item in self.interventions):  # pyright: ignore[reportGeneralTypeIssues]
-            return [long_runs.fingerprint(item) for item in self.interventions]  # pyright: ignore[reportGeneralTypeIssues]
+        if self.prompt is None and self.decoding is None and not callable(self.interventions):
+            items = list(self.interventions)
+            if all(is_dataclass(item) for item in items):
+                return [long_runs.fingerprint(item) for item in items]
         return [self.name, long_runs.fingerprint(self.settings)]
 
     def __repr__(self) -> str:

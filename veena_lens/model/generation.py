@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -41,7 +41,7 @@ def generate(model: HookedVLM, inputs: Any, settings: dict[str, Any], return_typ
         tokens = grown
     if return_type == "tokens":
         # `inputs.with_answer(tokens)` reads it, to tell an answer's end from the padding after it.
-        tokens.end_token_ids = tuple(_settings(model.generation_config, settings)["eos"])  # type: ignore[attr-defined]
+        cast(Any, tokens).end_token_ids = tuple(_settings(model.generation_config, settings)["eos"])
         return tokens
     return model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
 

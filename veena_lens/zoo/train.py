@@ -16,7 +16,7 @@ import random
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +199,7 @@ class Trainer:
         packed = pack(rows, self.processor.tokenizer.pad_token_id).to(self.device)
         ran = self.architecture.run(self.model, packed, pixels)
         loss = answer_loss(self.model, ran.hidden, packed.input_ids, packed.weights)
-        heads: Heads = self.heads[stage.name]  # type: ignore[assignment]
+        heads = cast("Heads", self.heads[stage.name])
         loss = loss + stage.head_weight * heads.loss(ran.features, labels)
         return loss + EXTRA_WEIGHT * self.tower_loss(stage, stage.extra, rng) if stage.extra else loss
 
@@ -208,7 +208,7 @@ class Trainer:
         _, square, labels = self.pictures(count, rng, self.architecture.recoloured)
         pixels = self.architecture.reshape(square, rng)
         features = self.architecture.tower_features(self.model, pixels)
-        heads: Heads = self.heads["tower"]  # type: ignore[assignment]
+        heads = cast("Heads", self.heads["tower"])
         loss = heads.loss(features, labels)
         if self.teacher is not None and stage.imitation and pixels.shape == square.shape:
             loss = loss + stage.imitation * distance(features, self.teacher(square))

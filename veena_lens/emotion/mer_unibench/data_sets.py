@@ -15,6 +15,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +26,8 @@ from numpy.lib import format as npy
 
 from veena_lens.emotion.words.lexicon import string_to_list
 
-try:  # numpy 2 has renamed its core
-    from numpy._core import multiarray
-except ImportError:  # pragma: no cover - numpy 1
-    from numpy.core import multiarray  # pyright: ignore[reportMissingImports]
+# numpy 2 has renamed its core.
+multiarray = import_module("numpy._core.multiarray" if find_spec("numpy._core") else "numpy.core.multiarray")
 
 _CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
 _ALLOWED: dict[tuple[str, str], Any] = {("numpy", "dtype"): np.dtype, ("numpy", "ndarray"): np.ndarray}

@@ -240,11 +240,11 @@ def test_saved_cache_loads_as_it_was(case: str, dtype: torch.dtype, tmp_path, mo
     for name in cache:
         assert loaded[name].dtype == cache[name].dtype and torch.equal(loaded[name], cache[name])
     for positions in ("last", "query", "image", "text"):
-        if positions == "image" and not BY_NAME[case].n_images:
+        if positions == "image" and not BY_NAME[case].has_images:
             continue
         ours, theirs = loaded.at(positions, "resid_post", 1), cache.at(positions, "resid_post", 1)
         assert torch.equal(ours, theirs) and torch.equal(ours.mask, theirs.mask)
-    if BY_NAME[case].n_images:
+    if BY_NAME[case].has_images:
         assert torch.equal(loaded.image_grid("resid_post", 1), cache.image_grid("resid_post", 1))
     assert [str(s) for s in loaded.inputs.spans] == [str(s) for s in inputs.spans]
     assert loaded["resid_post", -1] is loaded["blocks.1.hook_resid_post"]

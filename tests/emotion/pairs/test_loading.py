@@ -122,7 +122,7 @@ def test_every_problem_is_listed_at_once_with_its_line(tmp_path: Path) -> None:
     problems = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 5
     assert "line 1 (0.png): " in problems and "cannot be read" in problems
-    assert "line 5 (4.png): No picture at" in problems
+    assert "line 5 (4.png): No image at" in problems
     assert "line 8 (7.png): 8 x 16 pixels" in problems and "token grids" in problems
     assert "line 10 (9.png), line 13 (9.png): the same image, question and context." in problems
     assert "twins differ in identity" in problems and "'somebody else' (line 12 (11.png))" in problems

@@ -13,6 +13,7 @@ from tests.cases import BY_NAME
 from tests.checkpoints import tiny
 from veena_lens import cli
 from veena_lens.hook_table import hooks_of
+from veena_lens.images.anyres import OneCropImage
 from veena_lens.model.model import HookedVLM
 from veena_lens.verify import Certificate, Check, dead_hooks, probe, verify
 
@@ -154,7 +155,9 @@ def test_images_of_the_user_keep_their_sizes(family: str, tmp_path: Path) -> Non
 def test_probe_has_an_image_in_tiles_and_two_of_one_tile(tmp_path: Path) -> None:
     _, folder = tiny.save(BY_NAME["onevision-plain"], tmp_path)
     inputs = probe(HookedVLM.from_pretrained(folder), [tiny.picture(60, 60), tiny.picture(90, 20), tiny.picture(9, 30)])
-    assert inputs.n_images == [1, 2] and inputs.extras["image_kinds"].tolist() == [0, 1, 1]
+    assert inputs.n_images == [1, 2]
+    kinds = [isinstance(image, OneCropImage) for row in inputs.layouts for image in row]
+    assert kinds == [False, True, True] and inputs.layouts[0][0].n_crops > 1
 
 
 def test_model_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:

@@ -1,28 +1,23 @@
-"""Who reads labels from texts: the lexicon, or a judge of your own such as a language model, asked in batches.
+"""Find emotion labels in texts: by the lexicon, or by a judge such as a language model, asked in batches.
 
 An extractor is any function text -> labels (a list, or a list string such as a model answers). One with an attribute
 `batch` (texts -> one answer each) is asked for all texts at once; equal texts are asked for once.
 
-The lexicon: surface forms of emotion words, their base words, and one basic emotion a base word.
+The lexicon holds surface forms of emotion words, their base words, and one basic emotion per base word. It is data, not
+code: `data/lexicon.json` lists base words with their inflections, nouns, adverbs and phrases, and phrases that hold an
+emotion word and name none ("neutral background"). A form marked "!" is known when it comes as a label and never looked
+for in texts: it names a cause ("a frightening mask") or a sign ("a smile", which one may describe and yet name a wrong
+emotion), or has other everyday senses. A form marked "?" counts in a text only where a feeling is spoken of ("feels
+content", not "the content"). `wheels.py` places the words.
 
-Data, not code: `data/lexicon.json` lists base words with their inflections, nouns, adverbs and phrases, and phrases
-that hold an emotion word and name none ("neutral background"). A form marked "!" is known when it comes as a label and
-never looked for in texts: it names a cause ("a frightening mask") or a sign ("a smile", which one may describe and yet
-name a wrong emotion), or has other everyday senses. A form marked "?" counts in a text only where a feeling is spoken
-of ("feels content", not "the content"). `extraction.py` scans texts with it, `wheels.py` places it.
-
-Which emotion words of a text a negation removes.
+Texts are scanned for the longest matches of word tokens, without a model and without chance. Ambiguous forms count only
+where a feeling is spoken of, and negated ones do not count. Extraction does not depend on a wheel: mapping labels to
+sectors is another function.
 
 A negator reaches over three words; words of degree, articles, "to", "of" and forms of "to be" are not counted. It does
 not reach past a stop, a comma, a word of contrast ("not sad but happy") or an earlier emotion word, unless the two are
 joined ("not sad or angry") or stand in a list that "or" closes ("not sad, angry or afraid"). "not only", "no doubt",
-"not without" negate nothing. After the word, "is absent" and "isn't" deny it.
-
-Emotion labels in free text: a longest-match scan of word tokens, without a model and without chance.
-
-Ambiguous forms count only where a feeling is spoken of, and negated ones do not count (`negation.py`). Extraction
-knows no wheel: mapping labels to sectors is another function.
-"""
+"not without" negate nothing. After the word, "is absent" and "isn't" deny it."""
 
 from __future__ import annotations
 
@@ -40,7 +35,8 @@ Valence = Literal["positive", "negative", "neutral"]
 
 
 def plain(text: str) -> str:
-    """Lower case, one kind of quotes and dashes, single blanks: two spellings of a label become one."""
+    """Return a text in lower case with one kind of quotes and dashes and single blanks: spellings of a label become
+    one."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     return " ".join(text.lower().split())
 
@@ -50,11 +46,10 @@ _QUOTES = str.maketrans({c: "'" for c in "\u2018\u2019\u201b\u02bc\u2032\u00b4`"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Lexicon:
-    """Surface form -> base word -> basic emotion, with the valence of each basic emotion.
+    """A lexicon: surface form -> base word -> basic emotion, with the valence of each basic emotion.
 
     `shadows` are phrases that name no emotion though they hold a word that does; `unscanned` and `guarded` are the
-    forms marked "!" and "?".
-    """
+    forms marked "!" and "?"."""
 
     base_of: Mapping[str, str]
     emotion_of: Mapping[str, str]
@@ -66,13 +61,13 @@ class Lexicon:
 
     @cached_property
     def phrases(self) -> dict[tuple[str, ...], str]:
-        """Words of a form that texts are searched for -> the form, "" for a shadow; a hyphen parts words as a blank."""
+        """Return words of a searched form -> the form, "" for a shadow; a hyphen is read as a blank."""
         found = {_words(form): form for form in self.base_of if form not in self.unscanned}
         return found | {_words(shadow): "" for shadow in self.shadows}
 
     @cached_property
     def longest(self) -> int:
-        """Words in the longest phrase."""
+        """Return the number of words in the longest phrase."""
         return max(map(len, self.phrases), default=0)
 
     @cached_property
@@ -80,18 +75,18 @@ class Lexicon:
         return {_words(form): base for form, base in self.base_of.items()}
 
     def base(self, label: str) -> str:
-        """The base word of a label, "" when the lexicon lacks it."""
+        """Return the base word of a label, "" when the lexicon lacks it."""
         label = plain(label)
         return self.base_of.get(label) or self._by_words.get(_words(label), "")
 
     def basic(self, label: str) -> str:
-        """The basic emotion of a label, "" when the lexicon lacks it."""
+        """Return the basic emotion of a label, "" when the lexicon lacks it."""
         return self.emotion_of.get(self.base(label), "")
 
     def forms(self, emotion: str) -> tuple[str, ...]:
-        """The surface forms of one basic emotion that texts are searched for.
+        """Return the surface forms of one basic emotion that texts are searched for.
 
-        Raises: ValueError for an emotion that is none of the basic ones."""
+        Raises: ValueError for an emotion that is not one of the basic ones."""
         if emotion not in self.valence_of:
             raise ValueError(f"{emotion!r} is no basic emotion of the lexicon; it has: {', '.join(self.valence_of)}.")
         mine = (form for form, base in self.base_of.items() if self.emotion_of[base] == emotion)
@@ -106,7 +101,7 @@ def _words(form: str) -> tuple[str, ...]:
 
 
 def read_lexicon(path: str | Path) -> Lexicon:
-    """The lexicon in a JSON file. Raises: ValueError for a form listed twice, naming both places."""
+    """Read the lexicon in a JSON file. Raises: ValueError for a form listed twice, naming both places."""
     found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     base_of: dict[str, str] = {}
     emotion_of: dict[str, str] = {}
@@ -135,7 +130,7 @@ def read_lexicon(path: str | Path) -> Lexicon:
 
 @cache
 def default_lexicon() -> Lexicon:
-    """The project's own lexicon."""
+    """Return the project's lexicon."""
     return read_lexicon(DATA / "lexicon.json")
 
 
@@ -143,7 +138,7 @@ REACH = 3
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a text as a set."""
+    """Return the words of a text as a set."""
     return frozenset(text.split())
 
 
@@ -186,7 +181,7 @@ Span = tuple[int, int]
 
 
 def negated(tokens: Sequence[str], spans: Sequence[Span]) -> list[bool]:
-    """Whether each match (first token, token after the last), in order, is negated."""
+    """Say for each match (first token, token after the last), in order, whether it is negated."""
     signs: list[bool] = []
     for i, (start, stop) in enumerate(spans):
         floor = spans[i - 1][1] if i else 0
@@ -199,7 +194,7 @@ def negated(tokens: Sequence[str], spans: Sequence[Span]) -> list[bool]:
 
 
 def _reached(tokens: Sequence[str], floor: int, start: int) -> bool:
-    """Whether a negator between `floor` and `start` reaches `start`."""
+    """Say whether a negator between `floor` and `start` reaches `start`."""
     counted = 0
     for at in range(start - 1, floor - 1, -1):
         token = tokens[at]
@@ -218,13 +213,13 @@ def _reached(tokens: Sequence[str], floor: int, start: int) -> bool:
 
 
 def _denied(tokens: Sequence[str], stop: int) -> bool:
-    """Whether what follows denies the match: "anger is absent", "fear isn't there"."""
+    """Say whether what follows denies the match: "anger is absent", "fear isn't there"."""
     first, second = (*tokens[stop : stop + 2], "", "")[:2]
     return first in [f"{be}n't" for be in _BE] or (first in _BE and second in _DENIALS)
 
 
 def _or_closes(tokens: Sequence[str], spans: Sequence[Span], i: int) -> bool:
-    """Whether "or" or "nor" closes the list in which match `i` stands."""
+    """Say whether "or" or "nor" closes the list in which match `i` stands."""
     for j in range(i, len(spans)):
         between = set(tokens[spans[j - 1][1] : spans[j][0]])
         if not between <= _JOINS | {","}:
@@ -262,10 +257,11 @@ class Match:
 
 
 def string_to_list(labels: str | Sequence[str] | None) -> list[str]:
-    """The items of a bracketed list string, as MER-UniBench reads it.
+    """Return the items of a bracketed list string, as MER-UniBench reads it.
 
-    A list stays as it is; None or "" gives []. One leading "[" and one trailing "]" go, quotes and commas part the
-    items, blanks around them go, empty items go. Case is kept. Source: Lian et al. 2025, AffectGPT (ICML)."""
+    A list stays unchanged; None or "" gives []. One leading "[" and one trailing "]" are removed, quotes and commas
+    separate the items, and blanks around items and empty items are removed. Case is kept.
+    Source: Lian et al. 2025, AffectGPT (ICML)."""
     if labels is None:
         return []
     if not isinstance(labels, str):
@@ -275,15 +271,15 @@ def string_to_list(labels: str | Sequence[str] | None) -> list[str]:
 
 
 def extract_emotions(text: str, lexicon: Lexicon | None = None) -> list[str]:
-    """Base words of the emotions that a text names, in order, each once; negated ones are left out.
+    """Return the base words of the emotions that a text names, in order, each once; negated ones are left out.
 
-    "She isn't sad, she is over the moon and quite calm" -> ["elated", "calm"]."""
+    "She isn't sad, she is over the moon and quite calm" -> `["elated", "calm"]`. lexicon: None is the project's."""
     found = (match.label for match in matches(text, lexicon) if not match.negated)
     return list(dict.fromkeys(found))
 
 
 def matches(text: str, lexicon: Lexicon | None = None) -> Iterator[Match]:
-    """Every emotion word of a text in order, repeated and negated ones too."""
+    """Yield every emotion word of a text in order, repeated and negated ones too; lexicon: None is the project's."""
     lexicon = default_lexicon() if lexicon is None else lexicon
     tokens = words_of(text)
     spans = list(_spans(tokens, lexicon))
@@ -292,14 +288,14 @@ def matches(text: str, lexicon: Lexicon | None = None) -> Iterator[Match]:
 
 
 def words_of(text: str) -> list[str]:
-    """The lower-case word tokens of a text, with the marks that end a negation's reach; a possessive 's is dropped."""
+    """Return the lower-case word tokens of a text and the marks that end a negation's reach, without possessive 's."""
     # Line ends are marks too; `plain` would turn them into blanks.
     tokens = _TOKEN.findall("\n".join(plain(line) for line in text.splitlines()))
     return [token.removesuffix("'s") if token != "'s" else token for token in tokens]
 
 
 def _spans(tokens: Sequence[str], lexicon: Lexicon) -> Iterator[tuple[int, int, str]]:
-    """(first token, token after the last, form) of the longest matches, left to right."""
+    """Yield (first token, token after the last, form) of the longest matches, left to right."""
     start = before = 0  # `before`: where the last match ended
     while start < len(tokens):
         step = 1
@@ -316,7 +312,7 @@ def _spans(tokens: Sequence[str], lexicon: Lexicon) -> Iterator[tuple[int, int, 
 
 
 def _is_felt(tokens: Sequence[str], start: int, stop: int, before: int) -> bool:
-    """Whether an ambiguous form stands where a feeling is named; `before` is where the last match ended."""
+    """Say whether an ambiguous form stands where a feeling is named; `before` is where the last match ended."""
     at = start - 1
     alone = (at < 0 or tokens[at] in MARKS) and (stop >= len(tokens) or tokens[stop] in MARKS)
     if alone:
@@ -355,23 +351,25 @@ class LabelExtractor:
     ask: Callable[[str], str] = lambda text: _ASK.format(text=text)
 
     def batch(self, texts: Sequence[str]) -> list[list[str]]:
-        """The labels of each text. Raises: ValueError where `generate` gives another number of answers."""
+        """Return the labels of each text. Raises: ValueError where `generate` gives another number of answers."""
         answers = list(self.generate([self.ask(text) for text in texts]))
         _require_one_each(len(answers), len(texts))
         return [answer_to_list(answer) for answer in answers]
 
     def __call__(self, text: str) -> list[str]:
-        """The labels of one text."""
+        """Return the labels of one text."""
         return self.batch([text])[0]
 
 
 def answer_to_list(answer: str) -> list[str]:
-    """The items of the list in a model's answer: line ends and a leading "Output:" go first, then as a list string."""
+    """Return the items of the list in a model's answer.
+
+    Line ends and a leading "Output:" are removed first; the rest is read as a list string."""
     return string_to_list(_LEAD.sub("", answer.replace("\n", "")))
 
 
 def read_labels(texts: Sequence[str], extractor: Extractor) -> list[list[str]]:
-    """The labels of each text by an extractor, every different text asked for once.
+    """Return the labels of each text by an extractor, every different text asked for once.
 
     Raises: ValueError where a batch comes back with another length."""
     distinct = list(dict.fromkeys(texts))

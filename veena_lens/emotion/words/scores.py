@@ -1,4 +1,4 @@
-"""Arithmetic of MER-UniBench's metrics, on sets of sectors and on sentiments; wheels say which sectors labels have.
+"""Compute MER-UniBench's metrics on sets of sectors and on sentiments; wheels say which sectors labels have.
 
 Every score of emotion labels is a mean over wheels: Y and P are the sector sets of truth and prediction on one wheel,
 and samples whose truth lies on no sector of a wheel take no part there. Source: Lian et al. 2025, AffectGPT (ICML).
@@ -19,7 +19,7 @@ Sectors = frozenset[str]
 
 @dataclass(frozen=True, kw_only=True)
 class WheelScore:
-    """One wheel's part of a score; `counted`: samples whose truth lies on the wheel."""
+    """One wheel's part of a score; `counted` is the number of samples whose truth lies on the wheel."""
 
     wheel: str
     counted: int
@@ -31,7 +31,7 @@ class WheelScore:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenVocabularyScore:
-    """F_s, Precision_s and Recall_s in [0, 1]: means over the wheels, whose own values stand in `per_wheel`."""
+    """F_s, Precision_s and Recall_s in [0, 1]: means over the wheels, whose individual values stand in `per_wheel`."""
 
     f_score: float
     precision: float
@@ -91,11 +91,19 @@ def over_wheels(scores: Sequence[WheelScore]) -> OpenVocabularyScore:
 def sentiment_score(
     truths: Mapping[str, float], predictions: Mapping[str, str], *, missing: str = "error"
 ) -> SentimentScore:
-    """Support-weighted mean of the two class F1 (WAF) and accuracy of sentiment predictions.
+    """Return the support-weighted mean of the two class F1 (WAF) and the accuracy of sentiment predictions.
 
     Truths of exactly 0 are dropped; the true class is value > 0; the predicted class is positive for the answer
-    "positive" alone, and anything else is not positive. In [0, 1]. Raises: ValueError without a truth other than 0,
-    for a truth that is not finite, and for truths without a prediction unless `missing="empty"`."""
+    "positive" alone, and anything else is not positive. Both scores lie in [0, 1].
+
+    Args:
+        truths: sample name -> sentiment, a finite number whose sign is the class.
+        predictions: sample name -> answer.
+        missing: "error", or "empty" to score truths without a prediction as not positive.
+
+    Raises: ValueError without a truth other than 0, for a truth that is not finite, and for truths without a prediction
+    unless `missing="empty"`.
+    """
     odd = [name for name, value in truths.items() if not abs(float(value)) < float("inf")]
     if odd:
         raise ValueError(f"Sentiment truths must be finite numbers; not so: {_some(odd)}.")
@@ -115,17 +123,24 @@ def sentiment_score(
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean, 0 without values: every truth lay on no wheel."""
+    """Return the mean, 0 without values: every truth lay on no wheel."""
     return fmean(values) if values else 0.0
 
 
 def harmonic(precision: float, recall: float) -> float:
-    """2 p r / (p + r), 0 where both are 0."""
+    """Return the harmonic mean 2 p r / (p + r), 0 where both are 0."""
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def read_guesses(guesses: Sequence[Any], extractor: Extractor | None) -> list[list[str]]:
-    """Labels of each guess: texts through the extractor, all at once; without one, labels and list strings."""
+    """Return the labels of each guess, which is a text, a list string or a list of labels.
+
+    Args:
+        guesses: one per sample.
+        extractor: reads the texts, all at once; None reads them as list strings.
+
+    Raises: as `read_labels`.
+    """
     if extractor is None:
         return [string_to_list(guess) for guess in guesses]
     read = iter(read_labels([guess for guess in guesses if isinstance(guess, str)], extractor))
@@ -133,7 +148,14 @@ def read_guesses(guesses: Sequence[Any], extractor: Extractor | None) -> list[li
 
 
 def joined(truths: Mapping[str, Any], predictions: Mapping[str, Any], missing: str) -> list[tuple[Any, Any]]:
-    """(truth, prediction) per sample of the truths; None where there is no prediction."""
+    """Return (truth, prediction) for each sample of the truths, with None where there is no prediction.
+
+    Args:
+        truths, predictions: sample name -> value.
+        missing: "error", or "empty" to pair such samples with None.
+
+    Raises: ValueError without truths, for another `missing`, and with "error" for truths without a prediction.
+    """
     if missing not in ("error", "empty"):
         raise ValueError(f'missing={missing!r} must be "error" or "empty".')
     if not truths:

@@ -1,12 +1,12 @@
-"""Reading the wheels of MER-UniBench: the authors' spreadsheets, or JSON files of the same content.
+"""Read the wheels of MER-UniBench, and map a label to a sector of a wheel by its official map or by a direct one.
 
-The words belong to the AffectGPT project and are not part of this one. Source: Lian et al. 2025, AffectGPT (ICML).
+Wheels are read from the authors' spreadsheets, or from JSON files of the same content. The words belong to the
+AffectGPT project and are not part of this one. Source: Lian et al. 2025, AffectGPT (ICML).
 
-From a label to a sector of a wheel: MER-UniBench's own map and a direct one.
-
-Three levels: surface form -> base words -> wheel words -> sector. Both maps take one of the wheel words that a form
-leads to. The official map takes the alphabetically first, which sends "fear" over "fearless" to joy on four of five
-wheels; the direct map takes the nearest word. Source: Lian et al. 2025, AffectGPT (ICML), for the official map.
+A label goes over three levels: surface form -> base words -> wheel words -> sector. Both maps take one of the wheel
+words that a form leads to. The official map takes the alphabetically first, which sends "fear" over "fearless" to joy
+on four of five wheels; the direct map takes the nearest word. Source: Lian et al. 2025, AffectGPT (ICML), for the
+official map.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ MAPPINGS: tuple[Mapped, ...] = ("official", "direct")
 
 @dataclass(frozen=True, eq=False)
 class Wheel:
-    """One emotion wheel: sector -> second-level word -> fine words, and the sector of every word per level.
+    """One emotion wheel: sector -> second-level word -> fine words, and the sector of every word for each level.
 
-    A word listed twice goes to its last place. At level 2 a sector's own name goes to the alphabetically first of its
-    second-level words."""
+    A word listed twice goes to its last place. At level 2 a sector's name goes to the alphabetically first of its
+    second-level words.
+    """
 
     name: str
     sectors: Mapping[str, Mapping[str, Sequence[str]]]
@@ -53,7 +54,7 @@ class Wheel:
 
     @property
     def words(self) -> frozenset[str]:
-        """Every word on the wheel."""
+        """Return every word on the wheel."""
         return frozenset(self.tables["level1"])
 
     def __repr__(self) -> str:
@@ -63,7 +64,17 @@ class Wheel:
 def official_sector(
     label: str, wheel: Wheel, level: str, forms: Mapping[str, Sequence[str]], synonyms: Mapping[str, Sequence[str]]
 ) -> str:
-    """The sector of the alphabetically first wheel word that the label leads to, "" when none lies on the wheel."""
+    """Return the sector of the alphabetically first wheel word that the label leads to, "" when none lies on the wheel.
+
+    Args:
+        label: an emotion word; its spelling is made plain first.
+        wheel: the wheel.
+        level: "level1" or "level2".
+        forms: surface form -> base words.
+        synonyms: base word -> wheel words.
+
+    Source: Lian et al. 2025, AffectGPT (ICML).
+    """
     table = wheel.tables[level]
     candidates = {word for base in forms.get(plain(label), ()) for word in synonyms.get(base, ())}
     return next((table[word] for word in sorted(candidates) if word in table), "")
@@ -72,10 +83,12 @@ def official_sector(
 def direct_sector(
     label: str, wheel: Wheel, level: str, forms: Mapping[str, Sequence[str]], synonyms: Mapping[str, Sequence[str]]
 ) -> str:
-    """The sector of the label itself or else of the nearest wheel word it leads to, "" when none lies on the wheel.
+    """Return the sector of the label itself or else of the nearest wheel word it leads to, "" when none lies on the
+    wheel.
 
-    Nearest: the least (base is not the label, difference of their lengths, base, wheel word is no sector's name, wheel
-    word is not the base, wheel word)."""
+    The nearest word has the least (base is not the label, difference of their lengths, base, wheel word is not a
+    sector's name, wheel word is not the base, wheel word). Parameters: as `official_sector`.
+    """
     table, word = wheel.tables[level], plain(label)
     if word in table:
         return table[word]
@@ -95,9 +108,13 @@ Words = dict[str, tuple[str, ...]]
 
 
 def read_affectgpt(folder: Path) -> tuple[tuple[Wheel, ...], Words, Words]:
-    """(wheels, base word -> wheel words, surface form -> base words) of a folder in either layout.
+    """Read (wheels, base word -> wheel words, surface form -> base words) from a folder in either layout.
 
-    Raises: FileNotFoundError with the files that are missing; ImportError naming the extra for spreadsheets."""
+    folder: holds the spreadsheets `SPREADSHEETS` or the JSON files `JSON_FILES`; the latter are read where both are
+    there.
+
+    Raises: FileNotFoundError with the files that are missing; ImportError naming the extra for spreadsheets.
+    """
     if all((folder / name).is_file() for name in JSON_FILES):
         wheels, synonyms, forms = (json.loads((folder / name).read_text(encoding="utf-8")) for name in JSON_FILES)
         return (
@@ -116,7 +133,7 @@ def read_affectgpt(folder: Path) -> tuple[tuple[Wheel, ...], Words, Words]:
 
 
 def _read_wheel(path: Path) -> Wheel:
-    """One wheel; a blank cell of a column repeats the value above it."""
+    """Read one wheel; a blank cell of a column repeats the value above it."""
     sectors: dict[str, dict[str, list[str]]] = {}
     above = ["", "", ""]
     for row in _rows(path, ("level1", "level2", "level3")):
@@ -127,7 +144,7 @@ def _read_wheel(path: Path) -> Wheel:
 
 
 def _read_synonyms(path: Path, wheels: tuple[Wheel, ...]) -> Words:
-    """The union over eight runs; a word that is on a wheel leads to itself too."""
+    """Read the union over eight runs; a word that is on a wheel leads to itself too."""
     found: dict[str, set[str]] = {}
     columns = [f"{kind}_run{k}" for k in range(1, 9) for kind in ("word", "synonym")]
     for row in _rows(path, columns):
@@ -151,14 +168,17 @@ def _read_forms(path: Path) -> Words:
 
 
 def _items(text: str) -> list[str]:
-    """The lower-case items of a comma list, with or without brackets and quotes."""
+    """Return the lower-case items of a comma list, with or without brackets and quotes."""
     from veena_lens.emotion.words.lexicon import string_to_list
 
     return [item.lower() for item in string_to_list(text)]
 
 
 def _rows(path: Path, columns: Any) -> Iterator[list[str]]:
-    """Rows of the first sheet as stripped lower-case cells, "" for blank ones. Raises: ValueError for lost columns."""
+    """Yield rows of the first sheet as stripped lower-case cells, "" for blank ones.
+
+    Raises: ValueError for lost columns; ImportError without openpyxl.
+    """
     try:
         from openpyxl import load_workbook
     except ImportError as error:

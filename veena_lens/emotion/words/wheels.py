@@ -1,9 +1,8 @@
-"""Emotion wheels: several published arrangements of emotion words, the lexicon that goes with them, and their scores.
+"""Hold emotion wheels, published arrangements of emotion words, with the lexicon that goes with them and their scores.
 
-`EmotionWheels.default()` holds the project's own wheels (Ekman, Plutchik, Willcox, Geneva, Parrott);
+`EmotionWheels.default()` holds the project's wheels (Ekman, Plutchik, Willcox, Geneva, Parrott);
 `EmotionWheels.from_affectgpt(folder)` the five of MER-UniBench. Scores are means over the wheels: MER-UniBench's
-metrics, and the hit rate of one sample.
-"""
+metrics, and the hit rate of one sample."""
 
 from __future__ import annotations
 
@@ -47,9 +46,8 @@ class EmotionWheels:
     """Wheels, the words that lead to them, and a lexicon to find emotion words in texts.
 
     `forms`: surface form -> base words; `synonyms`: base word -> wheel words. `own`: these are the project's wheels, on
-    which the direct map places a form where its base word lies, and makes the basic emotion neutral a sector of its own
-    on every wheel, though no wheel shows it.
-    """
+    which the direct map places a form where its base word lies, and makes the basic emotion neutral a separate sector
+    on every wheel, though no wheel shows it."""
 
     wheels: tuple[Wheel, ...]
     forms: Mapping[str, Sequence[str]]
@@ -59,25 +57,26 @@ class EmotionWheels:
 
     @staticmethod
     def default() -> EmotionWheels:
-        """The project's own five wheels and lexicon; their sources stand in each `wheel.source`."""
+        """Return the project's five wheels and lexicon; their sources stand in each `wheel.source`."""
         return _default()
 
     @staticmethod
     def from_affectgpt(folder: str | Path) -> EmotionWheels:
-        """MER-UniBench's wheels from the original spreadsheets or from JSON files made of them.
+        """Read MER-UniBench's wheels from the original spreadsheets or from JSON files made of them.
 
         `folder` holds wheel1.xlsx .. wheel5.xlsx, synonym.xlsx and format.csv, or emotion_wheels.json,
-        synonym_to_wheel_words.json and form_to_synonyms.json. Raises: FileNotFoundError naming what is missing;
-        ImportError naming the extra that reads spreadsheets."""
+        synonym_to_wheel_words.json and form_to_synonyms.json.
+        Raises: FileNotFoundError naming what is missing; ImportError naming the extra that reads spreadsheets."""
         from veena_lens.emotion.words.wheel import read_affectgpt
 
         wheels, synonyms, forms = read_affectgpt(Path(folder))
         return EmotionWheels(wheels=wheels, forms=forms, synonyms=synonyms, words=default_lexicon())
 
     def sector(self, label: str, wheel: int | str = 1, level: str = "level1", mapping: str | None = None) -> str:
-        """The sector of a label on one wheel, "" when it is on none; wheels count from 1 or go by name.
+        """Return the sector of a label on one wheel, "" when it is on none; wheels count from 1 or go by name.
 
-        mapping: "official" (MER-UniBench's, the default of imported wheels) or "direct" (ours, that of our own wheels).
+        level: "level1" (sectors) or "level2" (second-level words). mapping: "official" (MER-UniBench's, the default of
+        imported wheels) or "direct" (the project's, the default of its own wheels).
         Raises: ValueError for a wheel, level or mapping that does not exist."""
         mapping = self.mapping if mapping is None else mapping
         found, by_label = self.wheel(wheel), self._sectors(mapping, level)
@@ -88,17 +87,17 @@ class EmotionWheels:
 
     @property
     def mapping(self) -> str:
-        """How labels find their sectors unless told otherwise: "direct" on our own wheels, else "official"."""
+        """Return the map from labels to sectors used by default: "direct" on the project's wheels, else "official"."""
         return "direct" if self.own else "official"
 
     def sectors(
         self, labels: Iterable[str], wheel: int | str = 1, level: str = "level1", mapping: str | None = None
     ) -> frozenset[str]:
-        """The set of sectors of some labels; labels on no sector vanish."""
+        """Return the set of sectors of some labels; labels on no sector vanish. Parameters and Raises: as `sector`."""
         return frozenset(self.sector(label, wheel, level, mapping) for label in labels) - {""}
 
     def wheel(self, wheel: int | str) -> Wheel:
-        """One wheel by number (from 1) or by name."""
+        """Return one wheel by number (from 1) or by name. Raises: ValueError for a wheel that does not exist."""
         by_name = {w.name: w for w in self.wheels}
         if isinstance(wheel, str) and wheel in by_name:
             return by_name[wheel]
@@ -108,23 +107,25 @@ class EmotionWheels:
         raise ValueError(f"No wheel {wheel!r}; there are: {names}.")
 
     def basic(self, label: str) -> str:
-        """The basic emotion of a label ("joyfully" -> "happy"), "" when the lexicon lacks it."""
+        """Return the basic emotion of a label ("joyfully" -> "happy"), "" when the lexicon lacks it."""
         return self.words.basic(label)
 
     def extract(self, text: str) -> list[str]:
-        """Base words of the emotions that a text names, in order, each once; negated ones are left out."""
+        """Return the base words of the emotions that a text names, in order, each once; negated ones are left out."""
         return extraction.extract_emotions(text, self.words)
 
     def emotions(self, text: str) -> list[str]:
-        """Basic emotions that a text names, in order, each once."""
+        """Return the basic emotions that a text names, in order, each once."""
         return list(dict.fromkeys(self.words.emotion_of[label] for label in self.extract(text)))
 
     def lexicon(self, emotion: str) -> tuple[str, ...]:
-        """Every surface form of one basic emotion, of one word or several. Raises: ValueError, listing the emotions."""
+        """Return every surface form of one basic emotion that texts are searched for, of one word or several.
+
+        Raises: ValueError, listing the emotions."""
         return self.words.forms(emotion)
 
     def labels(self, text_or_labels: str | Sequence[str]) -> list[str]:
-        """Labels as they are; a label or bracketed list in a string is split, any other text is searched."""
+        """Return labels unchanged; a label or bracketed list in a string is split, any other text is searched."""
         if not isinstance(text_or_labels, str):
             return list(text_or_labels)
         text = plain(text_or_labels)
@@ -149,7 +150,7 @@ class EmotionWheels:
 
     @staticmethod
     def string_to_list(labels: str | Sequence[str] | None) -> list[str]:
-        """The items of a bracketed list string, as MER-UniBench reads it."""
+        """Return the items of a bracketed list string, as MER-UniBench reads it."""
         return extraction.string_to_list(labels)
 
     def hit_rate(
@@ -162,7 +163,7 @@ class EmotionWheels:
         missing: str = "error",
         extractor: Extractor | None = None,
     ) -> float:
-        """See `veena_lens.emotion.hit_rate`."""
+        """Return `veena_lens.emotion.hit_rate` on these wheels."""
         return hit_rate(truths, predictions, self, mapping=mapping, level=level, missing=missing, extractor=extractor)
 
     def open_vocabulary_score(
@@ -175,7 +176,7 @@ class EmotionWheels:
         missing: str = "error",
         extractor: Extractor | None = None,
     ) -> OpenVocabularyScore:
-        """See `veena_lens.emotion.open_vocabulary_score`."""
+        """Return `veena_lens.emotion.open_vocabulary_score` on these wheels."""
         return open_vocabulary_score(
             truths, predictions, self, level=level, mapping=mapping, missing=missing, extractor=extractor
         )
@@ -187,11 +188,11 @@ class EmotionWheels:
         *,
         missing: str = "error",
     ) -> SentimentScore:
-        """See `veena_lens.emotion.sentiment_score`."""
+        """Return `veena_lens.emotion.sentiment_score`, which needs no wheel."""
         return sentiment_score(truths, predictions, missing=missing)
 
     def sentiment(self, text_or_labels: str | Sequence[str]) -> str:
-        """positive, negative or neutral: the sign of the sum of the labels' valences in the lexicon; a rule of ours."""
+        """Return positive, negative or neutral: the sign of the sum of the labels' valences, a rule of this project."""
         signs = {"positive": 1, "negative": -1}
         labels = self.labels(text_or_labels)
         total = sum(signs.get(self.words.valence_of.get(self.basic(label), ""), 0) for label in labels)
@@ -212,7 +213,7 @@ class EmotionWheels:
         return direct_sector(word, wheel, level, self.forms, self.synonyms)
 
     def _sectors(self, mapping: str, level: str) -> dict[tuple[str, str], str]:
-        """What was looked up under a mapping and level; the arguments are checked here, once for all."""
+        """Return what was looked up under a mapping and level; the arguments are checked here, once for all."""
         if mapping not in MAPPINGS or level not in LEVELS:
             raise ValueError(f"mapping={mapping!r}, level={level!r}: mappings are {MAPPINGS}, levels {LEVELS}.")
         return self._known.setdefault((mapping, level), {})
@@ -258,12 +259,10 @@ def hit_rate(
     missing: str = "error",
     extractor: Extractor | None = None,
 ) -> float:
-    """The share of samples whose predicted labels hit the true one's sector: mean over wheels of mean |Y & P|.
+    """Return the share of samples whose predicted labels hit the true one's sector: mean over wheels of mean |Y & P|.
 
-    Truths and predictions: name -> label, bracketed list string or list of labels; `extractor` turns predicted texts
-    into labels first (`wheels.extract`, or a judge of your own). In [0, 1], but several true labels can take the
-    official mapping above 1, as in MER-UniBench; the direct one counts at most 1 a sample. A wheel on which no truth
-    lies has no say. mapping: None is `wheels.mapping`. Raises: as `wheel_scores`."""
+    In [0, 1], but several true labels can take the official mapping above 1, as in MER-UniBench; the direct one counts
+    at most 1 per sample. A wheel on which no truth lies has no say. Parameters and Raises: as `wheel_scores`."""
     scores = wheel_scores(
         truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor
     )
@@ -280,11 +279,11 @@ def open_vocabulary_score(
     missing: str = "error",
     extractor: Extractor | None = None,
 ) -> OpenVocabularyScore:
-    """Set-based F-score, precision and recall of open-vocabulary labels: means over the wheels.
+    """Return set-based F-score, precision and recall of open-vocabulary labels: means over the wheels.
 
-    Per wheel, precision = mean |Y & P|/|P| and recall = mean |Y & P|/|Y|, both 0 for an empty P; F is the harmonic
+    For each wheel, precision = mean |Y & P|/|P| and recall = mean |Y & P|/|Y|, both 0 for an empty P; F is the harmonic
     mean of these two means, 0 for 0/0. A wheel on which no truth lies has no say. Dimensionless, in [0, 1].
-    Raises: as `wheel_scores`."""
+    Parameters and Raises: as `wheel_scores`."""
     return over_wheels(
         wheel_scores(truths, predictions, wheels, mapping=mapping, level=level, missing=missing, extractor=extractor)
     )
@@ -300,10 +299,18 @@ def wheel_scores(
     missing: str = "error",
     extractor: Extractor | None = None,
 ) -> tuple[WheelScore, ...]:
-    """Hit rate, precision, recall and F of each wheel.
+    """Return hit rate, precision, recall and F of each wheel.
 
-    Raises: ValueError without truths, for truths without a prediction (all named; `missing="empty"` scores them as
-    no label), or for a mapping or level that does not exist."""
+    Args:
+        truths, predictions: sample name -> label, bracketed list string or list of labels.
+        wheels: None is the project's.
+        mapping: "official" or "direct"; None is `wheels.mapping`.
+        level: "level1" or "level2".
+        missing: "error", or "empty" to score truths without a prediction as having no label.
+        extractor: turns predicted texts into labels first (`wheels.extract`, or your judge); None reads list strings.
+
+    Raises: ValueError without truths, for truths without a prediction (all named) unless `missing="empty"`, or for a
+    mapping or level that does not exist."""
     wheels = EmotionWheels.default() if wheels is None else wheels
     mapping = wheels.mapping if mapping is None else mapping
     samples = joined(truths, predictions, missing)
@@ -328,11 +335,11 @@ def sample_hit(
     *,
     extractor: Extractor | None = None,
 ) -> float:
-    """H(X, y): the share of wheels, among those on which the truth lies, whose sector of the truth is named.
+    """Return H(X, y): the share of wheels, among those on which the truth lies, whose sector of the truth is named.
 
     Above 0.5 a majority of wheels agrees. A text is searched for labels by `extractor` (default: the lexicon); labels
-    are taken as they are. In [0, 1]. With the direct mapping, neutral as truth is hit by words of neutral, though no
-    wheel shows it. Raises: ValueError for a truth that lies on no wheel."""
+    are taken unchanged. wheels: None is the project's. In [0, 1]. With the direct mapping, neutral as truth is hit by
+    words of neutral, though no wheel shows it. Raises: ValueError for a truth that lies on no wheel."""
     return sample_hits([text_or_labels], [truth], wheels, mapping, extractor=extractor)[0]
 
 
@@ -344,7 +351,7 @@ def sample_hits(
     *,
     extractor: Extractor | None = None,
 ) -> list[float]:
-    """`sample_hit` of every text and truth; an extractor with `.batch` reads all texts at once.
+    """Return `sample_hit` of every text and truth; an extractor with `.batch` reads all texts at once.
 
     Raises: ValueError for unequal lengths; otherwise as `sample_hit`."""
     if len(texts_or_labels) != len(truths):
@@ -372,7 +379,8 @@ def _hit(labels: Sequence[str], truth: str, wheels: EmotionWheels, mapping: str)
 
 
 def token_hit_rate(text: str, truth: str, wheels: EmotionWheels | None = None) -> float:
-    """Emotion words of the truth's basic emotion over all emotion words of a text, repeats counted; 0 without any.
+    """Return emotion words of the truth's basic emotion over all emotion words of a text, repeats counted; 0 without
+    any.
 
     Another quantity than the hit rate: "happy happy sad" has 2/3 for happy, and hits both. Negated words do not count.
     In [0, 1]. Raises: ValueError for a truth that the lexicon lacks."""

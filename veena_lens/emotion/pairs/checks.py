@@ -1,4 +1,4 @@
-"""From plain records to a set of pairs, with everything that is wrong listed at once, before any work begins.
+"""Check plain records and make a set of pairs of them, with everything that is wrong listed at once, before any work.
 
 A record is a dictionary with the fields of a manifest's line; its place (a line, a row, a file) is what messages name.
 Each image is decoded once, however many records share it.
@@ -47,9 +47,15 @@ class Placed:
 def build(
     placed: Sequence[Placed], source: str, unreadable: str, wheels: Any, known: Sequence[str] = FIELDS
 ) -> PairSet:
-    """The set of pairs that the records describe. `record["picture"]`: a path or PIL image; other fields as `known`.
+    """Return the set of pairs that the records describe.
 
-    unreadable="skip" leaves out images that cannot be read, with a warning that names them.
+    Args:
+        placed: records and their places; `record["picture"]` is a path or PIL image, other fields are as `known`.
+        source: where the records come from, for messages.
+        unreadable: "error", or "skip" to leave out images that cannot be read, with a warning that names them.
+        wheels: which emotions are known; None is the project's.
+        known: the fields that a record may have.
+
     Raises: PairProblems; ValueError for another `unreadable`.
     """
     if unreadable not in ("error", "skip"):
@@ -88,7 +94,7 @@ def _example(item: Placed) -> Example:
 
 
 def _assembled(examples: Sequence[Example], source: str) -> PairSet:
-    """Every emotional image with the neutral one of its scene, asked the same."""
+    """Put every emotional image with the neutral one of its scene, asked the same."""
     twins = {e.pair: e for e in reversed(examples) if e.is_neutral and e.pair is not None}
     scenes = {e.pair for e in examples if not e.is_neutral} & set(twins)
     pairs, neutrals, singles = [], [], []
@@ -114,7 +120,7 @@ def _places(where: Sequence[str]) -> str:
 
 
 def _field_problems(item: Placed, known: Sequence[str]) -> list[str]:
-    """Unknown, missing and mistyped fields of one record."""
+    """List unknown, missing and mistyped fields of one record."""
     record, found = item.record, []
     for name in record:
         if name not in known and name != "picture":
@@ -137,7 +143,7 @@ def _field_problems(item: Placed, known: Sequence[str]) -> list[str]:
 
 
 def _picture_sizes(placed: Sequence[Placed]) -> dict[Any, tuple[int, int] | str]:
-    """(width, height) of each image, or why it cannot be read. Decoding runs in threads: it holds no lock."""
+    """Return (width, height) of each image, or why it cannot be read. Decoding runs in threads: it holds no lock."""
     pictures = {_name(item): item.record["picture"] for item in placed}
 
     def look(picture: Any) -> tuple[int, int] | str:
@@ -151,7 +157,7 @@ def _picture_sizes(placed: Sequence[Placed]) -> dict[Any, tuple[int, int] | str]
 
 
 def _duplicates(placed: Sequence[Placed]) -> list[str]:
-    """Records that ask the same of the same image."""
+    """List records that ask the same of the same image."""
     groups: dict[Any, list[str]] = {}
     for item in placed:
         groups.setdefault((_name(item), item.record["question"], item.record.get("context")), []).append(item.where)
@@ -159,7 +165,7 @@ def _duplicates(placed: Sequence[Placed]) -> list[str]:
 
 
 def _label_problems(placed: Sequence[Placed], wheels: Any) -> list[str]:
-    """Emotions that no wheel covers; neutral needs none."""
+    """List emotions that no wheel covers; neutral needs none."""
     if wheels is None:
         from veena_lens.emotion.words.wheels import EmotionWheels
 
@@ -180,7 +186,7 @@ def _label_problems(placed: Sequence[Placed], wheels: Any) -> list[str]:
 
 
 def _pair_problems(placed: Sequence[Placed]) -> list[str]:
-    """Scenes without a neutral image or with several, without an emotional one, or whose twins disagree."""
+    """List scenes without a neutral image or with several, without an emotional one, or whose twins disagree."""
     scenes: dict[str, list[Placed]] = {}
     for item in placed:
         if item.record.get("pair") is not None:
@@ -207,7 +213,7 @@ def _pair_problems(placed: Sequence[Placed]) -> list[str]:
 
 
 def _size_problems(placed: Sequence[Placed], sizes: Mapping[Any, Any]) -> list[str]:
-    """Twins of unequal size: their token grids, and so their positions, would differ."""
+    """List twins of unequal size: their token grids, and so their positions, would differ."""
     neutral = {i.record.get("pair"): i for i in placed if i.record["emotion"] == NEUTRAL}
     found = {}
     for item in placed:

@@ -1,8 +1,8 @@
-"""Contexts: a sentence before the question that speaks of an emotion, the image's own or another.
+"""Put contexts before questions: a sentence that speaks of an emotion, the image's or another.
 
-An event fits one emotion and is told in three strengths. `conditions` puts the same images under no context, a
-consistent one and conflicting ones, so that rescue and harm are seen together. Two events of each emotion are held out
-from the training of the embedded models; their words are all known from other sentences.
+An event fits one emotion and is stated in three strengths. `context_conditions` puts the same images under no context,
+a consistent one and conflicting ones, so that rescue and harm are seen together. Two events of each emotion are held
+out from the training of the embedded models; their words are all known from other sentences.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ HELD_OUT_EVENTS: dict[str, tuple[str, ...]] = {
 
 
 def context_sentence(event: str, strength: str) -> str:
-    """An event as a sentence of the given strength."""
+    """Return an event as a sentence of a strength: "weak" ("maybe ..."), "strong" ("everybody knows that ..."), else
+    plain.
+    """
     if strength == "weak":
         return f"maybe {event}."
     if strength == "strong":
@@ -91,13 +93,20 @@ def context_conditions(
     strengths: Sequence[str] = STRENGTHS,
     events: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[Example]]:
-    """The same images under every condition: "alone", "consistent", and "conflict, <strength>" for each strength.
+    """Return the same images under every condition: "alone", "consistent", and "conflict, <strength>" for each
+    strength.
 
     Every list has the examples in their order. The sentence of a conflict speaks of an emotion drawn among the others
-    of the set; one event serves all strengths, so that they differ in nothing else. A consistent sentence is told
+    of the set; one event serves all strengths, so that they differ in nothing else. A consistent sentence is stated
     plainly. Draws depend on the seed and the example alone, not on its neighbours or on where its image lies.
-    `held_out`: events that the embedded models were not trained on; `events`: sentences of your own by emotion,
-    without a full stop, as `EVENTS` has them.
+
+    Args:
+        examples: images with their questions; contexts that they already have are dropped.
+        seed: of the draws.
+        held_out: True takes events that the embedded models were not trained on, False the others.
+        strengths: of the conflicts, some of `STRENGTHS`; by default all.
+        events: your sentences by emotion, without a full stop, as `EVENTS` has them; None follows `held_out`.
+
     Raises: ValueError for no examples, fewer than two emotions, an unknown strength, or emotions without sentences.
     """
     examples = [example.without_context() for example in examples]

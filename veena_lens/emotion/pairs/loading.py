@@ -1,7 +1,7 @@
-"""Where pairs come from and go to: a folder with a manifest, records, folders of images, `datasets` objects.
+"""Load and save pairs: a folder with a manifest, records, folders of images, `datasets` objects.
 
-A manifest is JSON Lines, one example a line; several lines may share an image, so that one image asked under many
-contexts is stored once. Every loader checks everything before it gives back a set (`pair_checks`).
+A manifest is JSON Lines, one example per line; several lines may share an image, so that one image asked under many
+contexts is stored once. Every loader checks everything before it returns a set (`checks.py`).
 """
 
 from __future__ import annotations
@@ -43,10 +43,14 @@ def load_pairs(
     unreadable: str = "error",
     wheels: Any = None,
 ) -> PairSet:
-    """The pairs of a folder, images named relative to it; None: the images that travel with the package.
+    """Load the pairs of a folder.
 
-    unreadable: "error", or "skip" to go on without images that cannot be read, named in a warning. `wheels`: which
-    emotions are known (default: the project's own).
+    Args:
+        folder: holds the manifest, which names images relative to it; None is the images that travel with the package.
+        manifest: the manifest's file name.
+        unreadable: "error", or "skip" to go on without images that cannot be read, named in a warning.
+        wheels: which emotions are known; None is the project's.
+
     Raises: FileNotFoundError without the manifest; PairProblems, listing with lines and files: images missing or
     unreadable, fields unknown or mistyped, duplicates, pairs without a neutral image, with several, or without an
     emotional one, twins that differ in person or size, emotions that no wheel covers.
@@ -86,9 +90,15 @@ def pairs_from_records(
     wheels: Any = None,
     source: str = "records",
 ) -> PairSet:
-    """Pairs from dictionaries with `picture` (a path or a PIL image), `emotion`, `pair` and any field of a manifest.
+    """Make pairs from dictionaries.
 
-    Records without a question are asked `question`; `neutral` is what the data call neutral.
+    Args:
+        records: dictionaries with `picture` (a path or a PIL image), `emotion`, `pair` and any field of a manifest.
+        question: what records without a question are asked.
+        neutral: what the data call neutral.
+        unreadable, wheels: as for `load_pairs`.
+        source: where the records come from, for messages.
+
     Raises: as `load_pairs`, naming records by number.
     """
     placed = []
@@ -114,10 +124,19 @@ def pairs_from_folders(
     unreadable: str = "error",
     wheels: Any = None,
 ) -> PairSet:
-    """Pairs from images sorted by emotion: `folder/<emotion>/<name>.png`, the twin `folder/<neutral>/<name>.png`.
+    """Make pairs from images sorted by emotion: `folder/<emotion>/<name>.png`, the twin `folder/<neutral>/<name>.png`.
 
-    `name` (without its ending) joins twins, which may have other endings. `identity`: the person's name from a file's
-    name, such as `lambda name: name.split("-")[0]`; by default every name is another person.
+    `name` (without its ending) joins twins, which may have other endings.
+
+    Args:
+        folder: holds one folder per emotion.
+        neutral: the folder of the neutral twins.
+        question: what is asked of every image.
+        identity: gives the person's name for a file's name without its ending, such as
+            `lambda name: name.split("-")[0]`; by default every name is another person.
+        split: the split that every example gets.
+        unreadable, wheels: as for `load_pairs`.
+
     Raises: FileNotFoundError for no such folder, or one without `neutral`; PairProblems as `load_pairs`.
     """
     folder = Path(folder).expanduser()
@@ -152,12 +171,18 @@ def pairs_from_dataset(
     unreadable: str = "error",
     wheels: Any = None,
 ) -> PairSet:
-    """Pairs from a Hugging Face dataset, or any iterable of dictionaries.
+    """Make pairs from a Hugging Face dataset, or any iterable of dictionaries.
 
-    `columns`: our field -> the data's column, for those of another name, such as {"picture": "image", "emotion":
-    "label"}; columns named as our fields are taken too, others left. Numbers of class labels become their names.
-    Images may be PIL images, paths, or undecoded ({"bytes", "path"}). They stay in memory; with `folder` they are
-    written there, and only paths are held.
+    Args:
+        dataset: its rows. Numbers of class labels become their names. Images may be PIL images, paths, or undecoded
+            (`{"bytes", "path"}`).
+        columns: our field -> the data's column, for those of another name, such as
+            `{"picture": "image", "emotion": "label"}`; columns named as our fields are taken too, others left.
+        folder: where PIL images are written, so that only paths are held; None keeps them in memory.
+        question: what rows without a question are asked.
+        neutral: what the data call neutral.
+        unreadable, wheels: as for `load_pairs`.
+
     Raises: ValueError for a field that we do not have, or a column that the data lack; PairProblems as `load_pairs`.
     """
     fields = ("picture", *FIELDS)
@@ -187,7 +212,7 @@ def pairs_from_dataset(
 
 
 def _plain(value: Any, feature: Any) -> Any:
-    """A cell as a record holds it: names for class labels, images opened, identifiers as text."""
+    """Return a cell as a record holds it: names for class labels, images opened, identifiers as text."""
     import io
 
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
@@ -198,10 +223,14 @@ def _plain(value: Any, feature: Any) -> Any:
 
 
 def save_pairs(pairs: PairSet, folder: str | Path) -> Path:
-    """Write the images and `manifest.jsonl` into a folder that `load_pairs` reads; gives back the manifest's path.
+    """Write the images and `manifest.jsonl` into a folder that `load_pairs` reads; return the manifest's path.
 
-    An image that several examples share is written once. The manifest comes last, in one step.
-    Raises: FileExistsError for a folder that holds another manifest.
+    An image that several examples share is written once. The manifest comes last, in one step, and
+    replaces one that is there.
+
+    Args:
+        pairs: the set.
+        folder: made where it does not exist.
     """
     folder = Path(folder).expanduser()
     named = _named(pairs)
@@ -226,7 +255,7 @@ class _named:
         neutral = {(n.pair, n.question, n.context) for n in pairs.neutrals}
         for example in pairs.examples:
             self.add(example)
-        for pair in pairs:  # a twin that is no example of its own still needs its line
+        for pair in pairs:  # a twin that is not an example itself still needs its line
             twin = pair.neutral
             if not any(scene == twin.pair for scene, *_ in neutral):
                 neutral.add((twin.pair, twin.question, None))
@@ -248,7 +277,12 @@ class _named:
 
 
 def write_manifest(examples: Iterable[Example], path: str | Path) -> Path:
-    """One line an example, replacing the file in one step."""
+    """Write one line per example, replacing the file in one step; return its path.
+
+    Args:
+        examples: in the order of the lines.
+        path: of the manifest.
+    """
     path = Path(path)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text("".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in examples), encoding="utf-8")

@@ -1,8 +1,7 @@
-"""Counterfactual pairs as data: an image with its question, twins of one person and scene, and sets of such pairs.
+"""Hold counterfactual pairs as data: an image with its question, twins of one person and scene, and sets of pairs.
 
 The images stay on disk (or are PIL images that the user holds); a set of ten thousand pairs is a list of paths. One
-image may stand in several examples, asked with different contexts.
-"""
+image may stand in several examples, asked with different contexts."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ class Example:
     """An image with the emotion that it shows and the question asked of it.
 
     `picture`: a path, or a PIL image. `pair` names the scene that a neutral twin shares; `context` is a sentence put
-    before the question, which speaks of `context_emotion` in one of several strengths.
-    """
+    before the question, which speaks of `context_emotion` in one of several strengths."""
 
     picture: Any = field(hash=False)
     emotion: str
@@ -50,54 +48,57 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The context, where there is one, and the question."""
+        """Return the context, where there is one, and the question."""
         return f"{self.context} {self.question}" if self.context else self.question
 
     @property
     def is_neutral(self) -> bool:
+        """Say whether the image's emotion is neutral."""
         return self.emotion == NEUTRAL
 
     @property
     def condition(self) -> str:
-        """ "none" without a context, else "consistent" or "conflict" by what the context speaks of."""
+        """Return "none" without a context, else "consistent" or "conflict" by what the context speaks of."""
         if self.context is None:
             return "none"
         return "consistent" if self.context_emotion == self.emotion else "conflict"
 
     @property
     def strength(self) -> str:
-        """The strength of the context, "none" without one."""
+        """Return the strength of the context, "none" without one."""
         return "none" if self.context is None else str(self.context_strength)
 
     @property
     def key(self) -> str:
-        """What tells this example from the others of a set: the file, and a hash of the words asked."""
+        """Return what tells this example from the others of a set: the file, and a hash of the words asked."""
         words = f"{self.question}\n{self.context}\n{self.emotion}"
         return f"{self.file or self.picture}#{hashlib.sha256(words.encode()).hexdigest()[:12]}"
 
     def with_context(self, sentence: str, emotion: str, strength: str | None = None) -> Example:
-        """The same image and question after a sentence that speaks of `emotion`."""
+        """Return the same image and question after a sentence that speaks of `emotion`."""
         return replace(self, context=sentence, context_emotion=emotion, context_strength=strength)
 
     def without_context(self) -> Example:
+        """Return the same image and question without a context."""
         return replace(self, context=None, context_emotion=None, context_strength=None)
 
     def asked(self, question: str) -> Example:
-        """The same image and context with another question."""
+        """Return the same image and context with another question."""
         return replace(self, question=question)
 
     def open(self) -> Image.Image:
-        """The image in RGB. Raises: as `open_image`."""
+        """Open the image in RGB. Raises: as `open_image`."""
         return open_image(self.picture)
 
     def record(self) -> dict[str, Any]:
-        """The example as a line of a manifest."""
+        """Return the example as a line of a manifest."""
         names = "file emotion pair identity style attributes split question context context_emotion context_strength"
         return {name: getattr(self, name) for name in names.split()} | {"attributes": dict(self.attributes)}
 
     def fingerprint(self) -> str:
-        """Return what tells a question about an image from any other: the image's content, wherever it lies, and the
-        prompt. Raises: FileNotFoundError for an image that is gone."""
+        """Return what tells a question about an image from any other: the image's content and the prompt.
+
+        It does not depend on where the image lies. Raises: FileNotFoundError for an image that is gone."""
         return f"{picture_hash(self.picture)[:24]} {self.prompt}"
 
     def __repr__(self) -> str:
@@ -114,24 +115,29 @@ class Pair:
 
     @property
     def emotion(self) -> str:
+        """Return the emotion of the emotional image."""
         return self.emotional.emotion
 
     @property
     def identity(self) -> str:
+        """Return the person of the emotional image."""
         return self.emotional.identity
 
     @property
     def key(self) -> str:
+        """Return the key of the emotional image's example."""
         return self.emotional.key
 
     def without_context(self) -> Pair:
+        """Return both twins without a context."""
         return Pair(self.emotional.without_context(), self.neutral.without_context())
 
     def with_context(self, sentence: str, emotion: str, strength: str | None = None) -> Pair:
-        """Both twins after the same sentence."""
+        """Return both twins after the same sentence, which speaks of `emotion`."""
         return Pair(*(side.with_context(sentence, emotion, strength) for side in (self.emotional, self.neutral)))
 
     def asked(self, question: str) -> Pair:
+        """Return both twins with another question."""
         return Pair(self.emotional.asked(question), self.neutral.asked(question))
 
     def fingerprint(self) -> str:
@@ -139,17 +145,16 @@ class Pair:
         return f"{self.emotion} {self.emotional.fingerprint()} {self.neutral.fingerprint()}"
 
     def swapped(self) -> Pair:
-        """The twins in each other's place; the emotion stays the emotional image's."""
+        """Return the twins in each other's place; the emotion stays the emotional image's."""
         return Pair(replace(self.neutral, emotion=self.emotion), replace(self.emotional, emotion=NEUTRAL))
 
 
 @dataclass(frozen=True, eq=False)
 class PairSet(Sequence[Pair]):
-    """A sequence of pairs, the neutral images as examples of their own, and `singles` that have no neutral twin.
+    """A sequence of pairs, the neutral images as separate examples, and `singles` that have no neutral twin.
 
     Indexing and iteration give pairs; `examples` gives every example once, whatever it belongs to. `skipped`: why
-    images were left out on loading.
-    """
+    images were left out on loading."""
 
     pairs: tuple[Pair, ...]
     neutrals: tuple[Example, ...] = ()
@@ -159,16 +164,17 @@ class PairSet(Sequence[Pair]):
 
     @property
     def examples(self) -> tuple[Example, ...]:
-        """The emotional images of the pairs, the neutral ones, and those without a twin."""
+        """Return the emotional images of the pairs, the neutral ones, and those without a twin."""
         return (*(pair.emotional for pair in self.pairs), *self.neutrals, *self.singles)
 
     @property
     def emotions(self) -> list[str]:
-        """The emotions of the pairs, in the order in which they first come."""
+        """Return the emotions of the pairs, in the order in which they first come."""
         return list(dict.fromkeys(pair.emotion for pair in self.pairs))
 
     @property
     def identities(self) -> list[str]:
+        """Return the persons of all examples, in the order in which they first come."""
         return list(dict.fromkeys(example.identity for example in self.examples))
 
     def __len__(self) -> int:
@@ -187,7 +193,7 @@ class PairSet(Sequence[Pair]):
         return iter(self.pairs)
 
     def of(self, pairs: Sequence[Pair]) -> PairSet:
-        """These pairs of the set with the neutral images of their scenes; singles are left out."""
+        """Return these pairs of the set with the neutral images of their scenes; singles are left out."""
         scenes = {pair.emotional.pair for pair in pairs}
         return replace(
             self, pairs=tuple(pairs), neutrals=tuple(n for n in self.neutrals if n.pair in scenes), singles=()
@@ -203,11 +209,11 @@ class PairSet(Sequence[Pair]):
         condition: Choice = None,
         strength: Choice = None,
     ) -> PairSet:
-        """What fits every choice: pairs by their emotional image, neutral images and singles by themselves.
+        """Return what fits every choice: pairs by their emotional image, neutral images and singles by themselves.
 
-        A choice is a label or several. A pair keeps its twin whatever becomes of the neutral image's own examples.
-        Raises: ValueError for a label that the set does not have, naming those it has.
-        """
+        A choice is a label or several; None takes all. A pair keeps its twin whatever becomes of the neutral image's
+        examples.
+        Raises: ValueError for a label that the set does not have, naming those it has."""
         given = dict(split=split, emotion=emotion, style=style, identity=identity)
         given |= dict(condition=condition, strength=strength)
         wanted = {name: {value} if isinstance(value, str) else set(value) for name, value in given.items() if value}
@@ -229,7 +235,7 @@ class PairSet(Sequence[Pair]):
         )
 
     def without_context(self) -> PairSet:
-        """Every image once, asked without a context."""
+        """Return every image once, asked without a context."""
 
         def once(items: Sequence[Any]) -> tuple[Any, ...]:
             return tuple({item.key: item for item in (item.without_context() for item in items)}.values())
@@ -237,18 +243,18 @@ class PairSet(Sequence[Pair]):
         return replace(self, pairs=once(self.pairs), neutrals=once(self.neutrals), singles=once(self.singles))
 
     def asked(self, question: str) -> PairSet:
-        """The same images and contexts with one question for all."""
+        """Return the same images and contexts with one question for all."""
         pairs, neutrals, singles = (
             tuple(item.asked(question) for item in items) for items in (self.pairs, self.neutrals, self.singles)
         )
         return replace(self, pairs=pairs, neutrals=neutrals, singles=singles)
 
     def split(self, fractions: Sequence[float | int] = (2, 1), seed: int = 0) -> tuple[PairSet, ...]:
-        """Parts with about these shares of the identities; no identity is in two parts.
+        """Return parts with about these shares of the identities; no identity is in two parts.
 
-        Identities are drawn within each style, so that every part has every style where numbers allow.
-        Raises: ValueError for fewer than two shares, one that is not positive, or a part that stays empty.
-        """
+        fractions: two or more positive shares, of any sum. Identities are drawn by `seed` within each style, so that
+        every part has every style where numbers allow.
+        Raises: ValueError for fewer than two shares, one that is not positive, or a part that stays empty."""
         if len(fractions) < 2 or min(fractions) <= 0:
             raise ValueError(f"split: {list(fractions)} must be two or more positive shares, such as (2, 1).")
         styles = {example.identity: example.style for example in reversed(self.examples)}
@@ -280,13 +286,14 @@ class PairSet(Sequence[Pair]):
         return parts
 
     def divide(self, parts: Mapping[str, float | int], seed: int = 0) -> dict[str, PairSet]:
-        """`split` with names: {"directions": 2, "validation": 1} gives two thirds of the identities to the first.
+        """Return the parts of `split` by name: `{"directions": 2, "validation": 1}` gives the first two thirds of the
+        identities.
 
         Raises: as `split`."""
         return dict(zip(parts, self.split(list(parts.values()), seed), strict=True))
 
     def sample(self, n: int, seed: int = 0) -> PairSet:
-        """`n` pairs, emotions as equally often as their numbers allow, with the neutral images of their scenes.
+        """Return `n` pairs, emotions as equally often as their numbers allow, with the neutral images of their scenes.
 
         Raises: ValueError for more pairs than there are, or fewer than one."""
         if not 1 <= n <= len(self):
@@ -304,9 +311,9 @@ class PairSet(Sequence[Pair]):
         return self.of([self.pairs[i] for i in sorted(chosen)])
 
     def counts(self, by: str = "split") -> Scores:
-        """Number of examples, axes (emotion, `by`); the row of "neutral" counts neutral images.
+        """Return the number of examples, axes (emotion, `by`); the row of "neutral" counts neutral images.
 
-        Raises: ValueError for an unknown way of grouping."""
+        by: split, style, condition, strength or identity. Raises: ValueError for an unknown way of grouping."""
         if by not in GROUPS:
             raise ValueError(f"counts(by={by!r}) must be one of {', '.join(GROUPS)}.")
         rows = list(dict.fromkeys(example.emotion for example in self.examples))
@@ -318,7 +325,7 @@ class PairSet(Sequence[Pair]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every line and of every image's bytes, the same wherever the set lies.
+        """Return a hash of every line and of every image's content, the same wherever the set lies.
 
         Raises: FileNotFoundError for an image that is gone."""
         known: dict[Any, str] = {}
@@ -339,7 +346,7 @@ class PairSet(Sequence[Pair]):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:
-        """How many pairs of which emotion, and where they come from."""
+        """Say how many pairs of which emotion there are, and where they come from."""
         each = {emotion: sum(p.emotion == emotion for p in self.pairs) for emotion in self.emotions}
         rows = [
             f"PairSet: {len(self)} pairs of {len({p.identity for p in self.pairs})} identities"
@@ -361,7 +368,7 @@ class PairSet(Sequence[Pair]):
 
 
 def picture_hash(picture: Any) -> str:
-    """A hash of an image's content: of a file its bytes, of a PIL image its pixels.
+    """Return a hash of an image's content: of a file its bytes, of a PIL image its mode, size and pixels.
 
     Raises: FileNotFoundError for a file that is gone."""
     if isinstance(picture, (str, Path)):
@@ -373,5 +380,5 @@ def picture_hash(picture: Any) -> str:
 
 @lru_cache(maxsize=65536)
 def _file_hash(path: Path, changed: int, size: int) -> str:
-    """The hash of a file as it was at that time; read once, however many questions are asked of it."""
+    """Return the hash of a file as it was at that time; it is read once, however many questions are asked of it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

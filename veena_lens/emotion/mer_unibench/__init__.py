@@ -1,4 +1,4 @@
-"""MER-UniBench on disk: load its published layout, show its clips to a model, score answer files.
+"""Work with MER-UniBench on disk: load its published layout, show its clips to a model, score answer files.
 
 Labels and scores need numpy alone; nothing of the nine sets is part of this project. Source: Lian et al. 2025,
 AffectGPT (ICML).

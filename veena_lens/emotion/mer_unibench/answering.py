@@ -1,7 +1,7 @@
-"""Answers of a model on one set: one JSON line per sample, written as they come, resumed where they stopped.
+"""Record a model's answers on one set: one JSON line per sample, written as they come, resumed where they stopped.
 
-The first line holds the settings, so that a file is never continued under others. Which images were seen stands
-beside every answer. Scoring reads the file like any other (`answers.py`).
+The first line holds the settings, so that a file is never continued under others. Which images were seen stands beside
+every answer. Scoring reads the file like any other (`answers.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class AnswerRun:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Asked:
-    """One image of a clip and its prompt, as `methods.answers` takes them."""
+    """One image of a clip and its prompt, as `methods.generate_answers` takes them."""
 
     picture: Image.Image
     prompt: str
@@ -69,8 +69,8 @@ def answer_set(
         out: the file.
         frames: 1 takes the middle frame (or face), more a uniform choice; each image is asked about alone and a clip's
             answers are joined by line ends.
-        faces: show face crops where the set has them.
-        subtitle: say in the prompt what is said in the clip.
+        faces: True shows aligned faces where the set has them.
+        subtitle: True puts what is said in the clip into the prompt.
         method: what is done while the model answers; by default nothing.
         model_name: what the file calls the model; by default its type.
         missing: "error", or "skip" to leave out samples without a video, and name them.
@@ -78,8 +78,9 @@ def answer_set(
         batch_size, max_new_tokens: of the answers.
         progress: True shows a progress bar.
 
-    Raises: FileNotFoundError listing samples without images, before any is asked; ValueError for a file of another
-    run, naming what differs; OSError on a full disk, with every finished answer kept."""
+    Raises: FileNotFoundError listing samples without images, before any is asked; ValueError for a file of another run,
+    naming what differs; OSError on a full disk, with every finished answer kept.
+    """
     samples, method, out, asking = list(samples), PLAIN if method is None else method, Path(out), study.asking
     question = asking.question or QUESTION
     frame_places(1, frames)
@@ -121,7 +122,13 @@ def answer_set(
 
 
 def prompt_of(sample: Sample, question: str = QUESTION, subtitle: bool = True) -> str:
-    """The prompt about one clip: what is said in it, if wanted and there, then the question."""
+    """Return the prompt about one clip: what is said in it, if wanted and there, then the question.
+
+    Args:
+        sample: the clip.
+        question: what is asked of it.
+        subtitle: True puts what is said before the question.
+    """
     if subtitle and sample.subtitle:
         return f'The person says: "{sample.subtitle}" {question}'
     return question
@@ -136,7 +143,7 @@ def _asked(batch: Sequence[Sample], seen: Sequence[Seen], question: str, subtitl
 
 
 def _rows(batch: Sequence[Sample], seen: Sequence[Seen], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a clip; the texts come one an image, clip after clip."""
+    """Return one row per clip; the texts come one per image, clip after clip."""
     rest = iter(texts)
     return [
         {

@@ -1,4 +1,4 @@
-"""Answer files in every format that MER-UniBench's code writes or reads, and in JSON Lines of our own.
+"""Read answer files in every format that MER-UniBench's code writes or reads, and in this project's JSON Lines.
 
 Raw answers are texts; extracted ones are list strings, or sentiment words. Where a raw file lies beside its extracted
 one, the extracted one is read and the notes say so.
@@ -35,9 +35,10 @@ FORMATS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """Answers by sample name. content: raw texts, list strings of labels, or sentiment words.
+    """Answers by sample name; `content` says whether they are raw texts, list strings of labels, or sentiment words.
 
-    `key` is the set that the path or the file tells, "" when neither does; `run` what the file says of how it came."""
+    `key` is the set that the path or the file names, "" when neither does; `run` what the file says of how it came.
+    """
 
     path: Path
     content: Content
@@ -51,10 +52,15 @@ class Answers:
 
 
 def read_answers(path: str | Path, *, sentiment: bool = False, beside: bool = True) -> Answers:
-    """The answers in a file or folder of any known format.
+    """Read the answers in a file or folder of any known format.
 
-    sentiment: prefer the -openset-sentiment file of a stem where there is one. beside=False reads the very file that
-    was named. Raises: FileNotFoundError; ValueError for a file of no known format, naming the formats."""
+    Args:
+        path: the file or folder.
+        sentiment: True prefers the -openset-sentiment file of a stem where there is one.
+        beside: True reads the extracted answers beside a raw file in its place, False the very file that was named.
+
+    Raises: FileNotFoundError; ValueError for a file of no known format, naming the formats.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There are no answers at {path}; expected {FORMATS}.")
@@ -75,7 +81,9 @@ def read_answers(path: str | Path, *, sentiment: bool = False, beside: bool = Tr
 
 
 def set_in_path(path: Path) -> str:
-    """The set that a `results-<key>` part of a path names, "" without one. Raises: ValueError for an unknown key."""
+    """Return the set that a `results-<key>` part of a path names, "" without one. Raises: ValueError for an unknown
+    key.
+    """
     for part in reversed(path.parts[:-1] if path.is_file() else path.parts):
         found = re.fullmatch(r"results-(\w+)", part)
         if found:
@@ -84,7 +92,9 @@ def set_in_path(path: Path) -> str:
 
 
 def answer_files(folder: Path) -> list[Path]:
-    """Every answer file under a folder, one a stem: the raw file, or the extracted one where there is no raw one."""
+    """List every answer file under a folder, one per stem: the raw file, or the extracted one where there is no raw
+    one.
+    """
     stems: dict[tuple[Path, str], Path] = {}
     for path in sorted(folder.rglob("*.npz")):
         stem = path.stem.removesuffix("-sentiment").removesuffix(OPENSET)
@@ -128,7 +138,7 @@ def _read_csv(path: Path) -> tuple[Content, dict[str, str]]:
 
 
 def _read_folder(path: Path) -> dict[str, str]:
-    """`<name>.npy`, each an array of one text."""
+    """Read `<name>.npy` files, each an array of one text."""
     found = {}
     for file in sorted(path.glob("*.npy")):
         array = parse_array(file.read_bytes(), str(file))
@@ -141,8 +151,10 @@ def _read_folder(path: Path) -> dict[str, str]:
 
 
 def _read_lines(path: Path) -> tuple[Content, dict[str, str], dict[str, Any] | None]:
-    """Our JSON Lines: a first line {"run": ...}, if any, then one row a sample with name and answer, labels or
-    sentiment, the same for all. Raises: ValueError with the line's number."""
+    """Read this project's JSON Lines: a first line `{"run": ...}`, if any, then one row per sample.
+
+    A row holds name and answer, labels or sentiment, the same for all. Raises: ValueError with the line's number.
+    """
     run, values, content = None, {}, None
     for number, row in enumerate(json_rows(path), start=1):
         if number == 1 and isinstance(row.get("run"), dict):

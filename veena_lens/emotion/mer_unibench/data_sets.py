@@ -1,4 +1,5 @@
-"""The nine sets of MER-UniBench (`sets.toml`), and their labels, read from numpy archives without trusting them.
+"""Describe the nine sets of MER-UniBench (`sets.toml`), and read their labels from numpy archives without trusting
+them.
 
 A pickle can call any function it names. Label and answer files need four names of numpy; an unpickler that knows no
 other reads them and refuses the rest. Labels are checked value by value, in the order of the file.
@@ -40,14 +41,14 @@ class RefusedPickle(ValueError):
 
 class _NumpyUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """The few names an array needs; every other is refused before it is imported."""
+        """Return one of the few names an array needs; every other is refused before it is imported."""
         if (module, name) not in _ALLOWED:
             raise RefusedPickle(f"names {module}.{name}")
         return _ALLOWED[module, name]
 
 
 def array_names(path: Path) -> list[str]:
-    """Names of the arrays in an npz file. Raises: ValueError for a file that is none."""
+    """Return the names of the arrays in an npz file. Raises: ValueError for a file that is not one."""
     try:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -56,10 +57,15 @@ def array_names(path: Path) -> list[str]:
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
-    """One array of an npz file; objects are read by the restricted unpickler.
+    """Read one array of an npz file; objects are read by the restricted unpickler.
+
+    Args:
+        path: the npz file.
+        name: the array's name in it.
 
     Raises: ValueError for a lost array (naming those there are), a damaged file, or a pickle that names anything but
-    numpy's arrays and scalars."""
+    numpy's arrays and scalars.
+    """
     known = array_names(path)
     if name not in known:
         raise ValueError(f"{path} has no array {name!r}; it has: {', '.join(known)}.")
@@ -68,7 +74,14 @@ def read_array(path: Path, name: str) -> np.ndarray:
 
 
 def parse_array(content: bytes, where: str) -> np.ndarray:
-    """The array in the bytes of an npy file. Raises: ValueError, as `read_array`."""
+    """Return the array in the bytes of an npy file.
+
+    Args:
+        content: the bytes.
+        where: what messages call the file.
+
+    Raises: ValueError, as `read_array`.
+    """
     file = io.BytesIO(content)
     try:
         version = npy.read_magic(file)
@@ -90,7 +103,14 @@ def parse_array(content: bytes, where: str) -> np.ndarray:
 
 
 def read_dict(path: Path, name: str) -> dict[Any, Any]:
-    """The dictionary in a 0-dimensional object array of an npz file. Raises: ValueError, naming what is there."""
+    """Read the dictionary in a 0-dimensional object array of an npz file.
+
+    Args:
+        path: the npz file.
+        name: the array's name in it.
+
+    Raises: ValueError, naming what is there.
+    """
     array = read_array(path, name)
     if array.shape != () or array.dtype != object or not isinstance(array.item(), dict):
         raise ValueError(
@@ -104,9 +124,14 @@ Truth = str | float
 
 
 def read_labels(folder: Path, info: SetInfo) -> dict[str, Truth]:
-    """Name -> truth of a set's test part: a class word, a list string, or a sentiment.
+    """Read name -> truth of a set's test part: a class word, a list string, or a sentiment.
 
-    Raises: FileNotFoundError with the path and array wanted; ValueError with file, name and value of a bad label."""
+    Args:
+        folder: the set's.
+        info: the set.
+
+    Raises: FileNotFoundError with the path and array wanted; ValueError with file, name and value of a bad label.
+    """
     path = folder / info.label_file
     if not path.is_file():
         raise FileNotFoundError(_lost(path, info))
@@ -124,16 +149,28 @@ def read_labels(folder: Path, info: SetInfo) -> dict[str, Truth]:
 
 
 def require_name(where: Path | str, name: str) -> str:
-    """A sample's name, which becomes a file's. Raises: ValueError for a name that could leave its folder."""
+    """Return a sample's name, which becomes a file's, once it is known to be safe.
+
+    Args:
+        where: what messages call the place of the name.
+        name: the name.
+
+    Raises: ValueError for a name that could leave its folder.
+    """
     if not name or ".." in name or any(mark in name for mark in "/\\\0\n\r") or name != name.strip():
         raise ValueError(f"{where}: the sample name {name!r} is refused: names become file names of one folder.")
     return name
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a UTF-8 csv with the given columns; a lost cell is "".
+    """Read rows of a UTF-8 csv with the given columns; a lost cell is "".
 
-    Raises: ValueError for a lost column, naming those there are, or for a file that is not UTF-8."""
+    Args:
+        path: the csv file.
+        columns: names in its header; others are left out.
+
+    Raises: ValueError for a lost column, naming those there are, or for a file that is not UTF-8.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -147,7 +184,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _open_labels(path: Path) -> dict[str, Truth]:
-    """List strings by name; an empty one counts as neutral, as in the reference."""
+    """Read list strings by name; an empty one counts as neutral, as in the reference."""
     rows = read_rows(path, ("name", "openset"))
     return {
         require_name(path, row["name"]): row["openset"] if string_to_list(row["openset"]) else "neutral" for row in rows
@@ -195,7 +232,7 @@ Kind = Literal["open", "emotion", "sentiment"]
 
 @dataclass(frozen=True, kw_only=True)
 class SetInfo:
-    """One set. `key` is the reference's name for it; files and folders are tried in the order given."""
+    """One set; `key` is the reference's name for it, and files and folders are tried in the order given."""
 
     key: str
     title: str
@@ -217,7 +254,7 @@ class SetInfo:
 
     @property
     def metric(self) -> str:
-        """The set's primary metric: HIT, F_s or WAF."""
+        """Return the set's primary metric: HIT, F_s or WAF."""
         return {"open": "F_s", "emotion": "HIT", "sentiment": "WAF"}[self.kind]
 
     def __repr__(self) -> str:
@@ -240,9 +277,10 @@ SETS: tuple[SetInfo, ...] = _read_sets()
 
 
 def find_set(name: str) -> SetInfo:
-    """A set by its key or title, in any case ("MER2023", "iemocapfour", "CMU-MOSI", "mosi").
+    """Return a set by its key or title, in any case ("MER2023", "iemocapfour", "CMU-MOSI", "mosi").
 
-    Raises: ValueError listing the nine keys and near ones."""
+    Raises: ValueError listing the nine keys and near ones.
+    """
     known: dict[str, SetInfo] = {}
     for info in SETS:
         title = info.title.split(" (")[0]
@@ -258,7 +296,7 @@ def find_set(name: str) -> SetInfo:
 
 
 def _by_key(key: str) -> SetInfo:
-    """A set by its exact key."""
+    """Return a set by its exact key."""
     return next(info for info in SETS if info.key == key)
 
 

@@ -1,8 +1,7 @@
-"""Loading MER-UniBench's published layout: folders found, labels and subtitles joined, gaps told.
+"""Load MER-UniBench's published layout: find folders, join labels and subtitles, and report gaps.
 
-Labels and scoring need numpy alone; images are opened later, sample by sample (`media.py`).
-
-Subtitles of one set: name -> sentence; a sample without a row has the empty one.
+Labels and scoring need numpy alone; images are opened later, sample by sample (`media.py`). Subtitles of one set are
+name -> sentence; a sample without a row has the empty one.
 """
 
 from __future__ import annotations
@@ -16,14 +15,21 @@ from veena_lens.emotion.mer_unibench.data_sets import SETS, SetInfo, Truth, find
 
 
 def subtitle_file(folder: Path, info: SetInfo) -> Path | None:
-    """The set's subtitle file under any of its names, None when there is none."""
+    """Return the set's subtitle file under any of its names, None when there is none."""
     return next((folder / name for name in info.subtitles[0] if (folder / name).is_file()), None)
 
 
 def read_subtitles(folder: Path, info: SetInfo) -> dict[str, str]:
-    """Name -> sentence in the language that the reference reads; a repeated name keeps its last row.
+    """Read name -> sentence in the language that the reference reads; a repeated name keeps its last row.
 
-    No file gives no subtitle. Raises: ValueError for a file without the columns."""
+    No file gives no subtitle.
+
+    Args:
+        folder: the set's.
+        info: the set.
+
+    Raises: ValueError for a file without the columns.
+    """
     path = subtitle_file(folder, info)
     if path is None:
         return {}
@@ -59,7 +65,7 @@ class LoadedSet:
 
     @property
     def truths(self) -> dict[str, Truth]:
-        """Name -> truth."""
+        """Return name -> truth."""
         return {sample.name: sample.truth for sample in self.samples}
 
     def __len__(self) -> int:
@@ -89,11 +95,15 @@ class Benchmark:
 
 
 def load_benchmark(root: str | Path, *, overrides: Overrides | None = None, strict: bool = False) -> Benchmark:
-    """Every set that lies under `root`; absent ones are skipped and named.
+    """Load every set that lies under `root`; absent ones are skipped and named.
 
-    overrides: key -> folder of a set that lies elsewhere. strict: a number of samples other than the published one is
-    an error instead of a warning. Raises: FileNotFoundError where no set is found, naming the folders looked for;
-    otherwise as `load_set`."""
+    Args:
+        root: the folder that holds the sets' folders.
+        overrides: key -> folder of a set that lies elsewhere.
+        strict: True makes a number of samples other than the published one an error instead of a warning.
+
+    Raises: FileNotFoundError where no set is found, naming the folders looked for; otherwise as `load_set`.
+    """
     require_root(root, overrides)
     found = [info for info in SETS if set_folder(root, info, overrides) is not None]
     if not found:
@@ -106,10 +116,15 @@ def load_benchmark(root: str | Path, *, overrides: Overrides | None = None, stri
 
 
 def load_set(root: str | Path, key: str, *, overrides: Overrides | None = None, strict: bool = False) -> LoadedSet:
-    """The test part of one set.
+    """Load the test part of one set.
+
+    Args:
+        root, overrides, strict: as for `load_benchmark`.
+        key: the set's key or title, as `find_set` takes it.
 
     Raises: FileNotFoundError for a lost folder or label file, saying where the set comes from; ValueError for labels
-    that are not what the set has, and with `strict` for another number of samples."""
+    that are not what the set has, and with `strict` for another number of samples.
+    """
     info = find_set(key)
     require_root(root, overrides)
     folder = set_folder(root, info, overrides)
@@ -143,7 +158,15 @@ def load_set(root: str | Path, key: str, *, overrides: Overrides | None = None, 
 
 
 def set_folder(root: str | Path, info: SetInfo, overrides: Overrides | None = None) -> Path | None:
-    """The folder of a set: the override's, else the first of its folders that exists under root, else None."""
+    """Return the folder of a set: the override's, else the first of its folders that exists under root, else None.
+
+    Args:
+        root: the folder that holds the sets' folders.
+        info: the set.
+        overrides: key -> folder of a set that lies elsewhere.
+
+    Raises: FileNotFoundError for an override that does not exist.
+    """
     for key, path in (overrides or {}).items():
         if find_set(key) == info:
             if not Path(path).is_dir():
@@ -153,7 +176,10 @@ def set_folder(root: str | Path, info: SetInfo, overrides: Overrides | None = No
 
 
 def require_root(root: str | Path, overrides: Overrides | None = None) -> None:
-    """Check that the root exists, unless every set in use is given by an override. Raises: FileNotFoundError."""
+    """Check that the root exists, unless every set in use is given by an override.
+
+    Raises: FileNotFoundError for a root that does not exist; ValueError for an override of an unknown set.
+    """
     for key in overrides or {}:
         find_set(key)
     if not Path(root).is_dir() and not overrides:
@@ -164,7 +190,7 @@ def require_root(root: str | Path, overrides: Overrides | None = None) -> None:
 
 
 def _doubts(info: SetInfo, folder: Path, labels: Mapping[str, Truth], strict: bool) -> Iterable[str]:
-    """Notes on counts and classes, warned of too; an error for the count when strict."""
+    """Return notes on counts and classes, which are warned of too; a wrong count is an error when strict."""
     notes = []
     if len(labels) != info.count:
         count = f"{len(labels)} samples of {info.title} in {folder}; the published test part has {info.count}"

@@ -1,9 +1,9 @@
-"""Pictures of a clip: frames from a folder of images or a video file, or aligned faces.
+"""Open the images of a clip: frames from a folder of images or a video file, or aligned faces.
 
-Which frames were taken is part of what comes back, since a score of a model that sees images depends on it. The
-decoder is an extra and is imported only when a video file must be opened.
+Which frames were taken is part of what comes back, since a score of a model that sees images depends on it. The decoder
+is an extra and is imported only when a video file must be opened.
 
-Aligned face crops: one array a clip, written with OpenCV, so its channels are blue, green, red.
+Aligned faces are one array per clip, written with OpenCV, so its channels are blue, green, red.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class NoFace(ValueError):
 
 
 def face_file(sample: Sample) -> Path | None:
-    """The clip's array in either layout, None when there is none."""
+    """Return the clip's array of faces in either layout, None when there is none."""
     name = require_name(sample.folder, sample.name)
     paths = (sample.folder / FOLDER / name / f"{name}.npy", sample.folder / FOLDER / f"{name}.npy")
     return next((path for path in paths if path.is_file()), None)
 
 
 def read_faces(sample: Sample) -> tuple[np.ndarray, Path]:
-    """Face crops [n height width 3] uint8 in RGB, and their file.
+    """Read a clip's aligned faces [n height width 3], uint8 in RGB, and their file.
 
     Raises: NoFace where there is no file or it holds no face; ValueError for another rank or dtype, or a damaged file.
     """
@@ -61,7 +61,7 @@ PICTURES = (".jpg", ".jpeg", ".png")
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Pictures of one clip and where they come from: kind (frames or faces), places among `total`, and remarks."""
+    """Images of one clip and where they come from: kind (frames or faces), places among `total`, and remarks."""
 
     pictures: tuple[Image.Image, ...]
     kind: str
@@ -71,16 +71,22 @@ class Seen:
     note: str = ""
 
     def record(self) -> dict[str, Any]:
-        """What was seen, as JSON holds it."""
+        """Return what was seen, as JSON holds it."""
         found = {"kind": self.kind, "places": list(self.places), "total": self.total, "source": self.source}
         return found | ({"note": self.note} if self.note else {})
 
 
 def frame_places(total: int, frames: int) -> list[int]:
-    """Which of `total` images are taken: the middle one for one, else the reference's uniform choice.
+    """Return which of `total` images are taken: the middle one for one, else the reference's uniform choice.
 
     Uniform: floor(k total / m) for k < m = min(frames, total), the last repeated up to `frames`.
-    Raises: ValueError for fewer than one frame, asked or there."""
+
+    Args:
+        total: how many images there are.
+        frames: how many are wanted.
+
+    Raises: ValueError for fewer than one frame, asked or there.
+    """
     if frames < 1 or total < 1:
         raise ValueError(f"frames={frames} of {total}: both must be at least 1.")
     if frames == 1:
@@ -91,10 +97,18 @@ def frame_places(total: int, frames: int) -> list[int]:
 
 
 def see(sample: Sample, *, frames: int = 1, faces: bool = False) -> Seen:
-    """The images of a clip: `frames` of its video, or of its aligned faces.
+    """Return the images of a clip: `frames` of its video, or of its aligned faces.
 
-    A clip without a face falls back to its frames, and the note says so. Raises: FileNotFoundError with the paths
-    tried; ImportError naming the extra where a video file needs a decoder; ValueError for a file that is damaged."""
+    A clip without a face falls back to its frames, and the note says so.
+
+    Args:
+        sample: the clip.
+        frames: how many images, chosen by `frame_places`.
+        faces: True takes aligned faces where the clip has them.
+
+    Raises: FileNotFoundError with the paths tried; ImportError naming the extra where a video file needs a decoder;
+    ValueError for a file that is damaged.
+    """
     note = ""
     if faces:
         try:
@@ -121,7 +135,7 @@ def see(sample: Sample, *, frames: int = 1, faces: bool = False) -> Seen:
 
 
 def find_video(sample: Sample) -> Path:
-    """The clip's video file, or its folder of frames. Raises: FileNotFoundError, naming every path tried."""
+    """Return the clip's video file, or its folder of frames. Raises: FileNotFoundError, naming every path tried."""
     name = require_name(sample.folder, sample.name)
     # A name may hold dots, so the ending is added to it, not put in the place of another.
     folders = [sample.folder / video for video in sample.info.videos]
@@ -139,7 +153,7 @@ def find_video(sample: Sample) -> Path:
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """Pictures in a folder of frames, by name; numbers in names count as numbers, so that 10 follows 9."""
+    """Return the images in a folder of frames, by name; numbers in names count as numbers, so that 10 follows 9."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if path.suffix.lower() in PICTURES]
@@ -160,7 +174,10 @@ def _open(path: Path) -> Image.Image:
 
 
 def _decode(path: Path, frames: int) -> tuple[tuple[Image.Image, ...], list[int], int]:
-    """Frames of a video file; the clip is decoded twice, since what a file says of its length can be wrong."""
+    """Return frames of a video file, their places and how many there are.
+
+    The clip is decoded twice, since what a file says of its length can be wrong.
+    """
     try:
         # By name: type checkers need not have it.
         av = import_module("av")

@@ -1,9 +1,10 @@
-"""Scoring answers on MER-UniBench: one primary metric a set, and their mean over the sets that were scored.
+"""Score answers on MER-UniBench: one primary metric per set, and their mean over the sets that were scored.
 
 HIT for classes, F_s for open-vocabulary labels, WAF for sentiment; a join report says which answers had no sample and
 which samples no answer. Source: Lian et al. 2025, AffectGPT (ICML).
 
-What lies under a root of MER-UniBench, a line a set: found, partly or absent, and how to get what is missing.
+`check_root` says what lies under a root of MER-UniBench, one line per set: found, partly or absent, and how to get what
+is missing.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class Join:
 class SetScore:
     """One set's primary metric in percent, with the others beside it (in percent), per-wheel counts and the join.
 
-    `mapping` is "" for sentiment, which knows none. `counted`: samples that took part, per wheel or once."""
+    `mapping` is "" for sentiment, which has none. `counted`: samples that took part, per wheel or once.
+    """
 
     key: str
     metric: str
@@ -66,7 +68,7 @@ class SetScore:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkScore:
-    """Unweighted mean of primary metrics in percent, over `keys`; `missing` are the other sets of the nine."""
+    """The unweighted mean of primary metrics in percent, over `keys`; `missing` are the other sets of the nine."""
 
     percent: float
     mapping: str
@@ -88,12 +90,20 @@ def score_answers(
     extractor: Callable[[str], Sequence[str]] | None = None,
     judge: Callable[[Sequence[str]], str] | None = None,
 ) -> SetScore:
-    """One set's primary metric.
+    """Return one set's primary metric, in percent, with the others beside it.
 
-    answers: a file's, or name -> text. Raw texts go through `extractor` (default: the lexicon), list strings are taken
-    as they are; for sentiment, labels go through `judge` (default: the sign of their valences), words as they are.
-    Raises: ValueError naming samples without an answer (`missing="empty"` scores them as empty ones), or answers none
-    of which belongs to the set."""
+    Args:
+        loaded: the set.
+        answers: a file's, or name -> text, which is read as raw texts.
+        wheels: None is the project's; sentiment uses them only through the default `extractor` and `judge`.
+        mapping: "official" or "direct", from labels to sectors.
+        missing: "error", or "empty" to score samples without an answer as empty ones.
+        extractor: turns raw texts into labels (default: the lexicon); list strings are taken unchanged.
+        judge: turns labels into a sentiment (default: the sign of their valences); sentiment words are taken unchanged.
+
+    Raises: ValueError naming samples without an answer unless `missing="empty"`, for answers none of which belongs to
+    the set, and for answers of another set.
+    """
     wheels = EmotionWheels.default() if wheels is None else wheels
     if not isinstance(answers, Answers):
         from pathlib import Path
@@ -134,7 +144,12 @@ def score_answers(
 
 
 def join(truths: Iterable[str], answers: Iterable[str]) -> Join:
-    """Names on both sides, and on one alone."""
+    """Return how many names are on both sides, and the names on one alone.
+
+    Args:
+        truths: names of samples.
+        answers: names of answers.
+    """
     samples, said = dict.fromkeys(truths), dict.fromkeys(answers)
     return Join(
         matched=sum(name in said for name in samples),
@@ -144,9 +159,14 @@ def join(truths: Iterable[str], answers: Iterable[str]) -> Join:
 
 
 def benchmark_mean(scores: Iterable[SetScore], mapping: str = "official") -> BenchmarkScore:
-    """Unweighted mean of the sets' primary metrics under one mapping; sentiment counts under both.
+    """Return the unweighted mean of the sets' primary metrics under one mapping; sentiment counts under both.
 
-    Raises: ValueError for two scores of one set, or none at all."""
+    Args:
+        scores: at most one per set and mapping.
+        mapping: "official" or "direct"; scores under the other are left out.
+
+    Raises: ValueError for two scores of one set, or none at all.
+    """
     chosen = [score for score in scores if score.mapping in ("", mapping)]
     keys = [score.key for score in chosen]
     twice = sorted({key for key in keys if keys.count(key) > 1})
@@ -223,14 +243,21 @@ class RootCheck:
 
     @property
     def summary(self) -> str:
-        """How many of the nine can be scored."""
+        """Say how many of the nine can be scored, and which cannot."""
         usable = [check.info.key for check in self.checks if check.labels]
         lost = [check.info.key for check in self.checks if not check.labels]
         return f"{len(usable)} of {len(SETS)} sets can be scored" + (f"; not: {', '.join(lost)}" if lost else "")
 
 
 def check_root(root: str | Path, *, overrides: Overrides | None = None) -> RootCheck:
-    """A check of every set; damaged or lost files become notes. Raises: FileNotFoundError for a root that is none."""
+    """Return a check of every set; damaged or lost files become notes.
+
+    Args:
+        root: the folder that holds the sets' folders.
+        overrides: key -> folder of a set that lies elsewhere.
+
+    Raises: FileNotFoundError for a root that does not exist.
+    """
     require_root(root, overrides)
     return RootCheck(root=Path(root), checks=tuple(_check(root, info, overrides) for info in SETS))
 

@@ -81,8 +81,9 @@ def read_answers(path: str | Path, *, sentiment: bool = False, beside: bool = Tr
 
 
 def set_in_path(path: Path) -> str:
-    """Return the set that a `results-<key>` part of a path names, "" without one. Raises: ValueError for an unknown
-    key.
+    """Return the set that a `results-<key>` part of a path names, "" without one.
+
+    Raises: ValueError for an unknown key.
     """
     for part in reversed(path.parts[:-1] if path.is_file() else path.parts):
         found = re.fullmatch(r"results-(\w+)", part)
@@ -92,9 +93,7 @@ def set_in_path(path: Path) -> str:
 
 
 def answer_files(folder: Path) -> list[Path]:
-    """List every answer file under a folder, one per stem: the raw file, or the extracted one where there is no raw
-    one.
-    """
+    """List every answer file under a folder, one per stem: the raw file, or the extracted one without it."""
     stems: dict[tuple[Path, str], Path] = {}
     for path in sorted(folder.rglob("*.npz")):
         stem = path.stem.removesuffix("-sentiment").removesuffix(OPENSET)

@@ -1,5 +1,4 @@
-"""Describe the nine sets of MER-UniBench (`sets.toml`), and read their labels from numpy archives without trusting
-them.
+"""Describe the nine sets of MER-UniBench (`sets.toml`), and read labels from numpy archives without trusting them.
 
 A pickle can call any function it names. Label and answer files need four names of numpy; an unpickler that knows no
 other reads them and refuses the rest. Labels are checked value by value, in the order of the file.

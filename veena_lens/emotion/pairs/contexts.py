@@ -75,8 +75,11 @@ HELD_OUT_EVENTS: dict[str, tuple[str, ...]] = {
 
 
 def context_sentence(event: str, strength: str) -> str:
-    """Return an event as a sentence of a strength: "weak" ("maybe ..."), "strong" ("everybody knows that ..."), else
-    plain.
+    """Return an event as a sentence of the given strength.
+
+    Args:
+        event: a clause without a full stop, such as those of `EVENTS`.
+        strength: "weak" ("maybe ..."), "strong" ("everybody knows that ..."), or "plain".
     """
     if strength == "weak":
         return f"maybe {event}."
@@ -93,12 +96,12 @@ def context_conditions(
     strengths: Sequence[str] = STRENGTHS,
     events: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[Example]]:
-    """Return the same images under every condition: "alone", "consistent", and "conflict, <strength>" for each
-    strength.
+    """Return the same images under every condition.
 
-    Every list has the examples in their order. The sentence of a conflict speaks of an emotion drawn among the others
-    of the set; one event serves all strengths, so that they differ in nothing else. A consistent sentence is stated
-    plainly. Draws depend on the seed and the example alone, not on its neighbours or on where its image lies.
+    Conditions are "alone", "consistent", and "conflict, <strength>" for each strength. Every list has the examples in
+    their order. The sentence of a conflict speaks of an emotion drawn among the others of the set; one event serves all
+    strengths, so that they differ in nothing else. A consistent sentence is stated plainly. Draws depend on the seed
+    and the example alone, not on its neighbours or on where its image lies.
 
     Args:
         examples: images with their questions; contexts that they already have are dropped.

@@ -286,10 +286,9 @@ class PairSet(Sequence[Pair]):
         return parts
 
     def divide(self, parts: Mapping[str, float | int], seed: int = 0) -> dict[str, PairSet]:
-        """Return the parts of `split` by name: `{"directions": 2, "validation": 1}` gives the first two thirds of the
-        identities.
+        """Return the parts of `split` by name.
 
-        Raises: as `split`."""
+        `{"directions": 2, "validation": 1}` gives two thirds of the identities to the first. Raises: as `split`."""
         return dict(zip(parts, self.split(list(parts.values()), seed), strict=True))
 
     def sample(self, n: int, seed: int = 0) -> PairSet:

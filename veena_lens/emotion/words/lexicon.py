@@ -35,8 +35,9 @@ Valence = Literal["positive", "negative", "neutral"]
 
 
 def plain(text: str) -> str:
-    """Return a text in lower case with one kind of quotes and dashes and single blanks: spellings of a label become
-    one."""
+    """Return a text in lower case, with one kind of quotes and dashes and single blanks.
+
+    Two spellings of a label become one."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES)
     return " ".join(text.lower().split())
 

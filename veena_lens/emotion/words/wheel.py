@@ -83,8 +83,7 @@ def official_sector(
 def direct_sector(
     label: str, wheel: Wheel, level: str, forms: Mapping[str, Sequence[str]], synonyms: Mapping[str, Sequence[str]]
 ) -> str:
-    """Return the sector of the label itself or else of the nearest wheel word it leads to, "" when none lies on the
-    wheel.
+    """Return the sector of the label itself or else of the nearest wheel word it leads to, "" for none on the wheel.
 
     The nearest word has the least (base is not the label, difference of their lengths, base, wheel word is not a
     sector's name, wheel word is not the base, wheel word). Parameters: as `official_sector`.

@@ -76,7 +76,7 @@ class EmotionWheels:
         """Return the sector of a label on one wheel, "" when it is on none; wheels count from 1 or go by name.
 
         level: "level1" (sectors) or "level2" (second-level words). mapping: "official" (MER-UniBench's, the default of
-        imported wheels) or "direct" (the project's, the default of its own wheels).
+        imported wheels) or "direct" (the default of the project's wheels).
         Raises: ValueError for a wheel, level or mapping that does not exist."""
         mapping = self.mapping if mapping is None else mapping
         found, by_label = self.wheel(wheel), self._sectors(mapping, level)
@@ -379,11 +379,10 @@ def _hit(labels: Sequence[str], truth: str, wheels: EmotionWheels, mapping: str)
 
 
 def token_hit_rate(text: str, truth: str, wheels: EmotionWheels | None = None) -> float:
-    """Return emotion words of the truth's basic emotion over all emotion words of a text, repeats counted; 0 without
-    any.
+    """Return the share of a text's emotion words that name the truth's basic emotion, repeats counted; 0 without any.
 
     Another quantity than the hit rate: "happy happy sad" has 2/3 for happy, and hits both. Negated words do not count.
-    In [0, 1]. Raises: ValueError for a truth that the lexicon lacks."""
+    wheels: None is the project's. In [0, 1]. Raises: ValueError for a truth that the lexicon lacks."""
     wheels = EmotionWheels.default() if wheels is None else wheels
     emotion = wheels.basic(truth)
     if not emotion:

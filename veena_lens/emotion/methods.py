@@ -1,7 +1,7 @@
 """A method: all that is done to a model while it answers, as one value, so that all are compared on the same footing.
 
 It may intervene (one list for every row, or lists that follow from the batch), reword the prompt, and change how
-tokens are chosen. `answers` and `next_logits` run any method over examples in batches.
+tokens are chosen. `generate_answers` and `next_logits` run any method over examples in batches.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ PerRow = Callable[[Any, MultimodalInputs], Sequence[Sequence[Any]]]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Method:
-    """What is done while a model answers.
+    """A method: all that is done while a model answers.
 
-    `interventions`: a list (or Circuit) for every row, or a function (model, inputs) -> one list a row, called before
+    `interventions`: a list (or Circuit) for every row, or a function (model, inputs) -> one list per row, called before
     the block in which the batch runs. `prompt`: rewords the prompt. `decoding`: (model, inputs) -> logits processors
     as transformers has them, made anew for each batch. `about`: one line; `settings`: JSON-able, what was chosen.
     """
@@ -42,7 +42,7 @@ class Method:
 
     @contextmanager
     def applied(self, model: HookedVLM, inputs: MultimodalInputs) -> Iterator[None]:
-        """The method's interventions in force for this batch."""
+        """Put the method's interventions in force for this batch."""
         if callable(self.interventions):
             per_row = [list(mine) for mine in self.interventions(model, inputs)]
             with model.intervene(per_row=per_row):
@@ -54,7 +54,7 @@ class Method:
     def fingerprint(self) -> list[Any]:
         """Return what tells this method's answers from another's: what its interventions hold, never its name.
 
-        What only code says (a reworded prompt, a rule of decoding, interventions that follow from the batch) is told
+        What only code says (a reworded prompt, a rule of decoding, interventions that follow from the batch) is given
         by the method's name and settings."""
         if self.prompt is None and self.decoding is None and not callable(self.interventions):
             items = list(self.interventions)
@@ -74,7 +74,7 @@ PLAIN = Method(name="plain", about="the model as it is")
 
 
 def prepared(model: HookedVLM, examples: Sequence[Any], method: Method = PLAIN, lead_in: str | None = None) -> Any:
-    """The examples as one batch: each one's image and prompt, reworded by the method, with an answer begun."""
+    """Return the examples as one batch: each one's image and prompt, reworded by the method, with an answer begun."""
     texts = [example.prompt if method.prompt is None else method.prompt(example.prompt) for example in examples]
     pictures = [[example.picture] for example in examples]
     if lead_in is None:
@@ -91,9 +91,17 @@ def generate_answers(
     max_new_tokens: int = 32,
     progress: bool = False,
 ) -> list[str]:
-    """What the model says of each example under the method: greedy, in the order of the examples.
+    """Return what the model says of each example under the method: greedy, in the order of the examples.
 
-    Examples need `.picture` and `.prompt`. Raises: ValueError for a batch size or length below 1, or as `generate`."""
+    Args:
+        model: the model.
+        examples: what is asked; each needs `.picture` and `.prompt`.
+        method: what is done meanwhile; by default the plain model.
+        batch_size: examples in a batch.
+        max_new_tokens: the longest answer, in tokens.
+        progress: True shows a progress bar.
+
+    Raises: ValueError for a batch size or length below 1, or as `generate`."""
     require_sizes(batch_size, max_new_tokens)
     texts: list[str] = []
     for batch in long_runs.progress(
@@ -104,7 +112,7 @@ def generate_answers(
 
 
 def answers_to(model: HookedVLM, inputs: MultimodalInputs, method: Method, max_new_tokens: int) -> list[str]:
-    """What the model says of one prepared batch under the method."""
+    """Return what the model says of one prepared batch under the method."""
     rules = () if method.decoding is None else list(method.decoding(model, inputs))
     with method.applied(model, inputs):
         return model.generate(inputs, max_new_tokens=max_new_tokens, logits_processor=rules or None)
@@ -119,9 +127,19 @@ def next_logits(
     *,
     batch_size: int = 16,
 ) -> Float[Tensor, "example d_vocab"]:
-    """Logits of the token after the prompt (or after `lead_in`), under the method's prompt and interventions.
+    """Return the logits of the token after the prompt (or after `lead_in`), under the method's prompt and
+    interventions.
 
-    Rules of decoding act on whole generations and take no part here. Raises: as `answers`."""
+    Rules of decoding act on whole generations and take no part here.
+
+    Args:
+        model: the model.
+        examples: images with prompts.
+        method: what is done meanwhile; by default the plain model.
+        lead_in: begun answer after which the token follows; by default none.
+        batch_size: examples in a batch.
+
+    Raises: as `generate_answers`."""
     require_sizes(batch_size, 1)
     found = []
     for batch in batches(examples, batch_size):
@@ -132,11 +150,11 @@ def next_logits(
 
 
 def batches(examples: Sequence[Any], size: int) -> Iterator[list[Any]]:
-    """The examples in runs of at most `size`, in order."""
+    """Return the examples in runs of at most `size`, in order."""
     return (list(examples[start : start + size]) for start in range(0, len(examples), size))
 
 
 def require_sizes(batch_size: int, max_new_tokens: int) -> None:
-    """Raises: ValueError for a batch size or a length below 1."""
+    """Require sizes of at least 1. Raises: ValueError for a batch size or a length below 1."""
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1.")

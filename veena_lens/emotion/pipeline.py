@@ -60,7 +60,7 @@ STAGES = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class VeenaRun:
-    """All that a run found; `results()` is what results.json holds."""
+    """The findings of a run; `results()` is what results.json holds."""
 
     model: str
     settings: Settings
@@ -202,8 +202,8 @@ def run_veena(
 
 
 def part_identities(pairs: Any, settings: Settings) -> dict[str, Any]:
-    """The parts of a run by name: directions, mechanism and validation (2 : 1 : 1 of the development identities), test,
-    and elsewhere (other styles, and images without twins).
+    """Return the parts of a run by name: directions, mechanism and validation (2 : 1 : 1 of the development
+    identities), test, and elsewhere (other styles, and images without twins).
 
     Where the set names no split "test", a quarter of the identities is set aside for it.
     Raises: ValueError for fewer than four identities."""
@@ -235,7 +235,7 @@ def part_identities(pairs: Any, settings: Settings) -> dict[str, Any]:
 
 
 def _some(pairs: Any, most: int | None) -> Any:
-    """At most so many pairs, emotions and identities in turn."""
+    """Return at most so many pairs, emotions and identities in turn."""
     if most is None or len(pairs) <= most:
         return pairs
     return pairs.sample(most) if hasattr(pairs, "sample") else spread_over(list(pairs), most)
@@ -256,7 +256,7 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
 
 
 class _Clock:
-    """Names the stages as they begin, and keeps their seconds."""
+    """A clock that names the stages as they begin, and keeps their seconds."""
 
     def __init__(self, show: bool) -> None:
         self.show, self.seconds, self.now, self.began = show, {}, "", 0.0

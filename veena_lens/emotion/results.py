@@ -18,7 +18,7 @@ FORMAT = "veena_lens.results/1"
 
 
 def results_of(run: VeenaRun) -> dict[str, Any]:
-    """Everything that a run measured, as JSON holds it; NaN becomes null."""
+    """Return everything that a run measured, as JSON holds it; NaN becomes null."""
     layers, heads = run.layers, run.heads
     found = {
         "format": FORMAT,
@@ -143,7 +143,7 @@ def _records(table: Any) -> Any:
 
 
 def _clean(value: Any) -> Any:
-    """What JSON holds: numbers of numpy and tensors as Python's, NaN and infinities as null."""
+    """Return what JSON holds: numbers of numpy and tensors as Python's, NaN and infinities as null."""
     if isinstance(value, dict):
         return {str(k): _clean(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

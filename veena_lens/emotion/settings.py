@@ -116,7 +116,7 @@ def settings_for(preset_name: str, seed: int | None = None, question: str | None
 
 
 def preset(name: str) -> Settings:
-    """A preset by name. Raises: ValueError for an unknown one."""
+    """Return a preset by name. Raises: ValueError for an unknown one."""
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; presets: {', '.join(PRESETS)}.")
     return PRESETS[name]

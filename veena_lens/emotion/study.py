@@ -55,7 +55,7 @@ class Asking:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Batch size and length by name, as functions take them that generate answers."""
+        """Return batch size and length by name, as functions take them that generate answers."""
         return {"batch_size": self.batch_size, "max_new_tokens": self.max_new_tokens}
 
 
@@ -118,7 +118,7 @@ class Study:
         return torch.tensor(rates, dtype=torch.float64)
 
     def store(self, what: str, **about: Any) -> Store:
-        """Return the store of one stage, whose results depend on the model and on `about` besides."""
+        """Return the store of one stage, whose results depend on the model and on `about`."""
         return Store(self.out, {"what": what, "model": self.model, **about})
 
     def each(
@@ -137,7 +137,7 @@ class Study:
             items: what to compute.
             compute: gives an item's result, a dictionary of tensors and of anything JSON holds.
             name: what tells an item from the others; by default the item.
-            about: what the results depend on besides the model (`long_runs.fingerprint`).
+            about: what the results depend on, apart from the model (`long_runs.fingerprint`).
         """
         return self.store(what, **about).each(items, compute, name=name, label=what, show=self.progress)
 

@@ -82,7 +82,7 @@ def _integer(key: str) -> Callable[[Record], Cell]:
 
 
 def _number(key: str) -> Callable[[Record], Cell]:
-    """A number, None where it is not known."""
+    """Return the cell of a number, None where it is not known."""
     return lambda r: None if r.get(key) is None or r[key] != r[key] else float(r[key])
 
 
@@ -119,7 +119,7 @@ def _method(r: Record) -> Cell:
 
 
 def _part(key: str) -> Callable[[Record], Cell]:
-    """A part of the model as people write it: "3_mlp_out" is the MLP of layer 3."""
+    """Return a part of the model as people write it: "3_mlp_out" is the MLP of layer 3."""
     return lambda r: f"MLP {r[key].removesuffix('_mlp_out')}" if r[key].endswith("_mlp_out") else r[key]
 
 

@@ -29,28 +29,14 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 __all__ = [
-    "WORDINGS",
-    "Baseline",
-    "adaptvis",
-    "all_baselines",
-    "first_token_confidence",
-    "pai",
-    "plain_steering",
-    "prompt_only",
-    "random_directions",
-    "random_heads",
-    "random_neurons",
-    "scalingvis",
-    "spin",
-    "vaf",
-    "vcd",
-    "vista",
+    "WORDINGS", "Baseline", "adaptvis", "all_baselines", "first_token_confidence", "pai", "plain_steering",
+    "prompt_only", "random_directions", "random_heads", "random_neurons", "scalingvis", "spin", "vaf", "vcd", "vista",
     "visual_directions",
 ]  # fmt: skip
 
 
 def pai(alpha: float | int, layers: Sequence[int], cfg_gamma: float | int | None = None) -> Method:
-    """Paying attention to the image: s + alpha |s| on image keys, all heads of `layers`, and guidance while decoding.
+    """Raise attention to the image (PAI): s + alpha |s| on image keys, all heads of `layers`, and guidance in decoding.
 
     The boost acts on the last row of the prompt and on every generated one. cfg_gamma: log-probabilities are
     extrapolated away from those without the image (`guidance`); None or 1 leaves them. The official settings for a
@@ -72,7 +58,7 @@ def pai(alpha: float | int, layers: Sequence[int], cfg_gamma: float | int | None
 
 
 def scalingvis(w: float | int, layers: Sequence[int]) -> Method:
-    """ScalingVis: attention logits of image keys times w, at the last row of the prompt, all heads of `layers`.
+    """Multiply attention logits of image keys by w (ScalingVis), at the last row of the prompt, all heads of `layers`.
 
     w > 1 sharpens where the last token looks, w < 1 smooths it; 1 is off. The official code takes all layers.
     Raises: ValueError for no layers or a w that is not finite. Source: Chen et al. 2025, arXiv 2503.01773."""
@@ -87,9 +73,10 @@ def scalingvis(w: float | int, layers: Sequence[int]) -> Method:
 
 
 def adaptvis(threshold: float | int, layers: Sequence[int], w1: float | int = 0.5, w2: float | int = 1.2) -> Method:
-    """AdaptVis: ScalingVis with w1 where the model is less sure than `threshold` of its first token, else with w2.
+    """Scale attention as AdaptVis: with w1 where the model is less sure than `threshold` of its first token, else w2.
 
-    Sure: the largest probability of the first token, from an unedited run of the prompt; each row has its own factor.
+    As ScalingVis. Sure: the largest probability of the first token, from an unedited run of the prompt; each row has
+    its own factor.
     Raises: ValueError for no layers, or numbers that are not finite; when it runs, for a row without an image.
     Source: Chen et al. 2025, arXiv 2503.01773 (the threshold is chosen for each task)."""
     _require_finite("adaptvis", threshold=threshold, w1=w1, w2=w2)
@@ -109,7 +96,7 @@ def adaptvis(threshold: float | int, layers: Sequence[int], w1: float | int = 0.
 
 
 def vaf(layers: Sequence[int], enhance: float | int = 1.15, suppress: float | int = 0.95) -> Method:
-    """Visual amplification: attention logits of image keys times `enhance`, of what stands before the image times
+    """Amplify vision (VAF): attention logits of image keys times `enhance`, of what stands before the image times
     `suppress`, for the text after the image and what is generated; all heads of the middle `layers`.
 
     The official settings for a 7B model are layers 9 .. 14. Factors of 1 are off.
@@ -145,8 +132,8 @@ def vaf(layers: Sequence[int], enhance: float | int = 1.15, suppress: float | in
 
 
 def spin(layers: Sequence[int], keep: float | int = 0.95, factor: float | int = 0.0) -> Method:
-    """SPIN: at each new token, of each layer int(keep * n_heads) heads that look most at the image stay; the others'
-    outputs are multiplied by `factor`.
+    """Suppress heads (SPIN): at each new token, int(keep * n_heads) heads of a layer that look most at the image stay;
+    the others' outputs are multiplied by `factor`.
 
     Heads are ranked by their attention mass on the image. keep = 1 or factor = 1 is off.
     Raises: ValueError for no layers, a keep outside [0, 1], or a factor that is not finite.
@@ -162,7 +149,7 @@ def spin(layers: Sequence[int], keep: float | int = 0.95, factor: float | int = 
 
 @torch.no_grad()
 def first_token_confidence(model: HookedVLM, inputs: MultimodalInputs) -> Float[Tensor, " batch"]:
-    """The largest probability of the token after the prompt, from a run that no intervention touches."""
+    """Return the largest probability of the token after the prompt, from a run that no intervention touches."""
     with model.without_interventions():
         resid = model(inputs, stop_at_layer=model.cfg.n_layers)
     last = [spans.last for spans in inputs.spans]
@@ -214,7 +201,7 @@ def plain_steering(
     emotion: str | None = None,
     positions: Any = "last+generated",
 ) -> Method:
-    """A steering vector added to the residual stream of one layer: h + alpha S.
+    """Add a steering vector to the residual stream of one layer: h + alpha S.
 
     directions: found by mean difference, with `.steer(layer, alpha, emotion=, scale=)`; emotion None takes the overall
     one. scale: handed on where given. positions: the last prompt token and the answer, as contrastive activation
@@ -243,11 +230,11 @@ def vista(
     vectors: Float[Tensor, "layer d_model"] | None = None,
     positions: Any = "all",
 ) -> Method:
-    """VISTA's visual steering: MLP outputs turned towards what the image adds, their norms kept (`SteerKeepingNorm`).
+    """Turn MLP outputs towards what the image adds, keeping their norms (VISTA's visual steering, `SteerKeepingNorm`).
 
-    vectors: a direction a layer for every example; None takes each example's own, `visual_directions` of its prompt,
-    for two more runs of the prompt. layers: None is all. lam = 0 is off; the official code has 0.1 (LLaVA-1.5: 0.17).
-    Its second part, logits mixed from earlier layers, is left out.
+    vectors: one direction per layer for every example; None takes each example's own, `visual_directions` of its
+    prompt, for two more runs of the prompt. layers: None is all. lam = 0 is off; the official code has 0.1 (LLaVA-1.5:
+    0.17). Its second part, logits mixed from earlier layers, is left out.
     Raises: ValueError for a lam that is not finite, or no layers; when it runs, for a row without an image.
     Source: Li et al. 2025, arXiv 2502.03628."""
     if layers is not None and not len(layers):
@@ -279,7 +266,7 @@ def vista(
 
 @torch.no_grad()
 def visual_directions(model: HookedVLM, inputs: MultimodalInputs) -> Float[Tensor, "batch layer d_model"]:
-    """What the image adds to each row's last prompt token: resid_post with it minus resid_post without it.
+    """Return what the image adds to each row's last prompt token: resid_post with it minus resid_post without it.
 
     Interventions in force do not act. Raises: ValueError for a row without an image."""
     require_pictures("visual_directions", inputs)
@@ -300,7 +287,7 @@ def _last_states(model: HookedVLM, inputs: MultimodalInputs) -> Float[Tensor, "b
 
 
 def prompt_only(kind: str = "look") -> Method:
-    """The prompt reworded, nothing else: one of `WORDINGS`. Raises: ValueError for an unknown kind."""
+    """Reword the prompt, nothing else, as one of `WORDINGS`. Raises: ValueError for an unknown kind."""
     if kind not in WORDINGS:
         raise ValueError(f"prompt_only: kind={kind!r} is unknown; known: {', '.join(WORDINGS)}.")
     wording = WORDINGS[kind]
@@ -386,19 +373,19 @@ def all_baselines(
 
 
 def _grid(**choices: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination, the first name slowest."""
+    """Return every combination, the first name slowest."""
     return [dict(zip(choices, values)) for values in product(*choices.values())]
 
 
 def _spread(grid: list[Any], trials: int) -> list[Any]:
-    """`trials` entries of a list, evenly spread from its first to its last."""
+    """Return `trials` entries of a list, evenly spread from its first to its last."""
     if trials == 1:
         return [grid[len(grid) // 2]]
     return [grid[round(i * (len(grid) - 1) / (trials - 1))] for i in range(trials)]
 
 
 def _keeps(heads: int) -> list[float]:
-    """Three shares of heads to keep, 0.95, 0.85 and 0.7 where that turns down a different number of heads each."""
+    """Return three shares of heads to keep, 0.95, 0.85 and 0.7 where each turns down a different number of heads."""
     quiet: list[int] = []
     for share in (0.95, 0.85, 0.7):
         quiet.append(max(heads - int(share * heads), quiet[-1] + 1 if quiet else 1))
@@ -406,5 +393,5 @@ def _keeps(heads: int) -> list[float]:
 
 
 def _digest(vector: Tensor) -> str:
-    """A short name of a vector, so that settings tell two of them apart."""
+    """Return a short name of a vector, so that settings tell two of them apart."""
     return hashlib.sha256(vector.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:12]

@@ -28,7 +28,13 @@ N_NOISE_STEPS = 1000
 
 
 def vcd(a: float | int = 1.0, b: float | int = 0.1, noise_step: int = 500, seed: int = 0) -> Method:
-    """Visual contrastive decoding: (1 + a) l - a l', where l' are the logits with a noised image in its place.
+    """Contrast decoding (VCD): (1 + a) l - a l', where l' are the logits with a noised image in its place.
+
+    Args:
+        a: how much the noised image's logits count.
+        b: cutoff on the probability of tokens, in (0, 1].
+        noise_step: of the diffusion, 0 .. 999.
+        seed: of the noise.
 
     Only tokens with l >= max l + log b compete. The noise is that of step `noise_step` of a diffusion of 1,000 steps,
     the same for every example, drawn from `seed`. a = 0 is off.
@@ -55,7 +61,11 @@ def vcd(a: float | int = 1.0, b: float | int = 0.1, noise_step: int = 500, seed:
 
 
 def guidance(gamma: float | int, cutoff: float | int = 0.1) -> Callable[[Any, MultimodalInputs], Sequence[Any]]:
-    """PAI's decoding rule: log-probabilities extrapolated away from those without the image; 1 is off.
+    """Extrapolate log-probabilities away from those without the image, as PAI decodes; a gamma of 1 is off.
+
+    Args:
+        gamma: how far; 1 is off.
+        cutoff: share of the largest probability below which tokens are ruled out, in (0, 1].
 
     Raises: ValueError for a gamma that is not finite, or a cutoff outside (0, 1]; while decoding, for a row without a
     image. Source: Liu et al. 2024, arXiv 2407.21771, section 3.3."""
@@ -75,7 +85,7 @@ def guidance(gamma: float | int, cutoff: float | int = 0.1) -> Callable[[Any, Mu
 def contrasted(
     own: Float[Tensor, "batch d_vocab"], other: Float[Tensor, "batch d_vocab"], a: float | int, b: float | int
 ) -> Float[Tensor, "batch d_vocab"]:
-    """(1 + a) own - a other where own >= max own + log b, else -inf."""
+    """Return (1 + a) own - a other where own >= max own + log b, else -inf."""
     implausible = own < own.amax(-1, keepdim=True) + math.log(b)
     return ((1 + a) * own - a * other).masked_fill(implausible, -math.inf)
 
@@ -86,7 +96,7 @@ def guided(
     gamma: float | int,
     cutoff: float | int = 0.1,
 ) -> Float[Tensor, "batch d_vocab"]:
-    """gamma (lp - lp') + lp' of the log-probabilities where lp >= max lp + log cutoff, else -inf."""
+    """Return gamma (lp - lp') + lp' of the log-probabilities where lp >= max lp + log cutoff, else -inf."""
     lp, blind = own.log_softmax(-1), other.log_softmax(-1)
     implausible = lp < lp.amax(-1, keepdim=True) + math.log(cutoff)
     return (gamma * (lp - blind) + blind).masked_fill(implausible, -math.inf)
@@ -95,8 +105,8 @@ def guided(
 class SecondStream:
     """A logits processor that runs the same continuation behind other inputs and combines the two streams' logits.
 
-    It follows one batch from its first step on, a token a step, with keys and values of its own; a call without new
-    tokens starts afresh. Rows that have ended go along and are ignored by `generate`, as in the first stream.
+    It follows one batch from its first step on, one token per step, with its keys and values kept apart; a call without
+    new tokens starts afresh. Rows that have ended go along and are ignored by `generate`, as in the first stream.
     """
 
     def __init__(self, model: HookedVLM, inputs: MultimodalInputs, other: MultimodalInputs, combine: Combine) -> None:
@@ -126,7 +136,7 @@ class SecondStream:
 
 
 def with_noise(model: HookedVLM, inputs: MultimodalInputs, step: int, seed: int = 0) -> MultimodalInputs:
-    """The inputs with every image as a diffusion has it after `step` steps: sqrt(A) x + sqrt(1 - A) noise.
+    """Return the inputs with every image as a diffusion has it after `step` steps: sqrt(A) x + sqrt(1 - A) noise.
 
     A is the product of 1 - beta over the steps 0 .. step, beta rising from 1e-5 to 5e-3 as a sigmoid. Each row draws
     its own noise from `seed` anew, so that a batch equals its rows alone; the frames that one token reads share it.
@@ -149,14 +159,14 @@ def with_noise(model: HookedVLM, inputs: MultimodalInputs, step: int, seed: int 
 
 
 def _patch_noise(vision: Any, n: int, generator: torch.Generator) -> Float[Tensor, "patch width"]:
-    """Noise for `n` patches of channels x frames x height x width."""
+    """Return noise for `n` patches of channels x frames x height x width."""
     frames = vision.temporal_patch_size
     noise = torch.randn(n, vision.n_channels, 1, vision.patch_size**2, generator=generator, dtype=torch.float64)
     return noise.expand(-1, -1, frames, -1).reshape(n, -1)
 
 
 def without_pictures(model: HookedVLM, inputs: MultimodalInputs) -> MultimodalInputs:
-    """The same rows with their image tokens taken out, padded on the left; positions count what is left.
+    """Return the same rows with their image tokens taken out, padded on the left; positions count what is left.
 
     A pair of added tokens right around an image (Qwen's vision start and end) goes with it."""
     keep = inputs.attention_mask & ~inputs.image_mask
@@ -190,7 +200,7 @@ def without_pictures(model: HookedVLM, inputs: MultimodalInputs) -> MultimodalIn
 
 
 def require_pictures(who: str, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for rows without an image, naming them."""
+    """Require an image in every row. Raises: ValueError for rows without an image, naming them."""
     bare = [row for row, n in enumerate(inputs.n_images) if n == 0]
     if bare:
         raise ValueError(f"{who} needs an image in every row; rows {bare[:8]} of {len(inputs)} have none.")

@@ -2,7 +2,7 @@
 
 A random set is as large as the chosen one, layer by layer, and shares no unit with it while a layer has others left:
 unmatched draws flatter a method, since layers differ more than the units inside one. Neurons can be matched on the
-size of what they write besides.
+size of what they write, too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ N_NEAREST = 8  # how many neurons of nearest size a matched one is drawn from
 
 @dataclass(frozen=True)
 class RandomUnits(Sequence[list[Unit]]):
-    """Random sets of (layer, unit), one list a draw. `crowded`: layers without room to avoid the chosen units, with
+    """Random sets of (layer, unit), one list per draw. `crowded`: layers without room to avoid the chosen units, with
     how many of them every draw shares with the chosen set there."""
 
     draws: tuple[list[Unit], ...]
@@ -49,7 +49,8 @@ class RandomUnits(Sequence[list[Unit]]):
 
     @property
     def n_distinct(self) -> int:
-        """Different sets among the draws: few where the chosen units leave a layer little choice."""
+        """Return the number of different sets among the draws: few where the chosen units leave a layer little
+        choice."""
         return len({tuple(sorted(draw)) for draw in self.draws})
 
     def __repr__(self) -> str:
@@ -63,9 +64,16 @@ class RandomUnits(Sequence[list[Unit]]):
 
 
 def random_heads(heads: Sequence[Unit], cfg: HookedVLMConfig, draws: int = 20, seed: int = 0) -> RandomUnits:
-    """Random sets of as many (layer, head) in each layer as `heads` has there, avoiding them where there is room.
+    """Draw random sets of as many (layer, head) in each layer as `heads` has there, avoiding them where there is room.
 
     A layer without room gives all its other heads and fills up with chosen ones; `.crowded` and the repr say so.
+
+    Args:
+        heads: the chosen (layer, head).
+        cfg: the model's configuration.
+        draws: how many sets.
+        seed: of the draws.
+
     Raises: ValueError for no heads, one twice or outside the model, or no draws."""
     return _random_units(heads, cfg, cfg.n_heads, "head", draws, seed, None)
 
@@ -77,10 +85,11 @@ def random_neurons(
     seed: int = 0,
     sizes: Float[Tensor, "layer d_mlp"] | None = None,
 ) -> RandomUnits:
-    """Random sets of as many (layer, neuron) in each layer as `neurons` has there, avoiding them where there is room.
+    """Draw random sets of as many (layer, neuron) in each layer as `neurons` has there, avoiding them where there is
+    room.
 
     sizes: what each neuron writes, as `neuron_sizes` gives it. Then each chosen neuron has its counterpart among the
-    8 others of its layer that are nearest in log size and not yet taken.
+    8 others of its layer that are nearest in log size and not yet taken. The rest as in `random_heads`.
     Raises: ValueError for no neurons, one twice or outside the model, no draws, or sizes of another shape."""
     if sizes is not None and tuple(sizes.shape) != (cfg.n_layers, cfg.d_mlp):
         raise ValueError(f"random_neurons: sizes must be [{cfg.n_layers} {cfg.d_mlp}], not {list(sizes.shape)}.")
@@ -89,7 +98,7 @@ def random_neurons(
 
 @torch.no_grad()
 def neuron_sizes(model: HookedVLM, inputs: MultimodalInputs, positions: Any = "last") -> Float[Tensor, "layer d_mlp"]:
-    """How much each neuron writes: mean |a_n| over the chosen positions of all rows, times ||W_out[n]||.
+    """Return how much each neuron writes: mean |a_n| over the chosen positions of all rows, times ||W_out[n]||.
 
     Raises: ValueError where `positions` select nothing."""
     prepared = model.as_inputs(inputs)
@@ -110,7 +119,12 @@ def neuron_sizes(model: HookedVLM, inputs: MultimodalInputs, positions: Any = "l
 def random_directions(
     direction: Float[Tensor, "*layer d_model"], draws: int = 20, seed: int = 0
 ) -> Float[Tensor, "draw *layer d_model"]:
-    """Random directions with the norms of the given one (of each layer's), uniform on the sphere.
+    """Draw random directions with the norms of the given one (of each layer's), uniform on the sphere.
+
+    Args:
+        direction: one vector, or one per layer.
+        draws: how many directions.
+        seed: of the draws.
 
     Raises: ValueError for no draws."""
     _require_draws("random_directions", draws)
@@ -156,7 +170,7 @@ def _random_units(
 
 
 def _one_layer(mine: list[int], n: int, generator: torch.Generator, sizes: Tensor | None) -> list[int]:
-    """As many units as `mine`, others first."""
+    """Return as many units as `mine`, others first."""
     taken = set(mine)
     others = [unit for unit in range(n) if unit not in taken]
     short = len(mine) - len(others)

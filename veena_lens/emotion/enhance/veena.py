@@ -1,13 +1,14 @@
-"""Strength that follows the model itself: how emotional the image looks to it, and how sure it is which emotion.
+"""VEE, ENA and VEENA: what was located, as circuits that act in any `generate` without training.
+
+VEE strengthens the attention of key heads to the image, ENA amplifies key neurons, VEENA does both. A circuit is a
+list of interventions with a name and a record of how it was made, so it saves, loads and applies like any other.
+
+`Adaptive` sets a strength that follows the model itself: how emotional the image looks to it, and how sure it is which
+emotion.
 
 From the untouched prefill at the key layer: presence g = sigmoid((<h, S^> - theta) / width), and confidence kappa =
 1 - entropy(q) / log E with q = softmax(<h - mean neutral h, D_e^> / T). "need" strengthens where emotion is there but
 unsure, beta = 1 + (beta_max - 1) g (1 - kappa); "trust" strengthens what is sure, with kappa instead. No label is used.
-
-VEE, ENA and VEENA: what was located, as circuits that act in any `generate` without training.
-
-VEE strengthens the attention of key heads to the image, ENA amplifies key neurons, VEENA does both. A circuit is a
-list of interventions with a name and a record of how it was made, so it saves, loads and applies like any other.
 """
 
 from __future__ import annotations
@@ -41,11 +42,18 @@ def vee(
     key_layer: int | None = None,
     keys: Any = "image",
 ) -> Circuit:
-    """Visual emotion enhancement: attention of (layer, head) in `heads` to the image, strengthened by `beta`.
+    """Strengthen the attention of (layer, head) in `heads` to the image by `beta` (visual emotion enhancement).
 
-    phase: "both" strengthens the query's rows and every generated token's, in all heads. "paper": heads up to
-    `key_layer` at the query's rows, later ones at generated tokens. "prefill" or "decode": all heads at the one or the
-    other. mode: as `BoostAttention` (renorm, scale, ...). A beta of 1 changes nothing.
+    Args:
+        heads: (layer, head) of the key heads.
+        beta: the factor of strengthening; 1 changes nothing.
+        mode: as `BoostAttention` (renorm, scale, ...).
+        phase: "both" strengthens the query's rows and every generated token's, in all heads. "paper": heads up to
+            `key_layer` at the query's rows, later ones at generated tokens. "prefill" or "decode": all heads at the one
+            or the other.
+        key_layer: the last layer whose heads act at the query; only for phase="paper".
+        keys: the tokens to which attention is strengthened.
+
     Raises: ValueError for no heads, an unknown phase, or phase="paper" without key_layer.
     Source: Zhang et al. 2026, arXiv 2605.21980; phases are our reading of it.
     """
@@ -79,13 +87,15 @@ def ena(
     activations: Any = None,
     weights: Any = None,
 ) -> Circuit:
-    """Emotion neuron amplification: activations of (layer, neuron) in `neurons` times `gamma` at `positions`.
+    """Multiply activations of (layer, neuron) in `neurons` by `gamma` at `positions` (emotion neuron amplification).
+
+    neurons: (layer, neuron) of the key neurons. variant: "factor", "add" or "positive".
 
     variant="add" adds (gamma - 1) times each neuron's mean activation on emotional images instead, which works where
-    activations are near 0; it needs `model` and `activations`, a number for each neuron, and becomes a `Steer` of the
+    activations are near 0; it needs `model` and `activations`, one number per neuron, and becomes a `Steer` of the
     layer's residual by sum_n (gamma - 1) a_n W_out[n], the same edit. variant="positive" amplifies only where a_n w_n >
     0, `weights` holding w_n = <W_out[n], S^> for each neuron (`KeyNeurons.weights`): a factor strengthens whatever sign
-    an activation has, also one that pushes against the direction. A gamma of 1 changes nothing.
+    an activation has, also one that acts against the direction. A gamma of 1 changes nothing.
     Raises: ValueError for no neurons, an unknown variant, "add" or "positive" without what it needs, or "add" where a
     norm follows the MLP.
     Source: Zhang et al. 2026, arXiv 2605.21980; the other variants are ours.
@@ -131,10 +141,11 @@ def veena(
     gamma: float | int = 2.0,
     **settings: Any,
 ) -> Circuit:
-    """VEE and ENA together; `settings` are those of `vee` (mode, phase, key_layer, keys) and of `ena` (positions,
+    """Apply VEE and ENA together; `settings` are those of `vee` (mode, phase, key_layer, keys) and of `ena` (positions,
     variant and what it needs).
 
-    A list may be empty where the other is not. Raises: as `vee` and `ena`."""
+    heads, beta, neurons, gamma: as in `vee` and `ena`; a list may be empty where the other is not. Raises: as `vee` and
+    `ena`."""
     mine = {k: v for k, v in settings.items() if k in ("mode", "phase", "key_layer", "keys")}
     theirs = {k: v for k, v in settings.items() if k in ("positions", "variant", "model", "activations", "weights")}
     unknown = set(settings) - set(mine) - set(theirs)
@@ -151,7 +162,7 @@ def veena(
 
 
 def _by_layer(units: Iterable[Unit]) -> list[tuple[int, list[int]]]:
-    """(layer, units) in the order of layers, each unit once."""
+    """Return (layer, units) in the order of layers, each unit once."""
     found: dict[int, list[int]] = {}
     for layer, unit in units:
         mine = found.setdefault(int(layer), [])
@@ -165,7 +176,7 @@ KINDS = ("need", "trust")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Adaptive:
-    """What reads presence and confidence from one layer's residual at the last prompt token."""
+    """A reader of presence and confidence from one layer's residual at the last prompt token."""
 
     layer: int
     unit: Float[Tensor, " d_model"]
@@ -178,7 +189,7 @@ class Adaptive:
     lead_in: str | None = None
 
     def read(self, states: Float[Tensor, "row d_model"]) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-        """(presence g, confidence kappa) of each row, in [0, 1]."""
+        """Return (presence g, confidence kappa) of each row, in [0, 1]."""
         states = states.double().cpu()
         presence = torch.sigmoid((states @ self.unit.double() - self.theta) / self.width)
         logits = (states - self.neutral_mean.double()) @ self.contrasts.double().T / self.temperature
@@ -189,7 +200,7 @@ class Adaptive:
     def strengths(
         self, states: Float[Tensor, "row d_model"], largest: float | int, kind: str = "need"
     ) -> Float[Tensor, " row"]:
-        """1 + (largest - 1) g (1 - kappa) for kind="need", 1 + (largest - 1) g kappa for "trust"."""
+        """Return 1 + (largest - 1) g (1 - kappa) for kind="need", 1 + (largest - 1) g kappa for "trust"."""
         if kind not in KINDS:
             raise ValueError(f"Adaptive: kind={kind!r} must be one of {', '.join(KINDS)}.")
         presence, confidence = self.read(states)
@@ -204,7 +215,7 @@ class Adaptive:
         kind: str = "need",
         **settings: Any,
     ) -> Method:
-        """VEENA whose strength is set for each row once, before it answers, and held while it does.
+        """Return VEENA whose strength is set for each row once, before it answers, and held while it does.
 
         Costs one partial prefill, up to the key layer. `settings`: those of `veena`."""
 
@@ -228,8 +239,8 @@ class Adaptive:
 
 @torch.no_grad()
 def states_at(model: HookedVLM, inputs: Any, layer: int, lead_in: str | None = None) -> Float[Tensor, "row d_model"]:
-    """resid_post of a layer at each row's last token (of `lead_in`, put after the prompt), in float64 on the CPU; the
-    run goes no further."""
+    """Return resid_post of a layer at each row's last token (of `lead_in`, put after the prompt), in float64 on the
+    CPU; the run goes no further."""
     inputs = inputs.left_padded() if lead_in is None else inputs.with_answer(f" {lead_in}")
     name = f"blocks.{layer}.hook_resid_post"
     kept: list[Tensor] = []
@@ -251,10 +262,20 @@ def fit_adaptive(
     lead_in: str | None = None,
     batch_size: int = 16,
 ) -> Adaptive:
-    """Presence's threshold and width, and the temperature by likelihood, from labelled examples of a validation split.
+    """Fit presence's threshold and width, and the temperature by likelihood, from labelled examples of a validation
+    split.
 
     theta lies midway between the neutral and the emotional examples' means of <h, S^>, width is their pooled standard
     deviation; T maximises the likelihood of the emotional examples' labels over a grid of powers.
+
+    Args:
+        model: the model.
+        examples: labelled validation examples, neutral and emotional.
+        directions: directions of this model.
+        layer: the key layer, where states are read.
+        lead_in: begun answer of which the last token is read.
+        batch_size: examples in a batch.
+
     Raises: ValueError without neutral, or without emotional, examples.
     """
     read = [states_at(model, prepared(model, some), layer, lead_in) for some in batches(examples, batch_size)]

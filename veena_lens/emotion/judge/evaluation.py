@@ -1,6 +1,6 @@
 """One table for all methods: the same held-out images under the same conditions, with paired differences.
 
-The task is emotional hallucination: a context sentence says another emotion (weakly, plainly, strongly), besides
+The task is emotional hallucination: a context sentence says another emotion (weakly, plainly, strongly), beside
 images without context and with a consistent one, so that rescue and harm are seen together. Answers are written as
 they come; intervals draw identities, and differences to the plain model are paired by image.
 """
@@ -27,7 +27,7 @@ NEUTRAL = "neutral"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Evaluation:
-    """What every method said of every example, `texts` [condition][method], and the scores of the answers.
+    """The answers of every method to every example, `texts[condition][method]`, and their scores.
 
     `hits`, `followed` (condition, method, example): 1 where the answer names the image's emotion, or the context's;
     rows of examples that a condition lacks are masked. `table()` sums up; `per_emotion()` gives recalls.
@@ -45,9 +45,10 @@ class Evaluation:
     seed: int = 0
 
     def table(self) -> Any:
-        """A row a condition and method: n, hit rate with its interval, the difference to the baseline with its
-        interval and p (sign flips of identities), the share that follows the context, and of neutral images the
-        share that is given an emotion ("false"), with the balanced score (mean of emotional hits and 1 - false)."""
+        """Return a table with one row per condition and method: n, hit rate with its interval, the difference to the
+        baseline with its interval and p (sign flips of identities), the share that follows the context, and of neutral
+        images the share that is given an emotion ("false"), with the balanced score (mean of emotional hits and 1 -
+        false)."""
         import pandas as pd
 
         rows = []
@@ -73,7 +74,7 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def per_emotion(self) -> Any:
-        """Hit rate by condition, method and the image's emotion."""
+        """Return the hit rate by condition, method and the image's emotion."""
         import pandas as pd
 
         rows = []
@@ -89,7 +90,7 @@ class Evaluation:
         return pd.DataFrame(rows)
 
     def scores(self) -> Scores:
-        """Hit rates with intervals as Scores (condition, method, bound)."""
+        """Return hit rates with intervals as Scores (condition, method, bound)."""
         table = self.table()
         conditions = list(self.hits)
         values = torch.tensor(
@@ -176,7 +177,16 @@ def score_answers(
     draws: int = 2000,
     seed: int = 0,
 ) -> Evaluation:
-    """The evaluation of texts that are there already."""
+    """Evaluate texts that are there already.
+
+    Args:
+        conditions: examples by the name of their condition.
+        texts: the answers, by condition and method, in the order of the examples.
+        wheels: emotion wheels that judge answers.
+        baseline: the name of the method that the others are compared with.
+        settings: each method's settings, by name.
+        draws, seed: of the intervals.
+    """
     from veena_lens.emotion.words.wheels import sample_hit
 
     hits: dict[str, dict[str, Tensor]] = {}
@@ -211,7 +221,7 @@ def score_answers(
 
 
 def _p(differences: Float[Tensor, " n"], identities: Sequence[str], seed: int) -> float:
-    """p of the mean difference when whole identities' signs are flipped; 1 where no answer changed."""
+    """Return p of the mean difference when whole identities' signs are flipped; 1 where no answer changed."""
     if len(set(identities)) < 2:
         return float("nan")
     if not bool(differences.any()):

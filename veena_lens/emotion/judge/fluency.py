@@ -35,11 +35,19 @@ def perplexity(
     skip: Collection[int] = (),
     batch_size: int = 16,
 ) -> Float[Tensor, " example"]:
-    """How surprised the untouched model is by each text, given the example's image and own prompt.
+    """Return how surprised the untouched model is by each text, given the example's image and own prompt.
 
     exp(mean over the text's tokens of -log p(token | image, prompt, tokens before)), at least 1; NaN for a text
     without tokens. The end of the text is not counted, nor are tokens of `skip` (which still stand before others): a
     text that names another emotion than the image's need not be less fluent. Interventions in force do not act.
+
+    Args:
+        model: the model.
+        examples: images with prompts.
+        texts: one per example.
+        skip: ids of tokens that are not counted.
+        batch_size: texts in a batch.
+
     Raises: ValueError for numbers of texts and examples that differ, or a batch size below 1.
     """
     require_pairs("perplexity", examples, texts)
@@ -70,13 +78,13 @@ def perplexity(
 
 
 def require_pairs(who: str, examples: Sequence[Any], others: Sequence[Any]) -> None:
-    """Raises: ValueError where there is not one of the others per example."""
+    """Require as many others as examples. Raises: ValueError where there is not one of the others per example."""
     if len(examples) != len(others):
         raise ValueError(f"{who}: {len(others)} texts for {len(examples)} examples; give one per example.")
 
 
 class Fluency:
-    """Changes of log perplexity against plain answers, each text measured once. out: kept there, and resumed."""
+    """A measure of changes of log perplexity against plain answers, each text once. out: kept there, and resumed."""
 
     def __init__(
         self,
@@ -93,7 +101,7 @@ class Fluency:
         self.known: dict[tuple[str, str, bool], float] = {}
 
     def changes(self, examples: Sequence[Any], texts: Sequence[str], plain: Sequence[str]) -> Float[Tensor, " example"]:
-        """log perplexity of each text less that of the plain answer to the same example, in nats.
+        """Return the log perplexity of each text less that of the plain answer to the same example, in nats.
 
         Emotion words are left out of both. A text of nothing else has nothing that could break: 0. Against a plain
         answer of nothing else the whole plain answer counts."""

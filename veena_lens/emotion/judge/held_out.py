@@ -1,4 +1,4 @@
-"""Held-out evaluation beside the main table: random components of the same layers, other images, side effects."""
+"""Held-out evaluation next to the main table: random components of the same layers, other images, side effects."""
 
 from __future__ import annotations
 
@@ -31,8 +31,9 @@ DESCRIPTION = 48  # tokens
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RandomControls:
-    """`table`: for VEE, ENA and VEENA and every condition, the hit rate of the chosen components ("real"), that of
-    random ones of the same layers (mean, low and high of the middle 95 %), and the real one's percentile among them."""
+    """The random controls. `table`: for VEE, ENA and VEENA and every condition, the hit rate of the chosen components
+    ("real"), that of random ones of the same layers (mean, low and high of the middle 95 %), and the real one's
+    percentile among them."""
 
     table: Any
     draws: int
@@ -144,7 +145,7 @@ def side_effects(
         conditions: test examples by the name of their condition; "alone" is used.
         test: the evaluation of the tuned methods.
         tuned: what was tuned, by family.
-        settings: what is asked besides.
+        settings: what else is asked.
         out, progress: as in `evaluate`."""
     model, asking = study.model, study.asking
     examples = list(conditions["alone"])

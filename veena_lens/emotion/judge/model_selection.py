@@ -36,7 +36,7 @@ FIRST_BETA = 3.0  # at which rankings and modes are compared
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadRankings:
-    """The heads by each way of ranking, and which way and mode do best on validation.
+    """The heads by each way of ranking, with the way and mode that do best on validation.
 
     Attributes:
         rankings: heads, best first, by the name of the ranking.
@@ -60,7 +60,7 @@ class HeadRankings:
 def conditions_of(
     part: Any, settings: Settings, most: int | None, *, held_out: bool, n_neutral: int | None = None
 ) -> dict[str, list[Any]]:
-    """The images of a split under every condition: alone, consistent, and in conflict at each strength."""
+    """Return the images of a split under every condition: alone, consistent, and in conflict at each strength."""
     examples = spread_examples(part, most)
     return context_conditions(
         examples, seed=settings.seed, held_out=held_out, strengths=settings.strengths, events=settings.events
@@ -68,7 +68,7 @@ def conditions_of(
 
 
 def spread_examples(part: Any, most: int | None) -> list[Any]:
-    """Each image once, neutral ones too; at most so many, emotions in turn and identities in turn."""
+    """Return each image once, neutral ones too; at most `most` (None: all), emotions in turn and identities in turn."""
     once: dict[tuple[str, str], Any] = {}
     for e in part.examples:
         once.setdefault((str(e.picture), e.emotion), e)
@@ -178,7 +178,7 @@ def compare_head_rankings(
 
 
 def fluency_of(study: Study, conditions: Mapping[str, Sequence[Any]]) -> Fluency:
-    """Return what measures the fluency of answers to these conditions, and keeps it for all methods."""
+    """Return a measure of the fluency of answers to these conditions, which keeps results for all methods."""
     emotions = [e.emotion for examples in conditions.values() for e in examples]
     return Fluency(study.model, emotions, study.wheels, batch_size=study.asking.batch_size, out=study.out)
 
@@ -186,7 +186,7 @@ def fluency_of(study: Study, conditions: Mapping[str, Sequence[Any]]) -> Fluency
 def own_families(
     ranked: HeadRankings, neurons: KeyNeurons, adaptive: Adaptive, settings: Settings
 ) -> list[tuple[str, list[dict[str, Any]], Any]]:
-    """(name, grid, build) of VEE, ENA, VEENA and its adaptive variant."""
+    """Return (name, grid, build) of VEE, ENA, VEENA and its adaptive variant."""
     heads, mode, found = ranked.heads, ranked.mode, neurons.neurons
     betas, gammas, n = list(settings.betas), list(settings.gammas), settings.trials
     # The comparison of rankings and modes spent trials of VEE, the winner's at FIRST_BETA among them.
@@ -221,7 +221,7 @@ def own_families(
 
 
 def spaced(grid: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """`n` entries of a grid, evenly spaced from its first to its last."""
+    """Return `n` entries of a grid, evenly spaced from its first to its last."""
     if len(grid) <= n:
         return grid
     if n == 1:
@@ -267,7 +267,7 @@ def tune_baselines(
 
 
 def final_circuit(tuned: Mapping[str, Tuned], name: str, settings: Settings) -> Circuit:
-    """VEENA's tuned interventions (VEE's where there are no neurons) as a circuit that says how it was made."""
+    """Return VEENA's tuned interventions (VEE's where there are no neurons) as a circuit that says how it was made."""
     best = tuned.get("VEENA", tuned["VEE"])
     made = best.method.interventions
     assert not callable(made)

@@ -1,6 +1,7 @@
 """What an intervention costs beside what it was meant for: fluency, repetition, length, drift, other answers, time.
 
-Numbers about a text stay one an example, so that they can be paired and resampled; `measure_side_effects` sums them up.
+Numbers about a text stay one per example, so that they can be paired and resampled; `measure_side_effects` sums them
+up.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _WORDS = re.compile(r"\w+(?:['\u2019-]\w+)*")
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> Float[Tensor, " example"]:
-    """Different word n-grams over all word n-grams of each text, in (0, 1]; NaN for a text of fewer words.
+    """Return different word n-grams over all word n-grams of each text, in (0, 1]; NaN for a text of fewer words.
 
     Source: Li et al. 2016, arXiv 1510.03055, distinct-1 and distinct-2."""
     if n < 1:
@@ -42,7 +43,7 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> Float[Tensor, " example"]:
 
 
 def repetition(texts: Sequence[str], window: int = 16) -> Float[Tensor, " example"]:
-    """Share of words that one of the `window` words before them was already, in [0, 1]; NaN for no words."""
+    """Return the share of words that one of the `window` words before them was already, in [0, 1]; NaN for no words."""
     if window < 1:
         raise ValueError(f"repetition: window={window} must be at least 1.")
     found = []
@@ -54,12 +55,12 @@ def repetition(texts: Sequence[str], window: int = 16) -> Float[Tensor, " exampl
 
 
 def answer_lengths(texts: Sequence[str]) -> Float[Tensor, " example"]:
-    """Words of each text."""
+    """Return the number of words of each text."""
     return torch.tensor([float(len(words(text))) for text in texts])
 
 
 def words(text: str) -> list[str]:
-    """The words of a text in lower case, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return _WORDS.findall(text.lower())
 
 
@@ -67,10 +68,10 @@ def words(text: str) -> list[str]:
 def kl_from_plain(
     model: HookedVLM, examples: Sequence[Any], method: Method, lead_in: str | None = None, *, batch_size: int = 16
 ) -> Float[Tensor, " example"]:
-    """KL(method || plain) of the token after the prompt (or `lead_in`), in nats; 0 where nothing changes.
+    """Return KL(method || plain) of the token after the prompt (or `lead_in`), in nats; 0 where nothing changes.
 
     Rules of decoding count. This way round it is finite where a rule rules tokens out. Give neutral examples: there
-    the method should change little. Raises: as `next_logits`."""
+    the method should change little. Arguments: those of `next_logits`. Raises: as `next_logits`."""
     plain = next_logits(model, examples, PLAIN, lead_in, batch_size=batch_size).double().log_softmax(-1)
     found = []
     for batch in batches(examples, batch_size):
@@ -88,7 +89,7 @@ def kl_from_plain(
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """An image with a question of its own: what `answers` takes for an example."""
+    """An image with its own question, which `generate_answers` takes for an example."""
 
     picture: Any
     prompt: str
@@ -104,9 +105,16 @@ def attribute_accuracy(
     batch_size: int = 16,
     max_new_tokens: int = 16,
 ) -> Float[Tensor, " example"]:
-    """1 where the answer to the example's question holds a true one as whole words, else 0.
+    """Return 1 where the answer to the example's question holds a true one as whole words, else 0.
 
-    truths: one text a question, or several of which any will do.
+    Args:
+        model: the model.
+        examples: images.
+        questions: one per example.
+        truths: one text per question, or several of which any will do.
+        method: what is done while the model answers; by default nothing.
+        batch_size, max_new_tokens: of the answers.
+
     Raises: ValueError for numbers that do not match, or a truth without words."""
     require_pairs("attribute_accuracy", examples, questions)
     require_pairs("attribute_accuracy", examples, truths)
@@ -122,7 +130,7 @@ def attribute_accuracy(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Questions:
-    """Other questions about images, with what is true: an example, a question and a truth each."""
+    """Other questions about images, with true answers: an example, a question and a truth each."""
 
     examples: Sequence[Any]
     asked: Sequence[str]
@@ -132,7 +140,7 @@ class Questions:
         return len(self.asked)
 
     def share_right(self, model: HookedVLM, method: Method = PLAIN, *, batch_size: int = 16) -> float:
-        """Share answered right under a method. Raises: as `attribute_accuracy`."""
+        """Return the share answered right under a method. Raises: as `attribute_accuracy`."""
         right = attribute_accuracy(model, self.examples, self.asked, self.truths, method, batch_size=batch_size)
         return float(right.mean())
 
@@ -141,7 +149,8 @@ class Questions:
 
 
 def other_questions(examples: Sequence[Any], questions: Mapping[str, str] | None) -> Questions:
-    """The questions for each attribute (attribute -> question) about every example that has it, example by example."""
+    """Return the questions for each attribute (attribute -> question) about every example that has it, example by
+    example."""
     rows = [(e, q, str(e.attributes[a])) for e in examples for a, q in (questions or {}).items() if a in e.attributes]
     found, asked, truths = ([row[i] for row in rows] for i in range(3))
     return Questions(examples=found, asked=asked, truths=truths)
@@ -150,9 +159,9 @@ def other_questions(examples: Sequence[Any], questions: Mapping[str, str] | None
 def described_accuracy(
     texts: Sequence[str], truths: Sequence[Mapping[str, str]], templates: Mapping[str, Sequence[str]]
 ) -> Float[Tensor, " example"]:
-    """Of the attributes that a description names, the share that it names right; NaN where it names none.
+    """Return the share named right of the attributes that a description names; NaN where it names none.
 
-    truths: attribute -> value, an example each. templates: attribute -> ways to name it with "{}" for the value, such
+    truths: attribute -> value, one per example. templates: attribute -> ways to name it with "{}" for the value, such
     as {"hair": ["{} hair", "hair is {}"]}. The values of all examples are looked for, as whole words; naming a wrong
     value beside the true one counts as wrong.
     Raises: ValueError for numbers that do not match, or a template without "{}"."""
@@ -186,7 +195,16 @@ def latency_ratio(
     batch_size: int = 16,
     max_new_tokens: int = 16,
 ) -> float:
-    """Time of a token under the method over that of the plain model: the median ratio of interleaved pairs of runs.
+    """Return the time of a token under the method over the plain model's: the median ratio of interleaved pairs of
+    runs.
+
+    Args:
+        model: the model.
+        examples: images with prompts.
+        method: what is timed.
+        repeats: pairs of runs.
+        batch_size: examples in a batch.
+        max_new_tokens: the longest answer, in tokens.
 
     Both run once before, to warm up. Texts that end early make fewer steps, so times count a step of the longest
     text of each batch. Raises: ValueError for no examples or no repeats."""
@@ -204,7 +222,7 @@ def latency_ratio(
 
 
 def _seconds(model: HookedVLM, examples: Sequence[Any], method: Method, batch_size: int, max_new_tokens: int) -> float:
-    """Seconds a step of generation, all of a method's preparations included."""
+    """Return the seconds per step of generation, all of a method's preparations included."""
     steps = 0
 
     def count(ids: Tensor, scores: Tensor) -> Tensor:
@@ -252,7 +270,7 @@ class SideEffects:
     latency: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Every number by name, JSON-able."""
+        """Return every number by name, JSON-able."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __repr__(self) -> str:
@@ -325,6 +343,6 @@ def measure_side_effects(
 
 
 def _mean(values: Tensor) -> float:
-    """The mean of the entries that exist, NaN where none does."""
+    """Return the mean of the entries that exist, NaN where none does."""
     there = values[~values.isnan()].tolist()
     return mean(there) if there else math.nan

@@ -28,7 +28,7 @@ ATTRIBUTE_HARM = 0.05  # share of other questions that may be lost
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tuned:
-    """What tuning chose for a family.
+    """The choice that tuning made for a family.
 
     Attributes:
         family: its name.
@@ -50,7 +50,7 @@ class Tuned:
 
 
 def is_conflict(examples: Sequence[Any]) -> bool:
-    """True where the examples' contexts name another emotion than the image."""
+    """Return True where the examples' contexts name another emotion than the image."""
     return any(e.context_emotion not in (None, e.emotion) for e in examples)
 
 
@@ -75,9 +75,10 @@ def trial_score(evaluation: Evaluation, method: str) -> tuple[float, float]:
 def fluency_ratio(
     model: HookedVLM, evaluation: Evaluation, method: str, wheels: Any, fluency: Fluency | None = None
 ) -> float:
-    """Perplexity of a method's answers under the untouched model, emotion words left out, relative to the plain
-    model's: geometric mean over the answers, the worst condition's, at least 1. fluency: what measures, and keeps what
-    it measured for the next method."""
+    """Return the perplexity of a method's answers relative to the plain model's.
+
+    Perplexity under the untouched model, emotion words left out: geometric mean over the answers, the worst
+    condition's, at least 1. fluency: measures, and keeps what it measured for the next method."""
     if fluency is None:
         emotions = [e.emotion for examples in evaluation.examples.values() for e in examples]
         fluency = Fluency(model, emotions, wheels)
@@ -162,7 +163,8 @@ def _kept(
     others: Questions,
     attribute_harm: float | int,
 ) -> list[int]:
-    """The first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was seen."""
+    """Return the first trial of `order` that leaves other answers right, in a list, else an empty one; notes what was
+    seen."""
     store = study.store("other questions", others=others)
 
     def right(method: Method) -> float:
@@ -184,5 +186,5 @@ def _kept(
 
 
 def _plain(value: Any) -> Any:
-    """A setting as a table and JSON hold it."""
+    """Return a setting as a table and JSON hold it."""
     return value if isinstance(value, (int, float, str, bool, type(None))) else str(value)

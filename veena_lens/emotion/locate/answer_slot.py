@@ -26,7 +26,7 @@ LEAD_IN = "The person feels"
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerPosition:
-    """`lead_in`, and for each emotion the ids of the tokens that name it there.
+    """A place in an answer: `lead_in`, and for each emotion the ids of the tokens that name it there.
 
     `dropped` counts tokens that two emotions share, or that begin words of no single emotion."""
 
@@ -39,7 +39,12 @@ class AnswerPosition:
         return list(self.tokens)
 
     def metric(self, emotion: str, others: Sequence[str] | None = None) -> Metric:
-        """R_e = log p_e - log mean p of the `others` (default: all other emotions), as a metric for sweeps.
+        """Return R_e = log p_e - log mean p of the `others`, as a metric for sweeps.
+
+        Args:
+            emotion: the emotion e.
+            others: emotions that e is compared with; by default all other emotions.
+
 
         Raises: ValueError for an emotion that the slot does not know."""
         for name in (emotion, *(others or ())):
@@ -49,12 +54,12 @@ class AnswerPosition:
         return soft_hit(self.tokens[emotion], [self.tokens[e] for e in wanted])
 
     def log_probs(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row emotion"]:
-        """log p_e of each emotion."""
+        """Return log p_e of each emotion."""
         logp = logits.double().log_softmax(-1)
         return torch.stack([logp[:, list(ids)].logsumexp(-1) for ids in self.tokens.values()], -1)
 
     def soft_hits(self, logits: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row emotion"]:
-        """R_e of each emotion: log p_e - log mean_{e' != e} p_e'."""
+        """Return R_e of each emotion: log p_e - log mean_{e' != e} p_e'."""
         logp = self.log_probs(logits)
         n = logp.shape[-1]
         others = torch.stack([logp[:, [j for j in range(n) if j != i]].logsumexp(-1) for i in range(n)], -1)
@@ -72,10 +77,17 @@ class AnswerPosition:
 def answer_position(
     model: HookedVLM, emotions: Sequence[str], wheels: Any = None, lead_in: str = LEAD_IN
 ) -> AnswerPosition:
-    """The slot after `lead_in` with the words that `wheels` list for each emotion.
+    """Return the slot after `lead_in` with the words that `wheels` list for each emotion.
 
     A word counts by its first token where that token is the whole word; an emotion without such a word takes the
     first tokens of all its words. Tokens that two emotions share are dropped from both.
+
+    Args:
+        model: the model, with a tokenizer.
+        emotions: the emotions that are compared, at least two.
+        wheels: emotion wheels with the emotion words; by default the project's own.
+        lead_in: the begun answer that the emotion follows.
+
     Raises: ValueError for a model without tokenizer, fewer than two emotions, or an emotion left without tokens.
     """
     if model.tokenizer is None:
@@ -112,7 +124,7 @@ def answer_position(
 
 
 def emotion_tokens(model: HookedVLM, emotions: Sequence[str], wheels: EmotionWheels) -> set[int]:
-    """Ids of all tokens of words that name one of the emotions, in the middle of a text and at its start."""
+    """Return the ids of all tokens of words that name one of the emotions, in the middle of a text and at its start."""
     texts = [f"{space}{word}" for e in emotions for word in wheels.lexicon(e) if " " not in word for space in (" ", "")]
     return {token for text in texts for token in _ids(model, text)}
 

@@ -31,7 +31,7 @@ Head = tuple[int, int]
 def margins(
     slot: AnswerPosition, examples: Sequence[Any], logits: Float[Tensor, "row d_vocab"]
 ) -> Float[Tensor, " row"]:
-    """log p of the image's emotion less that of the context's; without another emotion in the context, R."""
+    """Return log p of the image's emotion less that of the context's; without another emotion in the context, R."""
     found = []
     for example, row in zip(examples, logits, strict=True):
         told = example.context_emotion
@@ -49,7 +49,15 @@ def head_boost_gradients(
     queries: str = "query+generated",
     batch_size: int = 8,
 ) -> Scores:
-    """d margin / d beta at beta = 1 for every head, axes (example, layer, head), for mode "scale" or "renorm".
+    """Return d margin / d beta at beta = 1 for every head, axes (example, layer, head).
+
+    Args:
+        model: the model.
+        examples: images with prompts, and contexts where there are any.
+        slot: where the emotion is said.
+        mode: "scale", or "renorm" where the row is renormalised.
+        queries: the rows in which attention is strengthened.
+        batch_size: examples in a batch.
 
     Raises: ValueError for another mode, no examples, or inside torch.inference_mode."""
     if mode not in UNITS:
@@ -98,9 +106,21 @@ def head_boost_effects(
     queries: str = "query+generated",
     batch_size: int = 32,
 ) -> Scores:
-    """The change of the margin when one head's attention to the image is strengthened by `factor`, exactly.
+    """Return the exact change of the margin when one head's attention to the image is strengthened by `factor`.
 
-    Axes (example, head), heads labelled "L3H2"; log odds. Raises: ValueError for no heads or examples."""
+    Axes (example, head), heads labelled "L3H2"; log odds.
+
+    Args:
+        model: the model.
+        examples: images with prompts, and contexts where there are any.
+        slot: where the emotion is said.
+        heads: (layer, head) of the heads, which are strengthened one at a time.
+        factor: what attention to the image is multiplied by.
+        mode: as in `BoostAttention`.
+        queries: the rows in which attention is strengthened.
+        batch_size: rows in a batch.
+
+    Raises: ValueError for no heads or examples."""
     if not heads:
         raise ValueError("head_boost_effects: the list of heads is empty.")
     if not examples:
@@ -125,7 +145,7 @@ def head_boost_effects(
 
 
 def top_heads(scores: Scores, k: int, layers: Sequence[int] | None = None) -> list[Head]:
-    """The `k` heads of largest mean over the first axis, of Scores whose other axes are layer and head."""
+    """Return the `k` heads of largest mean over the first axis, of Scores whose other axes are layer and head."""
     mean = scores.mean(scores.axes[0])
     values = mean.values.nan_to_num(-torch.inf)
     if layers is not None:

@@ -1,8 +1,8 @@
-"""Stage I: the directions from neutral to emotional in the residual stream, one a layer and emotion.
+"""Stage I: the directions from neutral to emotional in the residual stream, one per layer and emotion.
 
 S_l^e is the mean over pairs of h_l(X+) - h_l(X-) at the last prompt token, over those pairs whose emotion the model
 names on the emotional image and not on its neutral twin; S_l is the mean of S_l^e over emotions. How far they can be
-trusted is measured beside them: number of pairs, spread, split-half cosine, cosines between emotions.
+trusted is measured with them: number of pairs, spread, split-half cosine, cosines between emotions.
 """
 
 from __future__ import annotations
@@ -80,15 +80,15 @@ class Directions:
     # --- vectors --------------------------------------------------------------------------------------
 
     def of(self, emotion: str | None = None) -> Float[Tensor, "layer d_model"]:
-        """S_l^e of an emotion, or the overall S_l. Raises: ValueError for an emotion without direction."""
+        """Return S_l^e of an emotion, or the overall S_l. Raises: ValueError for an emotion without direction."""
         return self.overall if emotion is None else self.per_emotion[self._number(emotion)]
 
     def at(self, layer: int, emotion: str | None = None) -> Float[Tensor, " d_model"]:
-        """One layer's vector, of an emotion or overall. Raises: ValueError for an unknown layer or emotion."""
+        """Return one layer's vector, of an emotion or overall. Raises: ValueError for an unknown layer or emotion."""
         return self.of(emotion)[require_layer(layer, self.n_layers, "Directions.at")]
 
     def contrast(self, emotion: str) -> Float[Tensor, "layer d_model"]:
-        """D_l^e = S_l^e - mean over emotions of S_l^e': which emotion, not that there is one.
+        """Return D_l^e = S_l^e - mean over emotions of S_l^e': which emotion, not that there is one.
 
         Raises: ValueError for an emotion without direction, or where there is only one."""
         if len(self.emotions) < 2:
@@ -96,12 +96,12 @@ class Directions:
         return self.of(emotion) - self.per_emotion.mean(0)
 
     def unit(self, emotion: str | None = None) -> Float[Tensor, "layer d_model"]:
-        """S_l / (||S_l|| + 1e-12), of an emotion or overall."""
+        """Return S_l / (||S_l|| + 1e-12), of an emotion or overall."""
         vectors = self.of(emotion)
         return vectors / (vectors.norm(dim=-1, keepdim=True) + EPS)
 
     def vectors(self, scale: str = "relative", emotion: str | None = None) -> Float[Tensor, "layer d_model"]:
-        """What alpha = 1 adds at each layer: "relative" mean ||h_l|| times the unit vector, "raw" S_l, "unit".
+        """Return what alpha = 1 adds at each layer: "relative" mean ||h_l|| times the unit vector, "raw" S_l, "unit".
 
         "raw" moves the mean neutral state onto the mean emotional one; only "relative" is comparable over layers.
         Raises: ValueError for another scale."""
@@ -119,8 +119,10 @@ class Directions:
         scale: str = "relative",
         positions: Any = "last+generated",
     ) -> Steer:
-        """The intervention that adds alpha times `vectors(scale, emotion)[layer]`; `alpha` 0.1 with "relative" is a
-        tenth of the mean norm of the states there. Raises: ValueError for an unknown layer, emotion or scale."""
+        """Return the intervention that adds alpha times `vectors(scale, emotion)[layer]`.
+
+        `alpha` 0.1 with "relative" is a tenth of the mean norm of the states there. Raises: ValueError for an unknown
+        layer, emotion or scale."""
         layer = require_layer(layer, self.n_layers, "Directions.steer")
         return Steer(layer, self.vectors(scale, emotion)[layer], alpha, positions)
 
@@ -133,33 +135,37 @@ class Directions:
 
     @property
     def names(self) -> list[str]:
-        """The directions in the order of the measurements: the emotions, then "overall"."""
+        """Return the names of the directions in the order of the measurements: the emotions, then "overall"."""
         return [*self.emotions, OVERALL]
 
     def strength(self) -> Scores:
-        """||S_l|| / mean ||h_l||, axes (direction, layer)."""
+        """Return ||S_l|| / mean ||h_l||, axes (direction, layer)."""
         every = torch.cat([self.per_emotion, self.overall[None]])
         return self._scores(every.norm(dim=-1) / (self.norms + EPS), "strength", "share of the mean norm")
 
     def split_half(self) -> Scores:
-        """Reliability: cosine of the directions of two random halves of the people, mean of the divisions, stepped up
-        to the whole by 2 r / (1 + |r|) (Spearman-Brown); axes (direction, layer), NaN where no division is possible.
+        """Return the reliability of the directions, measured between two halves.
+
+        The cosine of the directions of two random halves of the people, mean of the divisions, stepped up to the whole
+        by 2 r / (1 + |r|) (Spearman-Brown); axes (direction, layer), NaN where no division is possible.
 
         Source: Spearman 1910; Brown 1910, British Journal of Psychology 3."""
         return self._scores(self._measure("split_half"), "split-half cosine", "cosine")
 
     def agreement(self) -> Scores:
-        """Mean cosine between the differences of two pairs, axes (direction, layer)."""
+        """Return the mean cosine between the differences of two pairs, axes (direction, layer)."""
         return self._scores(self._measure("agreement"), "agreement", "cosine")
 
     def spread(self) -> Scores:
-        """Root mean square distance of the pairs' differences from their mean over ||S_l||, axes (direction, layer).
+        """Return the spread of the pairs' differences, relative to the direction's length.
+
+        The root mean square distance from their mean over ||S_l||, axes (direction, layer).
 
         For "overall" both are of all pairs alike, whatever their emotion."""
         return self._scores(self._measure("spread"), "spread", "multiple of the direction's norm")
 
     def cosines(self, trimmed: bool = False) -> Scores:
-        """Cosine between the directions of two emotions, axes (layer, emotion, other).
+        """Return the cosine between the directions of two emotions, axes (layer, emotion, other).
 
         trimmed: without the 0.1 % of coordinates (at least one) where mean |h_l| is largest, which rule cosines in
         raw residual streams."""
@@ -175,7 +181,7 @@ class Directions:
         return Scores(unit @ unit.transpose(1, 2), ("layer", "emotion", "other"), labels, name, "cosine")
 
     def massive(self) -> Int[Tensor, "layer k"]:
-        """The coordinates of each layer where mean |h_l| is largest: 0.1 % of them, at least one."""
+        """Return the coordinates of each layer where mean |h_l| is largest: 0.1 % of them, at least one."""
         return self._measure("size").topk(max(1, math.ceil(MASSIVE * self.d_model)), dim=-1).indices
 
     def _measure(self, name: str) -> Tensor:
@@ -188,7 +194,9 @@ class Directions:
         return Scores(values, ("direction", "layer"), {"direction": self.names}, name, unit, mask)
 
     def summary(self) -> pd.DataFrame:
-        """A row a direction and layer: pairs used, norm, strength, and what was measured of its quality."""
+        """Return a table with one row per direction and layer.
+
+        Columns: pairs used, norm, strength, and what was measured of its quality."""
         frame = self.strength().to_frame().rename(columns={"value": "strength"})
         norms = torch.cat([self.per_emotion, self.overall[None]]).norm(dim=-1)
         frame.insert(2, "norm", norms.flatten().tolist())
@@ -202,7 +210,7 @@ class Directions:
         return sum(self.counts.values()) if name == OVERALL else self.counts[name]
 
     def plot(self) -> Any:
-        """Strength by layer, a line a direction (a matplotlib figure)."""
+        """Plot strength by layer, one line per direction (a matplotlib figure)."""
         from veena_lens import plots
 
         strength = self.strength()
@@ -217,7 +225,7 @@ class Directions:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the vectors and their emotions: what a run that uses these directions goes by."""
+        """Return a hash of the vectors and their emotions, by which a run that uses these directions knows them."""
         digest = hashlib.sha256(json.dumps([list(self.emotions), list(self.overall.shape)]).encode())
         for tensor in (self.overall, self.per_emotion, self.norms):
             digest.update(tensor.detach().cpu().double().contiguous().numpy().tobytes())
@@ -226,7 +234,7 @@ class Directions:
     # --- files and models -----------------------------------------------------------------------------
 
     def check(self, model: HookedVLM) -> None:
-        """Raises: ValueError where the directions are not of a model of this size."""
+        """Check that the directions fit the model. Raises: ValueError where they are not of a model of this size."""
         found, wanted = (self.n_layers, self.d_model), (model.cfg.n_layers, model.cfg.d_model)
         if found != wanted:
             raise ValueError(
@@ -235,7 +243,7 @@ class Directions:
             )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file with the words as JSON, in one step; returns its path."""
+        """Write one safetensors file with the words as JSON, in one step; return its path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         names = ("overall", "per_emotion", "norms", "neutral_mean", "emotional_mean")
@@ -253,7 +261,7 @@ class Directions:
 
     @classmethod
     def load(cls, path: str | Path) -> Directions:
-        """What `save` wrote. Raises: FileNotFoundError; ValueError for a file cut short, or of another kind."""
+        """Return what `save` wrote. Raises: FileNotFoundError; ValueError for a file cut short, or of another kind."""
         with opened(path, "directions") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:

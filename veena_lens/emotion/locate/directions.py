@@ -56,7 +56,7 @@ __all__ = [
 
 
 class TooFewPairs(ValueError):
-    """Too few pairs passed the filter; `counts` says how many did, by emotion."""
+    """An error: too few pairs passed the filter; `counts` says how many did, by emotion."""
 
     def __init__(self, counts: Mapping[str, int], minimum: int, tau: float, total: Mapping[str, int]) -> None:
         self.counts = dict(counts)
@@ -79,7 +79,7 @@ class Selected:
 
     @property
     def pairs(self) -> list[Pair]:
-        """The pairs that passed."""
+        """Return the pairs that passed."""
         return [self.hits.pairs[i] for i in self.chosen]
 
 
@@ -198,9 +198,19 @@ def directions_from(
     n_splits: int = SPLITS,
     kind: str = "emotional minus neutral",
 ) -> Directions:
-    """Directions from the chosen pairs, with other `labels`, with twins swapped where a sign is -1, or of some alone.
+    """Sum directions from the chosen pairs, with other labels, with twins swapped, or of some pairs alone.
 
-    All three go along `selected.pairs`; a control changes one of them. Raises: ValueError where no pair is left."""
+    Args:
+        selected: the pairs that passed, and their states.
+        labels: emotions in place of the pairs' own.
+        signs: -1 where the twins of a pair are swapped, else 1; by default none are.
+        only: True for the pairs that are used; by default all are.
+        seed: of the random halves.
+        n_splits: random divisions into halves by which reliability is measured.
+        kind: what the directions are called.
+
+    `labels`, `signs` and `only` go along `selected.pairs`; a control changes one of them. Raises: ValueError where no
+    pair is left."""
     pairs, cfg = selected.pairs, selected.model.cfg
     n = len(pairs)
     labels = [pair.emotion for pair in pairs] if labels is None else list(labels)
@@ -265,7 +275,8 @@ def _directions(sums: Sums, emotions: Sequence[str], counts: Mapping[str, int], 
 
 
 def _split_half(sums: Sums) -> Float[Tensor, "direction layer"]:
-    """Mean cosine of two halves, stepped up; a division counts where both halves have pairs of each emotion in it."""
+    """Return the mean cosine of two halves, stepped up; a division counts where both halves have pairs of each emotion
+    in it."""
     first_n, second_n = sums.half_count[..., None, None], (sums.count - sums.half_count)[..., None, None]
     first, second = sums.halves / first_n, (sums.difference - sums.halves) / second_n
     first, second = (torch.cat([half, half.mean(1, keepdim=True)], 1) for half in (first, second))
@@ -275,7 +286,7 @@ def _split_half(sums: Sums) -> Float[Tensor, "direction layer"]:
 
 
 def _agreement(sums: Sums) -> Float[Tensor, "direction layer"]:
-    """Mean cosine of two different pairs: ||sum of units||^2 = n + n (n - 1) mean."""
+    """Return the mean cosine of two different pairs: ||sum of units||^2 = n + n (n - 1) mean."""
     n = torch.cat([sums.count, sums.count.sum(0, keepdim=True)])[:, None]
     units = torch.cat([sums.units, sums.units.sum(0, keepdim=True)])
     return (units.square().sum(-1) - n) / (n * (n - 1))
@@ -284,7 +295,7 @@ def _agreement(sums: Sums) -> Float[Tensor, "direction layer"]:
 def _spread(
     sums: Sums, per_emotion: Float[Tensor, "emotion layer d_model"], plain: Float[Tensor, "layer d_model"]
 ) -> Float[Tensor, "direction layer"]:
-    """sqrt(mean ||s_i||^2 - ||S||^2) / ||S||."""
+    """Return sqrt(mean ||s_i||^2 - ||S||^2) / ||S||."""
     square = torch.cat([sums.square / sums.count[:, None], (sums.square.sum(0) / sums.n)[None]])
     norm = torch.cat([per_emotion, plain[None]]).norm(dim=-1)
     return (square - norm**2).clamp(min=0).sqrt() / (norm + EPS)
@@ -310,8 +321,8 @@ def _require(tau: float | int, asking: Asking, positions: str, minimum: int) -> 
 
 
 def noise_directions(directions: Directions, seed: int = 0) -> Directions:
-    """`random_directions` in place of a whole set: each layer's and emotion's with the norm of the direction that it
-    stands for; nothing measured.
+    """Draw `random_directions` in place of a whole set: each layer's and emotion's with the norm of the direction that
+    it stands for; nothing measured.
 
     Axes and units as `directions`."""
     drawn = random_directions(torch.cat([directions.overall[None], directions.per_emotion]), 1, seed)[0]
@@ -325,9 +336,10 @@ def noise_directions(directions: Directions, seed: int = 0) -> Directions:
 
 
 def swapped_directions(selected: Selected, *, share: float | int = 0.5, seed: int = 0) -> Directions:
-    """Directions from pairs of which about a `share`, drawn at random, has its twins in each other's place.
+    """Return directions from pairs of which about a `share`, drawn at random, has its twins in each other's place.
 
-    With a share of one half nothing but noise is left; with 1 every direction is the real one negated.
+    selected: the pairs that passed. seed: of the draw. With a share of one half nothing but noise is left; with 1 every
+    direction is the real one negated.
     Raises: ValueError for a share outside [0, 1]."""
     if not 0 <= share <= 1:
         raise ValueError(f"swapped_directions: share={share} must lie between 0 and 1.")
@@ -338,7 +350,7 @@ def swapped_directions(selected: Selected, *, share: float | int = 0.5, seed: in
 
 
 def shuffled_directions(selected: Selected, *, seed: int = 0) -> Directions:
-    """Directions whose emotion labels are dealt out anew among the pairs, as many of each as before.
+    """Return directions whose emotion labels are dealt out anew among the pairs, as many of each as before.
 
     What is left in a contrast between emotions is noise; the overall direction stays about the same."""
     labels = [pair.emotion for pair in selected.pairs]
@@ -359,7 +371,7 @@ def shuffled_directions(selected: Selected, *, seed: int = 0) -> Directions:
 
 
 def person_directions(selected: Selected, identity: str | Sequence[str], *, seed: int = 0) -> Directions:
-    """Directions from the pairs of one person (or of several) alone, to be tried on everybody else.
+    """Return directions from the pairs of one person (or of several) alone, to be tried on everybody else.
 
     Raises: ValueError for a person of whom no pair passed the filter."""
     wanted = {identity} if isinstance(identity, str) else set(identity)

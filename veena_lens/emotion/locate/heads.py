@@ -4,7 +4,7 @@ Backward activation patching, level 0: each head's output of the emotional run i
 query or at the last token, and what comes back of <h_l*[N], S_l*> is its effect. A head is key when its effect is
 above zero by its interval and by sign flips of whole identities (corrected for all heads), and its change points along
 the direction (I_delta > 0). Flipped are changes of <h, S>, which exchanged twins turn round; the share restored is
-positive either way. Specific or general is told by its push on pairs of each emotion.
+positive either way. A head's direct projection on pairs of each emotion says whether it is specific or general.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeyHeads:
-    """`table`: every head with its figures, best first. `heads`: the key ones. `effects` (pair, rows, layer, head):
-    share of the way from the neutral to the emotional run; `intention`, `push` (pair, layer, head) at the last token;
-    `routes` (layer, head, source): from which tokens the push comes. `dropped`: pairs whose runs hardly differ."""
+    """The key heads and what they were found by. `table`: every head with its figures, best first. `heads`: the key
+    ones. `effects` (pair, rows, layer, head): share of the way from the neutral to the emotional run; `intention`,
+    `push` (pair, layer, head) at the last token; `routes` (layer, head, source): from which tokens the projection
+    comes.
+    `dropped`: pairs whose runs hardly differ."""
 
     table: Any
     heads: list[Head]
@@ -66,11 +68,11 @@ class KeyHeads:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def by_layer(self) -> list[Head]:
-        """The key heads in the order of layers."""
+        """Return the key heads in the order of layers."""
         return sorted(self.heads)
 
     def plot(self, **settings: Any) -> Any:
-        """Mean effect of each head, the better of both rows, as layer x head."""
+        """Plot the mean effect of each head, the better of both rows, as layer x head."""
         return best_rows(self.effects).mean("pair").plot(**settings)
 
     def __repr__(self) -> str:
@@ -83,7 +85,7 @@ class KeyHeads:
 
 
 def best_rows(effects: Scores) -> Scores:
-    """Effects at the better of the query rows and the last row, judged once by the mean over pairs."""
+    """Return the effects at the better of the query rows and the last row, judged once by the mean over pairs."""
     mean = effects.mean("pair").values  # [rows layer head]
     best = mean.nan_to_num(-torch.inf).argmax(0)
     values = effects.values.gather(1, best[None, None].expand(len(effects.values), 1, *best.shape))[:, 0]
@@ -156,7 +158,7 @@ def relative_effects(
     rows: Sequence[str],
     layers: Sequence[int],
 ) -> Scores:
-    """Effects from the metric of patched runs and of both ends (emotional, neutral); weak pairs are masked.
+    """Return effects from the metric of patched runs and of both ends (emotional, neutral); weak pairs are masked.
 
     meta["gap"]: emotional less neutral of each pair, in the metric's unit."""
     gap = ends[:, 0] - ends[:, 1]
@@ -185,8 +187,8 @@ def key_heads(
 
     Key: the lower bound of the mean effect is above 0, I_delta > 0, and the change that the head makes to m positive
     and significant at false discovery rate `q` among all heads when signs of whole identities are flipped (twins
-    exchanged). In the order of their effect. The table adds that change, I_delta (cosine) and W (push) at the last
-    token, the image's share of the push, the specificity index of the push over emotions (tau; cross-fitted; p by
+    exchanged). In the order of their effect. The table adds that change, I_delta (cosine) and W (projection) at the
+    last token, the image's share of W, the specificity index of W over emotions (tau; cross-fitted; p by
     shuffled labels) and its label.
 
     Args:
@@ -270,8 +272,10 @@ def head_readings(
     batch_size: int = 16,
     lead_in: str | None = None,
 ) -> tuple[Scores, Scores, Scores]:
-    """(I_delta, push W, routes): cosine and projection of each head's change at the last token on the direction of the
-    pair's emotion at the head's own layer, by pair; and from which tokens the push comes, averaged over pairs."""
+    """Return (I_delta, W, routes) of each head, for the pairs.
+
+    Cosine and projection of each head's change at the last token on the direction of the pair's emotion at the head's
+    own layer, by pair; and from which tokens the projection comes, averaged over pairs."""
     layers = list(range(layer + 1))
     parts: dict[str, list[Tensor]] = {"cosine": [], "projection": [], "routes": []}
     sources: list[Any] = []
@@ -302,10 +306,12 @@ def head_readings(
 def specificity(
     push: Scores, emotions: Sequence[str], identities: Sequence[str], seed: int = 0
 ) -> dict[str, list[list[Any]]]:
-    """tau, its cross-fitted value, p under shuffled labels, preferred emotion and label of each head, as nested lists.
+    """Return how specific each head is to an emotion, and its label.
+
+    tau, its cross-fitted value, p under shuffled labels, preferred emotion and label of each head, as nested lists.
 
     specific: tau >= 0.5 and p < 0.05; general: tau <= 0.3 and a positive mean for every emotion; else "". With one
-    emotion there is nothing to tell: tau is NaN."""
+    emotion there is nothing to compare: tau is NaN."""
     n_layers, n_heads = push.shape[1:]
     names = sorted(set(emotions))
     if len(names) < 2 or min(list(emotions).count(e) for e in names) < 4:

@@ -40,7 +40,8 @@ APART = 0.05  # least difference of the hit rates of emotional and neutral twins
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeyLayers:
-    """`restored`: C = (H~ - H-) / (H+ - H-) with axes (layer, alpha, bound); `control`: the same for random directions.
+    """The key layers. `restored`: C = (H~ - H-) / (H+ - H-) with axes (layer, alpha, bound); `control`: the same for
+    random directions.
 
     `by_layer`, `control_by_layer` (layer, bound): averaged over the doses that stay fluent. `crossed` (layer, injected,
     named): share of answers that name each emotion, at the largest fluent dose. `fluency` (layer, alpha): perplexity of
@@ -66,8 +67,10 @@ class KeyLayers:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def change(self, kind: str = "restored") -> Scores:
-        """C of another kind: "restored", "absolute" (H~ - H-), or "relative" ((H~ - H-) / H-, as the paper words it;
-        H- is at least 1 / n, and the number explodes where neutral images give no hits)."""
+        """Return C of another kind.
+
+        kind: "restored", "absolute" (H~ - H-), or "relative" ((H~ - H-) / H-, as the paper words
+        it; H- is at least 1 / n, and the number explodes where neutral images give no hits)."""
         gap = self.emotional - self.neutral
         factor = {"restored": 1.0, "absolute": gap, "relative": gap / max(self.neutral, 1 / self.n_pairs)}
         if kind not in factor:
@@ -75,7 +78,10 @@ class KeyLayers:
         return Scores(self.restored.values * factor[kind], self.restored.axes, self.restored.labels, f"C ({kind})")
 
     def summary(self) -> Any:
-        """A row a layer: C with its interval, the control's, and whether the layer lies in the band."""
+        """Return a table with one row per layer.
+
+        Columns: C with its interval, the control's, and whether the layer lies in the
+        band."""
         import pandas as pd
 
         inside = range(self.band[0], self.band[1] + 1) if self.band else range(0)
@@ -90,7 +96,7 @@ class KeyLayers:
         return pd.DataFrame(rows)
 
     def plot(self, **settings: Any) -> Any:
-        """C over layers, with its interval."""
+        """Plot C over layers, with its interval."""
         return self.by_layer.plot(**settings)
 
     def __repr__(self) -> str:
@@ -192,7 +198,7 @@ def key_layers(
 
 
 def _plain(study: Study, pairs: Sequence[Any]) -> list[tuple[str, str]]:
-    """What the untouched model says of both twins of every pair."""
+    """Return what the untouched model says of both twins of every pair."""
     store = study.store("twins", tokens=study.asking.max_new_tokens)
     asked = study.but(batch_size=16)
     found: list[tuple[str, str]] = []
@@ -219,7 +225,7 @@ class _Injection:
 
 
 def _inject(plan: _Injection, pair: Any, plain: str, units: Float[Tensor, "layer d_model"]) -> dict[str, Any]:
-    """One pair: answers to the neutral twin under each injection; soft hits where there is a slot."""
+    """Answer one pair's neutral twin under each injection, with soft hits where there is a slot."""
     model, how = plan.study.model, {"emotion": pair.emotion, "scale": plan.scale}
     real = [
         plan.directions.steer(layer, alpha, positions=plan.positions, **how)
@@ -259,7 +265,7 @@ def _inject(plan: _Injection, pair: Any, plain: str, units: Float[Tensor, "layer
 def _judged(
     plan: _Injection, pairs: Sequence[Any], found: Sequence[dict[str, Any]], settings: dict[str, Any]
 ) -> KeyLayers:
-    """Hit rates, C with intervals, and the choice of layers, from what the model said."""
+    """Return hit rates, C with intervals, and the choice of layers, from what the model said."""
     study, layers, alphas = plan.study, plan.layers, plan.alphas
     shape = (len(pairs), len(layers), len(alphas))
 
@@ -319,7 +325,8 @@ def _judged(
 def _choose(
     by_layer: Float[Tensor, "layer 3"], control: Float[Tensor, "layer 3"], layers: Sequence[int]
 ) -> tuple[int, tuple[int, int] | None]:
-    """The best layer (the first of equals), and the longest run of layers above the control and half the peak."""
+    """Return the best layer (the first of equals), and the longest run of layers above the control and half the
+    peak."""
     mean = by_layer[:, 1].nan_to_num(-math.inf)
     best = int(mean.argmax())
     above = (by_layer[:, 0] > control[:, 2]) & (mean >= mean[best] / 2)
@@ -332,7 +339,7 @@ def _choose(
 
 
 def _crossed(plan: _Injection, pairs: Sequence[Any], found: Sequence[dict[str, Any]], fluent: Tensor) -> Scores:
-    """Share of answers that name each emotion when each is injected, at each layer's largest fluent dose."""
+    """Return the share of answers that name each emotion when each is injected, at each layer's largest fluent dose."""
     layers, alphas, wheels = plan.layers, plan.alphas, plan.study.wheels
     n_alphas = fluent.shape[1]
     names = list(plan.directions.emotions)

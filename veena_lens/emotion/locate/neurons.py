@@ -1,8 +1,8 @@
 """Key neurons: which neurons turn the emotion into words, or feed the heads that carry it.
 
-A neuron's change between twins times its output row's projection on S is its push; the strongest consistent ones, with
-an exact check of the whole set against random sets of the same layers, and named by a fixed rule: explicit-state
-neurons write emotion words late, contextual-trigger neurons act early on a key head.
+A neuron's change between twins times its output row's projection on S is its direct projection; the strongest
+consistent ones, with an exact check of the whole set against random sets of the same layers, and named by a fixed rule:
+explicit-state neurons write emotion words late, contextual-trigger neurons act early on a key head.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ Neuron = tuple[int, int]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KeyNeurons:
-    """`table`: layer, neuron, emotion (whose pairs, "" for all), value (mean push), consistency, rows ("last" or
-    "query"), kind, why, emotion words among the promoted tokens, weight (<W_out[n], S^>), mean activations there on
-    emotional and neutral images; best first. `trace` (layer, neuron): mean push at the last token over pairs."""
+    """The key neurons. `table`: layer, neuron, emotion (whose pairs, "" for all), value (mean direct projection),
+    consistency, rows ("last" or "query"), kind, why, emotion words among the promoted tokens, weight (<W_out[n], S^>),
+    mean activations there on emotional and neutral images; best first. `trace` (layer, neuron): mean direct projection
+    at the last token over pairs."""
 
     table: Any
     trace: Scores
@@ -45,17 +46,17 @@ class KeyNeurons:
 
     @property
     def neurons(self) -> list[Neuron]:
-        """Those read at the last token, which is where `ena` acts, best first."""
+        """Return those read at the last token, which is where `ena` acts, best first."""
         at_last = self.table[self.table["rows"] == "last"]
         return [(int(r.layer), int(r.neuron)) for r in at_last.itertuples()]
 
     @property
     def weights(self) -> list[float]:
-        """w_n = <W_out[n], S^> of `neurons`, in their order, S of the emotion each was found for."""
+        """Return w_n = `<W_out[n], S^>` of `neurons`, in their order, S of the emotion each was found for."""
         return [float(w) for w in self.table[self.table["rows"] == "last"]["weight"]]
 
     def of_kind(self, kind: str) -> list[Neuron]:
-        """Neurons of a kind: "explicit state", "contextual trigger" or "unlabelled"."""
+        """Return the neurons of a kind: "explicit state", "contextual trigger" or "unlabelled"."""
         chosen = self.table[self.table["kind"] == kind]
         return [(int(r.layer), int(r.neuron)) for r in chosen.itertuples()]
 
@@ -69,8 +70,10 @@ class KeyNeurons:
 def neuron_projections(
     study: Study, pairs: Sequence[Any], directions: Directions, at: str = "last"
 ) -> tuple[Scores, Scores]:
-    """Return (push, activations): each pair's push of each neuron along its emotion's direction at the neuron's layer,
-    axes (pair, layer, neuron), and mean activations (side, layer, neuron), side "emotional" or "neutral".
+    """Return what each neuron projects on the direction, and its mean activations, as (projection, activations).
+
+    Each pair's direct projection of each neuron on its emotion's direction at the neuron's layer, axes (pair, layer,
+    neuron), and mean activations (side, layer, neuron), side "emotional" or "neutral".
 
     Args:
         study: the model, or a `Study` that holds the settings `lead_in`, `batch_size` and `progress`.
@@ -120,11 +123,11 @@ def key_neurons(
     consistency: float | int = 0.8,
     confirm: int = 10,
 ) -> KeyNeurons:
-    """Find the `k` neurons that push most along the direction at the last token, and `confirm` early ones at the query.
+    """Find the `k` neurons of largest direct projection at the last token, and `confirm` early ones at the query.
 
     Kept where at least `consistency` of the pairs agree in sign, all or those of one emotion (`strongest_neurons`).
-    Neurons up to the key `layer` that push at the query become contextual triggers where path patching confirms their
-    effect on a key head. Kinds follow `circuits.classify_neurons` with all emotion words of the wheels.
+    Neurons up to the key `layer` with a large projection at the query become contextual triggers where path patching
+    confirms their effect on a key head. Kinds follow `circuits.classify_neurons` with all emotion words of the wheels.
 
     Args:
         study: the model, or a `Study` that holds the settings `wheels` to `progress` below.
@@ -188,12 +191,12 @@ def key_neurons(
 
 
 def strongest_neurons(trace: Scores, emotions: Sequence[str], k: int, consistency: float | int = 0.8) -> Any:
-    """The `k` neurons of largest mean push, of all pairs or of one emotion's: a table with the columns of `top_neurons`
-    and "emotion" ("" where all pairs are meant).
+    """Return the `k` neurons of largest mean direct projection, of all pairs or of one emotion's: a table with the
+    columns of `top_neurons` and "emotion" ("" where all pairs are meant).
 
-    A neuron that serves one emotion pushes little on the pairs of the others, and their signs are noise; so each
+    A neuron that serves one emotion projects little on the pairs of the others, and their signs are noise; so each
     neuron's mean and the share of pairs that agree in sign are also taken within each emotion of at least four pairs,
-    and the larger mean among those that are consistent counts, once a neuron."""
+    and the larger mean among those that are consistent counts, once per neuron."""
     import pandas as pd
 
     tables: list[Any] = [top_neurons(trace, k, consistency).assign(emotion="")]
@@ -210,7 +213,7 @@ def strongest_neurons(trace: Scores, emotions: Sequence[str], k: int, consistenc
 def _kinds(
     model: HookedVLM, table: Any, words: set[str], directions: Any, layer: int, rows: str, confirmed: set[Neuron] | None
 ) -> Any:
-    """The table with kinds, each neuron on the direction of its own emotion, in the same order."""
+    """Return the table with kinds, each neuron on the direction of its emotion, in the same order."""
     import pandas as pd
 
     parts = []
@@ -223,13 +226,13 @@ def _kinds(
 
 
 def _weight(model: HookedVLM, directions: Any, layer: int, neuron: int, emotion: str = "") -> float:
-    """<W_out[neuron], unit direction of the emotion at its layer>, the row as it joins the residual."""
+    """Return <W_out[neuron], unit direction of the emotion at its layer>, the row as it joins the residual."""
     row = neuron_rows(model.blocks[layer]).detach()[neuron]
     return float(row.double() @ directions.unit(emotion or None)[layer].to(row).double())
 
 
 def _words(model: HookedVLM, layer: int, neuron: int, signed: float, n: int = 8) -> list[str]:
-    """The tokens that the neuron raises when it acts as it does on emotional images."""
+    """Return the tokens that the neuron raises when it acts as it does on emotional images."""
     found = promoted_tokens(model, layer, neuron, k=n)
     texts = found.meta.get("texts")
     if texts is None:
@@ -238,7 +241,7 @@ def _words(model: HookedVLM, layer: int, neuron: int, signed: float, n: int = 8)
 
 
 def _confirmed(model: HookedVLM, pairs: Sequence[Any], directions: Any, heads: Any, table: Any) -> set[Neuron]:
-    """Neurons whose change, on the direct path to a later key head alone, raises that head's push in the mean."""
+    """Return neurons whose change, on the direct path to a later key head alone, raises its mean projection."""
     sure: set[Neuron] = set()
     neurons = [(int(a), int(n)) for a, n in zip(table["layer"], table["neuron"], strict=True)]
     rows_of = {(int(r.layer), int(r.head)): str(r.rows) for r in heads.table.itertuples()}

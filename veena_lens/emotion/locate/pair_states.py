@@ -35,7 +35,7 @@ Batch: TypeAlias = tuple[list[int], Float[Tensor, "_ layer d_model"], Float[Tens
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairHits:
-    """What a model says of each pair, and how far each answer names the pair's emotion, H in [0, 1]."""
+    """A model's answers to each pair, and how far each answer names the pair's emotion, H in [0, 1]."""
 
     pairs: Sequence[Pair]
     emotional: Float[Tensor, " pair"]
@@ -43,12 +43,13 @@ class PairHits:
     said: Sequence[tuple[str, str]]
 
     def kept(self, tau: float | int, require_neutral: bool = True) -> list[int]:
-        """Numbers of the pairs with H(X+, y) > tau, and H(X-, y) <= tau where the neutral twin is asked for too."""
+        """Return the numbers of the pairs with H(X+, y) > tau, and H(X-, y) <= tau where the neutral twin is asked for
+        too."""
         quiet = self.neutral <= tau if require_neutral else torch.ones_like(self.neutral, dtype=torch.bool)
         return ((self.emotional > tau) & quiet).nonzero().flatten().tolist()
 
     def dropped(self, tau: float | int, require_neutral: bool = True) -> dict[str, dict[str, int]]:
-        """For each emotion how many pairs were left out, and why."""
+        """Return for each emotion how many pairs were left out, and why."""
         found: dict[str, dict[str, int]] = {}
         kept = set(self.kept(tau, require_neutral))
         for i, pair in enumerate(self.pairs):
@@ -60,7 +61,7 @@ class PairHits:
 
 
 def distinct(pairs: Sequence[Pair]) -> tuple[list[Any], Int[Tensor, "pair 2"]]:
-    """The different examples of these pairs, and which two make up each pair: a neutral image runs once."""
+    """Return the different examples of these pairs, and which two make up each pair: a neutral image runs once."""
     numbers: dict[Any, int] = {}
     examples, index = [], []
     for pair in pairs:
@@ -77,7 +78,7 @@ def distinct(pairs: Sequence[Pair]) -> tuple[list[Any], Int[Tensor, "pair 2"]]:
 
 
 def chunks(n: int, size: int) -> list[list[int]]:
-    """0 .. n - 1 in runs of at most `size`."""
+    """Return 0 .. n - 1 in runs of at most `size`."""
     return [list(range(start, min(start + size, n))) for start in range(0, n, size)]
 
 
@@ -101,14 +102,14 @@ def pair_hits(study: Study, pairs: Sequence[Pair], store: Store) -> PairHits:
 
 
 def last_token(inputs: MultimodalInputs) -> Bool[Tensor, "batch pos"]:
-    """True at the last real token of each row, which is that of the lead-in where there is one."""
+    """Return True at the last real token of each row, which is that of the lead-in where there is one."""
     real = inputs.attention_mask.bool()
     counted = real.long().cumsum(-1)
     return real & (counted == counted[:, -1:])
 
 
 def unasked(pairs: Sequence[Pair]) -> PairHits:
-    """Every pair taken for a hit, for models that cannot answer."""
+    """Return every pair taken for a hit, for models that cannot answer."""
     ones = torch.ones(len(pairs), dtype=torch.float64)
     return PairHits(pairs=pairs, emotional=ones, neutral=0 * ones, said=[("", "")] * len(pairs))
 
@@ -116,9 +117,14 @@ def unasked(pairs: Sequence[Pair]) -> PairHits:
 def states_of(
     model: HookedVLM, examples: Sequence[Any], positions: str, batch_size: int, lead_in: str | None = None
 ) -> tuple[Float[Tensor, "example layer d_model"], list[tuple[int, ...]]]:
-    """resid_post of every layer, averaged over the positions ("last" is one), and each prompt's tokens.
+    """Return resid_post of every layer, averaged over the positions ("last" is one), and each prompt's tokens.
 
-    With a lead-in, "last" is its last token."""
+    Args:
+        model: the model.
+        examples: images with prompts.
+        positions: "last" or "query": the positions that are averaged over.
+        batch_size: examples in a batch.
+        lead_in: begun answer; with it, "last" is its last token."""
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
     found, tokens = [], []
     for members in chunks(len(examples), batch_size):
@@ -141,7 +147,8 @@ def states_of(
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PairStates:
-    """States of the chosen pairs as they are asked for: iterating gives (numbers, emotional, neutral), batch by batch.
+    """The states of the chosen pairs, computed when they are asked for: iterating gives (numbers, emotional, neutral),
+    batch by batch.
 
     `chosen`: numbers of the pairs to run, in order. The batches are those of all pairs, so that another choice of
     pairs reuses what is kept of the batches that it shares."""
@@ -228,7 +235,7 @@ class Sums:
 
 
 def halves_of(groups: Sequence[str], n_splits: int, seed: int) -> Bool[Tensor, "split pair"]:
-    """For each of many random divisions which pairs are in the first half; a group is never divided."""
+    """Return for each of many random divisions which pairs are in the first half; a group is never divided."""
     names = sorted(set(groups))
     rows = []
     for split in range(n_splits):

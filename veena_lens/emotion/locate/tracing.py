@@ -1,10 +1,11 @@
-"""Backward from the key heads: each becomes a target whose own push earlier components are patched for, twice over.
+"""Backward from the key heads: each becomes a target whose own direct projection earlier components are patched for,
+twice over.
 
 m_d = <r_d[p], S_l>, what head d writes along the direction at its best rows. Heads and MLPs of earlier layers that
 restore m_d when patched are its candidates; an edge is kept where the change on the direct path to d alone has the
 same sign. The heads found become targets in turn.
 
-Adapt, aggregate, execute: three stages told from curves over layers, never from layer numbers.
+Adapt, aggregate, execute: three stages read off curves over layers, never from layer numbers.
 
 Adapt: before injection restores anything and before the emotion can be read from the query. Aggregate: while it is
 gathered there, until it can be read as well as it ever can and heads stop reading it from the image. Execute: after.
@@ -41,7 +42,8 @@ SATURATED = 0.95
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Stages:
-    """`first`: the first layer of aggregating, `last` its last; adapting ends before, executing begins after.
+    """The three stages. `first`: the first layer of aggregating, `last` its last; adapting ends before, executing
+    begins after.
 
     `decodable` (layer, statistic): accuracy of a linear probe for the emotion at the query, with interval and shuffled
     control. `reading` (layer): how much heads that are patched at the query restore together, the sum of their positive
@@ -54,7 +56,7 @@ class Stages:
     reading: Scores
 
     def spans(self) -> dict[str, list[int]]:
-        """The layers of each stage."""
+        """Return the layers of each stage."""
         return {
             "adapt": list(range(self.first)),
             "aggregate": list(range(self.first, self.last + 1)),
@@ -80,7 +82,7 @@ def stage_bounds(
     accuracy_control: Sequence[float],
     reading: Sequence[float],
 ) -> tuple[int, int]:
-    """(first, last) layer of aggregating from the curves.
+    """Return the (first, last) layer of aggregating from the curves, each with one entry per layer.
 
     First: the first layer whose C and whose decodability both lie above their controls. Last: the later of the layer
     where decodability reaches 95 % of its way from the control to its best, and the last layer whose heads at the query
@@ -155,7 +157,8 @@ COLUMNS = ("level", "sender", "receiver", "rows", "effect", "low", "high", "path
 
 @dataclass(frozen=True, eq=False)
 class head_push:
-    """<z W_O[head], u> of one head, averaged over `positions`; a metric for sweeps and path patching."""
+    """The direct projection `<z W_O[head], u>` of one head, averaged over `positions`; a metric for sweeps and path
+    patching."""
 
     layer: int
     head: int
@@ -171,7 +174,8 @@ class head_push:
 
 
 def projection_of(model: HookedVLM, head: Head, unit: Float[Tensor, " d_model"], positions: Any = "last") -> head_push:
-    """The metric of one head's push along a unit direction, a following norm's denominator left out."""
+    """Return the metric of one head's direct projection on a unit direction, a following norm's denominator left
+    out."""
     layer, number = head
     W_O = head_rows(model.blocks[layer]).detach()[number]
     return head_push(layer, number, W_O @ unit.to(W_O), positions)
@@ -192,7 +196,7 @@ def trace_back(
 ) -> pd.DataFrame:
     """Trace key heads back to what feeds them: the edges of the circuit as a table.
 
-    Columns: sender, receiver, effect on the receiver's push with its interval over identities, the effect on the
+    Columns: sender, receiver, effect on the receiver's projection with its interval over identities, the effect on the
     direct path alone, and whether the edge is kept (both above zero). Level 1 asks for the best key heads after layer 0
     (nothing feeds those of layer 0), level 2 for the heads found there. Senders are "L3H2" or "3_mlp_out", patched at
     the receiver's rows. Effects: share of the way from the neutral to the emotional run.
@@ -249,7 +253,7 @@ def trace_back(
 
 
 def spread_over(pairs: list[Any], n: int) -> list[Any]:
-    """At most `n` pairs, identities and emotions taken in turn so that none prevails."""
+    """Return at most `n` pairs, identities and emotions taken in turn so that none prevails."""
     if len(pairs) <= n:
         return pairs
     order: dict[Any, list[Any]] = {}
@@ -275,7 +279,7 @@ def _as_head(label: str) -> Head | None:
 def _senders(
     study: Study, pairs: Sequence[Any], directions: Directions, head: Head, rows: str, top: int, max_rows: int
 ) -> list[dict[str, Any]]:
-    """The candidates of one target, with their effects and the check on the direct path."""
+    """Return the candidates of one target, with their effects and the check on the direct path."""
     model, lead_in = study.model, study.asking.lead_in
     layer, number = head
     earlier = list(range(layer))

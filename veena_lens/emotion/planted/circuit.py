@@ -2,7 +2,7 @@
 
 The decoder's weights are drawn anew, so that nothing of the trained circuit is left; tower and connector stay, so that
 images still carry their emotion to the image tokens. Then, and only there,
-1. chosen heads write one direction u_e an emotion: W_O[h] += w_e u_e^T, w_e fitted (ridge) so that the change of the
+1. chosen heads write one direction u_e per emotion: W_O[h] += w_e u_e^T, w_e fitted (ridge) so that the change of the
    head's z between twins, seen through w_e, is 1 on pairs of e and 0 on others. Nothing else writes along any u_e.
 2. as many decoy heads get weights of the same norm, on what hardly changes between twins, along other directions.
 3. chosen later neurons read u_e and write the words of e, and the model names the emotion. Decoy neurons again.
@@ -37,8 +37,8 @@ class Plant:
     """A model and the circuit written into it.
 
     `heads` with the emotions that each serves; `decoys`, heads as heavy that are blind to emotion; `neurons` with the
-    emotion that each names; `directions` u_e; the `layer` where all heads have written. `gain`: the push along u_e on a
-    pair of e, in units of the residual stream; `natural`: how far twins differ there without the plant.
+    emotion that each names; `directions` u_e; the `layer` where all heads have written. `gain`: the direct projection
+    on u_e for a pair of e, in units of the residual stream; `natural`: how far twins differ there without the plant.
     """
 
     model: HookedVLM
@@ -55,7 +55,7 @@ class Plant:
 
     @property
     def general(self) -> list[Unit]:
-        """Heads that serve every emotion."""
+        """Return the heads that serve every emotion."""
         return [head for head, served in self.heads.items() if len(served) == len(self.emotions)]
 
     def __repr__(self) -> str:
@@ -82,11 +82,23 @@ def plant_circuit(
     scramble: bool = True,
     batch_size: int = 16,
 ) -> Plant:
-    """A copy of the model with a circuit for the emotions of `words` (emotion -> its words, single tokens).
+    """Return a copy of the model with a circuit for the emotions of `words` (emotion -> its words, single tokens).
 
-    `general` heads serve all emotions, `specific` heads an emotion one alone; `neurons` an emotion name it. Heads lie
-    in layers 1 .. `layer` (default: the middle), one of them in `layer`; neurons after it. The push along u_e on a pair
-    of e is `strength` times the mean norm of what twins differ by there anyway. `scramble` draws the decoder anew.
+    `general` heads serve all emotions, `specific` heads per emotion one alone; `neurons` per emotion name it. Heads lie
+    in layers 1 .. `layer` (default: the middle), one of them in `layer`; neurons after it. The projection on u_e for a
+    pair of e is `strength` times the mean norm of what twins differ by there anyway.
+
+    Args:
+        model: the model that is copied.
+        pairs: emotional images with their neutral twins.
+        words: the words of each emotion, single tokens.
+        general, specific, neurons: how many of each are planted, as above.
+        layer: the last layer of planted heads; by default the middle.
+        strength: of the projection, as above.
+        seed: of every draw.
+        scramble: draw the decoder anew.
+        batch_size: pairs in a batch.
+
     Raises: ValueError for too little room, an emotion without pairs, words that are no tokens, or a model whose norms
     follow attention and MLP.
     """
@@ -163,7 +175,7 @@ def _require_room(
 
 @torch.no_grad()
 def _scramble(model: HookedVLM, generator: torch.Generator) -> None:
-    """Every matrix of the decoder's blocks drawn anew at its own scale, queries and keys wider."""
+    """Draw every matrix of the decoder's blocks anew at its own scale, queries and keys wider."""
     for block in model.blocks:
         parts = [block.attn.v, block.attn.o, block.mlp.up, block.mlp.down]
         parts += [block.mlp.gate] if block.mlp.gate is not None else []
@@ -175,7 +187,7 @@ def _scramble(model: HookedVLM, generator: torch.Generator) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Twins:
-    """Pairs whose prompts are prepared once: planting runs the model over them again and again."""
+    """The pairs, with prompts prepared once: planting runs the model over them again and again."""
 
     model: HookedVLM
     labels: list[str]
@@ -190,7 +202,7 @@ class _Twins:
         return _Twins(model, [pair.emotion for pair in pairs], sides)
 
     def states(self, side: str, hook: str, layers: Sequence[int]) -> Float[Tensor, "layer pair ..."]:
-        """A hook's values at the last prompt token, in float64."""
+        """Return a hook's values at the last prompt token, in float64."""
         names = [f"blocks.{a}.{hook}" for a in layers]
         found = []
         for inputs in self.sides[side]:
@@ -203,7 +215,7 @@ class _Twins:
 
 
 def _word_direction(model: HookedVLM, words: Sequence[str]) -> Float[Tensor, " d_model"]:
-    """The unit direction in the last residual that raises these words against all others."""
+    """Return the unit direction in the last residual that raises these words against all others."""
     tokens = [model.to_single_token(f" {word}") for word in words]
     reader = model.unembed.weight.detach().double().cpu()  # [d_vocab d_model]
     direction = (reader[tokens].mean(0) - reader.mean(0)) * model.ln_final.w.detach().double().cpu()
@@ -213,7 +225,7 @@ def _word_direction(model: HookedVLM, words: Sequence[str]) -> Float[Tensor, " d
 def _fresh_directions(
     n: int, known: Float[Tensor, "known d_model"], generator: torch.Generator
 ) -> Float[Tensor, "n d_model"]:
-    """Random orthonormal directions, orthogonal to the known ones: the mean states, and what words read."""
+    """Return random orthonormal directions, orthogonal to the known ones: the mean states, and what words read."""
     drawn = torch.randn(n, known.shape[1], generator=generator, dtype=torch.float64)
     basis = torch.linalg.qr(known.T).Q
     return torch.linalg.qr((drawn - drawn @ basis @ basis.T).T).Q.T.contiguous()
@@ -221,7 +233,7 @@ def _fresh_directions(
 
 @torch.no_grad()
 def _silence(model: HookedVLM, u: Float[Tensor, "emotion d_model"]) -> None:
-    """No head or neuron writes along any u_e."""
+    """Let no head or neuron write along any u_e."""
     for block in model.blocks:
         for part in (block.attn.o, block.mlp.down):
             weight = part.weight.double()
@@ -239,7 +251,8 @@ def _plant_heads(
     gain: float,
     generator: torch.Generator,
 ) -> None:
-    """Layer by layer, since heads that are planted change what later ones see; decoys share the heads' mean weight."""
+    """Plant heads layer by layer, since planted ones change what later ones see; decoys share the heads' mean
+    weight."""
     added: list[float] = []
     target = torch.stack([twins.of_emotion(e) for e in emotions], 1).double()
     for layer in sorted({a for a, _ in heads}):
@@ -276,7 +289,7 @@ def _plant_neurons(
     words: Mapping[str, Float[Tensor, " d_model"]],
     generator: torch.Generator,
 ) -> None:
-    """Gate and input read u_e, the output writes the words of e: together the norm of the last state.
+    """Plant neurons: gate and input read u_e, the output writes the words of e, together the norm of the last state.
 
     In each layer as many of the quietest neurons get output weights of the same norm, along nothing in particular."""
     size = twins.states("neutral", "hook_resid_post", [twins.model.cfg.n_layers - 1])[0].norm(dim=-1).mean()

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 
 def average_precision(values: Float[Tensor, ...], truth: Bool[Tensor, ...]) -> float:
-    """The mean over the true entries of the precision at their rank, largest value first, NaN last; in [0, 1].
+    """Return the mean over the true entries of the precision at their rank, largest value first, NaN last; in [0, 1].
+
+    Args:
+        values: what entries are ranked by.
+        truth: True for the entries that are there, same shape as `values`.
 
     Entries of one value share their places: each counts at the mean precision of a random order among them."""
     flat = values.double().flatten().nan_to_num(-torch.inf)
@@ -47,27 +51,28 @@ def average_precision(values: Float[Tensor, ...], truth: Bool[Tensor, ...]) -> f
 
 
 def found_among_first(values: Float[Tensor, ...], truth: Bool[Tensor, ...]) -> float:
-    """The share of the n true entries among the n largest values."""
+    """Return the share of the n true entries among the n largest values."""
     n = int(truth.sum())
     order = values.double().flatten().nan_to_num(-torch.inf).argsort(descending=True, stable=True)[:n]
     return float(truth.flatten()[order].double().mean())
 
 
 def precision_recall(chosen: Collection[Unit], truth: Collection[Unit]) -> tuple[float, float]:
-    """(precision, recall) of a chosen set; precision is NaN where nothing is chosen."""
+    """Return (precision, recall) of a chosen set; precision is NaN where nothing is chosen."""
     right = len(set(chosen) & set(truth))
     return right / len(chosen) if chosen else float("nan"), right / len(truth)
 
 
 def swapped_at_random(pairs: Sequence[Any], seed: int = 0) -> list[Any]:
-    """The pairs with emotional and neutral images exchanged in half of the identities: nothing is left to find."""
+    """Return the pairs with emotional and neutral images exchanged in half of the identities: nothing is left to
+    find."""
     names = sorted({pair.identity for pair in pairs})
     turned = set(random.Random(f"swap {seed}").sample(names, len(names) // 2))
     return [pair.swapped() if pair.identity in turned else pair for pair in pairs]
 
 
 def labels_under_chance(heads: KeyHeads, seed: int = 0) -> int:
-    """How many heads are called specific when the emotions of the pairs are shuffled."""
+    """Return how many heads are called specific when the emotions of the pairs are shuffled."""
     order = list(heads.emotions)
     random.Random(f"labels {seed}").shuffle(order)
     found = specificity(heads.push, order, heads.identities, seed)
@@ -75,7 +80,7 @@ def labels_under_chance(heads: KeyHeads, seed: int = 0) -> int:
 
 
 def known_directions(plant: Plant, like: Directions) -> Directions:
-    """The planted u_e at every layer, in place of estimated ones."""
+    """Return the planted u_e at every layer, in place of estimated ones."""
     n_layers = plant.model.cfg.n_layers
     per_emotion = (plant.gain * plant.directions)[:, None].expand(-1, n_layers, -1).to(like.overall).contiguous()
     return Directions(
@@ -92,7 +97,8 @@ def known_directions(plant: Plant, like: Directions) -> Directions:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Localised:
-    """`table`: what (heads, neurons), ranking, average precision, share found among the first n, and chance.
+    """How well a planted circuit was found. `table`: what (heads, neurons), ranking, average precision, share found
+    among the first n, and chance.
     `chosen`: precision and recall of the pipeline's own choice, labels that were right, answers that name the emotion.
     """
 
@@ -121,7 +127,14 @@ def localise(
 ) -> Localised:
     """Find key heads and key neurons as on any model, knowing the key layer alone, and judge them by the plant.
 
-    `pairs` must be other people than those that the directions came from.
+    Args:
+        plant: the planted circuit.
+        pairs: emotional images with neutral twins, of other people than those that the directions came from.
+        directions: directions of this model.
+        k_heads, k_neurons: the most heads and neurons that are chosen.
+        draws, seed: of the intervals.
+        batch_size: pairs in a batch.
+        wheels: emotion wheels that judge answers; by default the project's own.
     """
     import pandas as pd
 
@@ -182,7 +195,8 @@ def _rows(what: str, rankings: Mapping[str, Tensor], truth: Bool[Tensor, "layer 
 
 
 def labels_right(plant: Plant, heads: KeyHeads) -> float:
-    """The share of planted heads whose label is right: general ones "general", the others "specific" to theirs."""
+    """Return the share of planted heads whose label is right: general ones "general", the others "specific" to
+    theirs."""
     general = set(plant.general)
     right = []
     for line in heads.table.itertuples():
@@ -197,8 +211,8 @@ def labels_right(plant: Plant, heads: KeyHeads) -> float:
 def head_rankings(
     plant: Plant, pairs: Sequence[Any], directions: Directions, heads: KeyHeads, batch_size: int = 16
 ) -> dict[str, Float[Tensor, "layer head"]]:
-    """Every way of ranking heads up to the key layer: the pipeline's effect, I_delta and push; then baselines that see
-    one run, or weights alone."""
+    """Rank heads up to the key layer in every way: the pipeline's effect, I_delta and direct projection; then baselines
+    that see one run, or weights alone."""
     model, layers = plant.model, list(range(plant.layer + 1))
     table = heads.table.set_index(["layer", "head"])["effect"]
     effect = torch.tensor([[table[a, h] for h in range(model.cfg.n_heads)] for a in layers], dtype=torch.float64)
@@ -228,7 +242,7 @@ def head_rankings(
 def neuron_rankings(
     plant: Plant, pairs: Sequence[Any], directions: Directions, neurons: KeyNeurons, batch_size: int = 16
 ) -> dict[str, Float[Tensor, "layer neuron"]]:
-    """Every way of ranking neurons: the pipeline's push, then baselines."""
+    """Rank neurons in every way: the pipeline's direct projection, then baselines."""
     model = plant.model
     _, means = neuron_projections(model, pairs, directions, batch_size=batch_size)
     plus, minus = means.values.double()

@@ -65,7 +65,7 @@ class RopeConfig(_Printed):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The scaling rule's numbers as a dictionary."""
+        """Return the scaling rule's numbers as a dictionary."""
         return dict(self.scaling)
 
 
@@ -126,7 +126,7 @@ class TransformerConfig(_Printed):
 
     @property
     def score_scale(self) -> float:
-        """The factor of products of queries and keys."""
+        """Return the factor of products of queries and keys."""
         return (self.d_head if self.query_scalar is None else self.query_scalar) ** -0.5
 
 
@@ -208,7 +208,7 @@ class VisionConfig(TransformerConfig):
 
     @property
     def takes_any_size(self) -> bool:
-        """Whether the number of patches depends on the size of the image."""
+        """Say whether the number of patches depends on the size of the image."""
         return self.image_size == 0
 
     def is_windowed(self, layer: int) -> bool:
@@ -217,18 +217,18 @@ class VisionConfig(TransformerConfig):
 
     @property
     def patch_width(self) -> int:
-        """The numbers in one patch: channels, frames, rows and columns of pixels."""
+        """Return the numbers in one patch: channels, frames, rows and columns of pixels."""
         return self.n_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) in patches of one crop, if all have one size."""
+        """Return (height, width) in patches of one crop, if all have one size."""
         side = self.image_size // self.patch_size
         return side, side
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """(height, width) in tokens of one crop, if all have one size."""
+        """Return (height, width) in tokens of one crop, if all have one size."""
         return self.grid[0] // self.merge_size, self.grid[1] // self.merge_size
 
     @property
@@ -237,12 +237,13 @@ class VisionConfig(TransformerConfig):
 
     @property
     def n_positions(self) -> int:
-        """The number of positions in the tower: patches and, for CLIP, the class token at position 0."""
+        """Return the number of positions in the tower: patches and, for CLIP, the class token at position 0."""
         return self.grid[0] * self.grid[1] + int(self.has_class_token)
 
     @property
     def n_features(self) -> int:
-        """The number of features per crop: positions (or merged squares), without the class token if it is dropped."""
+        """Return the number of features per crop: positions (or merged squares), without the class token if it is
+        dropped."""
         return self.n_positions // self.merge_size**2 - int(self.drop_class_token)
 
 
@@ -335,14 +336,15 @@ class HookedVLMConfig(TransformerConfig):
 
     @property
     def n_deepstack(self) -> int:
-        """The number of inner tower layers that are added in the decoder, the i-th at the input of layer i + 1.
+        """Return the number of inner tower layers that are added in the decoder, the i-th at the input of layer i + 1.
 
         With as many as there are layers, the last one is added after the blocks; further ones are not used."""
         return 0 if self.vision is None else min(len(self.vision.deepstack_layers), self.n_layers)
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """The tokens that image features replace: those of images and, if the model takes them, of video frames."""
+        """Return the tokens that image features replace: those of images and, if the model takes them, of video
+        frames."""
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     def window(self, layer: int) -> int | None:

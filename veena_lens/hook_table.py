@@ -34,22 +34,23 @@ class Hook:
 
     @property
     def of_text(self) -> bool:
-        """The first axis counts rows of the batch: the value lies in the text decoder."""
+        """Return True where the first axis counts rows of the batch: the value lies in the text decoder."""
         return self.axis_names[0] == "batch"
 
     @property
     def of_tower(self) -> bool:
-        """The first axis counts crops: the value lies in the vision tower or the connector."""
+        """Return True where the first axis counts crops: the value lies in the vision tower or the connector."""
         return self.axis_names[0] == "crop"
 
     @property
     def of_features(self) -> bool:
-        """The first axis counts image tokens: the value is what enters the text of the images, row after row."""
+        """Return True where the first axis counts image tokens: the value is what enters the text of the images, row
+        after row."""
         return self.axis_names[0] == "n_image_tokens"
 
     @property
     def by_default(self) -> bool:
-        """Whether it is cached if `names_filter` is None: all except the large copies of the residual."""
+        """Say whether it is cached if `names_filter` is None: all except the large copies of the residual."""
         return not self.name.endswith(("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in"))
 
 

@@ -100,7 +100,7 @@ class MultimodalInputs:
     # --- standing in for a token tensor ---------------------------------------------------------------
     @property
     def shape(self) -> torch.Size:
-        """(batch, pos)."""
+        """Return (batch, pos)."""
         return self.tokens.shape
 
     @property
@@ -116,7 +116,7 @@ class MultimodalInputs:
         return self.tokens.dtype
 
     def size(self, dim: int | None = None) -> Any:
-        """Size of one axis, or of both."""
+        """Return the size of one axis, or of both."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
@@ -165,12 +165,12 @@ class MultimodalInputs:
     # --- images ----------------------------------------------------------------------------------------
     @cached_property
     def grids(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Per row and image, (height, width) of its token grid."""
+        """Return, per row and image, (height, width) of its token grid."""
         return tuple(tuple(image.grid for image in row) for row in self.layouts)
 
     @cached_property
     def grid_places(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Per row and image, which of its tokens are the cells of the grid, row by row.
+        """Return, per row and image, which of its tokens are the cells of the grid, row by row.
 
         The others are a class token, a whole view, newlines.
         """
@@ -178,7 +178,7 @@ class MultimodalInputs:
 
     @cached_property
     def token_tiles(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Per row and image, the tile of each token (0 the whole view, -1 a newline); empty without tiles."""
+        """Return, per row and image, the tile of each token (0 the whole view, -1 a newline); empty without tiles."""
         found = [[image.token_crops() for image in row] for row in self.layouts]
         if not any(found) or any(crops is None for row in found for crops in row):
             return ()
@@ -186,24 +186,24 @@ class MultimodalInputs:
 
     @cached_property
     def crop_rows(self) -> Int[Tensor, " crop"] | None:
-        """The row that owns each crop; None without images."""
+        """Return the row that owns each crop; None without images."""
         return self._per_image(lambda row, number, image: [row] * image.n_crops)
 
     @cached_property
     def crop_images(self) -> Int[Tensor, " crop"] | None:
-        """Which of its row's images each crop belongs to; None without images."""
+        """Return which of its row's images each crop belongs to; None without images."""
         return self._per_image(lambda row, number, image: [number] * image.n_crops)
 
     @cached_property
     def crop_grids(self) -> Int[Tensor, "crop 2"] | None:
-        """(height, width) in patches of each crop, where images have any size; None where all have one."""
+        """Return (height, width) in patches of each crop, where images have any size; None where all have one."""
         if any(image.patch_grid is None for row in self.layouts for image in row):
             return None
         return self._per_image(lambda row, number, image: [image.patch_grid])
 
     @cached_property
     def image_rows(self) -> Int[Tensor, " image"] | None:
-        """The row that owns each image; None without images."""
+        """Return the row that owns each image; None without images."""
         return self._per_image(lambda row, number, image: [row])
 
     def _per_image(self, values: Callable[[int, int, ImageRecord], list[Any]]) -> Tensor | None:
@@ -214,8 +214,8 @@ class MultimodalInputs:
 
     @property
     def crop_shapes(self) -> Tensor | None:
-        """What a tower must know of its crops besides their pixels: the grids of those of any size, or the patches that
-        smaller ones have; None where all are alike."""
+        """Return what a tower must know of its crops in addition to their pixels: the grids of those of any size, or
+        the patches that smaller ones have; None where all are alike."""
         return self.patch_mask if self.crop_grids is None else self.crop_grids
 
     def crop_lengths(self, in_tokens: bool = False) -> list[int] | None:
@@ -228,12 +228,12 @@ class MultimodalInputs:
 
     @property
     def image_token_ids(self) -> tuple[int, ...]:
-        """Ids of the tokens whose places images fill."""
+        """Return the ids of the tokens whose places images fill."""
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     @property
     def image_mask(self) -> Bool[Tensor, "batch pos"]:
-        """True at the tokens that images fill (an image token that a model generates is text like any other)."""
+        """Return True at the tokens that images fill (an image token that a model generates is text like any other)."""
         mask = torch.zeros_like(self.attention_mask)
         for row, spans in enumerate(self.spans):
             for span in spans.images:
@@ -242,12 +242,12 @@ class MultimodalInputs:
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:
-        """Number of real tokens per row."""
+        """Return the number of real tokens per row."""
         return self.attention_mask.sum(-1)
 
     @property
     def n_images(self) -> list[int]:
-        """Number of images per row."""
+        """Return the number of images per row."""
         return [len(s.images) for s in self.spans]
 
     # --- answers and padding ---------------------------------------------------------------------------

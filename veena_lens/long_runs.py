@@ -82,7 +82,7 @@ def counting(total: int, label: str, show: bool = True) -> Iterator[Callable[[in
 def fingerprint(value: Any) -> Any:
     """Return a value as JSON, equal for equal contents.
 
-    A value with a `fingerprint` (a method, or a string) gives its own. Otherwise tensors, arrays and images are told
+    A value with a `fingerprint` (a method, or a string) gives its own. Otherwise tensors, arrays and images are given
     by a hash, models by their size and some rows of every weight, data classes and functions by their parts."""
     if isinstance(value, Tensor):
         return [str(value.dtype), list(value.shape), hashlib.sha256(_bytes(value)).hexdigest()]
@@ -120,7 +120,7 @@ def digest(value: Any) -> str:
 
 
 def _model(model: torch.nn.Module) -> list[Any]:
-    """Name, size, type, and a hash of a few rows of every weight."""
+    """Return name, size, type, and a hash of a few rows of every weight."""
     seen = hashlib.sha256()
     for name, weight in model.named_parameters():
         rows = weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1)
@@ -132,7 +132,7 @@ def _model(model: torch.nn.Module) -> list[Any]:
 
 
 def _function(function: FunctionType) -> list[Any]:
-    """A function's name and code, with what it closes over and the plain values that it reads of its module."""
+    """Return a function's name and code, with what it closes over and the plain values that it reads of its module."""
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     names = [function.__globals__.get(name) for name in function.__code__.co_names]
     read = [part for part in names if isinstance(part, (Tensor, str, int, float, bool, list, tuple))]
@@ -141,7 +141,7 @@ def _function(function: FunctionType) -> list[Any]:
 
 
 def _code(code: CodeType) -> str:
-    """A hash of a function's instructions and constants, those of functions inside it too."""
+    """Return a hash of a function's instructions and constants, those of functions inside it too."""
     constants = [_code(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
     text = json.dumps([code.co_code.hex(), constants, list(code.co_names)])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -168,7 +168,7 @@ class Store:
 
     Args:
         folder: where results of any number of experiments lie, or None.
-        experiment: what the results depend on besides the names of units: a model, data, settings (`fingerprint`).
+        experiment: what the results depend on, apart from the names of units: a model, data, settings (`fingerprint`).
     """
 
     def __init__(self, folder: str | Path | None, experiment: Any) -> None:
@@ -267,7 +267,7 @@ class Store:
             return None
 
     def _write(self, key: Any, result: Result) -> bool:
-        """True where this unit is the one that is kept."""
+        """Return True where this unit is the one that is kept."""
         path = self._path(key)
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.items() if isinstance(v, Tensor)}
         rest = json.dumps({k: v for k, v in result.items() if not isinstance(v, Tensor)})
@@ -296,7 +296,7 @@ def _checksum(name: str, rest: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside `path` that no other process or thread takes."""
+    """Return a name beside `path` that no other process or thread takes."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
 
 
@@ -323,7 +323,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _room(place: Path, kept: str = "results so far are kept") -> Iterator[None]:
-    """Raises: OSError that says how to go on where the disk is full; safetensors has its own error for it."""
+    """Raise an OSError that says how to go on where the disk is full; safetensors has its own error for it."""
     try:
         yield
     except Exception as error:

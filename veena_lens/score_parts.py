@@ -40,7 +40,7 @@ class ReferenceRuns:
 
 
 def _along(per_pair: Tensor, values: Tensor, axis: int | None) -> Tensor:
-    """Numbers of pairs [pair], shaped to broadcast over `values` along the axis that counts pairs."""
+    """Return numbers of pairs `[pair]`, shaped to broadcast over `values` along the axis that counts pairs."""
     return per_pair.reshape([-1 if i == axis else 1 for i in range(values.ndim)])
 
 
@@ -84,7 +84,7 @@ def few_labels(labels: Sequence, room: int = 72) -> str:
 
 
 def require_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
-    """Raises: ValueError for a mask that is not bool, or does not broadcast to the values' shape."""
+    """Raise ValueError for a mask that is not bool, or does not broadcast to the values' shape."""
     if mask.dtype != torch.bool:
         raise ValueError(f"Scores: mask has dtype {mask.dtype}; expected torch.bool, True where an entry exists.")
     try:

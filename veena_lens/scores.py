@@ -83,45 +83,46 @@ class Scores:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of `values`."""
+        """Return the shape of `values`."""
         return tuple(self.values.shape)
 
     @property
     def exists(self) -> Bool[Tensor, ...]:
-        """`mask` in the shape of `values`; True everywhere where there is none."""
+        """Return `mask` in the shape of `values`; True everywhere where there is none."""
         if self.mask is None:
             return torch.ones(self.values.shape, dtype=torch.bool, device=self.values.device)
         return self.mask.to(self.values.device).expand(self.values.shape)
 
     @property
     def scores(self) -> Shaped[Tensor, ...]:
-        """The effects of a sweep, 0 where a patch changes nothing and 1 where it restores (or breaks) everything, NaN
-        where the two runs do not differ; the values themselves where no two runs are compared."""
+        """Return the effects of a sweep, 0 where a patch changes nothing and 1 where it restores (or breaks)
+        everything, NaN where the two runs do not differ; the values themselves where no two runs are compared."""
         return self.values if self.reference is None else self.reference.effects(self.values, self._pair_axis)
 
     @property
     def clean(self) -> Float[Tensor, " pair"]:
-        """The metric of the clean runs. Raises: AttributeError where no two runs are compared."""
+        """Return the metric of the clean runs. Raises: AttributeError where no two runs are compared."""
         return self._runs("clean").clean
 
     @property
     def corrupted(self) -> Float[Tensor, " pair"]:
-        """The metric of the corrupted runs. Raises: AttributeError where no two runs are compared."""
+        """Return the metric of the corrupted runs. Raises: AttributeError where no two runs are compared."""
         return self._runs("corrupted").corrupted
 
     @property
     def direction(self) -> str:
-        """ "denoising" or "noising". Raises: AttributeError where no two runs are compared."""
+        """Return "denoising" or "noising". Raises: AttributeError where no two runs are compared."""
         return self._runs("direction").direction
 
     @property
     def texts(self) -> list[Any]:
-        """The generated texts, nested as `axes`. Raises: AttributeError where none were generated."""
+        """Return the generated texts, nested as `axes`. Raises: AttributeError where none were generated."""
         return self._nested("text", "texts")
 
     @property
     def tokens(self) -> list[Any]:
-        """The ids of the generated tokens, nested as `axes`. Raises: AttributeError where none were generated."""
+        """Return the ids of the generated tokens, nested as `axes`. Raises: AttributeError where none were
+        generated."""
         return self._nested("tokens", "tokens")
 
     def effects(self) -> Scores:

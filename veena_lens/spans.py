@@ -47,22 +47,22 @@ class ImageRecord(Protocol):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(height, width) in tokens."""
+        """Return (height, width) in tokens."""
         ...
 
     @property
     def n_tokens(self) -> int:
-        """Number of image tokens that the image fills."""
+        """Return the number of image tokens that the image fills."""
         ...
 
     @property
     def n_crops(self) -> int:
-        """Number of crops that the tower reads of it."""
+        """Return the number of crops that the tower reads of it."""
         ...
 
     @property
     def patch_grid(self) -> tuple[int, int] | None:
-        """(height, width) in patches of its only crop, where crops have any size; None where all have one."""
+        """Return (height, width) in patches of its only crop, where crops have any size; None where all have one."""
         ...
 
     def grid_places(self) -> Sequence[int]:
@@ -91,7 +91,7 @@ class StoredImage:
 
     @property
     def n_tokens(self) -> int:
-        """Number of image tokens, as far as crops or cells tell it."""
+        """Return the number of image tokens, as far as crops or cells tell it."""
         return len(self.grid_places() if self.crops is None else self.crops)
 
     def grid_places(self) -> Sequence[int]:

@@ -344,7 +344,7 @@ def _belongs_to_images(name: str) -> bool:
 
 
 def _with_noise(name: str, value: Float[Tensor, "*any"], hook: Any) -> Float[Tensor, "*any"]:
-    """Return the value with noise of its own size; a denominator stays positive, masked scores stay masked."""
+    """Return the value with noise of the value's size; a denominator stays positive, masked scores stay masked."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(value.shape, generator=generator).to(value)
     if name.endswith("hook_scale"):

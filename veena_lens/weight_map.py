@@ -57,7 +57,7 @@ class WeightMap:
 
     @property
     def owners(self) -> dict[str, list[str]]:
-        """The native names that read each checkpoint key, parts in order."""
+        """Return the native names that read each checkpoint key, parts in order."""
         found: dict[str, list[str]] = {}
         for ours, theirs in self.names.items():
             found.setdefault(theirs, []).append(ours)

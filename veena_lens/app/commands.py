@@ -52,6 +52,9 @@ def run_command(
 ) -> VeenaRun | None:
     """Run everything and write report.html, results.json, circuit.safetensors; prints the main table.
 
+    pairs: a folder with a manifest; None takes the pairs of the package. out: the folder of the three files.
+    preset_name, seed, question: the settings of the method. dtype: a name such as "bfloat16"; device: such as "cuda";
+    None leaves both to `HookedVLM.from_pretrained`. skip_unreadable: go on without images that cannot be read.
     dry_run prints the estimate of memory and time from the model's configuration alone, and reads no weights."""
     unreadable = "skip" if skip_unreadable else "error"
     found = load_pairs(pairs, unreadable=unreadable)
@@ -79,7 +82,7 @@ def run_command(
 def _command(
     model: str, pairs: str | None, out: str, preset_name: str, given: dict[str, Any], skip_unreadable: bool = False
 ) -> list[str]:
-    """The command line of a run, with the options that were given."""
+    """Return the command line of a run, with the options that were given."""
     options = {"--model": model, "--pairs": pairs, "--out": out, "--preset": preset_name} | given
     parts = [part for name, value in options.items() if value is not None for part in (name, str(value))]
     return ["veena-lens", "run", *parts, *(["--skip-unreadable"] if skip_unreadable else [])]
@@ -110,8 +113,9 @@ def enhance_command(
 ) -> list[dict[str, str]]:
     """Describe images with and without a saved circuit; prints both, and returns them.
 
-    The model is that named in the circuit unless given. Raises: ValueError where neither says which, and
-    FileNotFoundError for images that are not there, all at once."""
+    circuit: its file. images: paths. question: default "how does the person in the picture feel?". max_new_tokens: of
+    each answer. device, dtype: as in `run_command`. The model is that named in the circuit unless given.
+    Raises: ValueError where neither says which, and FileNotFoundError for images that are not there, all at once."""
     from veena_lens import HookedVLM
 
     missing = [image for image in images if not Path(image).is_file()]
@@ -150,7 +154,7 @@ BEST_STEM = "Several stems are several runs or checkpoints; published scores tak
 
 
 def parse_folders(pairs: list[str] | None) -> dict[str, str]:
-    """KEY=FOLDER options as a dictionary. Raises: ValueError for one without a "="."""
+    """Return KEY=FOLDER options as a dictionary. Raises: ValueError for one without a "="."""
     found = {}
     for pair in pairs or []:
         key, mark, folder = pair.partition("=")
@@ -170,10 +174,13 @@ def score_path(
     overrides: Overrides | None = None,
     missing: str = "error",
 ) -> str:
-    """The table of every answer file at a path, under one mapping or both, with means over the sets.
+    """Return the table of every answer file at a path, under one mapping or both, with means over the sets.
 
+    root: the folder that holds the sets. key: a set, where the path does not name it. mapping: "official", "direct" or
+    "both". wheels: a folder of emotion wheels (default: the project's). overrides: folders of single sets. missing:
+    "error", or "empty" to score missing answers as empty ones.
     Raises: FileNotFoundError without answers or labels, saying where labels come from; ValueError for a file whose set
-    neither its path nor `key` tells; otherwise as `score_answers`."""
+    neither its path nor `key` says; otherwise as `score_answers`."""
     files = _files(Path(path))
     if root is None and not overrides:
         asked = find_set(key) if key else None
@@ -216,7 +223,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _set_of(file: Path, key: str | None) -> str:
-    """The set of an answer file, told by the option, the path or the file. Raises: ValueError when none tells."""
+    """Return the set of an answer file, by the option, the path or the file. Raises: ValueError when none says it."""
     told = set_in_path(file) or (read_answers(file).key if file.suffix in (".jsonl", ".json") else "")
     if key is not None:
         if told and told != find_set(key).key:
@@ -231,7 +238,7 @@ def _set_of(file: Path, key: str | None) -> str:
 
 
 def _stem(answers: Answers) -> str:
-    """What made the answers, the same over the sets: run and checkpoint, or model and method."""
+    """Return what made the answers, the same over the sets: run and checkpoint, or model and method."""
     if answers.run is not None:
         told = [str(answers.run[part]) for part in ("model", "method") if part in answers.run]
         return "/".join(told) or "answers"

@@ -36,7 +36,7 @@ BATCH = 32
 
 @contextmanager
 def few_threads(model: HookedVLM) -> Iterator[None]:
-    """One thread for a small model: its matrices gain nothing from a second one, and where other programs share
+    """Use one thread for a small model: its matrices gain nothing from a second one, and where other programs share
     the cores, waiting for it makes a forward pass ten times as slow."""
     before = torch.get_num_threads()
     if sum(parameter.numel() for parameter in model.parameters()) < 50_000_000:
@@ -50,6 +50,7 @@ def few_threads(model: HookedVLM) -> Iterator[None]:
 def run_demo(out: str | Path, model: str = "tiny-llava-emotion", progress: bool = True) -> DemoResult:
     """Describe, look inside, patch and steer; write `index.html`, the figures and `numbers.json` under `out`.
 
+    model: name or folder of a checkpoint. progress: print what runs, with the seconds since the start.
     Raises: FileNotFoundError where the checkpoint or its images are missing."""
     from veena_lens.model.model import HookedVLM
 
@@ -72,7 +73,8 @@ def run_demo(out: str | Path, model: str = "tiny-llava-emotion", progress: bool 
 def run_demos(out: str | Path, models: Sequence[str], progress: bool = True) -> Comparison:
     """Run the demo on each model, in a folder of its name under `out`; write `index.html` over all of them.
 
-    Raises: ValueError for a model named twice, FileNotFoundError for a checkpoint that is missing."""
+    models: names or folders of checkpoints. progress: as in `run_demo`.
+    Raises: ValueError for a model named twice or none, FileNotFoundError for a checkpoint that is missing."""
     names = [Path(model).name for model in models]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"demo: got models {list(models)}; name at least one model, each of them once.")
@@ -119,7 +121,7 @@ def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str
 
 
 def choose(test: Sequence[Picture], unseen_styles: Sequence[Picture]) -> list[Picture]:
-    """A test image of each emotion, of another person each, then a happy and a sad one of every other style."""
+    """Choose a test image of each emotion, of another person each, then a happy and a sad one of every other style."""
     by_emotion = {emotion: [p for p in test if p.emotion == emotion] for emotion in EMOTIONS}
     faces = [drawn[place % len(drawn)] for place, drawn in enumerate(by_emotion.values()) if drawn]
     first = {(p.style, p.emotion): p for p in reversed(unseen_styles) if p.emotion in ("happy", "sad")}
@@ -129,7 +131,7 @@ def choose(test: Sequence[Picture], unseen_styles: Sequence[Picture]) -> list[Pi
 def choose_pair(
     pairs: Sequence[tuple[Picture, Picture]], shown: Sequence[Picture], right: Collection[str]
 ) -> tuple[Picture, Picture]:
-    """A pair that is named right on both sides: that of an image already shown if possible, surprise first."""
+    """Choose a pair that is named right on both sides: that of an image already shown if possible, surprise first."""
     files = [picture.file for picture in shown]
 
     def place(pair: tuple[Picture, Picture]) -> tuple[bool, bool, bool]:
@@ -140,7 +142,7 @@ def choose_pair(
 
 
 def look_inside(model: HookedVLM, emotional: Picture, neutral: Picture) -> Inside:
-    """Attention, logit lens and patching of every head on one image and its neutral twin."""
+    """Compute attention, logit lens and patching of every head on one image and its neutral twin."""
     shown, twin = (model.prepare(text=LIST, images=picture.open()) for picture in (emotional, neutral))
     tokens = {emotion: model.to_single_token(f" {WORDS[emotion].head}") for emotion in EMOTIONS}
     lens = logit_lens(model, shown, "last", list(tokens.values()), values="prob").select(batch=0)

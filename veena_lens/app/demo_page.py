@@ -42,7 +42,7 @@ def write_page(result: DemoResult) -> Path:
 
 
 def draw(result: DemoResult) -> dict[str, Figure]:
-    """Every figure of the page by its file's name."""
+    """Draw every figure of the page, by its file's name."""
     inside, rates = result.inside, result.steered.development
     over: dict[str, Any] = {"patch_boxes": inside.patch_boxes, "name": "attention", "unit": "probability"}
     return {
@@ -71,7 +71,7 @@ def draw(result: DemoResult) -> dict[str, Figure]:
 
 
 def _attention(inside: Inside, title: str) -> Figure:
-    """The map of attention, mean over layers, over the emotional image."""
+    """Draw the map of attention, mean over layers, over the emotional image."""
     return plots.overlay(
         inside.emotional.open(),
         inside.attention.mean("layer").values,
@@ -83,7 +83,7 @@ def _attention(inside: Inside, title: str) -> Figure:
 
 
 def thumbnail(picture: Picture, caption: str = "") -> Thumbnail:
-    """A drawn face with its alt text."""
+    """Return a drawn face with its alt text."""
     article = "an" if picture.emotion[0] in "aeiou" else "a"
     return Thumbnail(picture.open(), f"drawn face of {article} {picture.emotion} person", caption)
 
@@ -229,7 +229,7 @@ def write_comparison(comparison: Comparison) -> Path:
 
 
 def _comparison_rows(results: Sequence[DemoResult]) -> list[list[str]]:
-    """The table of numbers, one column per model."""
+    """Return the table of numbers, one column per model."""
 
     def of_image(result: DemoResult) -> str:
         looks = result.inside.attention.values.sum((1, 2))

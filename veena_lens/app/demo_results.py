@@ -110,18 +110,18 @@ class DemoResult:
 
     @property
     def name(self) -> str:
-        """The model's name without the folders above it."""
+        """Return the model's name without the folders above it."""
         return Path(self.model).name
 
     @property
     def strongest_head(self) -> tuple[int, int, float]:
-        """(layer, head, share of the effect) of the head whose patch brings back most."""
+        """Return (layer, head, share of the effect) of the head whose patch brings back most."""
         layer, head, share = self.inside.patching.top(1).values.tolist()[0]
         return int(layer), int(head), share
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """The numbers behind the page: the content of `numbers.json`."""
+        """Return the numbers behind the page: the content of `numbers.json`."""
         inside, steered = self.inside, self.steered
         rates = steered.development
         return {

@@ -52,7 +52,7 @@ def steer(
 ) -> Steered:
     """Extract directions from `pairs`, choose layer and strength on their neutral twins, steer other `pictures`.
 
-    The first of `pictures` is also described under every direction."""
+    say: is called with a line for each stage. The first of `pictures` is also described under every direction."""
     vectors = answer_vectors(model, pairs)
     twins = list({pair.identity: pair.neutral for pair in pairs}.values())[:4]
     development = rates_by_layer(model, twins, vectors)
@@ -88,12 +88,13 @@ def steer(
 
 
 def asked(pictures: Sequence[Picture], question: str) -> list[Example]:
-    """The images as examples that are all asked one question."""
+    """Return the images as examples that are all asked one question."""
     return [Example(picture=p.path, emotion=p.emotion, question=question, identity=p.identity) for p in pictures]
 
 
 def answer_vectors(model: HookedVLM, pairs: PairSet) -> dict[str, Float[Tensor, "layer d_model"]]:
-    """The direction of each emotion at the last token of a question whose answer begins with the emotion's word."""
+    """Return the direction of each emotion at the last token of a question whose answer begins with the emotion's
+    word."""
     directions = extract_directions(model, pairs.asked(LIST), tau=-1, require_neutral=False, minimum=1, progress=False)
     return {emotion: directions.of(emotion) for emotion in EMOTIONS if emotion in directions.emotions}
 
@@ -112,6 +113,7 @@ def steering(
 ) -> Method:
     """Steer one batch that holds `n_faces` rows for each emotion in turn along that emotion's vector.
 
+    vectors: emotion -> direction of every layer. layer, alpha, positions: as in `Steer`. name: of the method.
     seed: draw a random direction of the same norm for every row instead."""
     rows = []
     for i, vector in enumerate(vectors.values()):
@@ -134,7 +136,7 @@ def answers_to_faces(
 
 
 def flips(found: Evaluation, method: str, emotions: Sequence[str]) -> Flips:
-    """The shares of answers that name the wanted emotion, and of those that name any."""
+    """Return the shares of answers that name the wanted emotion, and of those that name any."""
     rates = found.hits[FACES][method].reshape(len(emotions), -1).mean(1)
     wheels, texts = EmotionWheels.default(), found.texts[FACES][method]
     named_any = [any(name != "neutral" for name in wheels.emotions(text)) for text in texts]
@@ -142,7 +144,8 @@ def flips(found: Evaluation, method: str, emotions: Sequence[str]) -> Flips:
 
 
 def rates_by_layer(model: HookedVLM, faces: Sequence[Example], vectors: Vectors) -> Scores:
-    """Mean rate of naming the wanted emotion, by strength and layer, with random directions at the last strength."""
+    """Return the mean rate of naming the wanted emotion, by strength and layer, with random directions at the last
+    strength."""
     layers = range(model.cfg.n_layers)
     settings = [*((f"alpha {alpha:g}", alpha, None) for alpha in ALPHAS), ("random", ALPHAS[-1], SEED + 1)]
     methods = [
@@ -156,7 +159,7 @@ def rates_by_layer(model: HookedVLM, faces: Sequence[Example], vectors: Vectors)
 
 
 def best_setting(development: Scores) -> tuple[int, float]:
-    """The layer and strength with the highest rate; the weaker strength, then the earlier layer, where equal."""
+    """Return the layer and strength with the highest rate; the weaker strength, then the earlier layer, where equal."""
     rates = development.values[: len(ALPHAS)]
     row, layer = divmod(int((rates >= rates.max()).flatten().long().argmax()), rates.shape[1])
     return layer, ALPHAS[row]
@@ -165,7 +168,7 @@ def best_setting(development: Scores) -> tuple[int, float]:
 def _one_under_each(
     model: HookedVLM, face: Example, vectors: Vectors, layer: int, alpha: float, positions: str, max_new_tokens: int
 ) -> list[str]:
-    """What is said of one face without steering, along each vector, and along a random one."""
+    """Return what is said of one face without steering, along each vector, and along a random one."""
     noise = random_directions(next(iter(vectors.values())), 1, SEED)[0]
     steers = [Steer(layer, vector[layer], alpha, positions) for vector in (*vectors.values(), noise)]
     rows = [[], *([steer] for steer in steers)]
@@ -179,8 +182,8 @@ def _one_under_each(
 
 @torch.no_grad()
 def caption_vectors(model: HookedVLM, pairs: PairSet) -> dict[str, Float[Tensor, "layer d_model"]]:
-    """For each emotion the mean over its pairs of resid_post(emotional) - resid_post(neutral) under one caption,
-    at the position of the answer where the pair differs most in the last layers."""
+    """Return, for each emotion, the mean over its pairs of resid_post(emotional) - resid_post(neutral) under one
+    caption, at the position of the answer where the pair differs most in the last layers."""
     n_layers, vectors = model.cfg.n_layers, {}
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
     for emotion in [emotion for emotion in EMOTIONS if emotion in pairs.emotions]:
@@ -219,7 +222,7 @@ def caption_rates(
     settings: Sequence[tuple[int, float]],
     seed: int | None = None,
 ) -> list[float]:
-    """The share of captions that name the wanted emotion first and stay whole, for each setting (layer, alpha).
+    """Return the share of captions that name the wanted emotion first and stay whole, for each setting (layer, alpha).
 
     seed: a last rate follows, that of random directions in the last setting."""
     seeds = [None] * len(settings)
@@ -240,5 +243,5 @@ def caption_rates(
 
 
 def is_whole(text: str, plain: str) -> bool:
-    """True where a caption has as many sentences as the unsteered one, and as many words to within three."""
+    """Return True where a caption has as many sentences as the unsteered one, and as many words to within three."""
     return text.count(".") == plain.count(".") and abs(len(text.split()) - len(plain.split())) <= 3

@@ -61,13 +61,13 @@ class Report:
         return self
 
     def links(self, links: Sequence[tuple[str, str]]) -> Report:
-        """Links to pages beside this one: (text, relative address)."""
+        """Add links to pages beside this one: (text, relative address)."""
         items = "".join(f'<li><a href="{escape(to, quote=True)}">{escape(text)}</a></li>' for text, to in links)
         self._parts.append(f"<ul>{items}</ul>")
         return self
 
     def code(self, text: str) -> Report:
-        """Lines as they are, in a fixed-width type."""
+        """Add lines verbatim, in a fixed-width type."""
         self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
         return self
 
@@ -79,7 +79,8 @@ class Report:
         caption: str = "",
         tones: Mapping[str, Tone] | None = None,
     ) -> Report:
-        """A table; a cell whose text is in `tones` gets that tone. ValueError: a row of another length."""
+        """Add a table; a cell whose text is in `tones` gets that tone. Raises: ValueError for a row of another
+        length."""
         for place, row in enumerate(rows):
             if len(row) != len(columns):
                 raise ValueError(f"Row {place} has {len(row)} cells; the table has {len(columns)} columns.")
@@ -92,7 +93,7 @@ class Report:
         return self
 
     def figure(self, figure: Figure, *, alt: str, caption: str = "", format: Format = "png") -> Report:
-        """A figure with its caption; `alt` says in words what it shows."""
+        """Add a figure with its caption; `alt` says in words what it shows."""
         kind = "svg+xml" if format == "svg" else "png"
         width = round(figure.get_figwidth() * 96)
         image = _img(plots.encode(figure, format), kind, alt, width)
@@ -100,7 +101,7 @@ class Report:
         return self
 
     def images(self, images: Sequence[Thumbnail], *, caption: str = "", width: int = 160) -> Report:
-        """A row of images, each over its own caption, that wraps where the window is narrow."""
+        """Add a row of images, each over its own caption, that wraps where the window is narrow."""
         shown = "".join(
             f'<figure class="picture">{_img(_png(p.image), "png", p.alt, width)}{_caption(p.caption)}</figure>'
             for p in images
@@ -109,7 +110,7 @@ class Report:
         return self.text(caption) if caption else self
 
     def html(self) -> str:
-        """The whole page."""
+        """Return the whole page."""
         links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in self._headings)
         contents = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(self._headings) > 1 else ""
         lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""

@@ -92,7 +92,7 @@ def _main_table(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
 
 
 def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
-    """Pictures under conflict with what is said before and after, changed ones first, both kinds of change."""
+    """Show images under conflict with the answers before and after, changed ones first, both kinds of change."""
     names = [n for n in ("plain", "VEE", "VEENA") if n in run.test.methods]
     found: list[tuple[int, Any, str]] = []
     for condition in run.test.hits:
@@ -125,7 +125,7 @@ def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
 
 
 def _every(items: list[Any], n: int) -> list[Any]:
-    """`n` of the items, evenly spaced."""
+    """Return `n` of the items, evenly spaced."""
     if n <= 0:
         return []
     return items if len(items) <= n else [items[int(i * len(items) / n)] for i in range(n)]
@@ -230,7 +230,7 @@ def _heads(report: Report, run: VeenaRun, model: HookedVLM, results: dict[str, A
 
 
 def _example_pair(run: VeenaRun) -> Any:
-    """An emotional test image with a neutral one of the same identity."""
+    """Return an emotional test image with a neutral one of the same identity."""
     from types import SimpleNamespace
 
     examples = next(iter(run.test.examples.values()))

@@ -33,7 +33,7 @@ EMOTIONS = ["happy", "angry", "afraid"]
 def named(
     model: HookedVLM, directions: Directions, examples: list[Any], layer: int, alpha: float | int
 ) -> tuple[int, int]:
-    """(answers that name the emotion added, all answers), over emotions."""
+    """Return (answers that name the emotion added, all answers), over emotions."""
     hits = 0
     for emotion in directions.emotions:
         with model.intervene([directions.steer(layer, alpha, emotion, scale="raw")]):

@@ -34,7 +34,7 @@ def run(
     strengths: Sequence[float] = (0.5, 1.0, 2.0),
     progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """(rankings, choices, nulls), a row a seed and strength each.
+    """Return (rankings, choices, nulls), one row per seed and strength.
 
     Planting, directions and localisation see a third of the identities each. Nulls: key heads found on pairs whose
     twins are exchanged in half of the identities (directions from such pairs too), and heads called specific under
@@ -72,7 +72,7 @@ def run(
 
 
 def report(rankings: Any, choices: Any, nulls: Any) -> str:
-    """The tables as text: means over seeds, a column a strength."""
+    """Return the tables as text: means over seeds, one column per strength."""
     lines = [f"Planted circuits, mean of {choices['seed'].nunique()} seeds; columns: strength of the plant"]
     for what in ("heads", "neurons"):
         mine = rankings[rankings["what"] == what]

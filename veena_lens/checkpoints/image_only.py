@@ -148,7 +148,8 @@ class ImageOnlyLlavaOnevisionProcessor(_ImageOnly, LlavaOnevisionProcessor):
 
     @property
     def video_processor(self) -> Any:
-        """A function from videos of frames (PIL images or arrays) to their pixels [video frame channel height width].
+        """Return a function from videos of frames (PIL images or arrays) to their pixels [video frame channel height
+        width].
 
         A frame is processed like the whole view of an image, with Pillow's resampling instead of torchvision's.
         """

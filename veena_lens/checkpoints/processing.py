@@ -94,7 +94,7 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt, cfg: HookedVLMConfi
 
 
 def _require_images(inputs: MultimodalInputs, prompts: Sequence[Prompt]) -> None:
-    """Raises: ValueError where the tokens of tiles do not say which of them belong to one image."""
+    """Raise ValueError where the tokens of tiles do not say which of them belong to one image."""
     for row, (prompt, found) in enumerate(zip(prompts, inputs.n_images, strict=True)):
         if inputs.token_tiles and found != len(prompt.images):
             raise ValueError(
@@ -160,7 +160,7 @@ IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # the tokens say the sam
 
 
 def _layout_keys(cfg: HookedVLMConfig) -> tuple[str, ...]:
-    """Return the names of the tensors that a model's image layout reads besides pixel_values."""
+    """Return the names of the tensors that a model's image layout reads in addition to pixel_values."""
     return () if cfg.vision is None else layout_of(cfg).keys
 
 

@@ -40,7 +40,7 @@ class Scheme:
 
     @property
     def summary(self) -> str:
-        """The method with its most important setting."""
+        """Return the method with its most important setting."""
         for name in ("load_in_4bit", "load_in_8bit"):
             if self.settings.get(name):
                 return f"{self.method} ({name}=True)"

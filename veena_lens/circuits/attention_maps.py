@@ -1,4 +1,4 @@
-"""Attention from chosen tokens to an image, as it is, without sink tokens, or against a second image.
+"""Attention from chosen tokens to an image: unchanged, without sink tokens, or against a second image.
 
 Sinks take attention from nearly every query whatever the image shows, and would hide the rest of a map. They are
 found by a rule that is stated with the result, never by a fixed place. Attention is read as it passes, layer by layer.
@@ -79,7 +79,7 @@ def mask_sinks(
 
     sinks: what `attention_sinks` returned for these inputs (with rules of your own); None finds them with its defaults.
     renormalise: divide what every query gives by what it gives to all keys (of image and text) that are not sinks, so
-    that it sums to 1 again; False leaves the other weights as they are. The rest as in `image_attention`.
+    that it sums to 1 again; False leaves the other weights unchanged. The rest as in `image_attention`.
     meta["sinks"] names the positions of sinks, layer by layer and row by row, meta["rule"] the rule.
     Raises: as `image_attention`; ValueError for sinks of other inputs, or that lack a layer.
     Source: Kang et al. 2025, arXiv 2503.03321 (visual attention sinks); the rule is ours, see `attention_sinks`.

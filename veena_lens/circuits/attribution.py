@@ -59,7 +59,7 @@ class BatchOptions(TypedDict, total=False):
 
 
 def _options(who: str, options: Mapping[str, Any]) -> tuple[int, bool]:
-    """(max_rows, progress). Raises: TypeError for another option; ValueError for max_rows below 1."""
+    """Return (max_rows, progress). Raises: TypeError for another option; ValueError for max_rows below 1."""
     require_options(who, options, BatchOptions)
     max_rows = options.get("max_rows", 16)
     require_rows(who, max_rows)
@@ -69,7 +69,8 @@ def _options(who: str, options: Mapping[str, Any]) -> tuple[int, bool]:
 def _text_sites(
     who: str, cfg: HookedVLMConfig, sites: Any, layers: Sequence[int] | None, units: Sequence[int] | None
 ) -> SweepSites:
-    """The sites of an attribution. Raises: ValueError as `sweep_sites`, or for hooks outside the decoder's blocks."""
+    """Return the sites of an attribution. Raises: ValueError as `sweep_sites`, or for hooks outside the decoder's
+    blocks."""
     found = sweep_sites(who, cfg, sites, layers, units)
     for name in found.sites:
         if not name.startswith(("blocks.", "hook_embed")) or not row_of(name).of_text:
@@ -330,7 +331,8 @@ def check_attribution(
 def _sweeps(
     guess: Scores, sites: Any, positions: Any, lead: list[str], spots: list[list[int]]
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Entries that one call of patch_sweep checks together (heads or neurons of one layer), and its arguments."""
+    """Yield the entries that one call of patch_sweep checks together (heads or neurons of one layer), and its
+    arguments."""
     unit = next((axis for axis in lead if axis in ("head", "neuron")), None)
     groups: dict[tuple[int, ...], list[int]] = {}
     for entry, spot in enumerate(spots):
@@ -350,7 +352,7 @@ def _sweeps(
 def _summed(
     term: Float[Tensor, "batch n ..."] | None, chosen: SweepSites, exists: Bool[Tensor, "batch n"], each: bool
 ) -> Float[Tensor, "batch unit place"]:
-    """Entries of one site: summed within a unit, and over positions unless each is kept."""
+    """Return the entries of one site: summed within a unit, and over positions unless each is kept."""
     if term is None:
         return torch.zeros(len(exists), len(chosen.units), exists.shape[1] if each else 1, device=exists.device)
     term, units = wide(term), [unit for unit in chosen.units if unit is not None]

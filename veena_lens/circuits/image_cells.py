@@ -87,7 +87,7 @@ class Windows:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The windows as results state them."""
+        """Return the windows as results state them."""
         return {"window": list(self.size), "stride": self.stride}
 
     def on(self, grid: Sequence[int]) -> list[Bool[Tensor, "height width"]]:

@@ -127,7 +127,7 @@ def _require_kind(kind: str, baseline: Any) -> None:
 def _contrasts(
     directions: Tensor, cfg: Any, classes: Sequence[str] | None
 ) -> tuple[Float[Tensor, "class layer d_model"], list[str]]:
-    """Each class's direction less the mean over classes, and the classes' names."""
+    """Return each class's direction less the mean over classes, and the classes' names."""
     wanted = (cfg.n_layers, cfg.d_model)
     if directions.ndim != 3 or directions.shape[1:] != wanted or len(directions) < 2:
         raise ValueError(

@@ -236,7 +236,7 @@ def _result(
 
 
 def _unit(x: Float[Tensor, "*draws n"]) -> Float[Tensor, "*draws n"]:
-    """Centred and of norm 1; zeros where constant."""
+    """Return the values centred and of norm 1; zeros where constant."""
     x = x - x.mean(-1, keepdim=True)
     return x / x.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 

@@ -165,7 +165,7 @@ def path_patching(
 
 
 def _groups(who: str, cfg: Any, labels: Any) -> list[tuple[str, ...]]:
-    """Entries as tuples of labels."""
+    """Return the entries as tuples of labels."""
     layers = range(cfg.n_layers)
     if isinstance(labels, str) and labels == "heads":
         return [(f"L{layer}H{head}",) for layer in layers for head in range(cfg.n_heads)]
@@ -208,7 +208,7 @@ def _sender(who: str, cfg: Any, label: str) -> _Sender:
 
 
 def _receivers(who: str, cfg: Any, labels: Sequence[str]) -> list[_Input]:
-    """The inputs of one entry, in the order of the stream. Raises: ValueError for "final" beside others."""
+    """Return the inputs of one entry, in the order of the stream. Raises: ValueError for "final" beside others."""
     inputs: list[_Input] = []
     for label in labels:
         found = _RECEIVER.match(label)
@@ -235,7 +235,7 @@ def _receivers(who: str, cfg: Any, labels: Sequence[str]) -> list[_Input]:
 
 
 def _require_reach(who: str, measure: Measure, receiving: Sequence[Sequence[_Input]], norm: str) -> None:
-    """Raises: ValueError for a receiver after all that a metric reads, or a frozen norm of other receivers."""
+    """Raise ValueError for a receiver after all that a metric reads, or a frozen norm of other receivers."""
     stops = [measure.model.cfg.n_layers + 1 if site is None else int(site.split(".")[1]) + 1 for site in measure.sites]
     for d in (d for entry in receiving for d in entry):
         if d.layer >= min(stops):
@@ -289,20 +289,20 @@ class _Pair:
             return self.measure(inputs, [self.pair], plain=True)[0]
 
     def at(self, here: Tensor, there: Tensor) -> None:
-        """The positions that correspond, in each run. Raises: ValueError where "final" is not among them."""
+        """Return the positions that correspond, in each run. Raises: ValueError where "final" is not among them."""
         if self.reads_final and not bool((here == self.base.shape[1] - 1).any()):
             raise ValueError("path_patching: 'final' is read at the last position, which `positions` leave out.")
         self.where, self.where_there = here, there
 
     def _stream(self, d: _Input) -> str:
-        """The residual that an input reads."""
+        """Return the residual that an input reads."""
         if d.hook.endswith("hook_mlp_in"):
             return f"blocks.{d.layer}.hook_resid_mid"
         part = "hook_deepstack" if 1 <= d.layer <= self.model.cfg.n_deepstack else "hook_resid_pre"
         return f"blocks.{d.layer}.{part}"
 
     def _change(self, s: _Sender) -> Float[Tensor, "n d_model"]:
-        """The change of one component's output at the positions."""
+        """Return the change of one component's output at the positions."""
         ends = []
         for seen, inputs, where in (
             (self.there, self.source, self.where_there),
@@ -322,7 +322,7 @@ class _Pair:
         return change[:, s.index, None] * neuron_rows(block)[s.index]
 
     def _changes(self, entries: Sequence[Sequence[_Sender]], d: _Input) -> Float[Tensor, "rows n d_model"]:
-        """Each entry's change as this input meets it: senders that write before it reads."""
+        """Return each entry's change as this input meets it: senders that write before it reads."""
         nothing = torch.zeros(len(self.where), self.model.cfg.d_model, dtype=self.model.cfg.dtype)
         out = []
         for entry in entries:
@@ -332,7 +332,7 @@ class _Pair:
 
     @torch.no_grad()
     def run(self, entries: Sequence[Sequence[_Sender]], inputs: Sequence[_Input]) -> Float[Tensor, " rows"]:
-        """The metric with each entry's change on its way to the inputs of one receiver."""
+        """Return the metric with each entry's change on its way to the inputs of one receiver."""
         if not inputs[0].hook:
             return self._final(self._changes(entries, inputs[0]))
         index = [0] * len(entries)
@@ -343,7 +343,7 @@ class _Pair:
             return self.measure(rows, [self.pair] * len(index), entering=start)
 
     def _edit(self, d: _Input, change: Float[Tensor, "rows n d_model"]) -> Callable[..., Tensor]:
-        """A hook that gives an input the patched run's residual plus the change."""
+        """Return a hook that gives an input the patched run's residual plus the change."""
         stream = self.here[self._stream(d)]
 
         def edit(tensor: Tensor, hook: Any) -> Tensor:
@@ -359,7 +359,7 @@ class _Pair:
         return edit
 
     def _final(self, change: Float[Tensor, "rows n d_model"]) -> Float[Tensor, " rows"]:
-        """The metric of the last residual plus the change at the last position."""
+        """Return the metric of the last residual plus the change at the last position."""
         model, last = self.model, self.base.shape[1] - 1
         n = model.cfg.n_layers
         resid = self.here[f"blocks.{n - 1}.hook_resid_post"][0, last]

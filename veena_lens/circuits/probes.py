@@ -55,11 +55,11 @@ class Probes:
 
     @property
     def accuracy(self) -> Scores:
-        """Held-out accuracy, axes (layer, position)."""
+        """Return the held-out accuracy, axes (layer, position)."""
         return self.scores.select(statistic="accuracy")
 
     def direction(self, label: Any, layer: int, position: Any = None) -> Float[Tensor, " width"]:
-        """The unit direction of a class at one probe; `position` may be left out where there is one.
+        """Return the unit direction of a class at one probe; `position` may be left out where there is one.
 
         Raises: ValueError for a class, layer or position that was not probed."""
         layers, positions = self.scores.labels["layer"], self.scores.labels["position"]
@@ -75,7 +75,8 @@ class Probes:
         return self.directions[list(layers).index(layer), list(positions).index(name), self.classes.index(label)]
 
     def steer(self, label: Any, layer: int, alpha: float | int = 1.0, position: Any = None, **settings: Any) -> Steer:
-        """`Steer` along a class's direction, alpha in units of the residual's norm. Probes of resid_post only."""
+        """Return a `Steer` along a class's direction, alpha in units of the residual's norm. Probes of resid_post
+        only."""
         if self.scores.meta["site"] != "hook_resid_post":
             raise ValueError(f"Probes: these read {self.scores.meta['site']}; Steer adds to hook_resid_post.")
         return Steer(layer, self.direction(label, layer, position), alpha, **settings)
@@ -207,7 +208,7 @@ def linear_probes(
 
 
 def _sklearn() -> tuple[Any, Any]:
-    """(LogisticRegression, ConvergenceWarning). Raises: ImportError saying what to install."""
+    """Return (LogisticRegression, ConvergenceWarning). Raises: ImportError saying what to install."""
     try:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression

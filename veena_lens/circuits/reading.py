@@ -59,7 +59,7 @@ def plain(positions: Any) -> str | int:
 
 
 def require_reduce(reduce: str, who: str, known: Sequence[str] = ("mean", "max", "none")) -> None:
-    """Raises: ValueError for an unknown way to reduce over positions."""
+    """Raise ValueError for an unknown way to reduce over positions."""
     if reduce not in known:
         raise ValueError(f"{who}: reduce={reduce!r} must be one of {', '.join(known)} (over positions).")
 
@@ -121,13 +121,13 @@ class Reading:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What the positions were, row by row."""
+        """Return what the positions were, row by row."""
         rows = [places[real].tolist() for places, real in zip(self.index, self.mask, strict=True)]
         return {"at": plain(self.positions), "positions": rows}
 
     @property
     def labels(self) -> list[int]:
-        """Labels of the axis "pos": the positions where all rows have the same, else 0, 1, ..."""
+        """Return the labels of the axis "pos": the positions where all rows have the same, else 0, 1, ..."""
         same = bool(self.mask.all()) and bool((self.index == self.index[:1]).all())
         return self.index[0].tolist() if same else list(range(self.index.shape[1]))
 
@@ -245,7 +245,7 @@ def read_both(
 
 
 def require_same_positions(first: Reading, second: Reading, who: str) -> None:
-    """Raises: ValueError where the positions of a run and of its baseline do not pair up."""
+    """Raise ValueError where the positions of a run and of its baseline do not pair up."""
     if first.mask.shape != second.mask.shape or not bool((first.mask == second.mask.to(first.mask.device)).all()):
         raise ValueError(
             f"{who}: positions={first.positions!r} select {first.mask.sum(-1).tolist()} positions per row, in the "

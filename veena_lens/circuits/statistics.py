@@ -261,8 +261,8 @@ def student_quantile(p: float, df: int) -> float:
 
 
 def drawn_weights(groups: Sequence[Hashable], draws: int = 2000, seed: int = 0) -> Float[Tensor, "draw n"]:
-    """How often each entry counts in each draw of whole groups; the same seed and groups give the same draws, so that
-    differences of two methods on the same entries are paired."""
+    """Return how often each entry counts in each draw of whole groups; the same seed and groups give the same draws,
+    so that differences of two methods on the same entries are paired."""
     index = group_index(groups, len(groups), "drawn_weights", at_least=1)
     n = int(index.max()) + 1
     chosen = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
@@ -273,7 +273,7 @@ def drawn_weights(groups: Sequence[Hashable], draws: int = 2000, seed: int = 0) 
 def mean_interval(
     values: Float[Tensor, "n ..."], weights: Float[Tensor, "draw n"], level: float | int = 0.95
 ) -> Float[Tensor, "... 3"]:
-    """(low, mean, high) of the mean over entries; NaN entries are left out."""
+    """Return (low, mean, high) of the mean over entries; NaN entries are left out."""
     return ratio_interval(values, None, weights, level)
 
 
@@ -283,7 +283,8 @@ def ratio_interval(
     weights: Float[Tensor, "draw n"],
     level: float | int = 0.95,
 ) -> Float[Tensor, "... 3"]:
-    """(low, mean, high) of sum(above) / sum(below) over entries (below None: their number), percentile intervals."""
+    """Return (low, mean, high) of sum(above) / sum(below) over entries (below None: their number), percentile
+    intervals."""
     flat = above.double().reshape(len(above), -1)
     there = ~flat.isnan()
     top = torch.where(there, flat, 0.0)
@@ -321,7 +322,8 @@ class Difference:
 
 
 def share(yes: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamples: int = 2000) -> Share:
-    """The share of yes, resampling groups; where all answers agree, Wilson's interval over the number of groups."""
+    """Return the share of yes, resampling groups; where all answers agree, Wilson's interval over the number of
+    groups."""
     if not yes:
         raise ValueError("A share of no answers is undefined.")
     by_group: dict[Hashable, list[bool]] = defaultdict(list)
@@ -342,7 +344,7 @@ def share(yes: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamp
 def paired_difference(
     first: Sequence[bool], second: Sequence[bool], groups: Sequence[Hashable], seed: int = 0, resamples: int = 2000
 ) -> Difference:
-    """First share minus second over the same questions, with its interval from resampling groups.
+    """Return the first share minus the second over the same questions, with its interval from resampling groups.
 
     Where no answer differs the interval is that of a share of no differences among the groups, to both sides."""
     differences: dict[Hashable, list[int]] = defaultdict(list)
@@ -363,7 +365,7 @@ def paired_difference(
 
 
 def wilson(value: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` independent answers."""
+    """Return Wilson's 95 % interval of a share of `count` independent answers."""
     z = 1.959964
     centre = (value + z * z / (2 * count)) / (1 + z * z / count)
     half = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count)) / (1 + z * z / count)

@@ -94,7 +94,7 @@ def stream_attention(
     consume: Callable[[int, slice, Float[Tensor, "batch head n key_pos"]], None],
     hooks: Sequence[tuple[str, Callable[..., None]]] = (),
 ) -> None:
-    """Run the model once and hand its attention to `consume`, layer by layer; `hooks` listen besides.
+    """Run the model once and hand its attention to `consume`, layer by layer; `hooks` listen too.
 
     queries: a selection of positions. consume: see `StreamedAttention`. Every layer stays fused."""
     attention = StreamedAttention(model.cfg, queries, layers, heads, consume)

@@ -160,7 +160,7 @@ class Attention(nn.Module):
         return linear.weight.view(-1, self.d_head, linear.in_features).transpose(1, 2)
 
     def _expand(self, x: Tensor) -> Tensor:
-        """Key/value heads repeated to query heads (a copy), or the view itself where they are as many."""
+        """Return key/value heads repeated to query heads (a copy), or the view itself where they are as many."""
         return x if self.n_heads == self.n_kv else repeat(x, "g ... -> (g r) ...", r=self.n_heads // self.n_kv)
 
     def _head_bias(self, linear: nn.Linear) -> Float[Tensor, "heads d_head"]:
@@ -170,17 +170,17 @@ class Attention(nn.Module):
 
     @property
     def W_Q(self) -> Float[Tensor, "n_heads d_model d_head"]:
-        """Query weights; a view: writing to it edits the model."""
+        """Return the query weights; a view: writing to it edits the model."""
         return self._heads(self.q)
 
     @property
     def W_K(self) -> Float[Tensor, "n_heads d_model d_head"]:
-        """Key weights; a view, but a copy repeated to n_heads under grouped queries (edit `_W_K` then)."""
+        """Return the key weights; a view, but a copy repeated to n_heads under grouped queries (edit `_W_K` then)."""
         return self._expand(self._heads(self.k))
 
     @property
     def W_V(self) -> Float[Tensor, "n_heads d_model d_head"]:
-        """Value weights; as `W_K`."""
+        """Return the value weights; as `W_K`."""
         return self._expand(self._heads(self.v))
 
     @property
@@ -193,7 +193,7 @@ class Attention(nn.Module):
 
     @property
     def W_O(self) -> Float[Tensor, "n_heads d_head d_model"]:
-        """Output weights; a view."""
+        """Return the output weights; a view."""
         return self.o.weight.view(-1, self.n_heads, self.d_head).permute(1, 2, 0)
 
     @property
@@ -210,15 +210,15 @@ class Attention(nn.Module):
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
-        """Output bias; zeros where the model has none."""
+        """Return the output bias; zeros where the model has none."""
         return self.o.weight.new_zeros(self.o.out_features) if self.o.bias is None else self.o.bias
 
     @property
     def OV(self) -> Any:
-        """FactoredMatrix W_V W_O, one per head: what a head moves from source to destination."""
+        """Return the FactoredMatrix W_V W_O, one per head: what a head moves from source to destination."""
         return FactoredMatrix(self.W_V, self.W_O)
 
     @property
     def QK(self) -> Any:
-        """FactoredMatrix W_Q W_K^T, one per head: what a head matches."""
+        """Return the FactoredMatrix W_Q W_K^T, one per head: what a head matches."""
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))

@@ -38,7 +38,7 @@ class Embed(nn.Module):
         return rows if self.scale is None else rows * self.factor(rows.dtype)
 
     def factor(self, dtype: torch.dtype) -> float:
-        """The scale as the model's dtype holds it: sqrt(3072) is 55.5 in bfloat16."""
+        """Return the scale as the model's dtype holds it: sqrt(3072) is 55.5 in bfloat16."""
         assert self.scale is not None
         return float(torch.tensor(self.scale, dtype=torch.float64).to(dtype))
 
@@ -60,7 +60,7 @@ class Unembed(nn.Module):
 
     @property
     def matrix(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The weight in use, own or tied."""
+        """Return the weight in use, own or tied."""
         return self._tied[0].weight if self._tied[0] is not None else self.weight
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -68,7 +68,7 @@ class Unembed(nn.Module):
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """Unembedding; a view."""
+        """Return the unembedding; a view."""
         return self.matrix.T
 
     @property
@@ -110,7 +110,7 @@ class Block(nn.Module):
         return self.rest(resid, context)
 
     def rest(self, resid: Float[Tensor, "batch pos d_model"], context: Context) -> Float[Tensor, "batch pos d_model"]:
-        """The block from just after `hook_resid_pre`: a tower takes its features there."""
+        """Run the block from just after `hook_resid_pre`: a tower takes its features there."""
         attn_out = self.attn(self._attention_inputs(resid), context)
         attn_out = self.hook_attn_out(self.ln1_post(attn_out) if self.has_post_norms else attn_out)
         resid_mid = self.hook_resid_mid(resid + attn_out)

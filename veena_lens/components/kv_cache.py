@@ -28,7 +28,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Positions held, pads included (0 when empty)."""
+        """Return the number of positions held, pads included (0 when empty)."""
         return 0 if self.mask is None else self.mask.shape[1]
 
     def extend_mask(self, mask: Bool[Tensor, "batch new"]) -> Bool[Tensor, "batch pos"]:
@@ -47,7 +47,7 @@ class KVCache:
         return k, v
 
     def layer(self, layer: int) -> tuple[Float[Tensor, "batch pos kv d_head"], Float[Tensor, "batch pos kv d_head"]]:
-        """A layer's keys and values. Raises: ValueError where nothing was appended."""
+        """Return a layer's keys and values. Raises: ValueError where nothing was appended."""
         k, v = self._keys[layer], self._values[layer]
         if k is None or v is None:
             raise ValueError(f"The cache holds nothing of layer {layer}.")

@@ -43,7 +43,7 @@ class AreaMask:
 
     @cached_property
     def allowed(self) -> Bool[Tensor, "batch one pos pos"]:
-        """True where a query may read a key."""
+        """Return True where a query may read a key."""
         same = self.numbers[:, :, None] == self.numbers[:, None]
         return (same & self.real[:, :, None] & self.real[:, None])[:, None]
 
@@ -53,7 +53,7 @@ class AreaMask:
 
     @cached_property
     def members(self) -> Int[Tensor, "area size"]:
-        """Places of each area's positions among those of all rows, -1 past its end."""
+        """Return the places of each area's positions among those of all rows, -1 past its end."""
         rows = torch.arange(len(self.numbers), device=self.numbers.device)[:, None]
         owner = (rows * (int(self.numbers.max()) + 1) + self.numbers).flatten()
         places = self.real.flatten().nonzero().flatten()

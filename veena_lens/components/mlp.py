@@ -53,12 +53,12 @@ class MLP(nn.Module):
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        """Input weights (of the linear branch where gated); a view."""
+        """Return the input weights (of the linear branch where gated); a view."""
         return self.up.weight.T
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
-        """Weights of the gate; a view.
+        """Return the weights of the gate; a view.
 
         Raises: AttributeError where the MLP is not gated."""
         if self.gate is None:
@@ -67,7 +67,7 @@ class MLP(nn.Module):
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        """Output weights, one row a neuron; a view."""
+        """Return the output weights, one row per neuron; a view."""
         return self.down.weight.T
 
     @property
@@ -76,5 +76,5 @@ class MLP(nn.Module):
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
-        """Output bias; zeros where the model has none."""
+        """Return the output bias; zeros where the model has none."""
         return self.down.weight.new_zeros(self.down.out_features) if self.down.bias is None else self.down.bias

@@ -35,7 +35,7 @@ class Normed:
 
 
 class Norm(nn.Module, ABC):
-    """Interface of both norms: `weight`, `hook_scale`, `hook_normalized`; `run` also tells of edits."""
+    """Interface of both norms: `weight`, `hook_scale`, `hook_normalized`; `run` also reports edits."""
 
     def __init__(self, width: int, eps: float, casts: str, bias: bool) -> None:
         super().__init__()
@@ -47,12 +47,12 @@ class Norm(nn.Module, ABC):
 
     @property
     def w(self) -> Float[Tensor, " width"]:
-        """HookedTransformer's name of the weight."""
+        """Return the weight, under HookedTransformer's name."""
         return self.weight
 
     @property
     def b(self) -> Float[Tensor, " width"]:
-        """HookedTransformer's name of the bias; zeros where the norm has none."""
+        """Return the bias, under HookedTransformer's name; zeros where the norm has none."""
         return torch.zeros_like(self.weight) if self.bias is None else self.bias
 
     def forward(self, x: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes width"]:
@@ -60,10 +60,10 @@ class Norm(nn.Module, ABC):
 
     @abstractmethod
     def run(self, x: Float[Tensor, "*axes width"]) -> Normed:
-        """The norm, its hooks called once."""
+        """Compute the norm, its hooks called once."""
 
     def _hear_normalized(self, normalized: Tensor) -> tuple[Any, bool, Any]:
-        """(value that goes on, whether it was edited, what listeners saw)."""
+        """Return (value that goes on, whether it was edited, what listeners saw)."""
         if not heard(self.hook_normalized):
             return normalized, False, None
         out, edited = listen(self.hook_normalized, normalized.clone())
@@ -73,8 +73,8 @@ class Norm(nn.Module, ABC):
     def of_copies(
         self, x: Float[Tensor, "batch pos copy width"], seen: Normed
     ) -> Float[Tensor, "batch pos copy width"]:
-        """Norm of copies of the residual, honouring what hooks set for the residual itself: where its scale was
-        edited it divides every copy, and elements of `normalized` that were edited hold for every copy."""
+        """Compute the norm of copies of the residual, honouring what hooks set for the residual itself: where its
+        scale was edited it divides every copy, and elements of `normalized` that were edited hold for every copy."""
 
 
 class RMSNorm(Norm):
@@ -90,8 +90,8 @@ class RMSNorm(Norm):
 
     @property
     def w(self) -> Float[Tensor, " width"]:
-        """What the normalized value is multiplied by, HookedTransformer's name: a view of the weight, or the copy
-        1 + weight."""
+        """Return what the normalized value is multiplied by, under HookedTransformer's name: a view of the weight,
+        or the copy 1 + weight."""
         return 1 + self.weight if self.adds_one else self.weight
 
     def _wide(self, x: Tensor) -> Tensor:
@@ -174,12 +174,13 @@ def _has_gradient(point: Tensor | None) -> bool:
 
 
 def _edited_scale(seen: Normed) -> Tensor:
-    """Where the residual's scale was edited, one for all copies: other rows of a batch are left to themselves."""
+    """Return where the residual's scale was edited, one for all copies: other rows of a batch are left to
+    themselves."""
     return (seen.scale != seen.unedited_scale)[:, :, None]
 
 
 def _zero(point: Tensor) -> Tensor:
-    """Zeros, one for each copy, whose gradient goes to what a listener saw."""
+    """Return zeros, one for each copy, whose gradient goes to what a listener saw."""
     return (point - point.detach())[:, :, None]
 
 
@@ -191,7 +192,7 @@ def _override(normalized: Tensor, seen: Normed) -> Tensor:
 
 
 def make_norm(cfg: TransformerConfig) -> Norm:
-    """The norm that a configuration asks for, over d_model."""
+    """Return the norm that a configuration asks for, over d_model."""
     if cfg.normalization_type == "RMS":
         return RMSNorm(cfg.d_model, cfg.norm_eps, cfg.casts, cfg.norm_weight_plus_one)
     return LayerNorm(cfg.d_model, cfg.norm_eps, cfg.casts)

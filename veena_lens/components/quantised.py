@@ -24,13 +24,13 @@ class QuantisedLinear(nn.Linear):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:  # type: ignore[override]
-        """A dequantised copy."""
+        """Return a dequantised copy."""
         with torch.no_grad():
             return self._dense(self.inner)
 
     @property
     def bias(self) -> Any:  # type: ignore[override]
-        """The bias itself, which is not quantised; None without."""
+        """Return the bias itself, which is not quantised; None without."""
         return self.inner.bias
 
     def forward(self, input: Float[Tensor, "*axes in"]) -> Float[Tensor, "*axes out"]:

@@ -20,7 +20,7 @@ RotaryTables: TypeAlias = tuple[Float[Tensor, "#batch pos d_head"], Float[Tensor
 
 
 def inverse_frequencies(rope: RopeConfig, d_head: int) -> tuple[Float[Tensor, " half"], float]:
-    """Inverse frequencies of the d_head / 2 planes, float32, and the factor that scales cos and sin.
+    """Return the inverse frequencies of the d_head / 2 planes, float32, and the factor that scales cos and sin.
 
     "dynamic" changes the base only past the trained context, which inputs never reach here."""
     exponents = torch.arange(0, d_head, 2, dtype=torch.int64).to(torch.float32) / d_head
@@ -36,7 +36,7 @@ def inverse_frequencies(rope: RopeConfig, d_head: int) -> tuple[Float[Tensor, " 
 
 
 def _llama3(plain: Float[Tensor, " half"], p: dict[str, float]) -> Float[Tensor, " half"]:
-    """Long wavelengths divided by the factor, short ones kept, a ramp in between (Llama 3.1)."""
+    """Divide long wavelengths by the factor, keep short ones, with a ramp in between (Llama 3.1)."""
     context, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
     wavelength = 2 * math.pi / plain
     scaled = torch.where(wavelength > context / low, plain / p["factor"], plain)
@@ -83,7 +83,7 @@ class LayerRotary:
         self.window = cfg.window
 
     def tables(self, positions: Int[Tensor, "*streams batch pos"], dtype: torch.dtype) -> Callable[[int], RotaryTables]:
-        """A function from a layer to its (cos, sin); each rule's are made once."""
+        """Return a function from a layer to its (cos, sin); each rule's are made once."""
         made: dict[bool, RotaryTables] = {}
 
         def of(layer: int) -> RotaryTables:
@@ -97,14 +97,14 @@ class LayerRotary:
 
 
 class Rotary:
-    """Tables for given positions; frequencies are kept per device (they are no weights, and never on meta)."""
+    """Tables for given positions; frequencies are kept per device (they are not weights, and never on meta)."""
 
     def __init__(self, rope: RopeConfig, d_head: int, casts: str = "hf") -> None:
         self.rope, self.d_head, self.casts = rope, d_head, casts
         self._on: dict[torch.device, tuple[Tensor, float]] = {}
 
     def tables(self, positions: Int[Tensor, "*streams batch pos"], dtype: torch.dtype) -> RotaryTables:
-        """(cos, sin), each [batch pos d_head] in `dtype`; three streams are interleaved by section."""
+        """Return (cos, sin), each [batch pos d_head] in `dtype`; three streams are interleaved by section."""
         device = positions.device
         if device not in self._on:
             frequencies, factor = inverse_frequencies(self.rope, self.d_head)
@@ -118,7 +118,7 @@ class Rotary:
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
     def _merge_streams(self, angles: Float[Tensor, "streams batch pos half"]) -> Float[Tensor, "batch pos half"]:
-        """Each frequency takes the angle of its section's stream (time, height, width)."""
+        """Give each frequency the angle of its section's stream (time, height, width)."""
         sections = self.rope.sections
         if sections is None:
             raise ValueError("Positions have three streams but the configuration has no rotary sections.")

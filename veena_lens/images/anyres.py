@@ -44,12 +44,12 @@ class OneCropImage:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the sequence: the grid, and a newline where it has one."""
+        """Return the number of tokens in the sequence: the grid, and a newline where it has one."""
         return self.side**2 + self.has_newline
 
     @property
     def grid(self) -> Size:
-        """(height, width) in tokens."""
+        """Return (height, width) in tokens."""
         return self.side, self.side
 
     @property
@@ -326,7 +326,7 @@ def _in_reading_order(
 
 
 def _refuse(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, given: Mapping[int | None, Sequence[int]]) -> NoReturn:
-    """Raises: ValueError naming the image tokens of each row and what the images fill."""
+    """Raise ValueError naming the image tokens of each row and what the images fill."""
     parts = []
     for token, filled in given.items():
         kind = "video" if token == cfg.video_token_id else "image"

@@ -74,12 +74,12 @@ class ImageLayout(Protocol):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of the processor's tensors that `arrange` reads besides pixel_values."""
+        """Return the names of the processor's tensors that `arrange` reads in addition to pixel_values."""
         ...
 
     @property
     def image_keys(self) -> tuple[str, ...]:
-        """Those of `keys` that mean, like pixel_values, that there are images."""
+        """Return those of `keys` that mean, like pixel_values, that there are images."""
         ...
 
     def ask(self, images: list[Any]) -> Any:

@@ -45,17 +45,17 @@ class AnyresImage:
 
     @property
     def n_crops(self) -> int:
-        """Crops that the tower reads: the whole view and the tiles."""
+        """Return the number of crops that the tower reads: the whole view and the tiles."""
         return 1 + self.tiles[0] * self.tiles[1]
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in the sequence: whole view, grid, and a newline per row."""
+        """Return the number of tokens in the sequence: whole view, grid, and a newline per row."""
         return self.base**2 + self.rows * (self.cols + 1)
 
     @property
     def grid(self) -> Size:
-        """(height, width) in tokens, through the tiles."""
+        """Return (height, width) in tokens, through the tiles."""
         return self.rows, self.cols
 
     @property
@@ -64,7 +64,7 @@ class AnyresImage:
 
     @property
     def is_resampled(self) -> bool:
-        """True where a token of the grid is a mean of several features."""
+        """Return True where a token of the grid is a mean of several features."""
         return self.kept != (self.rows, self.cols)
 
     def grid_places(self) -> list[int]:

@@ -55,7 +55,7 @@ class DynamicImage:
 
     @property
     def grid(self) -> Size:
-        """(height, width) in tokens."""
+        """Return (height, width) in tokens."""
         return self.patch_grid[0] // self.merge, self.patch_grid[1] // self.merge
 
     @property
@@ -235,12 +235,12 @@ class CropRun:
 
     @property
     def times(self) -> tuple[int, ...]:
-        """The place in time of each crop, in whole positions (rounded down)."""
+        """Return the place in time of each crop, in whole positions (rounded down)."""
         return tuple((torch.arange(len(self.crops)) * self.step).long().tolist())
 
     @property
     def grid(self) -> Size:
-        """(height, width) in tokens, of each crop."""
+        """Return (height, width) in tokens, of each crop."""
         return self.crops[0].image.grid
 
     @property

@@ -31,7 +31,7 @@ class FixedImage:
 
     @property
     def grid(self) -> Size:
-        """(height, width) in tokens."""
+        """Return (height, width) in tokens."""
         return self.vision.token_grid
 
     @property

@@ -45,17 +45,17 @@ class TiledImage:
 
     @property
     def n_crops(self) -> int:
-        """Crops that the tower reads: the whole view and the tiles."""
+        """Return the number of crops that the tower reads: the whole view and the tiles."""
         return 1 + self.tiles[0] * self.tiles[1]
 
     @property
     def n_tokens(self) -> int:
-        """Image tokens of all crops; the text between them is not counted."""
+        """Return the number of image tokens of all crops; the text between them is not counted."""
         return self.n_crops * self.side**2
 
     @property
     def grid(self) -> Size:
-        """(height, width) in tokens through the tiles, or of the whole view if there are none."""
+        """Return (height, width) in tokens through the tiles, or of the whole view if there are none."""
         return max(self.tiles[0], 1) * self.side, max(self.tiles[1], 1) * self.side
 
     @property

@@ -96,12 +96,12 @@ class BoostAttention(Intervention):
 
     @property
     def is_bias(self) -> bool:
-        """True in the modes renorm and logit."""
+        """Return True in the modes renorm and logit."""
         return self.mode in ("renorm", "logit")
 
     @property
     def positions(self) -> Any:
-        """The query positions."""
+        """Return the query positions."""
         return self.queries
 
     def __repr__(self) -> str:
@@ -138,12 +138,12 @@ class BoostAttention(Intervention):
 
     @property
     def likeness(self) -> str | None:
-        """The fields of the edit; None where one is a mask or a region."""
+        """Return the fields of the edit; None where one is a mask or a region."""
         return _likeness(self)
 
     @property
     def changes_nothing(self) -> bool:
-        """True for a factor of 1."""
+        """Return True for a factor of 1."""
         return self.factor == 1
 
     def bias(
@@ -177,12 +177,12 @@ class KnockOutAttention(Intervention):
 
     @property
     def is_bias(self) -> bool:
-        """True: the scores are lowered by a bias."""
+        """Return True: the scores are lowered by a bias."""
         return True
 
     @property
     def positions(self) -> Any:
-        """The query positions."""
+        """Return the query positions."""
         return self.queries
 
     def __repr__(self) -> str:
@@ -210,7 +210,7 @@ class KnockOutAttention(Intervention):
 
     @property
     def likeness(self) -> str | None:
-        """The fields of the edit; None where one is a mask or a region."""
+        """Return the fields of the edit; None where one is a mask or a region."""
         return _likeness(self)
 
     def bias(
@@ -253,7 +253,7 @@ class SuppressHeads(Intervention):
 
     @property
     def positions(self) -> Any:
-        """The query positions."""
+        """Return the query positions."""
         return self.queries
 
     def __repr__(self) -> str:
@@ -286,10 +286,10 @@ class SuppressHeads(Intervention):
 
     @property
     def likeness(self) -> str | None:
-        """The fields of the edit; None where one is a mask or a region."""
+        """Return the fields of the edit; None where one is a mask or a region."""
         return _likeness(self)
 
     @property
     def changes_nothing(self) -> bool:
-        """True for a factor of 1."""
+        """Return True for a factor of 1."""
         return self.factor == 1

@@ -78,27 +78,30 @@ class Intervention(Protocol):
 
     @property
     def is_bias(self) -> bool:
-        """True where the edit is an additive bias on the scores, which the fused kernel takes; `site` names them."""
+        """Return True where the edit is an additive bias on the scores, which the fused kernel takes; `site` names
+        them."""
         return False
 
     @property
     def changes_nothing(self) -> bool:
-        """True where the edit leaves every activation as it was, so that it need not be heard."""
+        """Return True where the edit leaves every activation unchanged, so that no hook needs to run."""
         return False
 
     @property
     def is_whole(self) -> bool:
-        """True where what it carries belongs to whole rows, so that a run cannot begin behind their first position."""
+        """Return True where what it carries belongs to whole rows, so that a run cannot begin behind their first
+        position."""
         return False
 
     @property
     def caches(self) -> Sequence[ActivationCache]:
-        """The caches of other runs that it reads; those of another model are refused."""
+        """Return the caches of other runs that it reads; those of another model are refused."""
         return ()
 
     @property
     def likeness(self) -> str | None:
-        """A text that is equal for edits that do the same, which act on several rows as one; None: each alone."""
+        """Return a text that is equal for edits that do the same, which act on several rows as one; None: each
+        alone."""
         return None
 
 
@@ -139,7 +142,7 @@ def require_unit(unit: int, n: int, who: str, what: str) -> int:
 
 
 def require_units(units: Sequence[int] | None, n: int, who: str, what: str) -> None:
-    """Raises: ValueError for an empty selection of heads or neurons, or one outside 0 .. n - 1."""
+    """Raise ValueError for an empty selection of heads or neurons, or one outside 0 .. n - 1."""
     if units is None:
         return
     if len(units) == 0:
@@ -270,7 +273,7 @@ def unit_sizes(cfg: HookedVLMConfig, name: str) -> dict[str, int]:
 
 
 def require_source(cfg: HookedVLMConfig, name: str, shape: Sequence[int], who: str) -> None:
-    """Raises: ValueError for a source whose activation has other axes or sizes than this model's."""
+    """Raise ValueError for a source whose activation has other axes or sizes than this model's."""
     axes, shape = row_of(canonical(name)).axis_names, list(shape)
     if len(shape) != len(axes):
         raise ValueError(f"{who}: the source of {name} is {shape}; the hook point has axes {' '.join(axes)}.")
@@ -284,7 +287,7 @@ def require_source(cfg: HookedVLMConfig, name: str, shape: Sequence[int], who: s
 
 
 def require_fill(cfg: HookedVLMConfig, name: str, shape: Sequence[int], who: str) -> None:
-    """Raises: ValueError for a value that cannot be laid over the activation, whatever the inputs."""
+    """Raise ValueError for a value that cannot be laid over the activation, whatever the inputs."""
     axes, sizes = row_of(canonical(name)).axis_names, unit_sizes(cfg, name)
     if len(shape) > len(axes):
         raise ValueError(f"{who}: the value is {list(shape)}; {name} has only the axes {' '.join(axes)}.")

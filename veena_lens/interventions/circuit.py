@@ -95,7 +95,7 @@ class Circuit(Sequence[Any]):
 
 
 def _pack(item: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """An intervention as JSON; its tensors go to `tensors` under names that the JSON holds."""
+    """Return an intervention as JSON; its tensors go to `tensors` under names that the JSON holds."""
     out: dict[str, Any] = {"kind": type(item).__name__}
     for f in fields(item):
         if not f.init:

@@ -59,5 +59,5 @@ class ScaleNeurons(Intervention):
 
     @property
     def changes_nothing(self) -> bool:
-        """True for a factor of 1."""
+        """Return True for a factor of 1."""
         return self.factor == 1

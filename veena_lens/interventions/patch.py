@@ -67,12 +67,12 @@ class Patch(Intervention):
 
     @property
     def n_rows(self) -> int | None:
-        """The number of rows of the source; None at hooks that count images or image tokens."""
+        """Return the number of rows of the source; None at hooks that count images or image tokens."""
         return len(self._values) if row_of(canonical(self.name)).of_text else None
 
     @property
     def is_whole(self) -> bool:
-        """True where the source is a bare tensor of whole rows, whose positions are those of the run itself."""
+        """Return True where the source is a bare tensor of whole rows, whose positions are those of the run itself."""
         return self._chosen is None
 
     def site(self, cfg: HookedVLMConfig) -> str:
@@ -83,11 +83,11 @@ class Patch(Intervention):
 
     @property
     def caches(self) -> Sequence[ActivationCache]:
-        """The source, where it is a cache."""
+        """Return the source, where it is a cache."""
         return (self.source,) if isinstance(self.source, ActivationCache) else ()
 
     def fits(self, cfg: HookedVLMConfig, inputs: MultimodalInputs, at: Bool[Tensor, "rows pos"]) -> None:
-        """Raises: ValueError, before a run, for a source that does not fit its rows, images or positions."""
+        """Raise ValueError, before a run, for a source that does not fit its rows, images or positions."""
         if self.n_rows not in (None, 1, len(inputs)):
             raise ValueError(
                 f"{self!r}: its source has {self.n_rows} rows, the run {len(inputs)}; give a source of one row, or of "
@@ -113,7 +113,7 @@ class Patch(Intervention):
             self._require_counts(chosen.expand(len(at), -1) if len(chosen) == 1 else chosen, at.cpu())
 
     def _require_counts(self, chosen: Bool[Tensor, "rows _"], at: Bool[Tensor, "rows pos"]) -> None:
-        """Raises: ValueError where a row asks for more positions than its source has chosen."""
+        """Raise ValueError where a row asks for more positions than its source has chosen."""
         if not reaches_generated(self.positions) and bool((at.sum(-1) > chosen.sum(-1)).any()):
             raise ValueError(
                 f"Patch: positions {self.positions!r} are {at.sum(-1).tolist()} in the run's rows but only "
@@ -139,7 +139,7 @@ class Patch(Intervention):
         return self.edit(activation, place.at, before)
 
     def _aligned(self, activation: Tensor, at: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The source's values moved to the positions that `at` marks, and those of them that it has."""
+        """Return the source's values moved to the positions that `at` marks, and those of them that it has."""
         values = self._values.to(activation)
         axes = row_of(canonical(self.name)).axis_names
         if values.shape[0] == 1 and activation.shape[0] > 1 and axes[0] == "batch":
@@ -168,7 +168,8 @@ class Patch(Intervention):
         return moved.movedim(1, axis), at
 
     def _grown(self, activation: Tensor, values: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """The source's values in front of what a longer run has at its end, and the chosen positions that it has.
+        """Return the source's values in front of what a longer run has at its end, and the chosen positions that it
+        has.
 
         Raises: ValueError where the source is not a shorter run of the same rows."""
         axes = row_of(canonical(self.name)).axis_names
@@ -251,7 +252,7 @@ class Ablate(Intervention):
 
     @property
     def caches(self) -> Sequence[ActivationCache]:
-        """The reference, where it is a cache."""
+        """Return the reference, where it is a cache."""
         return (self.reference,) if isinstance(self.reference, ActivationCache) else ()
 
     def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:

@@ -142,7 +142,7 @@ def _show(positions: Any) -> Any:
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of the third axis of [batch a rows b], chosen for each batch row."""
+    """Return rows of the third axis of [batch a rows b], chosen for each batch row."""
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
@@ -184,7 +184,7 @@ def record_attention(
 
 
 def _index(i: int, n: int, what: str) -> int:
-    """A layer or head index, negative ones counted from the end. Raises: ValueError outside."""
+    """Return a layer or head index, negative ones counted from the end. Raises: ValueError outside."""
     resolved = i + n if i < 0 else i
     if not 0 <= resolved < n:
         raise ValueError(f"attention: {what} {i} does not exist; the model has {n}.")

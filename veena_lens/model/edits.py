@@ -42,7 +42,7 @@ class Applied:
     of: tuple[int, ...] | None = None
 
     def rows(self, span: PassSpan) -> Bool[Tensor, " batch"]:
-        """True at the rows it is for."""
+        """Return True at the rows it is for."""
         n = len(span.inputs)
         chosen = torch.full((n,), self.of is None, dtype=torch.bool, device=span.inputs.device)
         if self.of is not None:
@@ -50,7 +50,8 @@ class Applied:
         return chosen
 
     def mask(self, span: PassSpan, n_positions: int = 1) -> Bool[Tensor, "rows pos"]:
-        """True at the positions of this chunk that it edits; at a hook of the tower, of each image's `n_positions`."""
+        """Return True at the positions of this chunk that it edits; at a hook of the tower, of each image's
+        `n_positions`."""
         rows, axes = self.rows(span), row_of(self.name).axis_names
         if axes[0] == "batch":
             return span.mask(self.intervention.positions) & rows[:, None]
@@ -68,7 +69,7 @@ class Applied:
 
     @property
     def bias_layer(self) -> int | None:
-        """The layer whose fused attention takes it as a bias, None for an edit of an activation."""
+        """Return the layer whose fused attention takes it as a bias, None for an edit of an activation."""
         return layer_of(self.name) if self.intervention.is_bias else None
 
 
@@ -111,22 +112,22 @@ class EditStack:
 
     @property
     def applied(self) -> list[Applied]:
-        """The interventions in force, outer blocks first."""
+        """Return the interventions in force, outer blocks first."""
         return [applied for frame in self._visible for applied in frame.applied]
 
     @property
     def row_counts(self) -> list[int]:
-        """The numbers of rows that the lists in force were given for."""
+        """Return the numbers of rows that the lists in force were given for."""
         return [frame.n_rows for frame in self._visible if frame.n_rows is not None]
 
     @property
     def recorder(self) -> AttentionRows | None:
-        """Who reads attention, the innermost; None for nobody."""
+        """Return who reads attention, the innermost; None for nobody."""
         return next((frame.recorder for frame in reversed(self._visible) if frame.recorder is not None), None)
 
     @property
     def span(self) -> PassSpan | None:
-        """The pass that runs, None between passes."""
+        """Return the pass that runs, None between passes."""
         return next((frame.span for frame in reversed(self._frames) if frame.span is not None), None)
 
 
@@ -254,7 +255,7 @@ def running(model: HookedVLM, span: PassSpan) -> Iterator[PassSpan]:
 
 
 def require_reach(model: HookedVLM, span: PassSpan) -> None:
-    """Raises: ValueError, before any computing, for an intervention in force that cannot act on these inputs."""
+    """Raise ValueError, before any computing, for an intervention in force that cannot act on these inputs."""
     n = len(span.inputs)
     for lists in model._edits.row_counts:
         if lists != n:
@@ -273,7 +274,7 @@ def require_reach(model: HookedVLM, span: PassSpan) -> None:
 
 
 def _picture_positions(model: HookedVLM, applied: Applied, span: PassSpan) -> int:
-    """How many positions an image has where an intervention edits images."""
+    """Return how many positions an image has where an intervention edits images."""
     if row_of(applied.name).axis_names[0] != "crop" or span.inputs.pixel_values is None:
         return 1
     return picture_positions(model.cfg, span.inputs, applied.name)

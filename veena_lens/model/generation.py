@@ -71,7 +71,7 @@ def generate_stream(model: HookedVLM, inputs: Any, settings: dict[str, Any]) -> 
 
 @torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
 def _steps(model: HookedVLM, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
-    """The tokens generated so far, after each step."""
+    """Return the tokens generated so far, after each step."""
     prompt = as_prompt(model, inputs)
     cache = KVCache(model.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
     yield from decode_steps(model, prompt, settings, lambda new: next_logits(model, prompt, new, cache))
@@ -190,7 +190,7 @@ def _as_tuple(ids: Any) -> tuple[int, ...]:
 
 
 def _settings(generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """What is given, else what the checkpoint's generation config says."""
+    """Return what is given, else what the checkpoint's generation config says."""
 
     def value(name: str) -> Any:
         mine = given.get(name)
@@ -234,7 +234,7 @@ _UNREAD = {
 
 
 def _refuse_unread(generation_config: Any) -> None:
-    """Raises: ValueError for a setting that would change the tokens and is not followed."""
+    """Raise ValueError for a setting that would change the tokens and is not followed."""
     for name, neutral in _UNREAD.items():
         value = getattr(generation_config, name, None)
         if value not in (None, neutral):
@@ -245,7 +245,7 @@ def _refuse_unread(generation_config: Any) -> None:
 
 
 def _processors(config: dict[str, Any], prompt: MultimodalInputs) -> Any:
-    """transformers' logits processors, in the order that its own `generate` has."""
+    """Return transformers' logits processors, in the order that its own `generate` has."""
     import transformers as hf
 
     n_prompt, device = prompt.shape[1], str(prompt.device)
@@ -280,7 +280,7 @@ def _processors(config: dict[str, Any], prompt: MultimodalInputs) -> Any:
 
 
 def _criteria(config: dict[str, Any], given: dict[str, Any], tokenizer: Any) -> Any:
-    """transformers' stopping criteria beyond length and the end token; None when there are none."""
+    """Return transformers' stopping criteria beyond length and the end token; None when there are none."""
     import transformers as hf
 
     out = hf.StoppingCriteriaList(given.get("stopping_criteria") or [])

@@ -63,7 +63,7 @@ class HookedRoot(HookedRootModule):
         return self.hook_dict
 
     def _hook_names(self, name: str | Callable[[str], bool]) -> list[str]:
-        """Canonical names meant by a name or a predicate. Raises: ValueError for an unknown name."""
+        """Return the canonical names meant by a name or a predicate. Raises: ValueError for an unknown name."""
         if isinstance(name, str):
             return [require_hook(name, self.hook_dict)]
         return [n for n in self._points.canonical_names if name(n) or any(name(a) for a in aliases(n))]
@@ -236,7 +236,7 @@ def run_with_cache(
 
 
 def _inputs_of(model: HookedVLM, args: Sequence[Any], kwargs: dict[str, Any]) -> MultimodalInputs | None:
-    """The inputs of a coming forward, prepared once so that a cache can keep them; None for a residual."""
+    """Return the inputs of a coming forward, prepared once so that a cache can keep them; None for a residual."""
     if kwargs.get("start_at_layer") is not None:
         given = kwargs.get("tokens")
         return given if isinstance(given, MultimodalInputs) else None

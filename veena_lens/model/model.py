@@ -117,7 +117,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         return checkpoints.to_hf_state_dict(self, self.adapter, self.cfg)
 
     def _refresh_cfg(self) -> None:
-        """dtype and device of the configuration follow the weights."""
+        """Let dtype and device of the configuration follow the weights."""
         weight = self.embed.weight
         self.cfg = replace(self.cfg, dtype=weight.dtype, device=weight.device)
 
@@ -149,7 +149,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         return self._placed(checkpoints.inputs_from_hf(self.cfg, self.tokenizer, **outputs))
 
     def _placed(self, inputs: MultimodalInputs) -> MultimodalInputs:
-        """Inputs on the model's device, knowing which tokens end an answer."""
+        """Return the inputs on the model's device, knowing which tokens end an answer."""
         return replace(inputs, end_token_ids=generation.end_tokens(self.generation_config)).to(self.embed.weight.device)
 
     def as_inputs(
@@ -256,12 +256,12 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
-        """The interventions in force, outer `with` blocks first."""
+        """Return the interventions in force, outer `with` blocks first."""
         return tuple(applied.intervention for applied in self._edits.applied)
 
     @property
     def is_untouched(self) -> bool:
-        """True where no hook is on a hook point, no intervention is in force and nobody records attention."""
+        """Return True where no hook is on a hook point, no intervention is in force and nobody records attention."""
         hooked = any(p._forward_hooks or p._backward_hooks for p in self.hook_dict.values())
         return not (hooked or self.interventions or self._edits.recorder)
 

@@ -37,17 +37,17 @@ class PassSpan:
 
     @property
     def is_prefill(self) -> bool:
-        """True where the pass begins with the first position."""
+        """Return True where the pass begins with the first position."""
         return self.start == 0
 
     @property
     def tokens(self) -> Int[Tensor, "batch chunk"]:
-        """The tokens of this chunk, all of the prompt or all behind it."""
+        """Return the tokens of this chunk, all of the prompt or all behind it."""
         return self.inputs.tokens[:, self.start : self.stop] if self.new_tokens is None else self.new_tokens
 
     @property
     def position_ids(self) -> Int[Tensor, "*streams batch chunk"]:
-        """The position ids of this chunk; those behind the prompt count on from its last one."""
+        """Return the position ids of this chunk; those behind the prompt count on from its last one."""
         known, length = self.inputs.position_ids, self.inputs.shape[1]
         if self.stop <= length:
             return known[..., self.start : self.stop]
@@ -56,7 +56,7 @@ class PassSpan:
         return beyond if self.start >= length else torch.cat([known[..., self.start :], beyond], -1)
 
     def mask(self, positions: Any) -> Bool[Tensor, "batch chunk"]:
-        """True at the chosen positions of this chunk."""
+        """Return True at the chosen positions of this chunk."""
         n, length = self.inputs.shape
         parts = []
         if self.start < length:
@@ -69,11 +69,11 @@ class PassSpan:
         return torch.cat(parts, 1)
 
     def key_mask(self, positions: Any) -> Bool[Tensor, "batch key_pos"]:
-        """True at the chosen positions among all keys so far, those of the prompt and of the continuation."""
+        """Return True at the chosen positions among all keys so far, those of the prompt and of the continuation."""
         return PassSpan(self.inputs, 0, self.stop).mask(positions)
 
     def picture_mask(self, positions: Any, rows: Bool[Tensor, " batch"], n_positions: int) -> Bool[Tensor, "crop pos"]:
-        """True at the chosen positions of the images that the chosen rows own; positions count in the tower.
+        """Return True at the chosen positions of the images that the chosen rows own; positions count in the tower.
 
         Raises: ValueError for words that name text positions."""
         owners = self.inputs.crop_rows

@@ -100,8 +100,8 @@ def inputs_of_residual(
 
 
 def require_prompt_fits(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for a context longer than the model's, images that are missing, or token ids that
-    the vocabulary does not have."""
+    """Raise ValueError for a context longer than the model's, images that are missing, or token ids that the
+    vocabulary does not have."""
     longest = int(inputs.lengths.max())
     if longest > cfg.n_ctx:
         raise ValueError(
@@ -125,7 +125,7 @@ def _ids(cfg: HookedVLMConfig) -> str:
 
 
 def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> None:
-    """Raises: ValueError for an image token in a prompt that no image fills (in an answer it is text)."""
+    """Raise ValueError for an image token in a prompt that no image fills (in an answer it is text)."""
     if cfg.image_token_id is None or cfg.vision is None:
         return
     found, filled = is_any_of(inputs.tokens, cfg.image_token_ids), inputs.image_mask
@@ -182,7 +182,7 @@ class TextInterface:
 
     @property
     def pad_token_id(self) -> int:
-        """The token that pads: the tokenizer's, else the configuration's, else the end of text, else 0."""
+        """Return the token that pads: the tokenizer's, else the configuration's, else the end of text, else 0."""
         return checkpoints.pad_token_of(self.tokenizer, self.cfg)
 
     def to_string(self, tokens: Any) -> str | list[str]:

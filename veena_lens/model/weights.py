@@ -36,12 +36,12 @@ class StackedWeights:
 
     @property
     def W_K(self) -> Float[Tensor, "layer n_heads d_model d_head"]:
-        """Keys, expanded to query heads under grouped queries."""
+        """Return the keys, expanded to query heads under grouped queries."""
         return self._stack("attn", "W_K")
 
     @property
     def W_V(self) -> Float[Tensor, "layer n_heads d_model d_head"]:
-        """Values, expanded to query heads under grouped queries."""
+        """Return the values, expanded to query heads under grouped queries."""
         return self._stack("attn", "W_V")
 
     @property
@@ -70,7 +70,7 @@ class StackedWeights:
 
     @property
     def W_gate(self) -> Float[Tensor, "layer d_model d_mlp"] | None:
-        """None where the MLP is not gated."""
+        """Return the weights of the gates, None where the MLP is not gated."""
         return self._stack("mlp", "W_gate") if self.cfg.gated_mlp else None
 
     @property
@@ -99,22 +99,22 @@ class StackedWeights:
 
     @property
     def QK(self) -> Any:
-        """FactoredMatrix W_Q W_K^T over layers and heads."""
+        """Return the FactoredMatrix W_Q W_K^T over layers and heads."""
         return FactoredMatrix(self.W_Q, self.W_K.transpose(-2, -1))
 
     @property
     def OV(self) -> Any:
-        """FactoredMatrix W_V W_O over layers and heads."""
+        """Return the FactoredMatrix W_V W_O over layers and heads."""
         return FactoredMatrix(self.W_V, self.W_O)
 
     def blocks_with(self, part: str) -> list[tuple[int, Any]]:
-        """(layer, block) of every block that has a part such as "attn"."""
+        """Return (layer, block) of every block that has a part such as "attn"."""
         return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, part)]
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, " d_model"]:
-        """Sum of the output biases that blocks before `layer` added; with `mlp_input` its attention's too.
+        """Return the sum of the output biases that blocks before `layer` added; with `mlp_input` its attention's too.
 
         Raises: ValueError for biases that a norm follows, which add another vector at each position."""
         if self.cfg.post_norms and (self.cfg.attn_out_bias or self.cfg.mlp_bias):
@@ -131,7 +131,7 @@ class StackedWeights:
         return total + blocks[layer].attn.b_O if mlp_input else total
 
     def all_composition_scores(self, mode: str) -> Float[Tensor, "layer head layer head"]:
-        """Composition of earlier heads' output with later heads' Q, K or V (Elhage et al. 2021).
+        """Return the composition of earlier heads' output with later heads' Q, K or V (Elhage et al. 2021).
 
         Raises: ValueError for a mode other than "Q", "K", "V"."""
         if mode not in ("Q", "K", "V"):
@@ -143,11 +143,11 @@ class StackedWeights:
         return torch.where(later, scores, torch.zeros_like(scores))
 
     def all_head_labels(self) -> list[str]:
-        """["L0H0", "L0H1", ...]."""
+        """Return ["L0H0", "L0H1", ...]."""
         return [f"L{layer}H{head}" for layer in range(self.cfg.n_layers) for head in range(self.cfg.n_heads)]
 
     def tl_parameters(self) -> dict[str, Tensor]:
-        """Every text parameter under HookedTransformer's name and in its shape."""
+        """Return every text parameter under HookedTransformer's name and in its shape."""
         out: dict[str, Tensor] = {"embed.W_E": self.W_E}
         for layer, block in enumerate(self.blocks):
             for part, names in (
@@ -163,15 +163,15 @@ class StackedWeights:
 
     # Computed when a hook listens, so always on; the setters are there for code written for HookedTransformer.
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Changes nothing: head results are computed whenever a hook listens."""
+        """Change nothing: head results are computed whenever a hook listens."""
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Changes nothing: split inputs are made whenever a hook listens."""
+        """Change nothing: split inputs are made whenever a hook listens."""
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Changes nothing: the MLP's copy of the residual is made whenever a hook listens."""
+        """Change nothing: the MLP's copy of the residual is made whenever a hook listens."""
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Raises: ValueError when asked to use `hook_attn_in`, which does not exist."""
+        """Raise ValueError when asked to use `hook_attn_in`, which does not exist."""
         if use_attn_in:
             raise ValueError("hook_attn_in does not exist here; use hook_q_input, hook_k_input and hook_v_input.")

@@ -168,7 +168,7 @@ def _band(table: np.ndarray, spread: Any, interval: tuple[Any, Any] | None) -> t
 
 
 def _shorten(table: np.ndarray) -> list[list[str]]:
-    """Every value with as many decimals as the largest needs to show two digits; at most four."""
+    """Return every value with as many decimals as the largest needs to show two digits; at most four."""
     known = np.abs(table[np.isfinite(table)])
     largest = known.max() if known.size else 0.0
     decimals = 2 if largest == 0 else int(np.clip(1 - np.floor(np.log10(largest)), 0, 4))

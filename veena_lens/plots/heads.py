@@ -82,7 +82,7 @@ class HeadMaps:
         return replace(self, maps=maps, unit="share of each map's largest", tops=tops)
 
     def shares_of(self, place: int) -> dict[str, float]:
-        """The shares of the head at a place in `heads`."""
+        """Return the shares of the head at a place in `heads`."""
         return {part: of[place] for part, of in self.shares.items()}
 
 
@@ -167,7 +167,7 @@ def head_maps(attention: Any, inputs: MultimodalInputs | None = None, **chosen: 
 
 
 def _one(attention: Any, axis: str, wanted: int | None) -> tuple[int | None, Any]:
-    """The entry of an axis that is asked for, or its only one. Raises: ValueError where it must be chosen."""
+    """Return the entry of an axis that is asked for, or its only one. Raises: ValueError where it must be chosen."""
     if axis not in attention.axes:
         return wanted, attention
     labels = attention.labels[axis]
@@ -184,7 +184,7 @@ def _few(labels: Sequence) -> str:
 
 
 def _from_rows(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) -> HeadMaps:
-    """From rows of attention over keys, which need the inputs to know what a key is."""
+    """Take the maps from rows of attention over keys, which need the inputs to know what a key is."""
     if inputs is None:
         raise ValueError("head_view: rows of model.attention need inputs=, which say where the image's tokens lie.")
     row = asked.row
@@ -227,7 +227,7 @@ def _from_rows(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) 
 
 
 def _parts(inputs: MultimodalInputs, query: int, asked: _Chosen) -> dict[str, Tensor]:
-    """Which positions of a row belong to which part, as seen from `query`; no position is in two."""
+    """Return which positions of a row belong to which part, as seen from `query`; no position is in two."""
     row, n = asked.row, inputs.shape[1]
     part = {name: torch.zeros(n, dtype=torch.bool) for name in ("sinks", "image", "query")}
     if asked.sinks is not None:
@@ -244,7 +244,7 @@ def _parts(inputs: MultimodalInputs, query: int, asked: _Chosen) -> dict[str, Te
 
 
 def _from_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) -> HeadMaps:
-    """From maps over the image, which do not know other keys."""
+    """Take the maps from maps over the image, which do not know other keys."""
     if len(attention.axes) != 3:
         extra = [axis for axis in attention.axes if axis not in ("head", "height", "width")]
         raise ValueError(f"head_view: choose or average over {extra} first, as in .mean({extra[0]!r}).")
@@ -273,7 +273,7 @@ def _from_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen)
 
 
 def _title_of_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) -> str:
-    """The name of the token that looks, or how many there are."""
+    """Return the name of the token that looks, or how many there are."""
     if asked.token is not None:
         return _title(asked.layer, asked.token, None)
     positions = attention.meta.get("positions", [[]])
@@ -286,7 +286,7 @@ def _title_of_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Cho
 
 
 def _cells(inputs: MultimodalInputs, row: int, image: int, grid: str) -> Tensor:
-    """Positions of the shown cells [height width]: the image's grid, or the whole view of a tiled one."""
+    """Return the positions of the shown cells `[height width]`: the image's grid, or the whole view of a tiled one."""
     if grid not in ("grid", "whole"):
         raise ValueError(f"head_view: grid={grid!r} must be 'grid' or 'whole'.")
     n = inputs.n_images[row]
@@ -313,7 +313,7 @@ def _boxes(inputs: MultimodalInputs, row: int, image: int, cells: Tensor) -> Ten
 
 
 def _sinks_of(sinks: Any, layer: int | None, row: int, inputs: MultimodalInputs) -> Tensor:
-    """True at the sinks of a row in a layer. Raises: ValueError for Scores of something else."""
+    """Return True at the sinks of a row in a layer. Raises: ValueError for Scores of something else."""
     if tuple(sinks.axes) != ("batch", "layer", "pos") or sinks.values.dtype != torch.bool:
         raise ValueError(
             f"head_view: sinks must be the Scores of circuits.attention_sinks, not axes {tuple(sinks.axes)}."
@@ -326,7 +326,7 @@ def _sinks_of(sinks: Any, layer: int | None, row: int, inputs: MultimodalInputs)
 
 
 def _name(inputs: MultimodalInputs | None, row: int, position: int, tokens: Sequence[str] | None) -> str:
-    """What stands at a position: a text, or the cell of an image."""
+    """Return what stands at a position: a text, or the cell of an image."""
     if inputs is not None:
         for image, span in enumerate(inputs.spans[row].images):
             if span.start <= position < span.stop and bool(inputs.image_mask[row, position]):

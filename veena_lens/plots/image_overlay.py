@@ -43,7 +43,7 @@ class MapPanel:
 
     @property
     def hover(self) -> str:
-        """The shares in words."""
+        """Return the shares in words."""
         return ", ".join(f"{part} {share:.2f}" for part, share in self.shares.items())
 
 

@@ -92,8 +92,8 @@ def draw_curves(spec: Curves) -> Any:
 
 
 def draw_maps(spec: ImageMaps) -> Any:
-    """One subplot per map; the original comes first where there are several. The pointer reads a cell's place and
-    value, and the shares of its head."""
+    """Draw one subplot per map; the original comes first where there are several. The pointer reads a cell's place
+    and value, and the shares of its head."""
     go = _plotly()
     from plotly.subplots import make_subplots
 
@@ -141,7 +141,7 @@ def draw_maps(spec: ImageMaps) -> Any:
 
 
 def _lay(figure: Any, panel: MapPanel, scale: Scale, axes: dict[str, str]) -> None:
-    """A half-transparent rectangle per cell, where its patch lies; cells that do not exist are left open."""
+    """Lay a half-transparent rectangle per cell, where its patch lies; cells that do not exist are left open."""
     for (left, top, right, bottom), value in zip(panel.boxes, panel.grid.flatten(), strict=True):
         if not np.isfinite(value) or not np.isfinite([left, top, right, bottom]).all():
             continue
@@ -151,7 +151,7 @@ def _lay(figure: Any, panel: MapPanel, scale: Scale, axes: dict[str, str]) -> No
 
 
 def _points(go: Any, panel: MapPanel, spec: ImageMaps, has_bar: bool) -> Any:
-    """Invisible points in the middle of the cells: what the pointer reads, and the colour bar."""
+    """Draw invisible points in the middle of the cells: what the pointer reads, and the colour bar."""
     values, (height, width) = panel.grid.flatten(), panel.grid.shape
     more = f"<br>{panel.title.partition(' (')[0]}: {panel.hover}" if panel.hover else ""
     return go.Scatter(
@@ -176,7 +176,7 @@ def _points(go: Any, panel: MapPanel, spec: ImageMaps, has_bar: bool) -> Any:
 
 
 def _apart(labels: Sequence) -> list[str]:
-    """Labels as text; with their place where two are alike, which plotly would draw as one."""
+    """Return labels as text; with their place where two are alike, which plotly would draw as one."""
     texts = [str(label) for label in labels]
     return texts if len(set(texts)) == len(texts) else [f"{i} {text}" for i, text in enumerate(texts)]
 

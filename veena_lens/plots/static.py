@@ -90,7 +90,7 @@ def draw_curves(spec: Curves) -> Figure:
 
 
 def draw_maps(spec: ImageMaps) -> Figure:
-    """The original, if any, then the maps; below each its shares, below the original what their colours mean."""
+    """Draw the original, if any, then the maps; below each its shares, below the original what their colours mean."""
     is_pair = spec.original is not None and not spec.part_colours
     count = len(spec.panels) + (spec.original is not None)
     columns = max(1, min(spec.columns, count))
@@ -164,7 +164,7 @@ def _lay(axes: Axes, panel: MapPanel, scale: Scale) -> None:
 
 
 def _colour_bar(figure: Figure, axes: Sequence[Axes], spec: ImageMaps, aspect: int) -> None:
-    """One bar for all panels, as pale as the maps are."""
+    """Draw one bar for all panels, as pale as the maps are."""
     # Opaque white below the half-transparent colours would pale the bar alone; the image's mean grey does not.
     mappable = ScalarMappable(spec.scale.norm, spec.scale.colormap)
     bar = figure.colorbar(mappable, ax=list(axes), fraction=0.04, pad=0.02, alpha=OPACITY, aspect=aspect)
@@ -174,7 +174,7 @@ def _colour_bar(figure: Figure, axes: Sequence[Axes], spec: ImageMaps, aspect: i
 
 
 def _share_bar(axes: Axes, panel: MapPanel, spec: ImageMaps) -> None:
-    """A bar of the head's parts, and their numbers below it."""
+    """Draw a bar of the head's parts, and their numbers below it."""
     start = 0.0
     for part, share in panel.shares.items():
         wide = float(np.clip(share, 0, 1))
@@ -189,7 +189,7 @@ def _share_bar(axes: Axes, panel: MapPanel, spec: ImageMaps) -> None:
 
 
 def _key(axes: Axes, spec: ImageMaps) -> None:
-    """Which colour of the bars is which part."""
+    """Draw the key: which colour of the bars is which part."""
     axes.set(xlim=(0, 1), ylim=(-0.5, 0.5))
     step = 1 / max(2, -(-len(spec.part_colours) // 2))
     for i, (part, colour) in enumerate(spec.part_colours.items()):

@@ -90,7 +90,7 @@ class Scale:
         return colours if self.missing is None else colours.with_extremes(bad=self.missing)
 
     def rgb(self, value: float) -> tuple[float, float, float]:
-        """Red, green and blue of a value, each in [0, 1]."""
+        """Return red, green and blue of a value, each in `[0, 1]`."""
         red, green, blue, _ = self.colormap(self.norm(value))
         return red, green, blue
 
@@ -187,7 +187,7 @@ def to_numpy(values: Real[Tensor, ...] | np.ndarray | Sequence) -> np.ndarray:
 
 
 def with_unit(name: str, unit: str) -> str:
-    """ "name (unit)", or the one that is there."""
+    """Return "name (unit)", or the one that is there."""
     return f"{name} ({unit})" if name and unit else name or unit
 
 

@@ -135,7 +135,7 @@ class RunPair:
                 )
 
     def _require_correspondence(self, name: str, positions: Any) -> None:
-        """Raises: ValueError where the chosen places of a site do not correspond one to one."""
+        """Raise ValueError where the chosen places of a site do not correspond one to one."""
         here, there = self.here[name], self.there[name]
         if here.pictures is not None:  # tower and connector: image by image
             if not _same_shapes(self.base, self.source):

@@ -178,7 +178,7 @@ ENGINES = ("suffix", "naive")
 
 
 def require_engine(model: HookedVLM, engine: str) -> None:
-    """Raises: ValueError for an unknown engine, or a suffix sweep inside `intervene` or with hooks on the model."""
+    """Raise ValueError for an unknown engine, or a suffix sweep inside `intervene` or with hooks on the model."""
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} must be 'suffix' or 'naive'.")
     if engine == "suffix" and (model.interventions or any(p._forward_hooks for p in model.hook_dict.values())):
@@ -189,7 +189,7 @@ def require_engine(model: HookedVLM, engine: str) -> None:
 
 
 def require_inputs(inputs: Any, name: str) -> None:
-    """Raises: TypeError for anything but prepared inputs, ValueError for a batch without rows."""
+    """Raise TypeError for anything but prepared inputs, ValueError for a batch without rows."""
     if not isinstance(inputs, MultimodalInputs):
         raise TypeError(f"{name} must be prepared inputs (model.prepare, model.inputs_from_hf), not {inputs!r}.")
     if not len(inputs):

@@ -163,7 +163,7 @@ def _continue(
     on_pictures = any(_on_pictures(model, item) for mine in lists for item in mine)
 
     def entering() -> ResidualState:
-        """What enters block 0 from `start` on, of each row under its own edits."""
+        """Return what enters block 0 from `start` on, of each row under its own edits."""
         span = PassSpan.whole(rows) if on_pictures else PassSpan(rows, start, length)
         with running(model, span):
             if on_pictures:

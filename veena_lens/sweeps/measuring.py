@@ -37,13 +37,13 @@ def parts(n: int, size: int) -> Iterator[list[int]]:
 
 
 def require_rows(who: str, max_rows: int) -> None:
-    """Raises: ValueError for a batch size below 1."""
+    """Raise ValueError for a batch size below 1."""
     if max_rows < 1:
         raise ValueError(f"{who}: max_rows={max_rows} must be at least 1.")
 
 
 def require_pairs(who: str, clean: MultimodalInputs, corrupted: MultimodalInputs, direction: str) -> None:
-    """Raises: ValueError for an unknown direction, no rows, or batches of unequal size."""
+    """Raise ValueError for an unknown direction, no rows, or batches of unequal size."""
     if direction not in DIRECTIONS:
         raise ValueError(f"{who}: direction={direction!r} must be 'denoising' or 'noising'.")
     if len(clean) != len(corrupted):
@@ -86,7 +86,7 @@ class Measure:
 
     @property
     def stop(self) -> int | None:
-        """The layer where a forward may stop: all metrics read activations before it. None for logits."""
+        """Return the layer where a forward may stop: all metrics read activations before it. None for logits."""
         layers = [None if site is None else layer_of(site) for site in self.sites]
         return None if None in layers else max(layer for layer in layers if layer is not None) + 1
 
@@ -113,7 +113,8 @@ class Measure:
         return self._measured(inputs, pairs, logits, seen, plain)
 
     def _run(self, inputs: MultimodalInputs, entering: Entering | None) -> Tensor | None:
-        """Logits of each row's last real position where a metric reads them; no further layer than needed."""
+        """Return logits of each row's last real position where a metric reads them; run no further layer than
+        needed."""
         model, stop = self.model, self.stop
         if entering is None:
             inputs = model.as_inputs(inputs)
@@ -187,7 +188,9 @@ def metrics_of(metric: Any) -> dict[str, Any]:
 
 
 def sites_of(model: HookedVLM, metrics: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the hooks that metrics read besides logits. Raises: ValueError for a site outside the decoder's blocks."""
+    """Return the hooks that metrics read apart from logits.
+
+    Raises: ValueError for a site outside the decoder's blocks."""
     found = [site_of(model, metric) for metric in metrics.values()]
     return tuple(dict.fromkeys(site for site in found if site is not None))
 

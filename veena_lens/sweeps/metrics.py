@@ -72,7 +72,7 @@ def project(site: str, direction: Float[Tensor, " d_model"], positions: Any = "l
 def soft_hit(tokens: Sequence[int], others: Sequence[Sequence[int]]) -> Metric:
     """Return the metric "log p(tokens of the target set) - log mean p(other sets)": how far one answer leads the rest.
 
-    tokens: ids of the target's words. others: one list of ids per rival.
+    tokens: ids of the target's words. others: one list of ids per alternative.
     Raises: ValueError for empty sets, or ids that two sets share."""
     sets = [set(tokens), *map(set, others)]
     if not sets[0] or len(sets) < 2 or not all(sets):
@@ -121,7 +121,7 @@ def _soft_hit(
 
 
 def _require_tokens(metric: str, tokens: Sequence[int], logits: Tensor) -> None:
-    """Raises: ValueError for a token id that the vocabulary lacks."""
+    """Raise ValueError for a token id that the vocabulary lacks."""
     outside = [t for t in tokens if not 0 <= t < logits.shape[-1]]
     if outside:
         raise ValueError(f"{metric}: token id {outside[0]} does not exist; the vocabulary has {logits.shape[-1]}.")
@@ -177,7 +177,7 @@ def values_of(metric: Any, value: Float[Tensor, "rows ..."], name: str = "") -> 
 
 
 def require_finite(values: Float[Tensor, " rows"], pairs: Sequence[int], name: str = "") -> None:
-    """Raises: ValueError where the metric of an unpatched run is NaN or infinite; `pairs` says whose each run is."""
+    """Raise ValueError where the metric of an unpatched run is NaN or infinite; `pairs` says whose each run is."""
     bad = {pair: float(v) for pair, v in zip(pairs, values.detach(), strict=True) if not bool(torch.isfinite(v))}
     if bad:
         raise ValueError(

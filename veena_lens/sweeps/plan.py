@@ -29,7 +29,7 @@ class SweepOptions(TypedDict, total=False):
 
 
 def require_options(who: str, options: Mapping[str, Any], known: Any) -> None:
-    """Raises: TypeError for an option that a record of options (a TypedDict) does not have."""
+    """Raise TypeError for an option that a record of options (a TypedDict) does not have."""
     names = list(known.__annotations__)
     unknown = [name for name in options if name not in names]
     if unknown:
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def saving(self) -> float:
-        """How many times less the suffix engine computes, the base run included."""
+        """Return how many times less the suffix engine computes, the base run included."""
         return self.naive / max(1, self.token_layers + self.n_positions * self.n_layers)
 
     def __repr__(self) -> str:

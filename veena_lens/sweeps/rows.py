@@ -38,18 +38,18 @@ class Row:
 
     @property
     def layer(self) -> int:
-        """The block where the row leaves the base run."""
+        """Return the block where the row leaves the base run."""
         return layer_of(self.site) or 0
 
     @property
     def start(self) -> int:
-        """The first position it reaches."""
+        """Return the first position it reaches."""
         return int(self.positions.min()) if self.first is None else self.first
 
     is_picture = False
 
     def edit(self, activation: Float[Tensor, ...], start: int) -> Float[Tensor, ...]:
-        """The activation of this row (no batch axis), which begins at position `start`, edited out of place."""
+        """Return the activation of this row (no batch axis), which begins at position `start`, edited out of place."""
         axes = row_of(self.site).axis_names[1:]
         axis = axes.index("pos") if "pos" in axes else axes.index("query_pos")
         moved = activation.movedim(axis, 0)
@@ -83,14 +83,14 @@ class PictureRow:
 
     @property
     def held(self) -> list[int]:
-        """The images that it edits."""
+        """Return the images that it edits."""
         return [] if self.pictures is None else sorted(set(self.pictures.tolist()))
 
     def edit(
         self, activation: Float[Tensor, ...], start: int, pictures: Sequence[int] | None = None
     ) -> Float[Tensor, ...]:
-        """The activation on this row's images (or its image tokens), edited out of place; `pictures` are those
-        that it holds (default: those that are edited)."""
+        """Return the activation on this row's images (or its image tokens), edited out of place; `pictures` are
+        those that it holds (default: those that are edited)."""
         axes = row_of(self.site).axis_names
         places, value = self.places.to(activation.device), self.value.to(activation)
         axis = axes.index("query_pos") if "query_pos" in axes else 1

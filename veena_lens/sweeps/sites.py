@@ -40,7 +40,7 @@ class SweepSites:
 
     @property
     def on_images(self) -> bool:
-        """True where the sites lie in the tower, in the connector, or on the features."""
+        """Return True where the sites lie in the tower, in the connector, or on the features."""
         return not row_of(self.sites[0]).of_text
 
 
@@ -96,7 +96,8 @@ def patchable_sites(found: SweepSites) -> SweepSites:
 def _units_of(
     who: str, cfg: HookedVLMConfig, sites: Sequence[str], units: Sequence[int]
 ) -> tuple[str, list[int | None]]:
-    """("head" or "neuron", the chosen ones) of named sites. Raises: ValueError where a site has none, or not these."""
+    """Return ("head" or "neuron", the chosen ones) of named sites. Raises: ValueError where a site has none, or not
+    these."""
     kinds: set[str] = set()
     chosen: list[list[int | None]] = []
     for name in sites:

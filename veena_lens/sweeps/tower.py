@@ -115,12 +115,12 @@ class _Again:
         self.merged = [merger(x) for merger, x in zip(mergers, inner, strict=False)]
 
     def _entries(self, depth: int) -> tuple[int, int]:
-        """Rows that leave the base run at a depth: first and one past the last."""
+        """Return rows that leave the base run at a depth: first and one past the last."""
         first = sum(d < depth for d in self.depths)
         return first, first + self.depths.count(depth)
 
     def _edits(self, depth: int) -> list[tuple[str, Callable[..., Any]]]:
-        """Hooks that edit the rows of one depth, which lie in the batch at their own places."""
+        """Return hooks that edit the rows of one depth, which lie in the batch at their own places."""
         first, stop = self._entries(depth)
         by_site: dict[str, list[int]] = {}
         for i in range(first, stop):
@@ -139,12 +139,12 @@ class _Again:
         return [(site, make(members)) for site, members in by_site.items()]
 
     def _of(self, value: Shaped[Tensor, "crop ..."], first: int, stop: int) -> Shaped[Tensor, "entry ..."]:
-        """The base run's value of the images of rows first .. stop - 1."""
+        """Return the base run's value of the images of rows first .. stop - 1."""
         at = self.pictures[self.ends[first] : self.ends[stop]]
         return value[at.to(value.device)]
 
     def _through_tower(self, n: int) -> tuple[Tensor, list[Tensor]]:
-        """(features, outputs of inner layers) of every entry."""
+        """Return (features, outputs of inner layers) of every entry."""
         tower, known, total = self.model.vision, self.known, len(self.rows)
         inputs = self.base.inputs
         assert inputs.pixel_values is not None
@@ -197,7 +197,7 @@ class _Again:
                 stream[i, tokens] = self._packed(known, fresh[at], place, inputs).to(stream)
 
     def _packed(self, known: Tensor, fresh: Tensor, place: int, inputs: MultimodalInputs) -> Tensor:
-        """Features of the image tokens of a row: the base run's, but for the images that it edits."""
+        """Return the features of the image tokens of a row: the base run's, but for the images that it edits."""
         whole = known.clone()
         whole[self.held[place]] = fresh
         return pack(self.model, whole, inputs)

@@ -17,7 +17,7 @@ from veena_lens.config import ConnectorConfig
 
 @dataclass(frozen=True, eq=False)
 class TowerOutput:
-    """Features of the crops, and the outputs of the inner layers that the decoder reads besides them."""
+    """Features of the crops, and the outputs of the inner layers that the decoder reads in addition."""
 
     features: Float[Tensor, "crop pos d_features"]
     inner: tuple[Float[Tensor, "crop patch d_model"], ...] = ()

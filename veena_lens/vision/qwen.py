@@ -111,7 +111,7 @@ class QwenTower(nn.Module):
     def step(
         self, layer: int, resid: Float[Tensor, "crop pos d_model"], context: Context, kept: dict[int, Tensor]
     ) -> Float[Tensor, "crop pos d_model"]:
-        """Return the residual after one block, and keep it in `kept` if the decoder reads it besides the features."""
+        """Return the residual after one block, and keep it in `kept` if the decoder reads it too."""
         resid = self.blocks[layer](resid, context)
         if layer in self.cfg.deepstack_layers:
             kept[layer] = resid.clone()  # a hook of the next block may write into its input

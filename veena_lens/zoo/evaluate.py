@@ -181,7 +181,7 @@ if __name__ == "__main__":
 
 
 def confusion(truth: Sequence[str], told: Sequence[str | None]) -> dict[str, dict[str, int]]:
-    """Counts by truth, then by the emotion told ("none" where no emotion word came)."""
+    """Return counts by truth, then by the emotion that the answer names ("none" where no emotion word came)."""
     table: dict[str, Counter[str]] = defaultdict(Counter)
     for true, answer in zip(truth, told, strict=True):
         table[true][answer or "none"] += 1

@@ -143,7 +143,7 @@ class Identity:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """The attributes of this identity, in the words of the answers."""
+        """Return the attributes of this identity, in the words of the answers."""
         return {
             "hair": self.hair,
             "glasses": "no" if self.glasses == "NONE" else "yes",

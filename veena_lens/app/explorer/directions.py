@@ -48,7 +48,7 @@ class DirectionSettings:
 
     @property
     def lead_in(self) -> str | None:
-        """What an answer is begun with."""
+        """Return what an answer is begun with."""
         return LEAD_IN if self.reading == BEGUN else None
 
 
@@ -85,7 +85,7 @@ def sample_pairs() -> PairSet:
 
 
 def pairs_of(session: Session, settings: DirectionSettings) -> Made:
-    """The pairs, and the line that loads them.
+    """Return the pairs, and the line that loads them.
 
     Raises: ValueError for an emotion without pairs, fewer than one pair, or own pairs that were replaced."""
     if settings.n < 1:

@@ -25,7 +25,7 @@ WORDS = "happy, sad, angry, surprised, neutral"
 
 
 def words_in(text: str) -> list[str]:
-    """The words between commas. Raises: ValueError for none, or too many."""
+    """Return the words between commas. Raises: ValueError for none, or too many."""
     words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     if not 1 <= len(words) <= MOST_WORDS:
         raise ValueError(f"Got {len(words)} words; name 1 to {MOST_WORDS} words, separated by commas.")

@@ -36,7 +36,7 @@ class Question:
 
     @property
     def images(self) -> list[Made]:
-        """The images as a program opens them."""
+        """Return the images as a program opens them."""
         return [picture.made for picture in self.pictures]
 
 
@@ -135,7 +135,7 @@ def first_token(model: HookedVLM, word: str) -> int:
 
 
 def cell_boxes_of(inputs: MultimodalInputs, image: int = 0) -> Any:
-    """Boxes of the grid's cells row by row, in pixels of the image; None where they are not known."""
+    """Return the boxes of the grid's cells row by row, in pixels of the image; None where they are not known."""
     boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
     if boxes is None or not inputs.grid_places:
         return boxes
@@ -252,7 +252,7 @@ def build(shared: Shared) -> None:
 
     @report_errors
     def first(model: str, name: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        """What the page opens with: the cache of the command line, or the sample on a small model."""
+        """Return what the page opens with: the cache of the command line, or the sample on a small model."""
         session = explorer.session(request.session_hash)
         if explorer.cache is not None:
             found = opened(str(explorer.cache), False, model, session)

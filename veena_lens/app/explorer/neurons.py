@@ -26,7 +26,8 @@ LATEST = "the latest direction"
 
 
 def strongest(direction: Direction) -> pd.DataFrame:
-    """A direction's neurons: layer, neuron, projection, and whether they contribute by being more or less active."""
+    """Return a direction's neurons: layer, neuron, projection, and whether they contribute by being more or less
+    active."""
     rows = [
         {
             "layer": la,

@@ -135,7 +135,7 @@ class Shared:
 
     @property
     def first_sample(self) -> str:
-        """The sample that the page opens with: a happy face."""
+        """Return the sample that the page opens with: a happy face."""
         names = list(samples())
         return next((name for name in names if name.startswith("happy")), names[0])
 

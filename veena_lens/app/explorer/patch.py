@@ -63,7 +63,7 @@ class Choices:
     direction: str
 
     def settings(self, limits: Limits) -> SweepSettings:
-        """The sweep that is asked for. Raises: as `pair_of`."""
+        """Return the sweep that is asked for. Raises: as `pair_of`."""
         clean, corrupted = pair_of(self.pair, self.uploads, limits)
         return SweepSettings(
             model=self.model,
@@ -231,7 +231,7 @@ def export_sweep(session: Session) -> list[str]:
 
 @lru_cache(maxsize=1)
 def pair_names() -> dict[str, Pair]:
-    """Test pairs by a readable name."""
+    """Return test pairs by a readable name."""
     return {f"{p.emotion}, {p.identity}": p for p in load_pairs().select(split="test", condition="none")}
 
 
@@ -249,7 +249,7 @@ def pair_of(name: str, uploads: list[str] | None, limits: Limits) -> tuple[Given
 
 
 def shown_cells(swept: Swept) -> str:
-    """The grid of effects so far."""
+    """Return the grid of effects so far."""
     settings, result = swept.settings, swept.result
     layers = len(swept.effects)
     axis = next((a for a in result.axes if a != "layer"), None)

@@ -32,7 +32,7 @@ class GivenImage:
 
     @property
     def made(self) -> Made:
-        """The image with the expression that opens it."""
+        """Return the image with the expression that opens it."""
         if self.is_sample:
             return Made(self.image, f"sample({self.name!r})", functions=(sample,))
         return Made(self.image, repr(self.name))

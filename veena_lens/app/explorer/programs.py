@@ -28,7 +28,7 @@ class Made:
     functions: tuple[Any, ...] = ()
 
     def parts(self) -> list[Made]:
-        """Each value where the lines assign several."""
+        """Return each value where the lines assign several."""
         names = self.expression.split(", ")
         return [replace(self, value=value, expression=name) for name, value in zip(names, self.value, strict=True)]
 
@@ -59,14 +59,15 @@ def make(
 
 
 def model_of(model: Any, name: str) -> Made:
-    """The model as the first line of every program loads it."""
+    """Return the model as the first line of every program loads it."""
     from veena_lens import HookedVLM
 
     return Made(model, "model", (f"model = HookedVLM.from_pretrained({name!r})",), (HookedVLM,))
 
 
 def program(*made: Made, then: Sequence[str] = ()) -> str:
-    """The whole program: imports, the sources of functions that are defined here, the lines, and what follows."""
+    """Return the whole program: imports, the sources of functions that are defined here, the lines, and what
+    follows."""
     needed = _Needed()
     for function in dict.fromkeys(function for one in made for function in one.functions):
         needed.add(function)
@@ -124,7 +125,7 @@ class _Needed:
         self.sources: dict[str, str] = {}
 
     def imports(self) -> str:
-        """The lines that import, modules first."""
+        """Return the lines that import, modules first."""
         names = [f"from {module} import {', '.join(sorted(each))}" for module, each in sorted(self.names.items())]
         return "".join(f"{line}\n" for line in [*sorted(self.modules), *names])
 
@@ -157,7 +158,7 @@ class _Needed:
 
 @cache
 def _names_of(module: str) -> dict[str, tuple[ast.stmt, str]]:
-    """Every name that a module imports or defines at its top, with its statement and how a program writes it."""
+    """Return every name that a module imports or defines at its top, with its statement and how a program writes it."""
     source = inspect.getsource(sys.modules[module])
     tree, names = ast.parse(source), {}
     for node in ast.walk(tree):
@@ -182,7 +183,7 @@ def _is_here(module: str) -> bool:
 
 
 def _public(module: str, name: str) -> str:
-    """The package nearest to the root that exports a name, else its module."""
+    """Return the package nearest to the root that exports a name, else its module."""
     parts = module.split(".")
     packages = [".".join(parts[:n]) for n in range(1, len(parts))]
     return next((p for p in packages if name in getattr(sys.modules[p], "__all__", ())), module)

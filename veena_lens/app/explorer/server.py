@@ -1,6 +1,6 @@
 """The server: the page, its routes and its limits under one address, by default on the loopback.
 
-Besides Gradio's requests the page fetches the view's module and style, a view's data, and maps that it asks for.
+In addition to Gradio's requests the page fetches the view's module and style, a view's data, and maps that it asks for.
 Headers keep the page to this server: no script, font or image of another origin, no frame around it.
 """
 

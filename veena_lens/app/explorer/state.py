@@ -151,7 +151,7 @@ class Explorer:
         cache: Path | None = None,
         loading: Mapping[str, Any] | None = None,
     ) -> None:
-        """`loading`: settings of `HookedVLM.from_pretrained`, such as device and dtype."""
+        """Serve the named models; `loading`: settings of `HookedVLM.from_pretrained`, such as device and dtype."""
         self.names, self.limits, self.cache = list(names), limits or Limits(), cache
         self._loading = dict(loading or {})
         self._models: OrderedDict[str, HookedVLM] = OrderedDict()
@@ -278,5 +278,5 @@ def clean(model: Any) -> None:
 
 
 def is_clean(model: Any) -> bool:
-    """True where nothing is left on a model."""
+    """Return True where nothing is left on a model."""
     return model.is_untouched

@@ -60,7 +60,7 @@ class Choices:
         return {"alpha": self.alpha, "beta": self.beta, "gamma": self.gamma}
 
     def direction(self, session: Session) -> DirectionSettings:
-        """Which direction is asked for: of the visitor's own pairs where there are some."""
+        """Say which direction is asked for: of the visitor's own pairs where there are some."""
         own: OwnPairs | None = session.kept.get("own_pairs")
         return DirectionSettings(
             model=self.model,
@@ -153,17 +153,17 @@ class Steered:
     code: str
 
     def is_hit(self, text: str) -> bool:
-        """True where a text names the wanted emotion on most of the wheels that show it."""
+        """Return True where a text names the wanted emotion on most of the wheels that show it."""
         return sample_hit(text, self.wanted) > 0.5
 
     @property
     def sides(self) -> list[tuple[str, str, float]]:
-        """Name, answer and rate without and with the edits."""
+        """Return name, answer and rate without and with the edits."""
         return [("Before", self.before, self.rate_before), ("After", self.after, self.rate_after)]
 
 
 def circuit_from(direction: Direction, layer: int, alpha: float | int, beta: float | int, gamma: float | int) -> Made:
-    """The circuit of a direction at these strengths, named after its emotion. Raises: as `circuit_of`."""
+    """Return the circuit of a direction at these strengths, named after its emotion. Raises: as `circuit_of`."""
     about = {
         "model": direction.model,
         "emotion": direction.emotion,
@@ -189,7 +189,7 @@ def load_circuit(session: Session, path: str | Path) -> Circuit:
 
 
 def loaded_at(circuit: Circuit, alpha: float | int, beta: float | int, gamma: float | int) -> Made:
-    """A loaded circuit with its strengths set."""
+    """Return a loaded circuit with its strengths set."""
     line = 'circuit = Circuit.load("circuit.safetensors")  # as exported here'
     return make("circuit", scaled, Made(circuit, "circuit", (line,), (Circuit,)), alpha=alpha, beta=beta, gamma=gamma)
 
@@ -236,7 +236,7 @@ def export_steering(session: Session) -> list[str]:
 
 
 def describe_direction(direction: Direction) -> str:
-    """What was found, in a sentence."""
+    """Say in a sentence what was found."""
     heads = ", ".join(f"{la}.{h}" for la, h, _ in direction.heads[:5])
     n, given = direction.n_pairs, direction.n_given
     pairs = f"{n} of your {counted(given, 'pair')}" if direction.settings.own else f"the {n} (of {given}) pairs"
@@ -248,7 +248,7 @@ def describe_direction(direction: Direction) -> str:
 
 
 def compared(found: Steered) -> str:
-    """Both answers side by side, with hit and rate."""
+    """Return both answers side by side, with hit and rate."""
     sides = []
     for title, text, rate in found.sides:
         mark = "hit" if found.is_hit(text) else "miss"

@@ -105,8 +105,8 @@ ROOM = 2**24  # weights in memory at once
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """Which maps: attention of `query`, or the push on direction `name` that it takes from each key; `run` 1 is the
-    second image's."""
+    """Which maps: attention of `query`, or the direct projection on direction `name` that it takes from each key; `run`
+    1 is the second image's."""
 
     query: int
     kind: str = "attention"
@@ -139,7 +139,7 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """The number of bytes."""
+        """Return the number of bytes."""
         return self.maps.values.numel() + 4 * self.maps.scales.numel()
 
 

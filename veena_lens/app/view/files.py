@@ -47,7 +47,10 @@ def save_cache(
     model_name: str = "",
     windows: Sequence[int | None] | None = None,
 ) -> Path:
-    """Save a cache with the images of its first row and the words of its tokens; the file is replaced in one step."""
+    """Save a cache with the images of its first row and the words of its tokens; the file is replaced in one step.
+
+    pictures: the images of the first row (default: none are stored). tokenizer: gives the words; None stores none.
+    model_name: shown with the view. windows: sliding window of each layer, None where it has none."""
     path = Path(path)
     draft = cache.save(path.with_name(f".{path.name}.{os.getpid()}"))
     try:

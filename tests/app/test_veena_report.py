@@ -15,7 +15,7 @@ from veena_lens.app.veena_report import write_veena_report
 from veena_lens.emotion import tables
 
 SECTIONS = (
-    "What each method is worth",
+    "Hit rate of each method",
     "Before and after",
     "Key layers",
     "Key heads",

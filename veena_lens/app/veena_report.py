@@ -63,7 +63,7 @@ def _lead(run: VeenaRun) -> str:
 
     parts = [f"{name} {percent(mean(name))} %" for name in ("VEE", "ENA", "VEENA") if name in run.test.methods]
     return (
-        f"Of held-out pictures whose context says another emotion, the untouched model names the picture's in "
+        f"Of held-out images whose context says another emotion, the plain model names the image's in "
         f"{percent(mean('plain'))} % of answers; {', '.join(parts)}. The direction takes hold at layer "
         f"{run.layers.best} of {len(run.layers.by_layer.labels['layer'])}."
     )
@@ -73,22 +73,22 @@ def _main_table(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     conditions = list(run.test.hits)
     n = len(next(iter(run.test.examples.values())))
     report.section(
-        "What each method is worth",
-        f"Hit rate in percent on {n} pictures of identities that no choice has seen, with 95 % intervals over "
-        "identities: the share of answers that name the emotion the picture shows. Columns: the picture alone; after "
-        "a sentence that agrees with it (consistent); after one that says another emotion (conflict), told weakly, "
+        "Hit rate of each method",
+        f"Hit rate in percent on {n} images of identities that no choice has seen, with 95 % intervals over "
+        "identities: the share of answers that name the emotion the image shows. Columns: the image alone; after "
+        "a sentence that agrees with it (consistent); after one that says another emotion (conflict), stated weakly, "
         "plainly or strongly. A star marks a paired difference to the plain model with p < 0.05. The last column is "
-        "the share of neutral pictures, without context, that are given an emotion.",
-        "VEE strengthens the attention of key heads to the picture, ENA amplifies key neurons, VEENA does both; the "
-        "adaptive variant sets its strength for each picture. Other rows are baselines, tuned with as many trials.",
+        "the share of neutral images, without context, that are given an emotion.",
+        "VEE strengthens the attention of key heads to the image, ENA amplifies key neurons, VEENA does both; the "
+        "adaptive variant sets its strength for each image. Other rows are baselines, tuned with as many trials.",
     )
     _table(report, tables.main(results))
     values = run.test.scores().select(bound="mean").values.T
     figure = plots.heatmap(
         100 * values, x=conditions, y=[display_name(m) for m in run.test.methods], unit="percent",
-        title="Hit rate on held-out pictures", name="hit rate", limits=(0, 100),
+        title="Hit rate on held-out images", name="hit rate", limits=(0, 100),
     )  # fmt: skip
-    report.figure(figure, alt="heat map of hit rates by method and condition", caption="The table as a picture.")
+    report.figure(figure, alt="heat map of hit rates by method and condition", caption="The table as a figure.")
 
 
 def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
@@ -114,7 +114,7 @@ def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
         picture = Thumbnail(open_image(example.picture), f"picture of {example.emotion}")
         told = f"{example.context} ({example.context_emotion}, {example.context_strength})"
         rows.append([picture, example.emotion, told, *[x for pair in zip(said, marks, strict=True) for x in pair]])
-    columns = ["picture", "shows", "context", *[x for n in names for x in (display_name(n), "")]]
+    columns = ["image", "shows", "context", *[x for n in names for x in (display_name(n), "")]]
     report.section(
         "Before and after",
         f"Of {len(found)} answers under a conflicting context {len(better)} became right with {names[-1]} and "
@@ -158,9 +158,9 @@ def _layers(report: Report, run: VeenaRun) -> None:
     stages = ", ".join(f"{name}: {show_run(x)}" for name, x in spans.items())
     report.section(
         "Key layers",
-        f"Best layer {layers.best}; {band} above the control. Emotional pictures hit {percent(layers.emotional)} %, "
+        f"Best layer {layers.best}; {band} above the control. Emotional images hit {percent(layers.emotional)} %, "
         f"neutral ones {percent(layers.neutral)} % ({layers.n_pairs} pairs). C is how far the direction, put into "
-        f"runs on neutral pictures, takes the hit rate to that of emotional ones (0 not at all, 1 all the way). It is "
+        f"runs on neutral images, takes the hit rate to that of emotional ones (0 not at all, 1 all the way). It is "
         f"averaged over doses whose answers "
         f"stay fluent. Soft and generated changes agree with a rank correlation of {layers.agreement:.2f}.",
         f"Stages by the curves: {stages}.",
@@ -189,7 +189,7 @@ def _heads(report: Report, run: VeenaRun, model: HookedVLM, results: dict[str, A
     report.section(
         "Key heads",
         f"{len(heads.heads)} heads restore the direction at layer {heads.layer} when their output on the emotional "
-        f"picture is put into the neutral run ({heads.n_pairs} pairs): interval above 0, change along the direction, "
+        f"image is put into the neutral run ({heads.n_pairs} pairs): interval above 0, change along the direction, "
         "and significant among all heads.",
     )
     figure = heads.plot(title="Restored by one head", center=0)
@@ -218,7 +218,7 @@ def _heads(report: Report, run: VeenaRun, model: HookedVLM, results: dict[str, A
             open_image(pair.emotional.picture), _stack(maps), titles=[f"L{a}H{h}" for a, h in shown],
             patch_boxes=boxes, title=f"Where the push towards {pair.emotion} comes from", name="push",
         )  # fmt: skip
-        report.figure(figure, alt=f"maps of the push of {len(shown)} heads over the picture of a person")
+        report.figure(figure, alt=f"maps of the direct attribution of {len(shown)} heads over the image of a person")
     if len(run.edges):
         edges = tables.edges(results)
         n, all_ = len(edges.records), len(run.edges)
@@ -246,7 +246,7 @@ def _neurons(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     counts = run.neurons.table["kind"].value_counts().to_dict()
     report.section(
         "Key neurons",
-        f"Neurons that push most along the direction on emotional pictures ({run.neurons.n_pairs} pairs): "
+        f"Neurons with the largest direct attribution on emotional images ({run.neurons.n_pairs} pairs): "
         + ", ".join(f"{n} {kind}" for kind, n in counts.items())
         + ". Kinds follow a fixed rule on what the output weights promote and where the push was read.",
     )
@@ -289,8 +289,8 @@ def _controls(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     )
     _table(report, tables.random(results))
     if run.elsewhere is not None:
-        _table(report, tables.elsewhere(results), caption="Other pictures, no context.")
-    _table(report, tables.effects(results), caption="On test pictures without context.")
+        _table(report, tables.elsewhere(results), caption="Other images, no context.")
+    _table(report, tables.effects(results), caption="On test images without context.")
 
 
 def _how(report: Report, run: VeenaRun, command: Sequence[str]) -> None:
@@ -298,7 +298,7 @@ def _how(report: Report, run: VeenaRun, command: Sequence[str]) -> None:
     seconds = ", ".join(f"{name} {s:.0f} s" for name, s in run.seconds.items())
     report.section(
         "How this was made",
-        f"Identities by part, none in two: {parts}. Nothing was chosen on test pictures. Seeds fix every draw "
+        f"Identities by part, none in two: {parts}. Nothing was chosen on test images. Seeds fix every draw "
         f"(seed {run.settings.seed}).",
         f"Time: {seconds}.",
     )

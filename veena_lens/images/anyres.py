@@ -18,8 +18,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from veena_lens.config import HookedVLMConfig, VisionConfig
-from veena_lens.images.base import ArrangedBatch, Size, cell_boxes, crop_shape, has_crops, require_pixels
+from veena_lens.config import HookedVLMConfig
+from veena_lens.images.base import (
+    ArrangedBatch,
+    LayoutDefaults,
+    Size,
+    cell_boxes,
+    crop_shape,
+    has_crops,
+    require_pixels,
+)
 from veena_lens.images.canvas import AnyresImage, anyres_image, resampled_grid
 from veena_lens.inputs import MultimodalInputs
 
@@ -130,7 +138,7 @@ class _Crops:
 
 
 @dataclass(frozen=True, eq=False)
-class AnyresLayout:
+class AnyresLayout(LayoutDefaults):
     """Images are cut into tiles that fill one run of tokens, or are one crop each.
 
     Raises:
@@ -140,16 +148,10 @@ class AnyresLayout:
     cfg: HookedVLMConfig
 
     has_newline = True
-    reads_token_types = False
 
     def __post_init__(self) -> None:
         if not self.cfg.image_pinpoints:
             raise ValueError("HookedVLMConfig: image_layout='anyres' needs image_pinpoints, its canvases.")
-
-    @property
-    def vision(self) -> VisionConfig:
-        assert self.cfg.vision is not None
-        return self.cfg.vision
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -163,9 +165,6 @@ class AnyresLayout:
     def ask(self, images: list[Any]) -> list[Any]:
         """Nest the images where a flat list would be prompts of one image each."""
         return [images] if images and self.cfg.tiles_single_images_only else images
-
-    def require_processor(self, processor: Any) -> None:
-        """Accept every processor: what it makes is checked by `arrange`."""
 
     def arrange(
         self,

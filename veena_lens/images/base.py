@@ -159,6 +159,37 @@ class ImageLayout(Protocol):
         ...
 
 
+class LayoutDefaults:
+    """What most layouts answer alike: no newline, no tensors beside the pixels, images as they come."""
+
+    cfg: HookedVLMConfig
+    has_newline = False
+    reads_token_types = False
+
+    @property
+    def vision(self) -> VisionConfig:
+        """Return the configuration of the vision tower."""
+        assert self.cfg.vision is not None
+        return self.cfg.vision
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of `image_keys`; no other tensor is read."""
+        return self.image_keys
+
+    @property
+    def image_keys(self) -> tuple[str, ...]:
+        """Return no names: pixel_values alone mean that there are images."""
+        return ()
+
+    def ask(self, images: list[Any]) -> list[Any]:
+        """Return the images as a flat list."""
+        return images
+
+    def require_processor(self, processor: Any) -> None:
+        """Accept every processor: what it makes is checked by `arrange`."""
+
+
 def cell_boxes(size: tuple[int, int], grid: Size) -> Float[Tensor, "cell 4"]:
     """Return (left, top, right, bottom) of the cells of a grid that covers a whole image, row by row.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veena_lens.config import HookedVLMConfig, VisionConfig
-from veena_lens.images.base import ArrangedBatch, Size, cell_boxes
+from veena_lens.images.base import ArrangedBatch, LayoutDefaults, Size, cell_boxes
 from veena_lens.inputs import MultimodalInputs
 
 
@@ -81,18 +81,12 @@ class DynamicImage:
 
 
 @dataclass(frozen=True, eq=False)
-class DynamicLayout:
+class DynamicLayout(LayoutDefaults):
     """Images have any size; their grids decide how many tokens they fill, and the positions of these."""
 
     cfg: HookedVLMConfig
 
-    has_newline = False
     reads_token_types = True
-
-    @property
-    def vision(self) -> VisionConfig:
-        assert self.cfg.vision is not None
-        return self.cfg.vision
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -102,9 +96,6 @@ class DynamicLayout:
     @property
     def image_keys(self) -> tuple[str, ...]:
         return "image_grid_thw", "pixel_values_videos", "video_grid_thw"
-
-    def ask(self, images: list[Any]) -> list[Any]:
-        return images
 
     def require_processor(self, processor: Any) -> None:
         for name in ("patch_size", "merge_size", "temporal_patch_size"):

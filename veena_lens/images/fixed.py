@@ -11,7 +11,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig, VisionConfig
-from veena_lens.images.base import ArrangedBatch, Size, count_image_tokens, crop_shape, has_crops, require_pixels
+from veena_lens.images.base import (
+    ArrangedBatch,
+    LayoutDefaults,
+    Size,
+    count_image_tokens,
+    crop_shape,
+    has_crops,
+    require_pixels,
+)
 from veena_lens.inputs import MultimodalInputs
 
 
@@ -69,32 +77,10 @@ class FixedImage:
 
 
 @dataclass(frozen=True, eq=False)
-class FixedLayout:
+class FixedLayout(LayoutDefaults):
     """Every image is one crop of one size and fills as many tokens as any other."""
 
     cfg: HookedVLMConfig
-
-    has_newline = False
-    reads_token_types = False
-
-    @property
-    def vision(self) -> VisionConfig:
-        assert self.cfg.vision is not None
-        return self.cfg.vision
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        return ()
-
-    @property
-    def image_keys(self) -> tuple[str, ...]:
-        return ()
-
-    def ask(self, images: list[Any]) -> list[Any]:
-        return images
-
-    def require_processor(self, processor: Any) -> None:
-        """Accept every processor: what it makes is checked by `arrange`."""
 
     def arrange(
         self,

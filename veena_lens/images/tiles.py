@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from veena_lens.config import HookedVLMConfig, VisionConfig
-from veena_lens.images.base import ArrangedBatch, Size, cell_boxes, crop_shape, has_crops
+from veena_lens.images.base import ArrangedBatch, LayoutDefaults, Size, cell_boxes, crop_shape, has_crops
 from veena_lens.inputs import MultimodalInputs
 
 
@@ -98,29 +98,14 @@ class TiledImage:
 
 
 @dataclass(frozen=True, eq=False)
-class TilesLayout:
+class TilesLayout(LayoutDefaults):
     """Tiles of an image are runs of tokens among text, and the whole view comes last."""
 
     cfg: HookedVLMConfig
 
-    has_newline = False
-    reads_token_types = False
-
-    @property
-    def vision(self) -> VisionConfig:
-        assert self.cfg.vision is not None
-        return self.cfg.vision
-
     @property
     def keys(self) -> tuple[str, ...]:
         return ("pixel_attention_mask",)
-
-    @property
-    def image_keys(self) -> tuple[str, ...]:
-        return ()
-
-    def ask(self, images: list[Any]) -> list[Any]:
-        return images
 
     def require_processor(self, processor: Any) -> None:
         side = processor.image_processor.max_image_size["longest_edge"]

@@ -42,9 +42,29 @@ def attention_site(cfg: HookedVLMConfig, item: Any, hook: str, heads: Sequence[i
     return f"blocks.{layer}.attn.{hook}"
 
 
-def _likeness(item: Any) -> str | None:
-    found = content(item)
-    return None if found is None else repr(found)
+class AttentionEdit(Intervention):
+    """An edit of scores or patterns: it acts from its queries to its keys, and edits of equal fields act alike."""
+
+    def edit(
+        self,
+        activation: Float[Tensor, "batch n_heads query_pos key_pos"],
+        at: Bool[Tensor, "batch query_pos"],
+        keys: Bool[Tensor, "batch key_pos"] | None = None,
+    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
+        """Return the edited scores or pattern, from the queries `at` to the `keys` (None: every key)."""
+        raise NotImplementedError(f"{type(self).__name__} has no edit().")
+
+    def edit_at(
+        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
+    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
+        """Return the edit at the keys of the place."""
+        return self.edit(activation, place.at, place.keys)
+
+    @property
+    def likeness(self) -> str | None:
+        """Return the fields of the edit; None where one is a mask or a region."""
+        found = content(self)
+        return None if found is None else repr(found)
 
 
 def places(
@@ -64,7 +84,7 @@ def places(
 
 
 @dataclass(frozen=True)
-class BoostAttention(Intervention):
+class BoostAttention(AttentionEdit):
     """Strengthen (or weaken) the attention of `heads` in `layer` from `queries` to `keys` by `factor`.
 
     heads: None for all. keys, queries: words, numbers, a slice, a mask, a Box or a Tile.
@@ -130,17 +150,6 @@ class BoostAttention(Intervention):
             boosted = activation * self.factor
         return torch.where(place, boosted, activation)
 
-    def edit_at(
-        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
-    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """Return the edit at the keys of the place."""
-        return self.edit(activation, place.at, place.keys)
-
-    @property
-    def likeness(self) -> str | None:
-        """Return the fields of the edit; None where one is a mask or a region."""
-        return _likeness(self)
-
     @property
     def changes_nothing(self) -> bool:
         """Return True for a factor of 1."""
@@ -158,7 +167,7 @@ class BoostAttention(Intervention):
 
 
 @dataclass(frozen=True)
-class KnockOutAttention(Intervention):
+class KnockOutAttention(AttentionEdit):
     """Cut the attention of `heads` in `layer` from `queries` to `keys`; the other weights are renormalised.
 
     heads: None for all. keys, queries: words, numbers, a slice, a mask, a Box or a Tile.
@@ -202,17 +211,6 @@ class KnockOutAttention(Intervention):
         place = places(self.heads, at, keys, activation.shape[1], activation.shape[-1])
         return torch.where(place, torch.finfo(activation.dtype).min / 2, activation)
 
-    def edit_at(
-        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
-    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """Return the edit at the keys of the place."""
-        return self.edit(activation, place.at, place.keys)
-
-    @property
-    def likeness(self) -> str | None:
-        """Return the fields of the edit; None where one is a mask or a region."""
-        return _likeness(self)
-
     def bias(
         self,
         at: Bool[Tensor, "batch query_pos"],
@@ -225,7 +223,7 @@ class KnockOutAttention(Intervention):
 
 
 @dataclass(frozen=True)
-class SuppressHeads(Intervention):
+class SuppressHeads(AttentionEdit):
     """Scale the output of those heads of `layer` that attend least to `keys`, query by query.
 
     Which heads these are follows from the pattern of the very pass that is edited. A head's output is its row of the
@@ -277,17 +275,6 @@ class SuppressHeads(Intervention):
         rank = mass.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
         quiet = (rank < n_quiet) & at[:, None] & keys.any(-1)[:, None, None]
         return torch.where(quiet[..., None], activation * self.factor, activation)
-
-    def edit_at(
-        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
-    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """Return the edit at the keys of the place."""
-        return self.edit(activation, place.at, place.keys)
-
-    @property
-    def likeness(self) -> str | None:
-        """Return the fields of the edit; None where one is a mask or a region."""
-        return _likeness(self)
 
     @property
     def changes_nothing(self) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,14 @@ from veena_lens.vision.qwen import DeepstackMerger
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
+
+
+class Output(NamedTuple):
+    """What `return_type="both"` returns: logits [batch pos d_vocab] and the loss."""
+
+    logits: Tensor
+    loss: Tensor
+
 
 Deepstack: TypeAlias = Mapping[int, Float[Tensor, "#batch pos d_model"]]
 ALL, LAST = slice(None), slice(-1, None)
@@ -114,7 +122,8 @@ def blocks_share(
         key_mask, n_past, rows = inputs.attention_mask, 0, model._edits.recorder
         if cache is not None:
             n_past = cache.length
-            key_mask = cache.extend_mask(key_mask if n_past == 0 else key_mask.new_ones(len(key_mask), n_new))
+            new = key_mask if n_past == 0 or span.is_prefill else key_mask.new_ones(len(key_mask), n_new)
+            key_mask = cache.extend_mask(new)
         if rows is not None:
             rows.begin(span)
     return Context(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from veena_lens.images.layout import image_runs, pack_features
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.edits import attention_biases, running
 from veena_lens.model.span import PassSpan
+from veena_lens.positions import as_int
 from veena_lens.vision.connector import TowerOutput
 from veena_lens.vision.qwen import DeepstackMerger
 
@@ -269,12 +270,13 @@ def next_token_targets(
     return tokens[:, 1:], counted[:, 1:] & real[:, :-1]
 
 
-def resolve_layer(layer: int | None, n_layers: int, what: str) -> int | None:
+def resolve_layer(layer: Any, n_layers: int, what: str) -> int | None:
     """Return a layer bound in 0 .. n_layers; negative ones count from the end.
 
-    Raises: ValueError when it is outside."""
+    Raises: ValueError when it is outside; TypeError when it is not an integer."""
     if layer is None:
         return None
+    layer = as_int(layer, what)
     resolved = layer + n_layers if layer < 0 else layer
     if not 0 <= resolved <= n_layers:
         raise ValueError(f"{what}={layer} is outside a model of {n_layers} layers.")

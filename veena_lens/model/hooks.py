@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.hook_table import aliases, canonical, hooks_of, require_hook, row_of
+from veena_lens.hook_table import aliases, axes_of, canonical, hooks_of, require_hook
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model.threads import Added, Turns, reset, without_blocks
 
@@ -146,7 +146,7 @@ class HookedRoot(HookedRootModule):
         self, fwd_hooks: Any, bwd_hooks: Any, reset_hooks_end: bool, clear_contexts: bool, keeps: bool = False
     ) -> Iterator[None]:
         """Add hooks inside the block; other threads wait for one with backward hooks, or raise where it `keeps`."""
-        resolved = [
+        resolved: list[tuple[Literal["fwd", "bwd"], str, Any]] = [
             (dir, full, checked(fn, full, dir))
             for dir, pairs in zip(DIRECTIONS, (fwd_hooks, bwd_hooks), strict=True)
             for name, fn in pairs
@@ -202,8 +202,7 @@ class HookedRoot(HookedRootModule):
         copies = any(p._forward_hooks for p in self.hook_dict.values())
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
-            row = row_of(str(hook.name))
-            axes = list(row.axis_names)
+            axes = list(axes_of(str(hook.name)))
             kept = tensor.detach()
             in_text = axes[0] == "batch"
             if in_text and position.mode != "identity":
@@ -248,7 +247,7 @@ class HookedRoot(HookedRootModule):
         Raises: ValueError for an unknown name."""
         if names_filter is None:
             table = hooks_of(self.cfg)
-            return [n for n in self._points.canonical_names if table[n].by_default]
+            return [n for n in self._points.canonical_names if n not in table or table[n].by_default]
         if isinstance(names_filter, str):
             return self._hook_names(names_filter)
         if callable(names_filter):

@@ -152,7 +152,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     def _placed(self, inputs: MultimodalInputs) -> MultimodalInputs:
         """Return the inputs on the model's device, knowing which tokens end an answer."""
-        return replace(inputs, end_token_ids=generation.end_tokens(self.generation_config)).to(self.embed.weight.device)
+        made = replace(inputs, end_token_ids=generation.end_tokens(self.generation_config))
+        return text.outside_inference(made.to(self.embed.weight.device))
 
     def as_inputs(
         self, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

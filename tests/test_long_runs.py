@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from veena_lens import long_runs
-from veena_lens.long_runs import Lines, Store, progress
+from veena_lens.long_runs import Lines, Store, progress, save_tensors, write_file
 
 EMBEDDED = "tiny-llava-emotion"
 
@@ -135,6 +135,46 @@ def test_what_was_kept_first_stays_whoever_comes_later(tmp_path: Path) -> None:
         return {"by": "me"}
 
     assert store.do("one", slow) == {"by": "the other"} == store.read("one")
+
+
+# --- files in one step --------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "report.html"
+    write_file(path, "first")
+    write_file(path, b"\xff\x00")
+    assert path.read_bytes() == b"\xff\x00"
+    save_tensors(tmp_path / "t.safetensors", {"x": torch.ones(2)}, {"a": "b"})
+    before = (tmp_path / "t.safetensors").read_bytes()
+
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(long_runs, "save_file", full)
+    with pytest.raises(OSError, match="is full; nothing that was there has changed. Free some space and run again"):
+        write_file(path, "second")
+    with pytest.raises(OSError, match="is full; nothing that was there has changed"):
+        save_tensors(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, {})
+    assert path.read_bytes() == b"\xff\x00" and (tmp_path / "t.safetensors").read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def save_often(path: Path, text: str) -> None:
+    for _ in range(200):
+        write_file(path, text)
+
+
+def test_processes_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    texts = [letter * 5000 for letter in "ab"]
+    workers = [context.Process(target=save_often, args=(tmp_path / "x.json", text)) for text in texts]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0] and (tmp_path / "x.json").read_text() in texts
 
 
 # --- progress and rows of a file ----------------------------------------------------------------------

@@ -105,7 +105,7 @@ class Store:
             self.folder = Path(folder) / self.experiment
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / "experiment.json").is_file():
-                write_text(self.folder / "experiment.json", text + "\n")
+                write_file(self.folder / "experiment.json", text + "\n")
 
     def under(self, name: str) -> Store:
         """Return a part of the same store, in a folder of this name."""
@@ -234,17 +234,21 @@ def _publish(part: Path, path: Path) -> bool:
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step, with its folder; what was there before is replaced, or kept where this fails.
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one step, with its folder; what was there before is replaced, or kept where this fails.
+
+    Args:
+        path: the file.
+        content: a text, written as UTF-8, or bytes.
 
     Raises: OSError that says how to go on, where the disk is full."""
     with _draft(path, "nothing that was there has changed") as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file in one step, as `write_text` does.
+    """Write a safetensors file in one step, as `write_file` does.
 
     Raises: OSError that says how to go on, where the disk is full."""
     with _draft(path, "nothing that was there has changed") as part:

@@ -38,7 +38,7 @@ from veena_lens.emotion.settings import Settings, preset
 from veena_lens.emotion.study import Study
 from veena_lens.fingerprints import fingerprint
 from veena_lens.interventions import Circuit
-from veena_lens.long_runs import write_text
+from veena_lens.long_runs import write_file
 
 if TYPE_CHECKING:
     from veena_lens.emotion.pairs.pair_set import PairSet
@@ -249,7 +249,7 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
     if mark.exists():
         try:
             before = json.loads(mark.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             before = error
         if not isinstance(before, dict):
             raise ValueError(
@@ -262,7 +262,7 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
                 f"{out} holds another run (other {', '.join(differ)}); choose another folder, or delete it."
             )
         return
-    write_text(mark, text)
+    write_file(mark, text)
 
 
 class _Clock:

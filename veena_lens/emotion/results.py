@@ -13,7 +13,7 @@ from typing import Any
 
 from veena_lens.emotion import tables
 from veena_lens.emotion.pipeline import VeenaRun
-from veena_lens.long_runs import write_text
+from veena_lens.long_runs import write_file
 
 FORMAT = "veena_lens.results/1"
 
@@ -80,7 +80,7 @@ def results_of(run: VeenaRun) -> dict[str, Any]:
 def save_results(run: VeenaRun, path: str | Path) -> Path:
     """Write results.json, replacing it in one step."""
     path = Path(path)
-    write_text(path, json.dumps(results_of(run), indent=1) + "\n")
+    write_file(path, json.dumps(results_of(run), indent=1) + "\n")
     return path
 
 

@@ -112,7 +112,7 @@ def _parts(value: Any) -> Any:
     if isinstance(value, type):
         return _class(value)
     if callable(value) and hasattr(value, "__wrapped__"):  # such as functools.lru_cache
-        return ["wrapped", fingerprint(value.__wrapped__)]
+        return ["wrapped", fingerprint(cast(Any, value).__wrapped__)]
     if isinstance(value, ModuleType):
         return _package(value.__name__)
     if dataclasses.is_dataclass(value):
@@ -122,7 +122,10 @@ def _parts(value: Any) -> Any:
         about = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
         return [*about, hashlib.sha256(cast(Any, value).tobytes()).hexdigest()]
     if hasattr(value, "backend_tokenizer"):  # a tokenizer of transformers; its state outside Rust differs between runs
-        return [type(value).__qualname__, hashlib.sha256(value.backend_tokenizer.to_str().encode()).hexdigest()]
+        return [
+            type(value).__qualname__,
+            hashlib.sha256(cast(Any, value).backend_tokenizer.to_str().encode()).hexdigest(),
+        ]
     return _object(value)
 
 
@@ -205,7 +208,7 @@ def _function(function: FunctionType) -> list[Any]:
     A function of an installed library is given by its name and the library's version."""
     made_in = function.__globals__.get("__name__")
     if hasattr(function, "__wrapped__") and made_in != function.__module__ and _library(made_in) is not None:
-        return fingerprint(function.__wrapped__)  # a library's decorator around the user's function
+        return fingerprint(cast(Any, function).__wrapped__)  # a library's decorator around the user's function
     if (library := _library(made_in)) is not None:
         cells = [fingerprint(part) for part in _cells(function)]
         return [*library, function.__qualname__, *cells, *map(fingerprint, _defaults(function))]

@@ -324,13 +324,15 @@ def build(shared: Shared) -> None:
     shared.pair = pair
 
     @report_errors
-    def preview(name: str, paths: list[str] | None) -> tuple[Any, Any]:
+    def preview(name: str, paths: list[str] | None, request: gr.Request) -> tuple[Any, Any]:
+        explorer.own(explorer.session(request.session_hash), paths)
         first, second = pair_of(name, paths, explorer.limits)
         word = gr.skip() if paths else name.split(",")[0]
         return thumbnails([(first.image, "first"), (second.image, "second")], 96), word
 
     @takes(explorer, Choices)
     def chosen(choices: Choices, session: Session) -> Iterator[tuple[Any, ...]]:
+        explorer.own(session, choices.uploads)
         yield from run(explorer, session, choices.settings(explorer.limits))
 
     @report_errors

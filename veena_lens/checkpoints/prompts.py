@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from veena_lens.images.files import open_image
+from veena_lens.images.files import read_image
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def prompts_of(
                 f"Row {i} has {n} image placeholders ({image_token!r}) and {len(row_images)} images: "
                 + ("give an image for each." if n > len(row_images) else "put one placeholder for each image.")
             )
-    return [Prompt(found, tuple(open_image(p) for p in row_images)) for found, row_images in rows]
+    return [Prompt(found, tuple(read_image(p) for p in row_images)) for found, row_images in rows]
 
 
 def _row(

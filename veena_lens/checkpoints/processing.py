@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from veena_lens.checkpoints.prompts import Prompt, prompts_of
+from veena_lens.checkpoints.prompts import Prompt, prompts_of, with_named_keywords
 from veena_lens.config import HookedVLMConfig
 from veena_lens.images.files import to_rgb
 from veena_lens.images.layout import arrange_images, layout_of, pixel_boxes
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 
 
+@with_named_keywords
 def prepare(
     processor: Any,
     cfg: HookedVLMConfig,

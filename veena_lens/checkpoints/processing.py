@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from veena_lens.checkpoints.prompts import Prompt, prompts_of
+from veena_lens.checkpoints.prompts import Prompt, prompts_of, with_named_keywords
 from veena_lens.config import HookedVLMConfig
+from veena_lens.images.files import to_rgb
 from veena_lens.images.layout import arrange_images, layout_of, pixel_boxes
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 
 
+@with_named_keywords
 def prepare(
     processor: Any,
     cfg: HookedVLMConfig,
@@ -36,8 +38,8 @@ def prepare(
         processor: the checkpoint's own processor, or tokenizer for text models.
         cfg: the model's configuration.
         text: a prompt or a list of prompts.
-        images: for one prompt an image (PIL or path) or several; for a list one entry per prompt, each an image or a
-            list of images.
+        images: for one prompt an image (PIL, a path, or what `read_image` takes) or several; for a list one entry per
+            prompt, each an image or a list of images.
         chat: whether the prompt is wrapped in the chat template.
         answer: a lead-in or teacher-forced answer; see `MultimodalInputs.with_answer`.
         messages: a conversation, or several, in Hugging Face's format instead of text.
@@ -85,7 +87,10 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt, cfg: HookedVLMConfi
     special = not (bos and prompt.text.startswith(bos))
     if processor is tokenizer:
         return tokenizer([prompt.text], return_tensors="pt", add_special_tokens=special)
-    images = layout_of(cfg).ask(list(prompt.images)) or None
+    # The processor's own conversion decides what transparent places show; without one, images must come in RGB.
+    converts = getattr(getattr(processor, "image_processor", None), "do_convert_rgb", False)
+    given = list(prompt.images) if converts else [to_rgb(image) for image in prompt.images]
+    images = layout_of(cfg).ask(given) or None
     try:
         return processor(text=[prompt.text], images=images, return_tensors="pt", add_special_tokens=special)
     except ValueError as error:

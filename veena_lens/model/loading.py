@@ -49,6 +49,7 @@ def from_hf(cls: type[HookedVLM], hf_model: Any, processor: Any, copy: bool, cas
     checkpoints.fill_from_state_dict(model, hf_model.state_dict(), adapter, cfg, copy=copy)
     if cfg.scales_embeddings:  # the factor as their model holds it, rounded to the dtype that it was made in
         model.embed.scale = float(hf_model.get_input_embeddings().embed_scale)
+    processor = checkpoints.complete_processor(processor, hf_model.config)
     return _finished(model, adapter, processor, getattr(hf_model, "generation_config", None))
 
 

@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens import checkpoints
 from veena_lens.activation_cache import ActivationCache
+from veena_lens.checkpoints.prompts import with_named_keywords
 from veena_lens.components.block import Block, Blocks, Embed, Unembed
 from veena_lens.components.hooks import heard, uncompiled
 from veena_lens.components.norms import make_norm
@@ -129,18 +130,17 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         return out
 
     # --- inputs ----------------------------------------------------------------------------------------
+    @with_named_keywords
     def prepare(
         self, text: Any = None, images: Any = None, *, chat: bool = True, answer: Any = None, messages: Any = None
     ) -> MultimodalInputs:
         """Make inputs of text and images, through the checkpoint's own processor.
 
-        text: a prompt or a list of prompts. images: for one prompt an image (PIL, path) or several; for a list of
-            prompts one list per prompt, or one image each.
+        text: a prompt or a list of them. images: of one prompt an image or several; of a list one list per prompt.
         chat: True wraps the prompt in the chat template; False takes it raw, holding the model's image token itself.
         answer: a lead-in or teacher-forced answer, with its span. messages: a conversation in Hugging Face's format
             instead of text.
-        Raises: ValueError for images that do not match their placeholders, no template, or a prompt too long.
-        """
+        Raises: ValueError for images that do not match their placeholders, no template, or a prompt too long."""
         made = checkpoints.prepare(self.processor, self.cfg, text, images, chat=chat, answer=answer, messages=messages)
         return self._placed(made)
 

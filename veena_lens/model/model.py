@@ -18,7 +18,9 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens import checkpoints
 from veena_lens.activation_cache import ActivationCache
+from veena_lens.checkpoints.prompts import with_named_keywords
 from veena_lens.components.block import Block, Blocks, Embed, Unembed
+from veena_lens.components.hooks import heard, uncompiled
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
@@ -33,6 +35,7 @@ from veena_lens.model.generation_settings import end_tokens
 from veena_lens.model.hooks import HookedRoot
 from veena_lens.model.span import PassSpan
 from veena_lens.model.text import TextInterface
+from veena_lens.model.threads import Turns
 from veena_lens.model.weights import StackedWeights
 from veena_lens.scores import Scores
 from veena_lens.vision import make_tower
@@ -55,7 +58,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         self.generation_config: Any = None
         self.adapter: Any = None
         self.device_map: dict[str, Any] | None = None
-        self._edits = edits.EditStack()
+        self._edits, self._turns = edits.EditStack(), Turns()
         if cfg.vision is not None and cfg.connector is not None:
             self.vision = make_tower(cfg.vision)
             self.connector = make_connector(cfg.connector)
@@ -143,18 +146,17 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         return out
 
     # --- inputs ----------------------------------------------------------------------------------------
+    @with_named_keywords
     def prepare(
         self, text: Any = None, images: Any = None, *, chat: bool = True, answer: Any = None, messages: Any = None
     ) -> MultimodalInputs:
         """Make inputs of text and images, through the checkpoint's own processor.
 
-        text: a prompt or a list of prompts. images: for one prompt an image (PIL, path) or several; for a list of
-            prompts one list per prompt, or one image each.
+        text: a prompt or a list of them. images: of one prompt an image or several; of a list one list per prompt.
         chat: True wraps the prompt in the chat template; False takes it raw, holding the model's image token itself.
         answer: a lead-in or teacher-forced answer, with its span. messages: a conversation in Hugging Face's format
             instead of text.
-        Raises: ValueError for images that do not match their placeholders, no template, or a prompt too long.
-        """
+        Raises: ValueError for images that do not match their placeholders, no template, or a prompt too long."""
         made = checkpoints.prepare(self.processor, self.cfg, text, images, chat=chat, answer=answer, messages=messages)
         return self._placed(made)
 
@@ -166,7 +168,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
 
     def _placed(self, inputs: MultimodalInputs) -> MultimodalInputs:
         """Return the inputs on the model's device, knowing which tokens end an answer."""
-        return replace(inputs, end_token_ids=end_tokens(self.generation_config)).to(self.embed.weight.device)
+        made = replace(inputs, end_token_ids=end_tokens(self.generation_config))
+        return text.outside_inference(made.to(self.embed.weight.device))
 
     def as_inputs(
         self,
@@ -189,6 +192,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         return text.as_inputs(self, input, attention_mask, position_ids, **how)
 
     # --- forward ---------------------------------------------------------------------------------------
+    @uncompiled
     def forward(
         self,
         input: Any,
@@ -208,13 +212,15 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         """Return logits [batch pos d_vocab], a loss or the residual stream that enters a block.
 
         input: prepared inputs, tokens [batch pos], raw text; with start_at_layer a residual [batch pos d_model].
-        return_type: "logits", "loss" (next-token loss over text targets), "both" (a named tuple), or None for nothing.
+        return_type: "logits", "loss" (next-token loss over text targets), "both" (a named tuple), or None: the
+            unembedding is left out.
         loss_per_token: the loss of each position instead of their mean.
         prepend_bos, padding_side: of raw text, as `to_tokens` takes them.
         start_at_layer: the block that `input` enters; `tokens` are then the inputs it came from, needed where
             positions, padding, a loss, or images whose tokens read each other in both directions matter.
         stop_at_layer: the block whose input is returned, 0 .. n_layers. attention_mask, position_ids: of bare tokens.
-        past_kv_cache: keys and values of earlier positions, a TransformerLensKeyValueCache of transformer_lens.cache.
+        past_kv_cache: keys and values of earlier positions, a TransformerLensKeyValueCache of
+            transformer_lens.cache.key_value_cache.
         Raises: ValueError for image tokens without images, or a context too long; TypeError for an unknown argument.
         """
         if unknown:
@@ -235,7 +241,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
             if stop is not None:
                 return forward.forward(self, span, entering=entering, stop=stop, cache=cache)
             if return_type is None:
-                forward.forward(self, span, entering=entering, stop=n, cache=cache)
+                forward.forward(self, span, entering=entering, unembeds=False, cache=cache)
                 return None
             logits = forward.forward(self, span, entering=entering, cache=cache)
         if return_type == "logits":
@@ -296,9 +302,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
 
     @property
     def is_untouched(self) -> bool:
-        """Return True where no hook is on a hook point, no intervention is in force and nobody records attention."""
-        hooked = any(p._forward_hooks or p._backward_hooks for p in self.hook_dict.values())
-        return not (hooked or self.interventions or self._edits.recorder)
+        """Return True where this thread has no hook on a hook point, no intervention and no recorder of attention."""
+        return not (any(map(heard, self.hook_dict.values())) or self.interventions or self._edits.recorder)
 
     @contextmanager
     def without_interventions(self) -> Iterator[HookedVLM]:

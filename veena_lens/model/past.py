@@ -1,7 +1,8 @@
 """Forward passes that go on from keys and values of an earlier one: HookedTransformer's `past_kv_cache`.
 
-The cache is transformer_lens's own (`transformer_lens.cache.TransformerLensKeyValueCache.init_cache(cfg, device, n)`)
-or any object of its form. A pass reads what it holds and, unless it is frozen, leaves its own keys and values behind.
+The cache is a `TransformerLensKeyValueCache` of `transformer_lens.cache.key_value_cache`, made by its
+`init_cache(model.cfg, model.cfg.device, n_rows)`, or any object of its form. A pass reads what it holds and, unless it
+is frozen, leaves its own keys and values behind.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def taken(model: HookedVLM, past: Any) -> Iterator[KVCache | None]:
         return
     if not hasattr(past, "entries") or not hasattr(past, "previous_attention_mask"):
         raise TypeError(
-            "past_kv_cache must be a TransformerLensKeyValueCache of transformer_lens.cache, not "
+            "past_kv_cache must be a TransformerLensKeyValueCache of transformer_lens.cache.key_value_cache, not "
             f"{type(past).__name__}."
         )
     if len(past.entries) != model.cfg.n_layers:

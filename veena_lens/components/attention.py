@@ -68,7 +68,13 @@ class Attention(nn.Module):
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     @uncompiled
-    def forward(self, inputs: AttentionInputs, context: Context) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, inputs: Any = None, context: Any = None, *other: Any, **named: Any) -> Tensor:
+        """Return [batch pos d_model], what attention adds; a block calls it with `AttentionInputs` and a `Context`."""
+        if other or named or not isinstance(inputs, AttentionInputs):
+            raise TypeError(
+                "Attention reads masks and positions of its block: model.blocks[l](resid) runs one alone, and "
+                "hooks at hook_q_input, hook_k_input and hook_v_input give its queries, keys and values other inputs."
+            )
         q = self.hook_q(self._project(self.q, inputs.shared, inputs.q))
         repeats = self.n_heads // self.n_kv if context.ungrouped else 1
         k = self.hook_k(self._project(self.k, inputs.shared, inputs.k, repeats))

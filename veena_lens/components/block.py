@@ -5,7 +5,7 @@ Also the token embedding and the unembedding; a tied unembedding reads the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -94,6 +94,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer, has_rotary), MLP(cfg)
         self.n_heads, self.n_kv = cfg.n_heads, cfg.n_key_value_heads
         self.layer, self.hook_resid_pre = layer, HookPoint()
+        self.alone: Callable[[Tensor], Context] | None = None  # what a block reads where it is called by itself
         # Features of inner tower layers join at the input of the first layers after layer 0.
         self.receives = 1 <= layer <= getattr(cfg, "n_deepstack", 0)
         if self.receives:
@@ -108,8 +109,12 @@ class Block(nn.Module):
 
     @uncompiled
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], context: Context
+        self, resid: Float[Tensor, "batch pos d_model"], context: Context | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
+        if context is None:
+            if self.alone is None:
+                raise TypeError("A block reads masks and positions: call it inside a model, or give it a Context.")
+            context = self.alone(resid)
         resid = self.hook_resid_pre(resid)
         if self.receives:
             resid = self.hook_deepstack(context.with_deepstack(self.layer, resid))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 
+@torch.inference_mode(False)  # parameters made in it take no gradient ever after
 def from_pretrained(
     cls: type[HookedVLM],
     name: str | Path,
@@ -37,6 +38,7 @@ def from_pretrained(
     return _finished(model, checkpoint.adapter, checkpoints.load_processor(checkpoint.path), generation_config)
 
 
+@torch.inference_mode(False)
 def from_hf(cls: type[HookedVLM], hf_model: Any, processor: Any, copy: bool, casts: str) -> HookedVLM:
     """Return a Hugging Face model in memory as a model: see `HookedVLM.from_hf`."""
     adapter = checkpoints.find_adapter(type(hf_model).__name__)

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from veena_lens.emotion.mer_unibench.archives import read_array_file
 from veena_lens.emotion.mer_unibench.data_sets import require_name
 from veena_lens.emotion.mer_unibench.loading import Sample
 from veena_lens.images.files import open_image
 
 FOLDER = "openface_face"
+MAX_FACES = 2**30  # bytes of one clip's faces: 28,000 of 112 x 112
 
 
 class NoFace(ValueError):
@@ -43,8 +45,8 @@ def read_faces(sample: Sample) -> tuple[np.ndarray, Path]:
     if path is None:
         raise NoFace(f"no face array of {sample.name!r} under {sample.folder / FOLDER}")
     try:
-        crops = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        crops = read_array_file(path, MAX_FACES, objects=False)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as an array: {error}. Use frames instead (faces=False).") from error
     if crops.shape[:1] == (0,):
         raise NoFace(f"{path.name} holds no face")

@@ -19,6 +19,7 @@ from veena_lens.checkpoints.files import bundled_path
 from veena_lens.emotion.pairs.checks import FIELDS, PairProblems, Placed, build
 from veena_lens.emotion.pairs.pair_set import NEUTRAL, Example, Pair, PairSet
 from veena_lens.images.files import read_image, to_rgb, upright
+from veena_lens.long_runs import write_file
 
 __all__ = [
     "Example",
@@ -305,7 +306,5 @@ def write_manifest(examples: Iterable[Example], path: str | Path) -> Path:
         path: of the manifest.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text("".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in examples), encoding="utf-8")
-    draft.replace(path)
+    write_file(path, "".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in examples))
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,8 @@ from veena_lens.app.explorer.state import Limits
 from veena_lens.app.view.panels import data_url
 from veena_lens.checkpoints.files import Picture, bundled_pictures
 from veena_lens.images.files import open_image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # decoders of further kinds need not meet a stranger's bytes
 
 
 def sample(file: str) -> Image.Image:
@@ -62,17 +65,25 @@ def open_upload(path: str, limits: Limits) -> GivenImage:
     if size > limits.upload_bytes:
         raise ValueError(f"{file.name} has {size:,} bytes; the limit here is {limits.upload_bytes:,}.")
     try:
-        with Image.open(file) as header:
-            pixels = header.width * header.height
-    except Exception:  # whatever a decoder says of broken bytes; open_image says it in our words
-        pixels = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            with Image.open(file, formats=FORMATS) as header:
+                pixels = header.width * header.height
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file.name} has too many pixels; the limit here is {limits.pixels:,}.") from error
+    except Exception as error:  # whatever a decoder says of broken bytes
+        reason = str(error).replace(str(file), file.name) or type(error).__name__
+        raise ValueError(f"{file.name} cannot be read as an image: {reason}. Give a PNG, JPEG or WebP.") from error
     if pixels > limits.pixels:
         raise ValueError(f"{file.name} has {pixels:,} pixels; the limit here is {limits.pixels:,}. Shrink it first.")
     try:
         image = open_image(file)
-    except (ValueError, FileNotFoundError) as error:
-        reason = str(error).replace(str(file), file.name)
-        raise ValueError(f"{reason} Give a PNG, JPEG or WebP.") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).replace(str(file), file.name) or type(error).__name__
+        named = reason if file.name in reason else f"{file.name} cannot be read as an image: {reason}"
+        raise ValueError(f"{named.rstrip('.')}. Give a PNG, JPEG or WebP.") from error
     return GivenImage(image=image, name=file.name, is_sample=False)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict
     from veena_lens.checkpoints.loading import (
         Checkpoint,
+        complete_processor,
         load_generation_config,
         load_processor,
         open_checkpoint,
@@ -29,7 +30,8 @@ _HOMES = homes_of(
     {
         "files": "bundled_names bundled_pairs bundled_path bundled_pictures",
         "filling": "fill_from_files fill_from_state_dict",
-        "loading": "Checkpoint load_generation_config load_processor open_checkpoint save_pretrained to_hf_state_dict",
+        "loading": "Checkpoint complete_processor load_generation_config load_processor open_checkpoint "
+        "save_pretrained to_hf_state_dict",
         "lora": "base_of is_lora_folder open_lora",
         "processing": "inputs_from_hf pad_token_of prepare",
         "registry": "all_adapters find_adapter",
@@ -43,6 +45,7 @@ __all__ = [
     "bundled_pairs",
     "bundled_path",
     "bundled_pictures",
+    "complete_processor",
     "fill_from_files",
     "fill_from_state_dict",
     "find_adapter",

@@ -11,7 +11,7 @@ import pytest
 
 from tests.emotion.mer_unibench.synthetic import Made, names_of, place_of, write_labels
 from veena_lens.emotion.mer_unibench import SETS, check_root, find_set, load_benchmark, load_set
-from veena_lens.emotion.mer_unibench.data_sets import read_array, read_dict
+from veena_lens.emotion.mer_unibench.archives import read_array, read_dict
 
 KEYS = [info.key for info in SETS]
 few = pytest.mark.filterwarnings("ignore:.*published test part")

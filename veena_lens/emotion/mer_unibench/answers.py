@@ -7,21 +7,14 @@ one, the extracted one is read and the notes say so.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, Literal
 
-import numpy as np
-
-from veena_lens.emotion.mer_unibench.data_sets import (
-    array_names,
-    find_set,
-    parse_array,
-    read_array,
-    read_dict,
-    read_rows,
-)
+from veena_lens.emotion.mer_unibench.archives import array_names, read_array, read_array_file, read_dict
+from veena_lens.emotion.mer_unibench.data_sets import find_set, read_rows
 from veena_lens.long_runs import json_rows
 
 Content = Literal["raw", "labels", "sentiment"]
@@ -119,31 +112,46 @@ def _read(path: Path) -> tuple[Content, dict[str, str], dict[str, Any] | None]:
 def _read_npz(path: Path) -> tuple[Content, dict[str, str]]:
     names = array_names(path)
     if "name2reason" in names:
-        return "raw", {str(name): str(answer) for name, answer in read_dict(path, "name2reason").items()}
+        return "raw", _texts(path, list(read_dict(path, "name2reason").items()))
     if not {"filenames", "fileitems"} <= set(names):
         raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}; expected {FORMATS}.")
     keys, items = read_array(path, "filenames"), read_array(path, "fileitems")
     if keys.ndim != 1 or keys.shape != items.shape:
         raise ValueError(f"{path}: filenames {keys.shape} and fileitems {items.shape} must be of one length.")
     content: Content = "sentiment" if path.stem.endswith(SENTIMENT) else "labels"
-    return content, {str(key): str(item) for key, item in zip(keys.tolist(), items.tolist())}
+    return content, _texts(path, list(zip(keys.tolist(), items.tolist(), strict=True)))
+
+
+def _texts(path: Path, pairs: Sequence[tuple[Any, Any]]) -> dict[str, str]:
+    """Return answers by name. Raises: ValueError for what is not a text, or a name that comes twice."""
+    found: dict[str, str] = {}
+    for name, answer in pairs:
+        if not isinstance(name, str) or not isinstance(answer, str):
+            raise ValueError(
+                f"{path}: names and answers must be texts; found {short_repr(name)} with {short_repr(answer)}."
+            )
+        if str(name) in found:
+            raise ValueError(f"{path}: two answers of {short_repr(name)}; keep one.")
+        found[str(name)] = str(answer)
+    return found
 
 
 def _read_csv(path: Path) -> tuple[Content, dict[str, str]]:
     try:
-        return "labels", {row["name"]: row["openset"] for row in read_rows(path, ("name", "openset"))}
+        rows, content, column = read_rows(path, ("name", "openset")), "labels", "openset"
     except ValueError:
-        return "raw", {row["name"]: row["reason"] for row in read_rows(path, ("name", "reason"))}
+        rows, content, column = read_rows(path, ("name", "reason")), "raw", "reason"
+    return content, _texts(path, [(row["name"], row[column]) for row in rows])
 
 
 def _read_folder(path: Path) -> dict[str, str]:
     """Read `<name>.npy` files, each an array of one text."""
     found = {}
     for file in sorted(path.glob("*.npy")):
-        array = parse_array(file.read_bytes(), str(file))
+        array = read_array_file(file)
         if array.size != 1:
             raise ValueError(f"{file}: expected one text, found an array of shape {array.shape}.")
-        found[file.stem] = str(np.ravel(array)[0])
+        (found[file.stem],) = _texts(file, [(file.stem, array.item())]).values()
     if not found:
         raise ValueError(f"The folder {path} holds no <name>.npy; expected {FORMATS}.")
     return found
@@ -154,7 +162,7 @@ def _read_lines(path: Path) -> tuple[Content, dict[str, str], dict[str, Any] | N
 
     A row holds name and answer, labels or sentiment, the same for all. Raises: ValueError with the line's number.
     """
-    run, values, content = None, {}, None
+    run, values, content = None, [], None
     for number, row in enumerate(json_rows(path), start=1):
         if number == 1 and isinstance(row.get("run"), dict):
             run = row["run"]
@@ -166,6 +174,8 @@ def _read_lines(path: Path) -> tuple[Content, dict[str, str], dict[str, Any] | N
                 f"{', '.join(row)}."
             )
         content, value = field, row[field]
-        values[str(row["name"])] = value if isinstance(value, str) else "[" + ", ".join(map(str, value)) + "]"
+        if isinstance(value, list) and all(isinstance(word, str) for word in value):
+            value = f"[{', '.join(value)}]"
+        values.append((row["name"], value))
     kinds: dict[str | None, Content] = {"sentiment": "sentiment", "labels": "labels"}
-    return kinds.get(content, "raw"), values, run
+    return kinds.get(content, "raw"), _texts(path, values), run

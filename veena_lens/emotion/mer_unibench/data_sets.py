@@ -1,123 +1,24 @@
-"""Describe the nine sets of MER-UniBench (`sets.toml`), and read labels from numpy archives without trusting them.
+"""Describe the nine sets of MER-UniBench (`sets.toml`), and read their labels.
 
-A pickle can call any function it names. Label and answer files need four names of numpy; an unpickler that knows no
-other reads them and refuses the rest. Labels are checked value by value, in the order of the file.
+Labels are checked value by value, in the order of the file; `archives` reads the arrays that hold them.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import math
-import pickle
 import tomllib
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib import import_module
-from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
+from reprlib import repr as short_repr
 from typing import Any, Literal
 
-import numpy as np
-from numpy.lib import format as npy
-
+from veena_lens.emotion.mer_unibench.archives import array_names, read_dict
+from veena_lens.emotion.mer_unibench.archives import read_array as read_array
 from veena_lens.emotion.words.lexicon import string_to_list
-
-# numpy 2 has renamed its core.
-multiarray = import_module("numpy._core.multiarray" if find_spec("numpy._core") else "numpy.core.multiarray")
-
-_CORES = ("numpy.core.multiarray", "numpy._core.multiarray")
-_ALLOWED: dict[tuple[str, str], Any] = {("numpy", "dtype"): np.dtype, ("numpy", "ndarray"): np.ndarray}
-_ALLOWED |= {(core, name): getattr(multiarray, name) for core in _CORES for name in ("_reconstruct", "scalar")}
-
-
-class RefusedPickle(ValueError):
-    """A pickle that names something other than numpy's arrays and scalars."""
-
-
-class _NumpyUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Return one of the few names an array needs; every other is refused before it is imported."""
-        if (module, name) not in _ALLOWED:
-            raise RefusedPickle(f"names {module}.{name}")
-        return _ALLOWED[module, name]
-
-
-def array_names(path: Path) -> list[str]:
-    """Return the names of the arrays in an npz file. Raises: ValueError for a file that is not one."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no npz file ({error}); copy or download it again.") from error
-
-
-def read_array(path: Path, name: str) -> np.ndarray:
-    """Read one array of an npz file; objects are read by the restricted unpickler.
-
-    Args:
-        path: the npz file.
-        name: the array's name in it.
-
-    Raises: ValueError for a lost array (naming those there are), a damaged file, or a pickle that names anything but
-    numpy's arrays and scalars.
-    """
-    known = array_names(path)
-    if name not in known:
-        raise ValueError(f"{path} has no array {name!r}; it has: {', '.join(known)}.")
-    with zipfile.ZipFile(path) as archive:
-        return parse_array(archive.read(f"{name}.npy"), f"{path}, array {name!r}")
-
-
-def parse_array(content: bytes, where: str) -> np.ndarray:
-    """Return the array in the bytes of an npy file.
-
-    Args:
-        content: the bytes.
-        where: what messages call the file.
-
-    Raises: ValueError, as `read_array`.
-    """
-    file = io.BytesIO(content)
-    try:
-        version = npy.read_magic(file)
-        read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read_header(file)
-        if not dtype.hasobject:
-            return npy.read_array(io.BytesIO(content), allow_pickle=False)
-        array = _NumpyUnpickler(file).load()
-    except RefusedPickle as error:
-        raise RefusedPickle(
-            f"{where}: the pickle {error}, and only numpy arrays and scalars are read. Do not use this file unless you "
-            "know where it comes from."
-        ) from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where}: damaged ({error}); copy or download it again.") from error
-    if not isinstance(array, np.ndarray) or array.shape != shape:
-        raise ValueError(f"{where}: the header says an array of shape {shape}, the content is another.")
-    return array
-
-
-def read_dict(path: Path, name: str) -> dict[Any, Any]:
-    """Read the dictionary in a 0-dimensional object array of an npz file.
-
-    Args:
-        path: the npz file.
-        name: the array's name in it.
-
-    Raises: ValueError, naming what is there.
-    """
-    array = read_array(path, name)
-    if array.shape != () or array.dtype != object or not isinstance(array.item(), dict):
-        raise ValueError(
-            f"{path}, array {name!r}: expected one dictionary in a 0-dimensional object array, found shape "
-            f"{array.shape}, dtype {array.dtype}."
-        )
-    return array.item()
-
 
 Truth = str | float
 
@@ -141,7 +42,10 @@ def read_labels(folder: Path, info: SetInfo) -> dict[str, Truth]:
             f"{path} has no array {info.array!r} (the test labels of {info.title}); it has: "
             f"{', '.join(array_names(path))}. Another label file of the set may be in its place."
         )
-    found = {str(name): value for name, value in read_dict(path, info.array).items()}
+    whole = read_dict(path, info.array)
+    found = {str(name): value for name, value in whole.items()}
+    if len(found) != len(whole):
+        raise ValueError(f"{path}, array {info.array!r}: a name stands there twice, as a text and as a number.")
     if info.session:
         found = {name: value for name, value in found.items() if name[4:5] == info.session}
     return {name: _truth(path, info, require_name(path, name), value) for name, value in found.items()}
@@ -193,7 +97,9 @@ def _open_labels(path: Path) -> dict[str, Truth]:
 def _truth(path: Path, info: SetInfo, name: str, value: Any) -> Truth:
     field = "val" if info.kind == "sentiment" else "emo"
     if not isinstance(value, Mapping) or field not in value:
-        raise ValueError(f"{path}: {name!r} has no field {field!r}, which {info.title} needs; it holds {value!r}.")
+        raise ValueError(
+            f"{path}: {name!r} has no field {field!r}, which {info.title} needs; it holds {short_repr(value)}."
+        )
     label = value[field]
     if info.kind == "sentiment":
         if _is_number(label, Real) and math.isfinite(label) and abs(label) <= info.bound:
@@ -207,7 +113,7 @@ def _truth(path: Path, info: SetInfo, name: str, value: Any) -> Truth:
         if isinstance(label, str) and str(label) in info.classes:
             return str(label)
         expected = f"one of {', '.join(info.classes)}"
-    raise ValueError(f"{path}: {field} of {name!r} is {label!r}; {info.title} has {expected}.")
+    raise ValueError(f"{path}: {field} of {name!r} is {short_repr(label)}; {info.title} has {expected}.")
 
 
 def _is_number(value: Any, kind: type) -> bool:
@@ -220,7 +126,7 @@ def _lost(path: Path, info: SetInfo) -> str:
     for other in sorted(path.parent.glob("*.npz")):
         try:
             others.append(f"{other.name} with {', '.join(array_names(other))}")
-        except ValueError:
+        except (ValueError, OSError):
             others.append(f"{other.name}, unreadable")
     there = f" There is {'; '.join(others)}." if others else ""
     return f"No labels of {info.title}: {path} ({wanted}) does not exist.{there} To get the set: {info.source}."

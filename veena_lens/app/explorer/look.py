@@ -11,7 +11,7 @@ import gradio as gr
 
 from veena_lens.app.explorer.directions import Direction
 from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box, table_files, view_slot, view_value
-from veena_lens.app.explorer.pictures import GivenImage, chosen, open_sample, samples, thumbnails
+from veena_lens.app.explorer.pictures import GivenImage, chosen, open_sample, require_processable, samples, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
 from veena_lens.app.explorer.state import Explorer, Session, reading, report_errors, size, takes
 from veena_lens.app.questions import FEELING
@@ -72,11 +72,13 @@ def ask(
             f"The question has {len(prompt):,} characters; the limit here is {limits.prompt_characters:,}."
         )
     with explorer.using(name) as model:
+        require_processable(model, pictures, limits)
         inputs = model.prepare(text=prompt, images=[p.image for p in pictures] or None)
         steps = model.generate_stream(inputs, max_new_tokens=min(max_new_tokens, limits.new_tokens))
     text = ""
     while True:
-        with explorer.using(name):
+        # The model that began: where it was replaced in the meantime, a view may still use it.
+        with explorer.alone(model):
             piece = next(steps, None)
         text += piece or ""
         answered = inputs.with_answer(text) if text else inputs

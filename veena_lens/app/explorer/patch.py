@@ -28,7 +28,7 @@ from veena_lens.app.explorer.parts import (
     table_files,
     view_value,
 )
-from veena_lens.app.explorer.pictures import GivenImage, open_upload, thumbnails
+from veena_lens.app.explorer.pictures import GivenImage, open_upload, require_processable, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
 from veena_lens.app.explorer.state import Explorer, Limits, Session, report_errors, size, takes
 from veena_lens.app.questions import LIST
@@ -154,6 +154,8 @@ def check(explorer: Explorer, settings: SweepSettings) -> tuple[Plan, str]:
 
     Raises: TooLarge, with the estimate and a smaller sweep; ValueError for one that cannot be."""
     with explorer.using(settings.model) as model:
+        for picture in (settings.clean, settings.corrupted):
+            require_processable(model, [picture], explorer.limits)
         planned = effects(model, settings, plan_only=True)
         plan: Plan = planned.value
         limit = explorer.limits.sweep_bytes

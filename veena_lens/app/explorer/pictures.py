@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -16,6 +17,10 @@ from veena_lens.app.explorer.state import Limits
 from veena_lens.app.view.panels import data_url
 from veena_lens.checkpoints.files import Picture, bundled_pictures
 from veena_lens.images.files import open_image
+from veena_lens.images.resizing import processed_pixels
+
+if TYPE_CHECKING:
+    from veena_lens import HookedVLM
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # decoders of further kinds need not meet a stranger's bytes
 
@@ -94,6 +99,22 @@ def chosen(uploads: Sequence[str] | None, sample: str | None, limits: Limits) ->
             raise ValueError(f"{len(uploads)} images were given; the limit here is {limits.images}.")
         return [open_upload(path, limits) for path in uploads]
     return [open_sample(sample)] if sample else []
+
+
+def require_processable(model: HookedVLM, pictures: Sequence[GivenImage], limits: Limits) -> None:
+    """Check what a model's processor would make of a prompt's images, before it does: a narrow strip becomes large.
+
+    Raises: ValueError for more pixels than twice the limit, which a photograph that is padded to a square may reach."""
+    processor = None if model.cfg.vision is None else getattr(model.processor, "image_processor", None)
+    most = 2 * max(limits.pixels, Limits().pixels)
+    for picture in pictures if processor is not None else ():
+        width, height = picture.image.size
+        made = processed_pixels(model.cfg, processor, (height, width), is_among_several=len(pictures) > 1)
+        if made > most:
+            raise ValueError(
+                f"{picture.name} of {width} x {height} pixels becomes {made:,} in the model's processor; the limit "
+                f"here is {most:,}. Crop it to a less extreme shape."
+            )
 
 
 def thumbnails(pictures: Sequence[tuple[Image.Image, str]], width: int = 120) -> str:

@@ -224,11 +224,11 @@ class Explorer:
             raise ValueError(f"No model {name!r} here; there are: {', '.join(self.names) or 'none'}.")
         with self._locks[name]:
             model = self._loaded(name)
-            with self._alone(model):
+            with self.alone(model):
                 yield model
 
     @contextmanager
-    def _alone(self, model: HookedVLM) -> Iterator[None]:
+    def alone(self, model: HookedVLM) -> Iterator[None]:
         """Hold a model's lock, also that of one that was replaced in the meantime."""
         with self._guard:
             lock = self._busy.setdefault(model, threading.RLock())
@@ -331,15 +331,10 @@ class Explorer:
         model = getattr(view.runs[0], "model", None)
         if model is None:  # a cache
             return view.maps(asked)
-        with self._alone(model):
+        with self.alone(model):
             return view.maps(asked)
 
 
 def clean(model: Any) -> None:
     """Take every hook off a model; interventions end with their own blocks."""
     model.reset_hooks(including_permanent=True)
-
-
-def is_clean(model: Any) -> bool:
-    """Return True where nothing is left on a model."""
-    return model.is_untouched

@@ -21,7 +21,7 @@ from veena_lens.app.explorer import directions, own_pairs
 from veena_lens.app.explorer.directions import BEGUN, FELT, LISTED, Direction, DirectionSettings
 from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box
-from veena_lens.app.explorer.pictures import GivenImage, chosen, samples, thumbnails
+from veena_lens.app.explorer.pictures import GivenImage, chosen, require_processable, samples, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
 from veena_lens.app.explorer.state import Explorer, Session, reading, report_errors, takes
 from veena_lens.app.questions import FEELING
@@ -212,6 +212,7 @@ def steer(
     if not question.strip():
         raise ValueError("Write a question first.")
     with explorer.using(name) as loaded:
+        require_processable(loaded, [image], explorer.limits)
         model = model_of(loaded, name)
         answers = make("before, after", answers_about_image, model, circuit, image.made, question)
         rates = make("rate_before, rate_after", rates_on_faces, model, circuit, wanted, FEELING)

@@ -81,12 +81,18 @@ def _row(
 
 
 def _templated(processor: Any, messages: Sequence[Any]) -> str:
-    """Return the conversation in the checkpoint's template. Raises: ValueError without a template."""
+    """Return the conversation in the checkpoint's template. Raises: ValueError without a template that works."""
     tokenizer = getattr(processor, "tokenizer", processor)
     owner = processor if getattr(processor, "chat_template", None) else tokenizer
     if not getattr(owner, "chat_template", None):
         raise ValueError("This checkpoint has no chat template; use chat=False and write the whole prompt yourself.")
-    return owner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        return owner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a program of the checkpoint, which its sandbox may stop
+        raise ValueError(
+            f"The chat template of this checkpoint cannot be applied: {type(error).__name__}: {error}. Use chat=False "
+            "and write the whole prompt yourself."
+        ) from error
 
 
 def _from_messages(processor: Any, messages: Any, images: Any) -> list[tuple[str, list[Any]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from model_adapters.reading import activation, refuse_unread, rope
+from model_adapters.reading import activation, longest_context, refuse_unread, rope
 from veena_lens.config import HookedVLMConfig
 from veena_lens.weight_map import WeightMap
 
@@ -71,7 +71,7 @@ def decoder_fields(config: Any, root: Any = None, harmless: Sequence[str] = ()) 
         gated_mlp=True,
         qk_norm=kind in NORMED,
         d_vocab=config.vocab_size,
-        n_ctx=config.max_position_embeddings,
+        n_ctx=longest_context(config),
         rope=rope(config),
         tie_word_embeddings=bool(root.tie_word_embeddings),
         sliding_windows=sliding_windows(config),

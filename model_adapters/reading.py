@@ -21,6 +21,13 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
 }
+# What each scaling rule of rotary positions needs.
+ROPE_NUMBERS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 # Fields of every config class that do not affect a forward pass: book-keeping, initialisation, training.
 HARMLESS = frozenset(
     """
@@ -90,8 +97,15 @@ def rope(config: Any, parameters: Mapping[str, Any] | None = None) -> RopeConfig
     given.pop("partial_rotary_factor", None)
     if kind in ("yarn", "llama3"):
         given.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    if kind == "dynamic":  # the only length that Hugging Face knows here
+        given["original_max_position_embeddings"] = config.max_position_embeddings
     if kind == "yarn" and given.get("factor") is None:
         given["factor"] = config.max_position_embeddings / given["original_max_position_embeddings"]
+    missing = [name for name in ROPE_NUMBERS.get(kind, ()) if given.get(name) is None]
+    if missing:
+        raise ValueError(f"rope_parameters of type {kind!r} lack {', '.join(missing)}.")
+    if given.get("factor") is not None and given["factor"] <= 0:
+        raise ValueError(f"rope_parameters: factor={given['factor']} must be positive.")
     return RopeConfig(
         theta=float(theta),
         rope_type=kind,
@@ -99,3 +113,18 @@ def rope(config: Any, parameters: Mapping[str, Any] | None = None) -> RopeConfig
         sections=tuple(sections) if sections else None,
         interleaved=interleaved,
     )
+
+
+def longest_context(config: Any) -> int:
+    """Return the longest context of a text config in tokens, as far as its scaling of rotary positions reaches.
+
+    `max_position_embeddings` is the trained length, which the factor stretches, unless the rule names another one:
+    then it may be the stretched length already, and llama3 always means it so."""
+    stated, given = config.max_position_embeddings, config.rope_parameters or {}
+    kind, factor = given.get("rope_type", "default"), given.get("factor")
+    trained = given.get("original_max_position_embeddings") or stated
+    if kind == "dynamic":
+        trained = stated
+    if kind == "default" or factor is None or (kind == "llama3" and trained != stated):
+        return stated
+    return max(stated, int(trained * factor))

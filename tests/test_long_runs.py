@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import multiprocessing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
-from tests.emotion.asked import bundled, examples
 from veena_lens import long_runs
-from veena_lens.emotion import AnswerPosition
-from veena_lens.emotion.enhance.veena import vee
-from veena_lens.emotion.methods import Method
-from veena_lens.emotion.pairs.pair_set import Example
-from veena_lens.interventions import BoostAttention, Steer
-from veena_lens.long_runs import Lines, Store, digest, fingerprint, progress
-from veena_lens.sweeps.metrics import project, soft_hit
+from veena_lens.long_runs import Lines, Store, progress, save_tensors, write_file
 
 EMBEDDED = "tiny-llava-emotion"
 
@@ -60,7 +50,13 @@ def test_a_damaged_file_is_done_again_and_a_full_disk_says_so(tmp_path: Path, mo
     (path,) = tmp_path.glob("*/*.safetensors")
     whole = path.read_bytes()
     changed = whole[:-1] + bytes([whole[-1] ^ 1])  # a bit that fell over on the disk
-    for n, damaged in enumerate((whole[:20], whole[:-1], b"", changed), start=2):
+    store.do("other", lambda: {"n": 99, "x": torch.tensor([9.0])})
+    another = Store(tmp_path, {"another": "experiment"})
+    another.do("one", lambda: {"n": 98, "x": torch.tensor([8.0])})
+    assert store.folder is not None and another.folder is not None
+    replaced = [(folder / name).read_bytes() for folder, name in (
+        (store.folder, "other.safetensors"), (another.folder, "one.safetensors"))]  # fmt: skip
+    for n, damaged in enumerate((whole[:20], whole[:-1], b"", changed, *replaced), start=2):
         path.write_bytes(damaged)
         store.do("one", counted(calls))
         assert len(calls) == n and Store(tmp_path, {}).do("one", counted(calls))["n"] == n
@@ -141,89 +137,44 @@ def test_what_was_kept_first_stays_whoever_comes_later(tmp_path: Path) -> None:
     assert store.do("one", slow) == {"by": "the other"} == store.read("one")
 
 
-# --- names by content ---------------------------------------------------------------------------------
+# --- files in one step --------------------------------------------------------------------------------
 
 
-def own(scale: float) -> Any:
-    return lambda logits: scale * logits[:, 0]
+def test_a_file_is_replaced_whole_or_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "new" / "report.html"
+    write_file(path, "first")
+    write_file(path, b"\xff\x00")
+    assert path.read_bytes() == b"\xff\x00"
+    save_tensors(tmp_path / "t.safetensors", {"x": torch.ones(2)}, {"a": "b"})
+    before = (tmp_path / "t.safetensors").read_bytes()
+
+    def full(*given: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(long_runs, "save_file", full)
+    with pytest.raises(OSError, match="is full; nothing that was there has changed. Free some space and run again"):
+        write_file(path, "second")
+    with pytest.raises(OSError, match="is full; nothing that was there has changed"):
+        save_tensors(tmp_path / "t.safetensors", {"x": torch.zeros(2)}, {})
+    assert path.read_bytes() == b"\xff\x00" and (tmp_path / "t.safetensors").read_bytes() == before
+    assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize(
-    ("a", "b"),
-    [
-        (own(1.0), own(2.0)),
-        (lambda x: x[:, 0] + 1, lambda x: x[:, 0] + 2),
-        (project("blocks.0.hook_resid_post", torch.ones(9)), project("blocks.0.hook_resid_post", torch.ones(9) + 1e-7)),
-        (soft_hit([1], [[2]]), soft_hit([1], [[3]])),
-        (functools.partial(max, 1), functools.partial(max, 2)),
-        (torch.zeros(2), torch.zeros(2, dtype=torch.float64)),
-        (torch.tensor(1.0), torch.tensor(2.0)),
-        (torch.arange(2000).numpy(), torch.arange(2000).flip(0).numpy()),
-        ({"a": [1, slice(0, 3)]}, {"a": [1, slice(0, 4)]}),
-    ],
-)
-def test_other_contents_have_other_fingerprints(a: Any, b: Any) -> None:
-    assert fingerprint(a) == fingerprint(a)
-    assert fingerprint(a) != fingerprint(b) and digest(a) != digest(b)
+def save_often(path: Path, text: str) -> None:
+    for _ in range(200):
+        write_file(path, text)
 
 
-def test_equal_functions_made_twice_are_the_same_metric() -> None:
-    assert fingerprint(own(2.0)) == fingerprint(own(2.0))
-
-
-def test_an_example_is_named_by_its_picture_s_content_and_its_prompt(tmp_path: Path) -> None:
-    path = examples()[0].picture
-    copy = tmp_path / "elsewhere.png"
-    copy.write_bytes(Path(path).read_bytes())
-
-    def key(picture: Any, question: str = "How?", **more: Any) -> str:
-        return fingerprint(Example(picture=picture, emotion="happy", question=question, **more))
-
-    assert key(path) == key(str(path)) == key(copy) != key(examples()[1].picture)
-    assert key(path) != key(path, "Why?") and key(path) != key(path, context="Alas.", context_emotion="sad")
-    with Image.open(path) as opened:
-        one, other = opened.convert("RGB"), opened.convert("RGB")
-    assert one is not other and key(one) == key(other), "two copies in memory are one picture"
-    assert fingerprint(one) == fingerprint(other)
-    other.putpixel((0, 0), (1, 2, 3))
-    assert key(one) != key(other) and fingerprint(one) != fingerprint(other)
-    copy.write_bytes(Path(examples()[1].picture).read_bytes())
-    assert key(copy) != key(path), "a file that changed is another picture"
-
-
-def test_a_method_is_named_by_what_it_does() -> None:
-    a, b = torch.randn(4, generator=torch.Generator().manual_seed(0)), torch.ones(4)
-    one = Method(name="one", interventions=vee([(1, 2)], 3.0), settings={"x": 1})
-    assert fingerprint(one) == fingerprint(Method(name="two", interventions=list(vee([(1, 2)], 3.0))))
-    others = [vee([(1, 3)], 3.0), vee([(1, 2)], 2.0), [Steer(1, a)], [Steer(1, b)], [Steer(1, b, 2.0)], []]
-    keys = [digest(Method(name="one", interventions=x)) for x in others]
-    assert len({*keys, digest(one)}) == 7
-    long = [BoostAttention(1, heads=list(range(20))), BoostAttention(1, heads=[*range(9), 10, *range(10, 20)])]
-    assert fingerprint(long[0]) != fingerprint(long[1]), "a repr would show both alike"
-    for named in (
-        Method(name="m", prompt=str.upper, settings={"k": 1}),
-        Method(name="m", interventions=lambda model, inputs: [], settings={"k": 1}),
-        Method(name="m", interventions=[SimpleNamespace()], settings={"k": 1}),
-    ):
-        assert fingerprint(named) == ["m", {"k": 1}]
-
-
-def test_a_model_is_another_once_any_of_its_weights_is() -> None:
-    from veena_lens import HookedVLM
-
-    model = HookedVLM.from_pretrained(EMBEDDED)
-    key = fingerprint(model)
-    assert key == fingerprint(bundled(EMBEDDED)) and key == fingerprint(model)
-    with torch.no_grad():
-        model.blocks[3].attn.q.weight[0] += 1e-3
-    assert fingerprint(model) != key
-
-
-def test_slots_of_other_tokens_are_other_slots() -> None:
-    def slot(**tokens: tuple[int, ...]) -> Any:
-        return AnswerPosition(lead_in="The person feels", tokens=tokens)
-
-    assert fingerprint(slot(a=(1, 2))) == fingerprint(slot(a=(1, 2))) != fingerprint(slot(a=(1, 3)))
+def test_processes_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    texts = [letter * 5000 for letter in "ab"]
+    workers = [context.Process(target=save_often, args=(tmp_path / "x.json", text)) for text in texts]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0] and (tmp_path / "x.json").read_text() in texts
 
 
 # --- progress and rows of a file ----------------------------------------------------------------------
@@ -246,8 +197,8 @@ def test_lines_go_on_where_they_stopped_and_only_in_the_same_run(tmp_path: Path)
     again = Lines(path, {"set": "meld"})
     assert again.rows == [{"name": "a"}]
     again.add([{"name": "b"}])
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"run": {"set": "meld"}}, {"name": "a"}, {"name": "b"},
-    ]  # fmt: skip
+    kept = [json.loads(line) for line in path.read_text().splitlines()]
+    assert kept[0] == {"run": {"set": "meld"}} and [row["name"] for row in kept[1:]] == ["a", "b"]
+    assert all(len(row["check"]) == 12 for row in kept[1:])
     with pytest.raises(ValueError, match=r"another run: \{'set': 'meld'\} instead of \{'set': 'sims'\}"):
         Lines(path, {"set": "sims"})

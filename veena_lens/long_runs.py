@@ -2,15 +2,13 @@
 
 A `Store` belongs to one experiment and holds its units: each is looked up before it is computed, written under a
 temporary name of this process, then renamed, so that a file is whole or absent whoever is killed when. Experiments
-and units are named by content (`fingerprint`), never by an address in memory. `Lines` is the same for rows of text
+and units are named by content (`fingerprints`), never by an address in memory. `Lines` is the same for rows of text
 in one file.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -18,20 +16,22 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
-from typing import Any, TypeVar, cast, final
+from typing import Any, TypeVar, final
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from veena_lens.fingerprints import as_json, digest, fingerprint, tensor_bytes
+
 Result = dict[str, Any]
 T = TypeVar("T")
 
-SAMPLED_ROWS = 8  # rows of each weight that tell one model from another
 SHORT_NAME = re.compile(r"[\w-]{1,48}")  # names of units that are file names as they stand
+CHECK = "check"  # the field of a row of `Lines` that holds its checksum
 TENSOR = "tensor "  # before the name of a tensor in a file, which may be empty
 
 
@@ -76,85 +76,6 @@ def counting(total: int, label: str, show: bool = True) -> Iterator[Callable[[in
         yield bar.update
 
 
-# --- names by content -------------------------------------------------------------------------------------------------
-
-
-def fingerprint(value: Any) -> Any:
-    """Return a value as JSON, equal for equal contents.
-
-    A value with a `fingerprint` (a method, or a string) gives its own. Otherwise tensors, arrays and images are given
-    by a hash, models by their size and some rows of every weight, data classes and functions by their parts."""
-    if isinstance(value, Tensor):
-        return [str(value.dtype), list(value.shape), hashlib.sha256(_bytes(value)).hexdigest()]
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    if hasattr(value, "fingerprint") and not isinstance(value, type):
-        return value.fingerprint() if callable(value.fingerprint) else value.fingerprint
-    if isinstance(value, torch.nn.Module):
-        return _model(value)
-    if isinstance(value, Mapping):
-        return {str(key): fingerprint(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset, range)):
-        parts = [fingerprint(part) for part in value]
-        return sorted(parts, key=str) if isinstance(value, (set, frozenset)) else parts
-    if isinstance(value, functools.partial):
-        return ["partial", fingerprint(value.func), fingerprint(value.args), fingerprint(value.keywords)]
-    if isinstance(value, MethodType):
-        return [fingerprint(value.__func__), fingerprint(value.__self__)]
-    if isinstance(value, FunctionType):
-        return _function(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = {field.name: fingerprint(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return [type(value).__qualname__, parts]
-    if hasattr(value, "tobytes"):  # an array of numpy, or an image of PIL
-        about = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
-        return [*about, hashlib.sha256(cast(Any, value).tobytes()).hexdigest()]
-    if hasattr(value, "__dict__") and callable(value) and not isinstance(value, type):
-        return [type(value).__qualname__, fingerprint(vars(value))]
-    return repr(value)
-
-
-def digest(value: Any) -> str:
-    """Return a short hash of a value's fingerprint."""
-    return hashlib.sha256(_as_json(value).encode()).hexdigest()[:24]
-
-
-def _model(model: torch.nn.Module) -> list[Any]:
-    """Return name, size, type, and a hash of a few rows of every weight."""
-    seen = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        rows = weight.detach().reshape(weight.shape[0] if weight.ndim else 1, -1)
-        seen.update(name.encode() + str(tuple(weight.shape)).encode())
-        seen.update(_bytes(rows[:: max(1, len(rows) // SAMPLED_ROWS)]))
-    cfg = getattr(model, "cfg", None)
-    about = [getattr(cfg, name, None) for name in ("model_name", "n_layers", "d_model")]
-    return [*about, str(getattr(cfg, "dtype", None)), seen.hexdigest()[:24]]
-
-
-def _function(function: FunctionType) -> list[Any]:
-    """Return a function's name and code, with what it closes over and the plain values that it reads of its module."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    names = [function.__globals__.get(name) for name in function.__code__.co_names]
-    read = [part for part in names if isinstance(part, (Tensor, str, int, float, bool, list, tuple))]
-    rest = [fingerprint(part) for part in (function.__defaults__, function.__kwdefaults__, cells, read)]
-    return [function.__module__, function.__qualname__, _code(function.__code__), *rest]
-
-
-def _code(code: CodeType) -> str:
-    """Return a hash of a function's instructions and constants, those of functions inside it too."""
-    constants = [_code(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
-    text = json.dumps([code.co_code.hex(), constants, list(code.co_names)])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(fingerprint(value), sort_keys=True)
-
-
 # --- results in a folder ----------------------------------------------------------------------------------------------
 
 
@@ -162,29 +83,35 @@ def _as_json(value: Any) -> str:
 class Store:
     """The units of one experiment by name, in `folder/<hash of the experiment>`; several processes may share it.
 
-    A unit is a dictionary of tensors and of anything JSON holds, in one safetensors file with a checksum: a file that
-    a crash cut short, or that was damaged since, counts as not done. With folder=None nothing is kept, and neither
-    the experiment nor any name is looked at.
+    A unit is a dictionary of tensors and of anything JSON holds, in one safetensors file that says which experiment's
+    and which unit it is, with a checksum: a file that a crash cut short, that was damaged since, or that holds
+    another unit counts as not done. With folder=None nothing is kept, and neither the experiment nor any name is
+    looked at.
 
     Args:
         folder: where results of any number of experiments lie, or None.
-        experiment: what the results depend on, apart from the names of units: a model, data, settings (`fingerprint`).
-    """
+        experiment: what the results depend on, apart from the names of units and the version of this package: a model,
+            data, settings (`fingerprint`).
+
+    Raises: ValueError for an experiment whose content cannot be told; OSError that says how to go on, where the disk
+        is full."""
 
     def __init__(self, folder: str | Path | None, experiment: Any) -> None:
         self.folder: Path | None = None
+        self.experiment = ""
         if folder is not None:
-            text = _as_json(experiment)
-            self.folder = Path(folder) / hashlib.sha256(text.encode()).hexdigest()[:16]
-            with _room(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if not (self.folder / "experiment.json").is_file():
-                    write_text(self.folder / "experiment.json", text + "\n")
+            text = as_json(experiment)
+            self.experiment = hashlib.sha256(f"{version('veena_lens')}\n{text}".encode()).hexdigest()[:16]
+            self.folder = Path(folder) / self.experiment
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / "experiment.json").is_file():
+                write_file(self.folder / "experiment.json", text + "\n")
 
     def under(self, name: str) -> Store:
         """Return a part of the same store, in a folder of this name."""
         part = object.__new__(Store)
         part.folder = None if self.folder is None else self.folder / name
+        part.experiment = f"{self.experiment}/{name}"
         if part.folder is not None:
             part.folder.mkdir(parents=True, exist_ok=True)
         return part
@@ -259,8 +186,9 @@ class Store:
             with safe_open(str(path), framework="pt") as file:
                 about = file.metadata()
                 tensors = {n.removeprefix(TENSOR): file.get_tensor(n) for n in file.keys() if n.startswith(TENSOR)}  # noqa: SIM118
-            if about["checksum"] != _checksum(about["name"], about["json"], tensors):
-                raise ValueError("damaged")
+            is_this = about["name"] == _text(key) and about["experiment"] == self.experiment
+            if not is_this or about["checksum"] != _checksum(about, tensors):
+                raise ValueError("damaged, or another unit")
             return json.loads(about["json"]) | tensors
         except Exception:  # safetensors' own error type is not exported
             path.unlink(missing_ok=True)
@@ -271,16 +199,12 @@ class Store:
         path = self._path(key)
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in result.items() if isinstance(v, Tensor)}
         rest = json.dumps({k: v for k, v in result.items() if not isinstance(v, Tensor)})
-        name = json.dumps(key, sort_keys=True)
-        about = {"name": name, "json": rest, "checksum": _checksum(name, rest, tensors)}
+        about = {"name": _text(key), "experiment": self.experiment, "json": rest}
+        about["checksum"] = _checksum(about, tensors)
         named = {f"{TENSOR}{k}": v for k, v in tensors.items()}
-        part = _temporary(path)
-        with _room(path.parent):
-            try:
-                save_file(named or {"_": torch.zeros(1)}, str(part), metadata=about)
-                return _publish(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+        with _draft(path) as part:
+            save_file(named or {"_": torch.zeros(1)}, str(part), metadata=about)
+            return _publish(part, path)
 
     def __repr__(self) -> str:
         if self.folder is None:
@@ -288,16 +212,15 @@ class Store:
         return f"Store({self.folder}, {len(list(self.folder.rglob('*.safetensors')))} units done)"
 
 
-def _checksum(name: str, rest: str, tensors: Mapping[str, Tensor]) -> str:
-    seen = hashlib.sha256(f"{name}\n{rest}".encode())
+def _text(key: Any) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def _checksum(about: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    seen = hashlib.sha256("\n".join(about[part] for part in ("name", "experiment", "json")).encode())
     for key in sorted(tensors):
-        seen.update(f"\n{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode() + _bytes(tensors[key]))
+        seen.update(f"\n{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode() + tensor_bytes(tensors[key]))
     return seen.hexdigest()
-
-
-def _temporary(path: Path) -> Path:
-    """Return a name beside `path` that no other process or thread takes."""
-    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
 
 
 def _publish(part: Path, path: Path) -> bool:
@@ -311,19 +234,44 @@ def _publish(part: Path, path: Path) -> bool:
     return True
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file in one step, replacing what was there."""
-    part = _temporary(path)
-    try:
-        part.write_text(text, encoding="utf-8")
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file in one step, with its folder; what was there before is replaced, or kept where this fails.
+
+    Args:
+        path: the file.
+        content: a text, written as UTF-8, or bytes.
+
+    Raises: OSError that says how to go on, where the disk is full."""
+    with _draft(path, "nothing that was there has changed") as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
         part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file in one step, as `write_file` does.
+
+    Raises: OSError that says how to go on, where the disk is full."""
+    with _draft(path, "nothing that was there has changed") as part:
+        save_file(tensors, str(part), metadata=metadata)
+        part.replace(path)
 
 
 @contextmanager
-def _room(place: Path, kept: str = "results so far are kept") -> Iterator[None]:
-    """Raise an OSError that says how to go on where the disk is full; safetensors has its own error for it."""
+def _draft(path: Path, kept: str = "results so far are kept") -> Iterator[Path]:
+    """Provide a name beside `path` that no other process or thread takes; what is left there at the end goes.
+
+    Raises: OSError that says how to go on, where the disk is full; safetensors has its own error for it."""
+    part = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    with _room(path.parent, kept):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _room(place: Path, kept: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -339,17 +287,20 @@ def _room(place: Path, kept: str = "results so far are kept") -> Iterator[None]:
 class Lines:
     """Rows of one run in a JSON Lines file, written as they come; the first line holds the run's settings.
 
-    Opening a file goes on with it: `rows` are those that are there. A last line that a stop cut off is taken away.
-    One process writes such a file at a time.
+    Each row carries a checksum over itself and the settings, so that a row that was changed, repeated, or copied from
+    another run is not taken for one that was computed. Opening a file goes on with it: `rows` are those that are
+    there. A last line that a stop cut off is taken away. One process writes such a file at a time (`held`).
 
     Args:
         path: the file; it and its folder are made with the first rows.
         run: the settings, as JSON holds them.
+        key: the field that tells one row from the others.
 
-    Raises: ValueError for a file of another run, naming what differs."""
+    Raises: ValueError for a file of another run, naming what differs, or for rows that are not as they were written,
+        naming their lines."""
 
-    def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
-        self.path, self.run = Path(path), dict(run)
+    def __init__(self, path: str | Path, run: Mapping[str, Any], key: str = "name") -> None:
+        self.path, self.run, self.key = Path(path), dict(run), key
         self.rows: list[dict[str, Any]] = []
         if not self.path.exists() or self.path.stat().st_size == 0:
             return
@@ -367,7 +318,45 @@ class Lines:
             with self.path.open("r+b") as file:
                 file.truncate(content.rfind(b"\n") + 1)
             rows = json_rows(self.path)
-        self.rows = rows[1:]
+        self.rows = self._checked(rows[1:])
+
+    def _checked(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows without their checksums."""
+        kept: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            body = {name: value for name, value in row.items() if name != CHECK}
+            name = str(body.get(self.key))
+            if row.get(CHECK) != self._check(body) or name in kept:
+                what = "is there twice" if name in kept else "is not as it was written"
+                raise ValueError(
+                    f"{self.path}: the row of {self.key} {name!r} {what}. Remove it to compute it again, or name "
+                    "another file."
+                )
+            kept[name] = body
+        return list(kept.values())
+
+    def _check(self, row: Mapping[str, Any]) -> str:
+        return digest([self.run, row])[:12]
+
+    @contextmanager
+    def held(self) -> Iterator[Lines]:
+        """Keep other processes from writing the file inside a `with` block, at whose start `rows` are read again.
+
+        Raises: ValueError where another process is writing it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            try:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # a system without locks on files
+                pass
+            except OSError as error:
+                raise ValueError(
+                    f"Another run is writing {self.path}. Wait until it ends, or name another file."
+                ) from error
+            self.rows = Lines(self.path, self.run, self.key).rows
+            yield self
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Write further rows at the end of the file. Raises: OSError that says how to go on, on a full disk."""
@@ -375,7 +364,8 @@ class Lines:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _room(self.path, "the answers in it are kept"), self.path.open("a", encoding="utf-8") as file:
             first = [{"run": self.run}] if file.tell() == 0 else []
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*first, *new]))
+            whole = [*first, *(row | {CHECK: self._check(row)} for row in new)]
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in whole))
         self.rows += new
 
 

@@ -299,6 +299,22 @@ def test_numbers_that_old_processors_leave_out_come_from_the_model(tmp_path: Pat
     assert inputs.count_image_tokens(0, inputs.spans[0].images[0]) == square_tokens(LLAVA.config())
 
 
+@pytest.mark.parametrize("name", ["clip-llama", "llava-next-llama", "onevision-resampled"])
+def test_old_processor_in_memory_is_completed_too(name: str, tmp_path: Path) -> None:
+    case = BY_NAME[name]
+    hf, folder = tiny.save(case, tmp_path)
+    old = load_processor(folder)
+    whole = HookedVLM.from_hf(hf, processor=load_processor(folder)).prepare("how ?", tiny.picture())
+    for number in ("patch_size", "num_image_tokens", "vision_feature_select_strategy"):
+        if hasattr(old, number):
+            setattr(old, number, None)
+    if hasattr(old, "num_additional_image_tokens"):
+        old.num_additional_image_tokens = 0
+    inputs = HookedVLM.from_hf(hf, processor=old).prepare("how ?", tiny.picture())
+    assert torch.equal(inputs.tokens, whole.tokens) and inputs.grids == whole.grids
+    assert HookedVLM.from_hf(hf).processor is None
+
+
 @pytest.mark.parametrize(("name", "what"), [("clip-llama", "processor"), ("text-llama", "tokenizer")])
 def test_broken_tokenizer_is_told_of_with_its_folder(name: str, what: str, tmp_path: Path) -> None:
     _, folder = tiny.save(BY_NAME[name], tmp_path)

@@ -67,6 +67,10 @@ def test_a_folder_of_another_run_is_refused_and_the_same_run_goes_on(tmp_path: P
         with pytest.raises(ValueError, match=rf"holds another run \(other {key}\); choose another folder, or delete"):
             _claim(tmp_path / "new", about | {key: value})
     assert json.loads((tmp_path / "new" / "run.json").read_text()) == about
+    for damaged in (b"", b'{"model": ["m"', b"[]", b"null", b"3", b"\xff", b"[" * 100_000):
+        (tmp_path / "new" / "run.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"run\.json does not say which run .* Remove the file where"):
+            _claim(tmp_path / "new", about)
 
 
 def test_the_estimate_adds_up_and_times_eight_answers(monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -188,17 +190,20 @@ def test_no_two_cases_are_the_same() -> None:
     assert len({repr(case.config()) for case in CASES if case.family in ("text", "llava")}) >= 30
 
 
-def test_dynamic_rotary_past_the_original_length_is_refused() -> None:
-    """Its base grows once a sequence is longer than the original context: never compute with the old base."""
+def test_dynamic_rotary_past_the_original_length_grows_its_base() -> None:
+    """A sequence longer than the original context is never computed with the old base, nor one past the stretched."""
     case = Case(
         name="rope-dynamic-long",
         family="text",
         rows=("30",),
         text=dict(max_position_embeddings=16, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=4.0)),
     )
-    model = HookedVLM.from_hf(build_hf(case))
-    with pytest.raises(ValueError, match="30.*16|16.*30"):
-        model.forward_hf(**raw_inputs(case))
+    hf = build_hf(case)
+    model = HookedVLM.from_hf(hf)
+    with torch.no_grad():
+        assert relative_error(model.forward_hf(**raw_inputs(case)), hf(**raw_inputs(case)).logits) < 1e-9
+    with pytest.raises(ValueError, match="70.*64|64.*70"):
+        model.forward_hf(**raw_inputs(replace(case, rows=("70",))))
 
 
 def test_feature_layer_zero_as_a_number_equals_a_list_of_it(model_of) -> None:

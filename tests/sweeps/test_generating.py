@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.cases import BY_NAME, build_hf, counted, raw_inputs
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOutAttention, Patch, ScaleNeurons, Steer
-from veena_lens.sweeps import generation_sweep
+from veena_lens.sweeps import generating, generation_sweep
 
 CASES = [
     BY_NAME["clip-llama"],
@@ -110,3 +111,29 @@ def test_bad_sweeps_are_refused(embedded: HookedVLM) -> None:
         generation_sweep(embedded, inputs, [[]], do_sample=True)
     with pytest.raises(ValueError, match="one number per text"):
         generation_sweep(embedded, inputs, [[]], lambda texts: 1.0, max_new_tokens=2, progress=False)
+
+
+def test_a_stopped_sweep_goes_on_with_the_same_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["clip-llama"]
+    model = HookedVLM.from_hf(build_hf(case, gain=3.0), casts="none")
+    inputs = model.inputs_from_hf(**counted(raw_inputs(case)))
+    entries = entries_for(model, inputs[1].without_padding())[:6]
+    kw: dict[str, Any] = dict(max_new_tokens=6, eos_token_id=[], progress=False, max_rows=2)
+    real, calls = generating._continue, []
+
+    def dies(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(generating, "_continue", dies)
+    with pytest.raises(KeyboardInterrupt):
+        generation_sweep(model, inputs, entries, **kw, out=tmp_path)
+    kept = generation_sweep(model, inputs, entries, **kw, out=tmp_path)
+    assert len(calls) == 3 * len(inputs) + 1, "batches that were kept ran again"
+    assert kept.tokens == generation_sweep(model, inputs, entries, **kw).tokens
+    calls[:] = [0] * 10
+    longer = generation_sweep(model, inputs, entries, **(kw | {"max_new_tokens": 7}), out=tmp_path)
+    other = generation_sweep(model, inputs, [*entries[:5], Ablate("hook_embed", positions=2)], **kw, out=tmp_path)
+    assert len(calls) == 10 + 2 * 3 * len(inputs) and longer.tokens[0][0][:6] == other.tokens[0][0]

@@ -22,6 +22,7 @@ from veena_lens.app.questions import DESCRIBE, LIST
 from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
 from veena_lens.circuits import image_attention, logit_lens
 from veena_lens.emotion import generate_answers, load_pairs
+from veena_lens.long_runs import write_file
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff
@@ -90,7 +91,7 @@ def run_demos(out: str | Path, models: Sequence[str], progress: bool = True) -> 
 
 
 def _write_json(path: Path, numbers: dict) -> None:
-    path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(numbers, indent=1) + "\n")
 
 
 def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str], None]) -> DemoResult:

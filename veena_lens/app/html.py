@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from veena_lens import plots
+from veena_lens.long_runs import write_file
 from veena_lens.plots.theme import Format
 
 Tone = Literal["good", "bad", "quiet"]
@@ -118,9 +119,10 @@ class Report:
         return PAGE.format(title=escape(self.title), style=STYLE, lead=lead, contents=contents, body=body)
 
     def save(self, path: str | Path) -> Path:
+        """Write the page in one step and return its path. Raises: OSError where the disk is full; what was there
+        before is kept."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(), encoding="utf-8")
+        write_file(path, self.html())
         return path
 
 

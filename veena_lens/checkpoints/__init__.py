@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from veena_lens.checkpoints.finite import dtype_of
     from veena_lens.checkpoints.loading import (
         Checkpoint,
+        complete_processor,
         load_generation_config,
         load_processor,
         open_checkpoint,
@@ -31,7 +32,8 @@ _HOMES = homes_of(
         "files": "bundled_names bundled_pairs bundled_path bundled_pictures",
         "filling": "fill_from_files fill_from_state_dict require_layers",
         "finite": "dtype_of",
-        "loading": "Checkpoint load_generation_config load_processor open_checkpoint save_pretrained to_hf_state_dict",
+        "loading": "Checkpoint complete_processor load_generation_config load_processor open_checkpoint "
+        "save_pretrained to_hf_state_dict",
         "lora": "base_of is_lora_folder open_lora",
         "processing": "inputs_from_hf pad_token_of prepare",
         "registry": "all_adapters find_adapter",
@@ -45,6 +47,7 @@ __all__ = [
     "bundled_pairs",
     "bundled_path",
     "bundled_pictures",
+    "complete_processor",
     "dtype_of",
     "fill_from_files",
     "fill_from_state_dict",

@@ -118,7 +118,10 @@ def load_processor(path: str | Path) -> Any:
     require_processor(folder)
     kind = _image_only(folder) or transformers.AutoProcessor if has_processor else transformers.AutoTokenizer
     try:
-        return fill_processor(kind.from_pretrained(folder, trust_remote_code=False), folder)
+        found = kind.from_pretrained(folder, trust_remote_code=False)
+        if not any(hasattr(found, name) for name in COUNTED):
+            return found
+        return fill_processor(found, transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:
         what = "processor" if has_processor else "tokenizer"
         raise ValueError(f"The {what} of {folder} cannot be loaded: {error}") from error
@@ -166,15 +169,10 @@ def _image_only(folder: Path) -> Any:
 COUNTED = ("image_seq_len", "num_image_tokens", "num_additional_image_tokens")
 
 
-def fill_processor(processor: Any, folder: Path) -> Any:
+def fill_processor(processor: Any, config: Any) -> Any:
     """Set how many tokens an image takes from the model's configuration, and return the processor.
 
     Files from before transformers 4.46 lack these numbers, and later ones some of them."""
-    if not any(hasattr(processor, name) for name in COUNTED):
-        return processor
-    import transformers
-
-    config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     vision = getattr(config, "vision_config", None)
     if vision is None:
         return processor
@@ -194,6 +192,13 @@ def fill_processor(processor: Any, folder: Path) -> Any:
     for name, value in counts.items():
         setattr(processor, name, value)
     return processor
+
+
+def complete_processor(processor: Any, config: Any) -> Any:
+    """Return a processor in memory, with the numbers that it lacks set as for one that is loaded with its model."""
+    counts = ("patch_size", "vision_feature_select_strategy", "num_image_tokens")
+    lacks = any(getattr(processor, name, 0) is None for name in counts)
+    return fill_processor(processor, config) if lacks else processor
 
 
 def load_generation_config(path: str | Path, hf_config: Any) -> Any:

@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar, cast
 
 from PIL import Image
 
-from veena_lens.images.files import open_image
+from veena_lens.checkpoints.messages import rendered, split_messages
+from veena_lens.images.files import read_image
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def with_named_keywords(function: Function) -> Function:
+    """Return the function with a TypeError that names the nearest keyword where one is unknown."""
+    known = list(signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: Any, **given: Any) -> Any:
+        for name in given:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+                raise TypeError(f"{function.__name__}: unknown keyword {name!r}; {hint}")
+        return function(*args, **given)
+
+    return cast(Function, checked)
 
 
 @dataclass(frozen=True)
@@ -36,7 +58,7 @@ def prompts_of(
     if (text is None) == (messages is None):
         raise ValueError("prepare: give text or messages, not both.")
     if messages is not None:
-        rows = _from_messages(processor, messages, images)
+        rows = _from_messages(processor, image_token, messages, images)
     else:
         texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else []
         if not texts or not all(isinstance(t, str) for t in texts):
@@ -61,7 +83,7 @@ def prompts_of(
                 f"Row {i} has {n} image placeholders ({image_token!r}) and {len(row_images)} images: "
                 + ("give an image for each." if n > len(row_images) else "put one placeholder for each image.")
             )
-    return [Prompt(found, tuple(open_image(p) for p in row_images)) for found, row_images in rows]
+    return [Prompt(found, tuple(read_image(p) for p in row_images)) for found, row_images in rows]
 
 
 def _row(
@@ -77,25 +99,10 @@ def _row(
     content: Any = text
     if image_token is not None:
         content = [*({"type": "image"} for _ in row_images), {"type": "text", "text": text}]
-    return _templated(processor, [{"role": "user", "content": content}]), row_images
+    return rendered(processor, [{"role": "user", "content": content}], image_token), row_images
 
 
-def _templated(processor: Any, messages: Sequence[Any]) -> str:
-    """Return the conversation in the checkpoint's template. Raises: ValueError without a template that works."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    owner = processor if getattr(processor, "chat_template", None) else tokenizer
-    if not getattr(owner, "chat_template", None):
-        raise ValueError("This checkpoint has no chat template; use chat=False and write the whole prompt yourself.")
-    try:
-        return owner.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is a program of the checkpoint, which its sandbox may stop
-        raise ValueError(
-            f"The chat template of this checkpoint cannot be applied: {type(error).__name__}: {error}. Use chat=False "
-            "and write the whole prompt yourself."
-        ) from error
-
-
-def _from_messages(processor: Any, messages: Any, images: Any) -> list[tuple[str, list[Any]]]:
+def _from_messages(processor: Any, image_token: str | None, messages: Any, images: Any) -> list[tuple[str, list[Any]]]:
     """Return the rows of one or several conversations. Raises: ValueError for messages or images that do not fit."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise ValueError("prepare: messages must be a conversation (a list of messages) or a list of conversations.")
@@ -104,39 +111,9 @@ def _from_messages(processor: Any, messages: Any, images: Any) -> list[tuple[str
     listed = _images_per_row(images, len(conversations), several, "messages")
     rows = []
     for conversation, given in zip(conversations, listed, strict=True):
-        plain, row_images = _split_messages(conversation, given)
-        rows.append((_templated(processor, plain), row_images))
+        plain, row_images = split_messages(conversation, given)
+        rows.append((rendered(processor, plain, image_token), row_images))
     return rows
-
-
-def _split_messages(conversation: Sequence[Any], given: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the conversation with bare image placeholders, and its images.
-
-    Images come from the conversation itself or, for bare placeholders, from `given` in order.
-
-    Raises: ValueError for a part of another kind."""
-    plain, row_images, rest = [], [], list(given)
-    for message in conversation:
-        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-            raise ValueError(f"A message must be a dictionary with 'role' and 'content', not {message!r}.")
-        content = message["content"]
-        if not isinstance(content, str):
-            kept = []
-            for part in content:
-                kind = part.get("type")
-                if kind not in ("image", "text"):
-                    raise ValueError(f"A message has a part of type {kind!r}; it must be 'image' or 'text'.")
-                if kind == "image":
-                    found = next((part[k] for k in ("image", "path", "url") if part.get(k) is not None), None)
-                    if found is None and rest:
-                        found = rest.pop(0)
-                    if found is not None:
-                        row_images.append(found)
-                kept.append({"type": "image"} if kind == "image" else part)
-            content = kept
-        plain.append({**message, "content": content})
-    # A placeholder in a text part takes a remaining image; the count is compared after templating.
-    return plain, [*row_images, *rest]
 
 
 def _is_image(x: Any) -> bool:

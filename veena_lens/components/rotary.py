@@ -19,10 +19,15 @@ from veena_lens.config import HookedVLMConfig, RopeConfig
 RotaryTables: TypeAlias = tuple[Float[Tensor, "#batch pos d_head"], Float[Tensor, "#batch pos d_head"]]
 
 
-def inverse_frequencies(rope: RopeConfig, d_head: int) -> tuple[Float[Tensor, " half"], float]:
+def inverse_frequencies(
+    rope: RopeConfig, d_head: int, length: int | None = None
+) -> tuple[Float[Tensor, " half"], float]:
     """Return the inverse frequencies of the d_head / 2 planes, float32, and the factor that scales cos and sin.
 
-    "dynamic" changes the base only past the trained context, which inputs never reach here."""
+    rope: the scaling rule.
+    d_head: the width of a head.
+    length: the largest position of the batch plus one, on which "dynamic" depends past the trained context.
+        None: within it."""
     exponents = torch.arange(0, d_head, 2, dtype=torch.int64).to(torch.float32) / d_head
     plain = 1.0 / (rope.theta**exponents)
     p = rope.parameters
@@ -32,7 +37,24 @@ def inverse_frequencies(rope: RopeConfig, d_head: int) -> tuple[Float[Tensor, " 
         return _llama3(plain, p), 1.0
     if rope.rope_type == "yarn":
         return _yarn(rope.theta**exponents, d_head, rope.theta, p)
+    if rope.rope_type == "dynamic" and _exceeds_trained(rope, length):
+        return _dynamic(exponents, d_head, rope, torch.tensor(length)), 1.0
     return plain, 1.0
+
+
+def _exceeds_trained(rope: RopeConfig, length: int | None) -> bool:
+    """Return whether a sequence is longer than the trained context; None is not."""
+    context = rope.parameters.get("original_max_position_embeddings")
+    return length is not None and context is not None and length > context
+
+
+def _dynamic(
+    exponents: Float[Tensor, " half"], d_head: int, rope: RopeConfig, length: Int[Tensor, ""]
+) -> Float[Tensor, " half"]:
+    """Grow the base with the length; its arithmetic is that of a tensor of integers, in float32 (NTK scaling)."""
+    factor, context = rope.parameters["factor"], rope.parameters["original_max_position_embeddings"]
+    base = rope.theta * ((factor * length / context) - (factor - 1)) ** (d_head / (d_head - 2))
+    return 1.0 / (base**exponents)
 
 
 def _llama3(plain: Float[Tensor, " half"], p: dict[str, float]) -> Float[Tensor, " half"]:
@@ -105,17 +127,26 @@ class Rotary:
 
     def tables(self, positions: Int[Tensor, "*streams batch pos"], dtype: torch.dtype) -> RotaryTables:
         """Return (cos, sin), each [batch pos d_head] in `dtype`; three streams are interleaved by section."""
-        device = positions.device
-        if device not in self._on:
-            frequencies, factor = inverse_frequencies(self.rope, self.d_head)
-            self._on[device] = frequencies.to(device), factor
-        frequencies, factor = self._on[device]
+        frequencies, factor = self._frequencies(positions)
         exact = self.casts == "none" and dtype == torch.float64
         angles = positions[..., None].to(torch.float64 if exact else torch.float32) * frequencies
         if positions.ndim == 3:
             angles = self._merge_streams(angles)
         angles = torch.cat([angles, angles], -1)
         return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+
+    def _frequencies(self, positions: Int[Tensor, "*streams batch pos"]) -> tuple[Float[Tensor, " half"], float]:
+        """Return the frequencies on the device of the positions.
+
+        Past the trained context those of "dynamic" follow the longest row of the batch, as in Hugging Face."""
+        device = positions.device
+        if self.rope.rope_type == "dynamic" and _exceeds_trained(self.rope, length := int(positions.max()) + 1):
+            frequencies, factor = inverse_frequencies(self.rope, self.d_head, length)
+            return frequencies.to(device), factor
+        if device not in self._on:
+            frequencies, factor = inverse_frequencies(self.rope, self.d_head)
+            self._on[device] = frequencies.to(device), factor
+        return self._on[device]
 
     def _merge_streams(self, angles: Float[Tensor, "streams batch pos half"]) -> Float[Tensor, "batch pos half"]:
         """Give each frequency the angle of its section's stream (time, height, width)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens import long_runs
+from veena_lens.fingerprints import fingerprint
 from veena_lens.inputs import MultimodalInputs
 
 if TYPE_CHECKING:
@@ -52,15 +53,13 @@ class Method:
                 yield
 
     def fingerprint(self) -> list[Any]:
-        """Return what tells this method's answers from another's: what its interventions hold, never its name.
+        """Return what tells this method's answers from another's: what it does, and its settings where that is code.
 
-        What only code says (a reworded prompt, a rule of decoding, interventions that follow from the batch) is given
-        by the method's name and settings."""
+        Where it is nothing but a list of interventions, their fields say it, whatever the method is called."""
         if self.prompt is None and self.decoding is None and not callable(self.interventions):
-            items = list(self.interventions)
-            if all(is_dataclass(item) for item in items):
-                return [long_runs.fingerprint(item) for item in items]
-        return [self.name, long_runs.fingerprint(self.settings)]
+            return [fingerprint(item) for item in self.interventions]
+        does = [fingerprint(part) for part in (self.interventions, self.prompt, self.decoding)]
+        return [self.name, fingerprint(self.settings), *does]
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{k}={v}" for k, v in self.settings.items())

@@ -36,8 +36,9 @@ from veena_lens.emotion.locate.tracing import Stages, find_stages, spread_over, 
 from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.settings import Settings, preset
 from veena_lens.emotion.study import Study
+from veena_lens.fingerprints import fingerprint
 from veena_lens.interventions import Circuit
-from veena_lens.long_runs import fingerprint
+from veena_lens.long_runs import write_file
 
 if TYPE_CHECKING:
     from veena_lens.emotion.pairs.pair_set import PairSet
@@ -245,14 +246,23 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
     """Mark the folder as this run's. Raises: ValueError where it is another's."""
     text = json.dumps(about, sort_keys=True, default=str, indent=1)
     mark = out / "run.json"
-    if mark.is_file() and mark.read_text() != text:
-        before = json.loads(mark.read_text())
-        differ = [k for k in about if before.get(k) != json.loads(text).get(k)]
-        raise ValueError(
-            f"{out} holds another run (other {', '.join(differ) or 'settings'}); choose another folder, or delete it."
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(text)
+    if mark.exists():
+        try:
+            before = json.loads(mark.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            before = error
+        if not isinstance(before, dict):
+            raise ValueError(
+                f"{mark} does not say which run {out} holds: {str(before)[:100] or 'it is empty'}. Remove the file "
+                "where you know that the folder is this run's, or choose another folder."
+            )
+        differ = [k for k in {**about, **before} if before.get(k) != json.loads(text).get(k)]
+        if differ:
+            raise ValueError(
+                f"{out} holds another run (other {', '.join(differ)}); choose another folder, or delete it."
+            )
+        return
+    write_file(mark, text)
 
 
 class _Clock:

@@ -13,6 +13,7 @@ from typing import Any
 
 from veena_lens.emotion import tables
 from veena_lens.emotion.pipeline import VeenaRun
+from veena_lens.long_runs import write_file
 
 FORMAT = "veena_lens.results/1"
 
@@ -79,9 +80,7 @@ def results_of(run: VeenaRun) -> dict[str, Any]:
 def save_results(run: VeenaRun, path: str | Path) -> Path:
     """Write results.json, replacing it in one step."""
     path = Path(path)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(results_of(run), indent=1) + "\n")
-    part.replace(path)
+    write_file(path, json.dumps(results_of(run), indent=1) + "\n")
     return path
 
 

@@ -137,7 +137,7 @@ class Study:
             items: what to compute.
             compute: gives an item's result, a dictionary of tensors and of anything JSON holds.
             name: what tells an item from the others; by default the item.
-            about: what the results depend on, apart from the model (`long_runs.fingerprint`).
+            about: what the results depend on, apart from the model (`fingerprints.fingerprint`).
         """
         return self.store(what, **about).each(items, compute, name=name, label=what, show=self.progress)
 

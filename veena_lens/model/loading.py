@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 
+@torch.inference_mode(False)  # parameters made in it take no gradient ever after
 def from_pretrained(
     cls: type[HookedVLM],
     name: str | Path,
@@ -38,6 +39,7 @@ def from_pretrained(
     return _finished(model, checkpoint.adapter, checkpoints.load_processor(checkpoint.path), generation_config)
 
 
+@torch.inference_mode(False)
 def from_hf(cls: type[HookedVLM], hf_model: Any, processor: Any, copy: bool, casts: str) -> HookedVLM:
     """Return a Hugging Face model in memory as a model: see `HookedVLM.from_hf`."""
     adapter = checkpoints.find_adapter(type(hf_model).__name__)
@@ -48,6 +50,7 @@ def from_hf(cls: type[HookedVLM], hf_model: Any, processor: Any, copy: bool, cas
     checkpoints.fill_from_state_dict(model, hf_model.state_dict(), adapter, cfg, copy=copy)
     if cfg.scales_embeddings:  # the factor as their model holds it, rounded to the dtype that it was made in
         model.embed.scale = float(hf_model.get_input_embeddings().embed_scale)
+    processor = checkpoints.complete_processor(processor, hf_model.config)
     return _finished(model, adapter, processor, getattr(hf_model, "generation_config", None))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from veena_lens.long_runs import write_file
 from veena_lens.plots import charts, heads, image_overlay, theme
 from veena_lens.plots.charts import Curves, Heatmap
 from veena_lens.plots.image_overlay import ImageMaps, MapPanel
@@ -200,8 +201,7 @@ def save(figure: Any, path: str | Path) -> Path:
         raise ValueError(
             f"{path.name}: interactive figures are saved as .html; for .png, .pdf or .svg draw with plots."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(path, include_plotlyjs=True, full_html=True)
+    write_file(path, figure.to_html(include_plotlyjs=True, full_html=True))
     return path
 
 

@@ -25,6 +25,8 @@ from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from veena_lens.long_runs import write_file
+
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 SIGNED, UNSIGNED, ON_PICTURE = "RdBu_r", "viridis", "inferno"
 MISSING = "#d9d9d9"
@@ -174,8 +176,7 @@ def save(figure: Figure, path: str | Path) -> Path:
     ending = path.suffix.lower().lstrip(".")
     if ending not in FORMATS:
         raise ValueError(f"Cannot save a figure as {path.name!r}; the name must end in .png or .svg, or in .pdf.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode(figure, FORMATS[ending]))
+    write_file(path, encode(figure, FORMATS[ending]))
     return path
 
 

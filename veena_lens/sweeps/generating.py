@@ -8,6 +8,8 @@ edits; each recomputes its own tail and goes on from there, token by token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +20,7 @@ from veena_lens.hook_table import row_of
 from veena_lens.images.layout import image_runs, reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention, require_intervention
-from veena_lens.long_runs import counting
+from veena_lens.long_runs import Result, Store, counting
 from veena_lens.model.edits import require_reach, running
 from veena_lens.model.forward import LAST, ResidualState, embed, forward
 from veena_lens.model.generation import as_prompt, decode_steps
@@ -40,6 +42,7 @@ def generation_sweep(
     engine: str = "suffix",
     max_rows: int = 64,
     progress: bool = True,
+    out: str | Path | None = None,
     **settings: Any,
 ) -> Scores:
     """Continue each prompt under each entry, greedily, and return what the model says.
@@ -48,12 +51,13 @@ def generation_sweep(
     score: a function of the texts of one prompt, one per entry, that returns as many numbers; default none.
     max_new_tokens: tokens per continuation. engine: "suffix" shares everything before the first edited position;
     "naive" generates under `model.intervene(per_row=...)`, whole prompts every time, with the same result. max_rows:
-    continuations that decode together. progress: show a bar. settings: as for `model.generate`; sampling is not
-    supported, since a row would not repeat itself alone.
+    continuations that decode together. progress: show a bar. out: a folder where continuations are kept as they come;
+    the same sweep resumes there. settings: as for `model.generate`; sampling is not supported, since a row would not
+    repeat itself alone.
     Returns Scores with axes (row, entry): `values` are the scores, NaN without `score`; `.texts` and `.tokens` are
     nested [row][entry], and tables and files have them as columns.
     Raises: ValueError for no entries, an intervention that does not fit, sampling, or a score of another length;
-    TypeError for an entry that is not an intervention.
+    TypeError for an entry that is not an intervention; with `out`, as `Store`.
     """
     require_engine(model, engine)
     if settings.get("do_sample"):
@@ -67,6 +71,7 @@ def generation_sweep(
         for intervention in mine:
             intervention.site(model.cfg)
     settings = {"use_past_kv_cache": True, "max_new_tokens": max_new_tokens, **settings}
+    store = Store(out, ("generation_sweep", model, inputs, lists, engine, max_rows, settings))
     with counting(len(inputs) * len(lists), "continuations", progress) as advance:
         tokens: list[list[list[int]]] = []
         for i in range(len(inputs)):
@@ -75,12 +80,9 @@ def generation_sweep(
             starts = [first_edited(model, row, mine) for mine in lists]
             again = [any(_on_pictures(model, item) for item in mine) for mine in lists]  # these encode their own images
             for members in _batches(again, starts, max_rows):
-                mine = [lists[j] for j in members]
-                if engine == "naive":
-                    with model.intervene(per_row=mine):
-                        grown = model.generate(row[[0] * len(mine)], return_type="tokens", **settings)
-                else:
-                    grown = _continue(model, row, mine, starts[members[0]], settings)
+                mine, start = [lists[j] for j in members], starts[members[0]]
+                continued = partial(_continued, model, row, mine, start, engine, settings)
+                grown = store.do([i, members], continued)["tokens"]
                 for j, ids in zip(members, grown.tolist(), strict=True):
                     found[j] = ids
                 advance(len(members))
@@ -97,6 +99,16 @@ def generation_sweep(
         name="score",
         columns={**columns, "tokens": [ids for row in tokens for ids in row]},
     )
+
+
+def _continued(
+    model: HookedVLM, row: MultimodalInputs, lists: list[list[Any]], start: int, engine: str, settings: dict[str, Any]
+) -> Result:
+    """Return the tokens [entry new] that continue one prompt under each list."""
+    if engine == "suffix":
+        return {"tokens": _continue(model, row, lists, start, settings)}
+    with model.intervene(per_row=lists):
+        return {"tokens": model.generate(row[[0] * len(lists)], return_type="tokens", **settings)}
 
 
 def _on_pictures(model: HookedVLM, item: Any) -> bool:

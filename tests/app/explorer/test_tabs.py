@@ -65,6 +65,34 @@ def test_sweep_by_steps_is_the_whole_sweep(explorer: Explorer, session: Session,
     assert shown["done"] == 4 and shown["values"][5][0] is None and len(shown["rows"]) == 8
 
 
+def test_sweep_over_heads_and_positions_shows_heads_and_exports_both(
+    explorer: Explorer, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = patch.patch_sweep
+
+    def three_positions(*args: Any, **settings: Any) -> Any:
+        """As a sweep over each position returns them, from one over the last, which takes seconds."""
+        found = whole(*args[:4], "last", *args[5:], **settings)
+        if settings.get("plan_only"):
+            return found
+        values = torch.stack([found.values, 2 * found.values, -found.values], -1)
+        labels = {**found.labels, "pos": [3, 4, 5]}
+        return replace(found, values=values, axes=("layer", "head", "pos"), labels=labels)
+
+    monkeypatch.setattr(patch, "patch_sweep", three_positions)
+    asked = question(sites="heads", positions="each")
+    steps = list(patch.run(explorer, session, asked))
+    shown, swept = json.loads(steps[-1][0]), session.kept["swept"]
+    assert swept.result.axes == ("layer", "head", "pos") and steps[-1][1] == "8 of 8 layers done."
+    wanted = swept.result.scores.float().mean(-1)
+    torch.testing.assert_close(torch.tensor(shown["values"]), wanted, rtol=0, atol=1e-5)
+    assert (shown["columnName"], shown["columns"]) == ("head", [str(h) for h in range(8)])
+    assert shown["title"].endswith("by patching each head, mean over positions")
+    files = {Path(f).name: f for f in patch.export_sweep(session)}
+    assert len(pd.read_csv(files["patching.csv"])) == swept.result.scores.numel()
+    assert json.loads(patch.open_head(explorer, session, 3, 5)[0])["open"] == {"layer": 3, "head": 5}
+
+
 def test_stopped_sweep_leaves_the_model_clean_and_goes_on_where_it_was(
     explorer: Explorer, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

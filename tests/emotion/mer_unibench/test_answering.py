@@ -1,5 +1,6 @@
 """Answering a set: what is asked, what is written, and how a stopped run goes on."""
 
+import dataclasses
 import errno
 import json
 from collections.abc import Sequence
@@ -10,21 +11,29 @@ import pytest
 
 from tests.emotion.mer_unibench.synthetic import Made, place_of
 from veena_lens.emotion.mer_unibench import answer_set, answering, load_set, read_answers, score_answers
-from veena_lens.emotion.methods import Method
+from veena_lens.emotion.methods import PLAIN, Method
+from veena_lens.fingerprints import digest
+from veena_lens.interventions import BoostAttention
 from veena_lens.long_runs import Lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published test part")
 
 
+class Log(list[Any]):
+    """Every example asked, in order; `stops` breaks off in the second batch."""
+
+    stops = False
+
+
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every example asked, in order; the answer tells the prompt's length and the image's red."""
-    log: list[Any] = []
+def asked(monkeypatch: pytest.MonkeyPatch) -> Log:
+    """Return the examples asked, in order; the answer tells the image's red."""
+    log = Log()
 
     def answers(model: Any, examples: Sequence[Any], method: Method, **options: Any) -> list[str]:
         assert len(examples) <= max(options["batch_size"], 3)
         log.extend(examples)
-        if model == "stops" and len(log) > 2:
+        if log.stops and len(log) > 2:
             raise KeyboardInterrupt
         return [f"happy, red {example.picture.getpixel((0, 0))[0]}" for example in examples]
 
@@ -32,7 +41,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return log
 
 
-def test_each_sample_is_asked_with_its_subtitle_and_middle_frame(made: Made, tmp_path: Path, asked: list[Any]) -> None:
+def test_each_sample_is_asked_with_its_subtitle_and_middle_frame(made: Made, tmp_path: Path, asked: Log) -> None:
     samples = load_set(made.root, "meld")
     run = answer_set("model", samples, out=tmp_path / "new" / "a.jsonl", model_name="m")
     assert run.new == 7 and len(asked) == 7
@@ -41,25 +50,29 @@ def test_each_sample_is_asked_with_its_subtitle_and_middle_frame(made: Made, tmp
     rows = [json.loads(line) for line in run.path.read_text().splitlines()]
     assert rows[0]["run"] | {"question": ""} == {
         "set": "meld", "model": "m", "method": "plain", "settings": {}, "frames": 1, "faces": False, "subtitle": True,
-        "question": "", "max_new_tokens": 32,
+        "question": "", "max_new_tokens": 32, "weights": digest("model"), "edits": digest(PLAIN),
     }  # fmt: skip
-    assert rows[1] == {
+    assert rows[1] | {"clip": "", "check": ""} == {
         "name": "meld_0000",
         "answer": "happy, red 200",
         "seen": {"kind": "frames", "places": [1], "total": 3, "source": "subvideo/meld_0000"},
+        "clip": "",
+        "check": "",
     }
     found = read_answers(run.path)
     assert found.key == "meld" and found.run == run.run
     assert score_answers(samples, found, mapping="direct").join.matched == 7
 
 
-def test_a_stopped_run_goes_on_and_equals_an_unbroken_one(made: Made, tmp_path: Path, asked: list[Any]) -> None:
+def test_a_stopped_run_goes_on_and_equals_an_unbroken_one(made: Made, tmp_path: Path, asked: Log) -> None:
     samples = load_set(made.root, "meld")
     whole = answer_set("model", samples, out=tmp_path / "whole.jsonl", model_name="m", batch_size=2)
     asked.clear()
     path = tmp_path / "part.jsonl"
+    asked.stops = True
     with pytest.raises(KeyboardInterrupt):
-        answer_set("stops", samples, out=path, model_name="m", batch_size=2)
+        answer_set("model", samples, out=path, model_name="m", batch_size=2)
+    asked.stops = False
     with path.open("a") as file:
         file.write('{"name": "meld_0002", "ans')
     asked.clear()
@@ -70,7 +83,7 @@ def test_a_stopped_run_goes_on_and_equals_an_unbroken_one(made: Made, tmp_path: 
     assert again.new == 0 and again.values == whole.values
 
 
-def test_a_file_of_other_settings_is_not_continued(made: Made, tmp_path: Path, asked: list[Any]) -> None:
+def test_a_file_of_other_settings_is_not_continued(made: Made, tmp_path: Path, asked: Log) -> None:
     samples = load_set(made.root, "meld").samples[:2]
     answer_set("model", samples, out=tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"another run: \{'frames': 1\} instead of \{'frames': 2\}"):
@@ -80,9 +93,53 @@ def test_a_file_of_other_settings_is_not_continued(made: Made, tmp_path: Path, a
         answer_set("model", samples, out=tmp_path / "b.jsonl")
 
 
-def test_several_frames_are_asked_one_by_one_and_faces_come_as_faces(
-    made: Made, tmp_path: Path, asked: list[Any]
-) -> None:
+def test_answers_of_another_model_method_or_clip_are_not_taken(own: Made, tmp_path: Path, asked: Log) -> None:
+    samples, path = load_set(own.root, "meld").samples[:3], tmp_path / "a.jsonl"
+    answer_set("model", samples, out=path, model_name="m")
+    edit = Method(name="plain", interventions=[BoostAttention(0, factor=2.0)])
+    for model, more, differs in (("another", {}, "weights"), ("model", {"method": edit}, "edits")):
+        with pytest.raises(ValueError, match=f"another run: .*'{differs}'"):
+            answer_set(model, samples, out=path, model_name="m", **more)
+    assert answer_set("model", samples, out=path, model_name="m").new == 0
+    reworded = [dataclasses.replace(sample, subtitle="Another sentence") for sample in samples]
+    with pytest.raises(ValueError, match="the answer of 'meld_0000' is about another clip than the one in .* Remove"):
+        answer_set("model", reworded, out=path, model_name="m")
+    shown = place_of(own, "meld") / "subvideo" / "meld_0001"
+    for frame in shown.iterdir():
+        frame.write_bytes((place_of(own, "meld") / "subvideo" / "meld_0000" / frame.name).read_bytes() + b"0")
+    with pytest.raises(ValueError, match="the answer of 'meld_0001' is about another clip"):
+        answer_set("model", samples, out=path, model_name="m")
+
+
+def test_rows_that_were_changed_repeated_or_copied_are_named(own: Made, tmp_path: Path, asked: Log) -> None:
+    samples, path = load_set(own.root, "meld").samples[:3], tmp_path / "a.jsonl"
+    answer_set("model", samples, out=path, model_name="m")
+    answer_set("model", samples, out=tmp_path / "b.jsonl", model_name="m", frames=2)
+    whole, other = path.read_text(), (tmp_path / "b.jsonl").read_text().splitlines(keepends=True)
+    lines = whole.splitlines(keepends=True)
+    for text, told in (
+        (whole.replace("happy, red 200", "sad, red 200", 1), "'meld_0000' is not as it was written"),
+        (whole + lines[2], "'meld_0001' is there twice"),
+        ("".join(lines[:3]) + other[3], "'meld_0002' is not as it was written"),
+        (whole.replace("meld_0002", "meld_0009"), "'meld_0009' is not as it was written"),
+        ("".join(lines[:2]) + '{"name": "meld_0001", "answer": "sad"}\n', "'meld_0001' is not as it was written"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"row of name {told}. Remove it to compute it again"):
+            answer_set("model", samples, out=path, model_name="m")
+    path.write_text("".join(lines[:3]))
+    assert answer_set("model", samples, out=path, model_name="m").new == 1 and path.read_text() == whole
+
+
+def test_two_runs_do_not_write_one_file(made: Made, tmp_path: Path, asked: Log) -> None:
+    pytest.importorskip("fcntl")
+    samples, path = load_set(made.root, "meld").samples[:2], tmp_path / "a.jsonl"
+    with Lines(path, {"set": "meld"}).held(), pytest.raises(ValueError, match=r"Another run is writing .*a\.jsonl"):
+        answer_set("model", samples, out=path, model_name="m")
+    assert not asked and answer_set("model", samples, out=path, model_name="m").new == 2
+
+
+def test_several_frames_are_asked_one_by_one_and_faces_come_as_faces(made: Made, tmp_path: Path, asked: Log) -> None:
     samples = load_set(made.root, "mer2023").samples[1:3]
     run = answer_set("model", samples, out=tmp_path / "a.jsonl", frames=3, batch_size=2)
     assert run.values["mer2023_0001"] == "happy, red 0\nhappy, red 200\nhappy, red 0"
@@ -92,7 +149,7 @@ def test_several_frames_are_asked_one_by_one_and_faces_come_as_faces(
 
 
 def test_samples_without_pictures_are_listed_before_any_is_asked_or_left_out(
-    own: Made, tmp_path: Path, asked: list[Any]
+    own: Made, tmp_path: Path, asked: Log
 ) -> None:
     for name in ("meld_0001", "meld_0004"):
         (place_of(own, "meld") / "subvideo" / name).rename(tmp_path / name)

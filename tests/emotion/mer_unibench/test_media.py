@@ -47,6 +47,19 @@ def test_the_middle_frame_of_a_folder_is_seen_and_recorded(made: Made) -> None:
     assert colours == [(0, 0, 90), (200, 0, 0), (0, 90, 0)]
 
 
+def test_frames_are_upright_and_transparent_places_white(own: Made) -> None:
+    sample, tag = _sample(own, "cmumosei"), Image.Exif()
+    folder, tag[0x0112] = find_video(sample), 6
+    for path in folder.iterdir():
+        path.unlink()
+    image = Image.new("RGBA", (8, 4), (200, 0, 0, 255))
+    image.paste((0, 0, 0, 0), (0, 0, 1, 4))
+    image.save(folder / "1.png", exif=tag)
+    frame = see(sample).pictures[0]
+    assert (frame.mode, frame.size) == ("RGB", (4, 8))
+    assert frame.getpixel((2, 0)) == (255, 255, 255) and frame.getpixel((2, 7)) == (200, 0, 0)
+
+
 @pytest.mark.parametrize("key", ["mer2023", "iemocapfour"])
 def test_faces_are_read_as_rgb_from_both_layouts(made: Made, key: str) -> None:
     seen = see(_sample(made, key), faces=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -327,6 +328,57 @@ def test_real_dataset_of_hugging_face_gives_the_same_pairs() -> None:
     assert [p.emotional.open().tobytes() for p in pairs] == [
         r["picture"].tobytes() for r in given if r["emotion"] != "neutral"
     ]
+
+
+def test_photographs_are_upright_in_memory_in_a_data_set_and_in_copies(tmp_path: Path) -> None:
+    """Also one image that two records share: it stays one."""
+
+    def photograph(shade: int) -> bytes:
+        tag, file = Image.Exif(), io.BytesIO()
+        tag[0x0112] = 6
+        left = picture(shade, (8, 6))
+        left.paste((255, 255, 255), (0, 0, 2, 6))
+        left.save(file, "PNG", exif=tag)
+        return file.getvalue()
+
+    happy, calm = photograph(1), photograph(2)
+    opened = {data: Image.open(io.BytesIO(data)) for data in (happy, calm)}
+    (tmp_path / "given").mkdir()
+    rows: list[list[Any]] = [[{"bytes": data, "path": "a.png"} for data in (happy, calm)], list(opened.values())]
+    settings: tuple[dict[str, Any], ...] = ({}, {"folder": tmp_path / "given"})
+    sets = [
+        pairs_from_dataset(
+            [{"picture": p, "emotion": e, "pair": "1"} for p, e in zip(row, emotions, strict=True)], **to
+        )
+        for row in rows
+        for to in settings
+        for emotions in (("happy", "neutral"),)
+    ]
+    shared = [{"picture": opened[happy], "emotion": "happy", "pair": "1", "question": q} for q in ("how?", "who?")]
+    sets.append(pairs_from_records([*shared, {"picture": opened[calm], "emotion": "neutral", "pair": "1"}]))
+    assert sets[-1][0].emotional.picture is sets[-1][1].emotional.picture
+    expected = Image.open(io.BytesIO(happy)).transpose(Image.Transpose.ROTATE_270)
+    for i, pairs in enumerate(sets):
+        save_pairs(pairs, tmp_path / f"{i}")
+        for found in (pairs, load_pairs(tmp_path / f"{i}")):
+            image = found[0].emotional.open()
+            assert image.size == (6, 8) and image.tobytes() == expected.tobytes()
+
+
+def test_image_in_a_mode_that_its_format_lacks_is_written_in_rgb(tmp_path: Path) -> None:
+    seen = [{"picture": picture(3).convert("CMYK"), "emotion": "happy", "pair": "1"}]
+    seen += [{"picture": picture(5).convert("RGBA"), "file": "b.jpg", "emotion": "neutral", "pair": "1"}]
+    save_pairs(pairs_from_dataset(seen, folder=tmp_path / "given"), tmp_path / "one")
+    save_pairs(pairs_from_records(seen), tmp_path / "two")
+    for folder in ("one", "two"):
+        assert load_pairs(tmp_path / folder)[0].neutral.open().size == (8, 8)
+
+
+def test_undecoded_bytes_that_are_no_image_are_listed(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"picture": {"bytes": b"no picture", "path": None}, "emotion": "happy", "pair": "1"}]
+    rows += [{"picture": picture(5), "emotion": "neutral", "pair": "1"}]
+    with pytest.raises(PairProblems, match="record 0: The image of 10 bytes cannot be read as an image"):
+        pairs_from_dataset(rows, folder=tmp_path)
 
 
 def test_lines_that_share_a_picture_store_it_once(tmp_path: Path) -> None:

@@ -220,11 +220,13 @@ def build(shared: Shared) -> None:
         found, lines = look(explorer, session, compared)
         return view_value(explorer.show(session, "look", found)), lines
 
-    def preview(paths: list[str] | None, name: str | None) -> str:
+    def preview(paths: list[str] | None, name: str | None, request: gr.Request) -> str:
+        explorer.own(explorer.session(request.session_hash), paths)
         pictures = chosen(paths, name, explorer.limits)
         return thumbnails([(p.image, Path(p.name).name) for p in pictures])
 
     def answered(choices: Choices, session: Session) -> Iterator[tuple[Any, Any, Any]]:
+        explorer.own(session, choices.uploads)
         pictures = chosen(choices.uploads, choices.sample, explorer.limits)
         text = ""
         for text in ask(explorer, session, choices.model, pictures, choices.prompt, int(choices.max_new_tokens)):
@@ -248,7 +250,9 @@ def build(shared: Shared) -> None:
 
     @report_errors
     def uploaded(path: str | None, with_lens: bool, model: str, request: gr.Request) -> tuple[Any, Any, Any]:
-        return opened(path, with_lens, model, explorer.session(request.session_hash))
+        session = explorer.session(request.session_hash)
+        explorer.own(session, path)
+        return opened(path, with_lens, model, session)
 
     @report_errors
     def first(model: str, name: str | None, question: str, request: gr.Request) -> Iterator[tuple[Any, ...]]:
@@ -258,7 +262,7 @@ def build(shared: Shared) -> None:
             found = opened(str(explorer.cache), False, model, session)
             yield thumbnails([]), found[2], found[0], found[1]
             return
-        faces = preview(None, name)
+        faces = preview(None, name, request)
         yield faces, gr.skip(), gr.skip(), gr.skip()
         if shared.asks_at_once:
             for step in answered(Choices(model, None, name, question, NO_SECOND, 64), session):

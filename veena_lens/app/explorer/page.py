@@ -8,7 +8,7 @@ import gradio as gr
 
 from veena_lens.app.explorer import lens, look, neurons, pairs, patch, steer
 from veena_lens.app.explorer.parts import Shared
-from veena_lens.app.explorer.state import Explorer
+from veena_lens.app.explorer.state import KEPT_SECONDS, Explorer
 from veena_lens.checkpoints.files import bundled_names
 
 TABS = (
@@ -19,7 +19,6 @@ TABS = (
     ("Neurons", "neurons", neurons.build),
     ("Pairs", "pairs", pairs.build),
 )
-KEPT_SECONDS = 3600  # exported and uploaded files
 
 HEAD = '<link rel="stylesheet" href="veena/view.css">'
 CSS = """
@@ -93,7 +92,7 @@ ALWAYS_LIGHT = "() => { document.body.classList.remove('dark'); document.documen
 def build_page(explorer: Explorer) -> Any:
     """Build the page of an explorer."""
     with gr.Blocks(
-        analytics_enabled=False, title="veena_lens explorer", fill_width=True, delete_cache=(600, KEPT_SECONDS)
+        analytics_enabled=False, title="veena_lens explorer", fill_width=True, delete_cache=(600, int(KEPT_SECONDS))
     ) as demo:
         with gr.Row(equal_height=True):
             gr.Markdown("# veena_lens\nWhere in the image does it look, and why did it say that?", elem_id="title")

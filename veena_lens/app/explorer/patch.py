@@ -203,7 +203,8 @@ def sweep(explorer: Explorer, session: Session, settings: SweepSettings) -> Iter
             parts.append(effects(model, settings, layers=step, out=explorer.folder / "sweeps").value)
         n = step[-1] + 1
         result = joined(parts)
-        found = result.scores if result.scores.ndim == 2 else result.scores[:, None]
+        found = grid_of(result).scores
+        found = found if found.ndim == 2 else found[:, None]
         table = torch.full((layers, found.shape[1]), torch.nan)
         table[:n] = found.float().cpu()
         swept = Swept(settings=settings, effects=table, done=n, result=result)
@@ -217,6 +218,12 @@ def joined(parts: list[Scores]) -> Scores:
     """Join sweeps of some layers each into one."""
     labels = {**parts[0].labels, "layer": [layer for part in parts for layer in part.labels["layer"]]}
     return replace(parts[0], values=torch.cat([part.values for part in parts]), labels=labels)
+
+
+def grid_of(result: Scores) -> Scores:
+    """Return the effects with one axis beside the layers: of heads at each position the mean, as `Scores.plot` draws
+    it."""
+    return result.mean("pos") if {"head", "pos"} <= set(result.axes) else result
 
 
 def export_sweep(session: Session) -> list[str]:
@@ -250,12 +257,13 @@ def pair_of(name: str, uploads: list[str] | None, limits: Limits) -> tuple[Given
 
 def shown_cells(swept: Swept) -> str:
     """Return the grid of effects so far."""
-    settings, result = swept.settings, swept.result
+    settings, result = swept.settings, grid_of(swept.result)
     layers = len(swept.effects)
     axis = next((a for a in result.axes if a != "layer"), None)
     columns = ["all"] if axis is None else result.labels[axis]
     what = "restored" if settings.direction == "denoising" else "removed"
     part = {"heads": "head", "resid": "residual", "attn_out": "attention output", "mlp_out": "MLP output"}
+    mean = ", mean over positions" if result.axes != swept.result.axes else ""
     words = " − ".join(f"“{word}”" for word in settings.words)
     return cells_value(
         swept.effects,
@@ -263,7 +271,7 @@ def shown_cells(swept: Swept) -> str:
         columns,
         row_name="layer",
         column_name=axis or "part",
-        title=f"Share of the logit difference {words} {what} by patching each {part[settings.sites]}",
+        title=f"Share of the logit difference {words} {what} by patching each {part[settings.sites]}{mean}",
         done=swept.done,
     )
 
@@ -324,13 +332,15 @@ def build(shared: Shared) -> None:
     shared.pair = pair
 
     @report_errors
-    def preview(name: str, paths: list[str] | None) -> tuple[Any, Any]:
+    def preview(name: str, paths: list[str] | None, request: gr.Request) -> tuple[Any, Any]:
+        explorer.own(explorer.session(request.session_hash), paths)
         first, second = pair_of(name, paths, explorer.limits)
         word = gr.skip() if paths else name.split(",")[0]
         return thumbnails([(first.image, "first"), (second.image, "second")], 96), word
 
     @takes(explorer, Choices)
     def chosen(choices: Choices, session: Session) -> Iterator[tuple[Any, ...]]:
+        explorer.own(session, choices.uploads)
         yield from run(explorer, session, choices.settings(explorer.limits))
 
     @report_errors

@@ -6,39 +6,38 @@ Headers keep the page to this server: no script, font or image of another origin
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import FileResponse, JSONResponse
+from starlette.datastructures import UploadFile
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from veena_lens.app.explorer.gate import API, FILE, UPLOAD, Gate
 from veena_lens.app.explorer.state import Explorer, Limits
 from veena_lens.app.view import page
 
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; media-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
-    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
-)
 CELLS = Path(__file__).with_name("cells.js")
+MOST_FILES = 1000  # of one upload
 
 
 def add_routes(app: FastAPI, explorer: Explorer, hosts: Sequence[str] | None = None) -> None:
-    """Add the routes and headers. `hosts`: names under which the server answers; None for any."""
+    """Add the gate and the routes. `hosts`: names under which the server answers; None for any."""
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-
-    @app.middleware("http")
-    async def guard(request: Request, follow: Any) -> Response:
-        response = await follow(request)
-        response.headers["Content-Security-Policy"] = POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
+    limits = explorer.limits
+    most = max(limits.unpacked_bytes, limits.upload_bytes) + 2**20  # of all files of one request
+    app.add_middleware(Gate, uploads=explorer.uploads, most_upload=most)
+    add_file_routes(app, explorer)
 
     @app.get("/veena/view.js")
     def script() -> Response:
@@ -71,8 +70,42 @@ def add_routes(app: FastAPI, explorer: Explorer, hosts: Sequence[str] | None = N
         return Response(found, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
 
 
+def add_file_routes(app: FastAPI, explorer: Explorer) -> None:
+    """Add how files come and go. They stand in front of Gradio's own, whose names follow from what a file holds."""
+
+    @app.post(UPLOAD)
+    async def upload(request: Request) -> Response:
+        limit, stored = explorer.limits.upload_bytes, []
+        try:
+            async with request.form(max_files=MOST_FILES, max_fields=0) as form:
+                files = [file for file in form.getlist("files") if isinstance(file, UploadFile)]
+                if not files:
+                    return JSONResponse({"detail": "The upload holds no file."}, status_code=400)
+                if any((file.size or 0) > limit for file in files):
+                    text = f"A file has more than {limit:,} bytes, the limit here."
+                    return JSONResponse({"detail": text}, status_code=413)
+                for file in files:
+                    name, visitor = file.filename or "", request.scope["veena.visitor"]
+                    stored.append(await run_in_threadpool(explorer.uploads.store, name, file.file, visitor))
+        except ValueError:
+            return JSONResponse({"detail": "The upload cannot be read."}, status_code=400)
+        return JSONResponse(stored)
+
+    @app.get(f"{API}/upload_progress")
+    def progress() -> Response:
+        # The answer to the upload itself says when it is there.
+        return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
+
+    @app.get(f"{FILE}{{path:path}}")
+    def download(path: str, request: Request) -> Response:
+        found = explorer.exported(path) or explorer.uploads.find(path, request.scope["veena.visitor"])
+        if found is None or not found.is_file():
+            return JSONResponse({"detail": "There is no such file here."}, status_code=404)
+        return FileResponse(found, filename=found.name, media_type="application/octet-stream")
+
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-FIRST_PORT = 7860
+FIRST_PORT, MOST_PORTS = 7860, 65535
 
 
 def make_app(
@@ -89,6 +122,7 @@ def make_app(
     Raises: ImportError without Gradio; FileNotFoundError or ValueError for a cache that cannot be opened."""
     # Gradio reads these when it is imported: no report of use, no look for a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # nor a copy of what was asked, kept by the browser
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         import gradio as gr
@@ -107,7 +141,19 @@ def make_app(
     explorer = Explorer(list(names or bundled_names()), limits, None if cache is None else Path(cache), loading)
     demo = build_page(explorer)
     demo.queue(max_size=limits.queue, default_concurrency_limit=2, api_open=False)
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    # Gradio leaves files of this folder where they are; others it would copy to names that follow from what they hold.
+    for block in demo.blocks.values():
+        block.GRADIO_CACHE = str(explorer.folder)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        explorer.open()
+        try:
+            yield
+        finally:
+            explorer.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=life)
     app.state.explorer = explorer
     add_routes(app, explorer, [*LOOPBACK, "[::1]"] if host in LOOPBACK else None)
     return gr.mount_gradio_app(
@@ -137,27 +183,85 @@ def serve(
 ) -> None:
     """Serve the page until interrupted. port: None takes the first free one from 7860.
 
-    Raises: as `make_app`; ValueError for a port that is taken."""
+    Raises: as `make_app`; ValueError for a port that is taken, or an address that is not this machine's."""
+    chosen = free_port(host, port)
     app = make_app(names, cache, limits, host, loading)
     import uvicorn
 
-    chosen = free_port(host, port)
+    end_on_signals(app.state.explorer)
     print(f"veena-lens explore: http://{'localhost' if host in LOOPBACK else host}:{chosen}", flush=True)
     if host not in LOOPBACK:
         print("Anyone who reaches this machine can use the page: it has no password.", flush=True)
     # Open pages keep a connection: without a limit the server would wait for them to close.
-    uvicorn.run(app, host=host, port=chosen, log_level="warning", timeout_graceful_shutdown=1)
+    settings: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": 1, "proxy_headers": False}
+    try:
+        uvicorn.run(app, host=host, port=chosen, **settings)
+    finally:
+        leave(app.state.explorer)
+
+
+def leave(explorer: Explorer) -> None:
+    """Delete the visitors' files, and the empty folders that Gradio makes."""
+    explorer.close()
+    within = Path(os.environ.get("GRADIO_TEMP_DIR") or explorer.folder.parent / "gradio")
+    for folder in (within / "vibe_edit_history", within):
+        with suppress(OSError):  # not there, or another program's files lie in it
+            folder.rmdir()
+
+
+def end_on_signals(explorer: Explorer) -> None:
+    """Delete the visitors' files when the process is ended, then end as the signal asks."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        leave(explorer)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    for name in ("SIGTERM", "SIGHUP"):  # the second when the terminal closes
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end)
 
 
 def free_port(host: str, port: int | None) -> int:
-    """Find a port that nobody listens on. Raises: ValueError where the wanted one is taken, or none is free."""
+    """Find a port that nobody listens on.
+
+    Raises: ValueError for an address that is not this machine's, a number that is not a port, or where the wanted port
+    is taken or none is free."""
+    family = family_of(host)
+    if port is not None and not 1 <= port <= MOST_PORTS:
+        raise ValueError(
+            f"--port {port} is not a port: name one from 1 to {MOST_PORTS}, or leave --port out for the first free one "
+            f"from {FIRST_PORT}."
+        )
     for candidate in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + 100):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, candidate))
-            except OSError:
-                continue
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                if error.errno in (errno.EACCES, errno.EPERM):
+                    raise ValueError(
+                        f"Port {candidate} needs rights that you do not have; name one from 1024."
+                    ) from None
+                raise ValueError(
+                    f"This machine cannot listen on {host!r} ({error.strerror or error}); --host takes one of its own "
+                    "addresses, such as 127.0.0.1."
+                ) from None
             return candidate
     wanted = f"Port {port} is taken" if port is not None else f"No port from {FIRST_PORT} to {FIRST_PORT + 99} is free"
     raise ValueError(f"{wanted} on {host}; name another with --port.")
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Return whether a host is an IPv4 or IPv6 address. Raises: ValueError for a name that leads nowhere."""
+    try:
+        if not host.strip():
+            raise ValueError
+        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, ValueError):  # the second for a name that cannot be written as one
+        raise ValueError(
+            f"--host {host!r} is not an address or name that this machine knows; --host takes one of its own "
+            "addresses, such as 127.0.0.1."
+        ) from None

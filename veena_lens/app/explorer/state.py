@@ -8,6 +8,7 @@ becomes one sentence in the page.
 from __future__ import annotations
 
 import inspect
+import os
 import secrets
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ import gradio as gr
 import torch
 
 from veena_lens.app.demo import few_threads
+from veena_lens.app.explorer.uploads import Uploads
 
 if TYPE_CHECKING:
     from veena_lens.app.view import ExplorerView
@@ -44,6 +46,7 @@ class Limits:
     prompt_characters: int = 20_000
     sweep_bytes: int = 2 * 2**30  # activations of the rows that travel together
     view_bytes: int = 8 * 2**20  # maps that a view carries from the start; the others come when asked for
+    stored_bytes: int = 2 * 2**30  # uploads of all visitors; the oldest go first
     sessions: int = 16  # the one unused for longest goes first
     queue: int = 32
 
@@ -80,7 +83,7 @@ def report_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
         with reported():
             return handler(*args, **kwargs)
 
-    return steps if inspect.isgeneratorfunction(handler) else call
+    return steps if inspect.isgeneratorfunction(inspect.unwrap(handler)) else call
 
 
 def takes(explorer: Explorer, choices: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -94,7 +97,7 @@ def takes(explorer: Explorer, choices: Callable[..., Any]) -> Callable[[Callable
         def steps(request: gr.Request, *values: Any) -> Any:
             yield from call(request, *values)
 
-        return report_errors(steps if inspect.isgeneratorfunction(handler) else call)
+        return report_errors(steps if inspect.isgeneratorfunction(inspect.unwrap(handler)) else call)
 
     return decorate
 
@@ -123,6 +126,7 @@ def message(error: Exception) -> gr.Error:
 
 
 MOST_MODELS = 2
+KEPT_SECONDS = 3600.0  # exported and uploaded files
 
 
 @dataclass(eq=False)
@@ -160,9 +164,23 @@ class Explorer:
         self._views: dict[str, ExplorerView] = {}
         self._busy: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
         self._guard = threading.RLock()
-        # Exports and parts of sweeps; gone when the server ends.
-        self.folder = Path(tempfile.mkdtemp(prefix="veena-lens-"))
+        # Uploads, exports and parts of sweeps, for this user alone; gone when the server ends.
+        within = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+        within.mkdir(parents=True, exist_ok=True)
+        self.folder = Path(tempfile.mkdtemp(prefix="veena-lens-", dir=within)).resolve()
+        self.uploads = Uploads(self.folder / "uploads", self.limits.stored_bytes, KEPT_SECONDS)
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    def open(self) -> None:
+        """Make the folder anew where it was closed before."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+
+    def close(self) -> None:
+        """Drop every tab's results, and delete all files."""
+        for key in list(self._sessions):
+            self.forget(key)
+        self.uploads.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     # --- models ---------------------------------------------------------------------------------------
     @contextmanager
@@ -218,8 +236,8 @@ class Explorer:
         key = key or "nobody"
         with self._guard:
             if key not in self._sessions:
-                folder = self.folder / secrets.token_hex(8)
-                folder.mkdir()
+                folder = self.folder / secrets.token_urlsafe(24)
+                folder.mkdir(mode=0o700)
                 self._sessions[key] = Session(key, folder)
                 while len(self._sessions) > self.limits.sessions:
                     self._drop(self._sessions.popitem(last=False)[1])
@@ -237,9 +255,22 @@ class Explorer:
         for token in session.tokens.values():
             self._views.pop(token, None)
         session.kept.clear()
-        for path in sorted(session.folder.rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-        session.folder.rmdir()
+        self.uploads.forget(session.key)
+        shutil.rmtree(session.folder, ignore_errors=True)
+
+    def own(self, session: Session, given: str | Sequence[str] | None) -> None:
+        """Check, before files are opened, that a tab uploaded them. Raises: ForeignFile for another one."""
+        for path in [given] if isinstance(given, str) else given or ():
+            self.uploads.lend(str(path), session.key)
+
+    def exported(self, path: str) -> Path | None:
+        """Return the path of a file in a tab's folder, whose name nobody can guess; None for every other path."""
+        with self._guard:
+            for session in self._sessions.values():
+                name = path.removeprefix(f"{session.folder}{os.sep}")
+                if name != path and name not in ("", ".", "..") and not {"/", os.sep} & set(name):
+                    return session.folder / name
+        return None
 
     @property
     def n_sessions(self) -> int:

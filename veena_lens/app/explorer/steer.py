@@ -303,6 +303,7 @@ def build(shared: Shared) -> None:
         if not path:
             session.kept.pop("circuit", None)
             return "No circuit."
+        explorer.own(session, path)
         found = load_circuit(session, path)
         kinds = ", ".join(sorted({type(item).__name__ for item in found}))
         edits = counted(len(found), "edit")
@@ -310,6 +311,7 @@ def build(shared: Shared) -> None:
 
     @takes(explorer, Choices)
     def steered(choices: Choices, session: Session) -> tuple[Any, Any, Any]:
+        explorer.own(session, choices.upload)
         uploads = [choices.upload] if choices.upload else None
         image = chosen(uploads, choices.sample, explorer.limits)[0]
         given: Circuit | None = session.kept.get("circuit")
@@ -355,6 +357,8 @@ def own_box(explorer: Explorer, emotion: Any, n_pairs: Any) -> None:
         first: list[str] | None, second: list[str] | None, path: str | None, name: str, request: gr.Request
     ) -> tuple[Any, ...]:
         session = explorer.session(request.session_hash)
+        for files in (first, second, path):
+            explorer.own(session, files)
         if path:
             found = own_pairs.take_zip(session, path, explorer.limits)
         else:

@@ -22,6 +22,7 @@ from veena_lens.app.view.files import OpenedCache, open_cache
 from veena_lens.app.view.page import page_of, script, style
 from veena_lens.app.view.rows import RULE, CachedRows, ModelRows, Rows, rule_of
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import write_file
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -232,8 +233,7 @@ class ExplorerView:
         path = Path(path)
         if path.suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"A view is saved as a page: {path.name!r} must end in .html.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(), encoding="utf-8")
+        write_file(path, self.html())
         return path
 
     def widget(self) -> Any:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from veena_lens.emotion.locate.answer_slot import emotion_tokens
 from veena_lens.emotion.methods import batches
-from veena_lens.long_runs import Store, digest
+from veena_lens.fingerprints import digest
+from veena_lens.long_runs import Store
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM

@@ -24,9 +24,10 @@ from veena_lens.emotion.locate.answer_slot import AnswerPosition
 from veena_lens.emotion.methods import batches, prepared
 from veena_lens.emotion.study import Study, stage
 from veena_lens.emotion.words.wheels import sample_hit
+from veena_lens.fingerprints import fingerprint
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
-from veena_lens.long_runs import fingerprint, progress
+from veena_lens.long_runs import progress
 from veena_lens.scores import Scores
 from veena_lens.sweeps import generation_sweep, steer_sweep
 from veena_lens.sweeps.measuring import rank_correlation

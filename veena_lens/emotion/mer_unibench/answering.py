@@ -15,9 +15,11 @@ from typing import Any
 from PIL import Image
 
 from veena_lens.emotion.mer_unibench.loading import Sample
-from veena_lens.emotion.mer_unibench.media import Seen, face_file, find_video, frame_places, see
+from veena_lens.emotion.mer_unibench.media import Seen, face_file, find_video, frame_files, frame_places, see
 from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers, require_sizes
+from veena_lens.emotion.pairs.pair_set import picture_hash
 from veena_lens.emotion.study import Asking, Study, stage
+from veena_lens.fingerprints import digest
 from veena_lens.long_runs import Lines, progress
 
 QUESTION = "Which emotions does the person in this picture show? Name every emotion that you see."
@@ -95,9 +97,10 @@ def answer_set(
         "subtitle": subtitle,
         "question": question,
         "max_new_tokens": asking.max_new_tokens,
+        "weights": digest(study.model),
+        "edits": digest(method),
     }
     lines = Lines(out, run)
-    kept = {row["name"]: row["answer"] for row in lines.rows}
     left_out = _without_pictures(samples, faces)
     if left_out and missing == "error":
         raise FileNotFoundError(
@@ -106,19 +109,52 @@ def answer_set(
             'them by missing="skip".'
         )
     lost = set(left_out)
-    todo = [sample for sample in samples if sample.name not in kept and sample.name not in lost]
-    lines.add([])  # the settings, also where nothing is left to ask
     label = f"{run['set']} {method.name}"
-    # A batch of clips holds `frames` images each; the model's batch stays at batch_size images.
-    each = batches(todo, max(1, asking.batch_size // frames))
-    for batch in progress(each, label, study.progress, total=len(todo), size=len):
-        seen = [see(sample, frames=frames, faces=faces) for sample in batch]
-        asked = _asked(batch, seen, question, subtitle)
-        texts = generate_answers(study.model, asked, method, **asking.sizes)
-        rows = _rows(batch, seen, texts)
-        lines.add(rows)
-        kept |= {row["name"]: row["answer"] for row in rows}
+    with lines.held():
+        lines.add([])  # the settings, also where nothing is left to ask
+        kept = _kept(lines, samples, faces, subtitle)
+        todo = [sample for sample in samples if sample.name not in kept and sample.name not in lost]
+        # A batch of clips holds `frames` images each; the model's batch stays at batch_size images.
+        each = batches(todo, max(1, asking.batch_size // frames))
+        for batch in progress(each, label, study.progress, total=len(todo), size=len):
+            seen = [see(sample, frames=frames, faces=faces) for sample in batch]
+            asked = _asked(batch, seen, question, subtitle)
+            texts = generate_answers(study.model, asked, method, **asking.sizes)
+            rows = _rows(batch, seen, texts)
+            lines.add([row | {"clip": _clip(s, faces, subtitle)} for s, row in zip(batch, rows, strict=True)])
+            kept |= {row["name"]: row["answer"] for row in rows}
     return AnswerRun(path=out, run=run, values=kept, new=len(todo), left_out=tuple(left_out))
+
+
+def _kept(lines: Lines, samples: Sequence[Sample], faces: bool, subtitle: bool) -> dict[str, str]:
+    """Return the answers that a file holds of these samples.
+
+    Raises: ValueError for an answer about another clip of the same name."""
+    by_name = {sample.name: sample for sample in samples}
+    kept = {}
+    for row in lines.rows:
+        sample = by_name.get(row["name"])
+        if sample is None:
+            continue
+        if row.get("clip") != _clip(sample, faces, subtitle):
+            raise ValueError(
+                f"{lines.path}: the answer of {sample.name!r} is about another clip than the one in {sample.folder} "
+                "(other images, or other words said). Remove its row to ask again, or name another file."
+            )
+        kept[sample.name] = row["answer"]
+    return kept
+
+
+def _clip(sample: Sample, faces: bool, subtitle: bool) -> str:
+    """Return a hash of what a clip shows, and of what is said in it where that is asked."""
+    file = face_file(sample) if faces else None
+    if file is None:
+        try:
+            file = find_video(sample)
+        except FileNotFoundError:
+            return "no images"
+    shown = frame_files(file) if file.is_dir() else [file]
+    return digest([sample.info.key, sample.subtitle if subtitle else "", [picture_hash(path) for path in shown]])
 
 
 def prompt_of(sample: Sample, question: str = QUESTION, subtitle: bool = True) -> str:

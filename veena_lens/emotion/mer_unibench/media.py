@@ -19,6 +19,7 @@ from PIL import Image
 from veena_lens.emotion.mer_unibench.archives import read_array_file
 from veena_lens.emotion.mer_unibench.data_sets import require_name
 from veena_lens.emotion.mer_unibench.loading import Sample
+from veena_lens.images.files import open_image
 
 FOLDER = "openface_face"
 MAX_FACES = 2**30  # bytes of one clip's faces: 28,000 of 112 x 112
@@ -128,7 +129,7 @@ def see(sample: Sample, *, frames: int = 1, faces: bool = False) -> Seen:
     if path.is_dir():
         files = frame_files(path)
         places = frame_places(len(files), frames)
-        pictures, total = tuple(_open(files[place]) for place in places), len(files)
+        pictures, total = tuple(open_image(files[place]) for place in places), len(files)
     else:
         pictures, places, total = _decode(path, frames)
     return Seen(
@@ -165,14 +166,6 @@ def frame_files(folder: Path) -> list[Path]:
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:
     digits = "".join(mark if mark.isdigit() else " " for mark in path.stem).split()
     return [(int(number), number) for number in digits], path.name
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}.") from error
 
 
 def _decode(path: Path, frames: int) -> tuple[tuple[Image.Image, ...], list[int], int]:

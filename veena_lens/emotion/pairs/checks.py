@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veena_lens.emotion.pairs.pair_set import NEUTRAL, Example, Pair, PairSet
-from veena_lens.images.files import open_image
+from veena_lens.images.files import read_image
 
 TEXTS = ("emotion", "question")
 OPTIONAL = ("pair", "identity", "style", "split", "context", "context_emotion", "context_strength")
@@ -148,7 +148,7 @@ def _picture_sizes(placed: Sequence[Placed]) -> dict[Any, tuple[int, int] | str]
 
     def look(picture: Any) -> tuple[int, int] | str:
         try:
-            return open_image(picture).size
+            return read_image(picture).size
         except (FileNotFoundError, ValueError, TypeError) as error:
             return str(error)
 

@@ -18,6 +18,8 @@ from PIL import Image
 from veena_lens.checkpoints.files import bundled_path
 from veena_lens.emotion.pairs.checks import FIELDS, PairProblems, Placed, build
 from veena_lens.emotion.pairs.pair_set import NEUTRAL, Example, Pair, PairSet
+from veena_lens.images.files import read_image, to_rgb, upright
+from veena_lens.long_runs import write_file
 
 __all__ = [
     "Example",
@@ -93,7 +95,8 @@ def pairs_from_records(
     """Make pairs from dictionaries.
 
     Args:
-        records: dictionaries with `picture` (a path or a PIL image), `emotion`, `pair` and any field of a manifest.
+        records: dictionaries with `picture` (a path, or an image as `read_image` takes it), `emotion`, `pair` and any
+            field of a manifest. Orientation tags are applied.
         question: what records without a question are asked.
         neutral: what the data call neutral.
         unreadable, wheels: as for `load_pairs`.
@@ -101,7 +104,8 @@ def pairs_from_records(
 
     Raises: as `load_pairs`, naming records by number.
     """
-    placed = []
+    placed: list[Placed] = []
+    in_memory: dict[int, tuple[Any, Any]] = {}  # by identity: records may share an image
     for number, given in enumerate(records):
         record = {"question": question, **given}
         if record["question"] is None:
@@ -109,6 +113,8 @@ def pairs_from_records(
         if record.get("emotion") == neutral:
             record["emotion"] = NEUTRAL
         picture = record.get("picture")
+        if picture is not None and not isinstance(picture, (str, Path)):
+            _, record["picture"] = in_memory.setdefault(id(picture), (picture, _upright(picture)))
         name = record.get("file") or (picture if isinstance(picture, (str, Path)) else None)
         placed.append(Placed(f"record {number}" + (f" ({name})" if name else ""), record))
     return build(placed, source, unreadable, wheels, ("picture", *FIELDS))
@@ -203,7 +209,7 @@ def pairs_from_dataset(
         record = {name: _plain(row[column], features.get(column)) for name, column in taken.items()}
         if target is not None and isinstance(record.get("picture"), Image.Image):
             path = target / f"{number:07d}.png"
-            record["picture"].save(path)
+            _save(record["picture"], path)
             record["picture"] = path
         records.append(record)
     return pairs_from_records(
@@ -213,13 +219,29 @@ def pairs_from_dataset(
 
 def _plain(value: Any, feature: Any) -> Any:
     """Return a cell as a record holds it: names for class labels, images opened, identifiers as text."""
-    import io
-
     if isinstance(value, Mapping) and set(value) == {"bytes", "path"}:
-        return value["path"] if value["bytes"] is None else Image.open(io.BytesIO(value["bytes"]))
+        return value["path"] if value["bytes"] is None else _upright(value)
+    if isinstance(value, Image.Image):
+        return _upright(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return feature.int2str(value) if hasattr(feature, "int2str") else str(value)
     return value
+
+
+def _upright(picture: Any) -> Any:
+    """Return an image in memory, turned as its orientation tag says; one that cannot be read is left to the checks."""
+    try:
+        return upright(read_image(picture))
+    except (TypeError, ValueError, FileNotFoundError):
+        return picture
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    """Write an image; in RGB where the format does not take its mode."""
+    try:
+        picture.save(path)
+    except OSError:
+        to_rgb(picture).save(path)
 
 
 def save_pairs(pairs: PairSet, folder: str | Path) -> Path:
@@ -239,7 +261,7 @@ def save_pairs(pairs: PairSet, folder: str | Path) -> Path:
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(picture, Image.Image):
-            picture.save(path)
+            _save(picture, path)
         elif not path.exists() or not path.samefile(picture):
             shutil.copyfile(Path(picture).expanduser(), path)
     return write_manifest(named.examples, folder / MANIFEST)
@@ -284,7 +306,5 @@ def write_manifest(examples: Iterable[Example], path: str | Path) -> Path:
         path: of the manifest.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text("".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in examples), encoding="utf-8")
-    draft.replace(path)
+    write_file(path, "".join(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in examples))
     return path

@@ -81,7 +81,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         cls,
         name: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         device_map: Any = None,
         casts: str = "hf",
@@ -90,10 +90,9 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
     ) -> HookedVLM:
         """Load an embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
 
-        Weights stream into an empty model: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes,
-        torchao) stay packed.
-        dtype: None keeps what is stored. device: None is the CPU. device_map: "auto" spreads the blocks over the
-            machine's GPUs. revision: of a hub id.
+        Weights stream in: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes, torchao) stay packed.
+        dtype: one of torch, or its name ("bfloat16"); None keeps what is stored. device: None is the CPU. device_map:
+            "auto" spreads the blocks over the machine's GPUs. revision: of a hub id.
         casts: "hf" rounds norms as Hugging Face does, "none" computes them in the model's dtype.
         lora: a folder or hub id of a LoRA adapter in peft's files, merged into the weights. A folder that holds an
             adapter and no model may be given as `name` itself; its base is loaded.

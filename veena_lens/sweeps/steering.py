@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from veena_lens.images.layout import reached_from
 from veena_lens.inputs import MultimodalInputs
@@ -30,11 +28,11 @@ def steer_sweep(
     inputs: MultimodalInputs,
     vectors: Any,
     metric: Any,
-    alphas: Sequence[float | int] = (1.0,),
+    alphas: Sequence[Any] = (1.0,),
     positions: Any = "last",
     engine: str = "suffix",
     *,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     **options: Unpack[SweepOptions],
 ) -> Any:
     """Measure every row of inputs under resid_post += alpha * vector, for each layer and alpha.

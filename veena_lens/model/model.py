@@ -278,8 +278,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         inputs: Any,
         queries: Any = "last",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> Scores:
         """Return attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
 
@@ -297,8 +297,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         self,
         queries: Any = "generated",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> AbstractContextManager[AttentionRows]:
         """Collect attention rows of whatever runs inside a `with` block, `generate` too; read `.scores()` after it.
 

@@ -315,6 +315,7 @@ def _inputs_of(model: HookedVLM, args: Sequence[Any], kwargs: dict[str, Any]) ->
     if kwargs.get("start_at_layer") is not None:
         given = kwargs.get("tokens")
         return given if isinstance(given, MultimodalInputs) else None
-    if not args:
+    if not args or kwargs.get("past_kv_cache") is not None:
         return None
-    return model.as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None))
+    how: dict[str, Any] = {name: kwargs.pop(name, None) for name in ("prepend_bos", "padding_side")}
+    return model.as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None), **how)

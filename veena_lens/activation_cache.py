@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens import utilities as tl
 from transformer_lens.utilities import Slice
 
-from veena_lens.hook_table import canonical, near_names, row_of
+from veena_lens.hook_table import axes_of, canonical, near_names, row_of
 from veena_lens.images.dynamic import raster_order
 from veena_lens.input_files import PREFIX, describe_inputs, input_tensors, restore_inputs
 from veena_lens.inputs import MultimodalInputs
@@ -144,7 +144,7 @@ class ActivationCache(ResidualParts):
         inputs = self._need_inputs("cache.at")
         key = name if layer is None else (name, layer)
         full, value = self._full_name(key), self[key]
-        axes = row_of(full).axis_names
+        axes = axes_of(full)
         if axes[0] != "batch":
             raise ValueError(f"cache.at picks text positions; {full} lies on images: use cache.image_grid.")
         if not self.has_batch_dim:

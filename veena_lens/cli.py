@@ -7,6 +7,7 @@ code 2; a certificate that fails exits with code 1.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -249,9 +250,9 @@ def explore(args: argparse.Namespace) -> int:
     from veena_lens.app.explorer.state import Limits
 
     limits = Limits(
-        upload_bytes=int(args.max_upload_mb * 2**20),
-        pixels=int(args.max_megapixels * 1e6),
-        sweep_bytes=int(args.max_sweep_gb * 2**30),
+        upload_bytes=_in_units("--max-upload-mb", args.max_upload_mb, 2**20),
+        pixels=_in_units("--max-megapixels", args.max_megapixels, 10**6),
+        sweep_bytes=_in_units("--max-sweep-gb", args.max_sweep_gb, 2**30),
     )
     loading: dict[str, Any] = {"device": args.device}
     if args.dtype is not None:
@@ -260,6 +261,13 @@ def explore(args: argparse.Namespace) -> int:
         loading["dtype"] = getattr(torch, args.dtype)
     serve(args.model, args.cache, args.host, args.port, limits, loading)
     return 0
+
+
+def _in_units(option: str, value: float | int, unit: int) -> int:
+    """Return an option's value in bytes or pixels. Raises: ValueError for less than one, or no number."""
+    if not (math.isfinite(value) and value * unit >= 1):
+        raise ValueError(f"{option} {value:g}: expected a positive number.")
+    return int(value * unit)
 
 
 def mer_unibench(args: argparse.Namespace) -> int:

@@ -209,6 +209,15 @@ def row_of(name: str) -> Hook:
     return _ROW[key]
 
 
+def axes_of(name: str) -> tuple[str, ...]:
+    """Return the axes of a hook point's value, of one's own that the table does not list too: rows and positions of
+    text, then anything."""
+    try:
+        return row_of(name).axis_names
+    except ValueError:
+        return ("batch", "pos", "...")
+
+
 def layer_of(name: str) -> int | None:
     """Return the block index in a hook name (or the number of a deep-stack merger); None if there is none."""
     found = _LAYER.search(name)

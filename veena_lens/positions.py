@@ -7,6 +7,7 @@ tokens by their place in the image.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -51,10 +52,24 @@ BEYOND_PROMPT = ("generated", "answer", "all", "text")  # words that reach the t
 WORDS = ("last", "query", "image", "text", "generated", "answer", "prompt", "all")
 
 
+def as_int(value: Any, what: str) -> int:
+    """Return an integer of Python, numpy or torch as Python's.
+
+    Raises: TypeError for anything else, truth values too; `what` names it."""
+    is_truth = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    try:
+        if not is_truth:
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{what} is {value!r}, of type {type(value).__name__}; it must be an integer.")
+
+
 def parse(positions: Any) -> Any:
     """Check a selection of positions and return it in its plain form (words as a tuple).
 
-    Raises: ValueError for an unknown word; TypeError for a type that cannot select positions."""
+    Raises: ValueError for an unknown word; TypeError for a type that cannot select positions, or for numbers that are
+    not integers."""
     if isinstance(positions, str):
         words = tuple(w.strip() for w in positions.split("+"))
         unknown = [w for w in words if w not in WORDS]
@@ -63,12 +78,21 @@ def parse(positions: Any) -> Any:
                 f"positions {positions!r}: unknown word {unknown[0]!r}; known: {', '.join(WORDS)}, joined with '+'."
             )
         return words
-    if isinstance(positions, (int, slice, Box, Tile)):
+    if isinstance(positions, (Box, Tile)):
         return positions
+    if isinstance(positions, slice):
+        ends = (positions.start, positions.stop, positions.step)
+        return slice(*(None if end is None else as_int(end, f"an end of the positions {positions}") for end in ends))
+    if hasattr(positions, "__array__") and not isinstance(positions, Tensor):
+        positions = torch.as_tensor(positions)
     if isinstance(positions, Tensor):
-        return positions if positions.dtype == torch.bool else [int(p) for p in positions.flatten().tolist()]
+        if positions.dtype == torch.bool and positions.ndim:
+            return positions
+        positions = positions.flatten().tolist() if positions.ndim else positions.item()
     if isinstance(positions, Sequence):
-        return [int(p) for p in positions]
+        return [as_int(p, "a position") for p in positions]
+    if hasattr(positions, "__index__") or isinstance(positions, (bool, float)):
+        return as_int(positions, "the position")
     raise TypeError(
         f"positions of type {type(positions).__name__}: pass words such as 'last' or 'query+generated', an int, "
         "a slice, a list of ints, a bool mask [batch pos], a Box of pixels or a Tile."

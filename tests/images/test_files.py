@@ -18,8 +18,8 @@ from transformers.image_transforms import convert_to_rgb
 from tests.cases import BY_NAME
 from tests.checkpoints import tiny, tiny_processors
 from tests.checkpoints.test_prepared import expected_of
-from tests.checkpoints.test_processing import FEEL
-from veena_lens.checkpoints import find_adapter, prepare
+from tests.checkpoints.test_processing import FEEL, message
+from veena_lens.checkpoints import find_adapter, inputs_from_hf, prepare
 from veena_lens.images.files import open_image, read_image, to_rgb
 
 PLAIN = tiny.picture(40, 30, 1)
@@ -96,6 +96,26 @@ def test_conversion_is_hugging_faces() -> None:
         assert np.array_equal(np.asarray(to_rgb(image)), theirs), mode
         assert open_image(image).mode == "RGB"
     assert open_image(see_through()).getpixel((3, 3)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_output_of_a_processor_without_tensors_is_read_too(name: str, tmp_path: Path) -> None:
+    case, cfg, processor = processor_of(name, tmp_path)
+    texts = [processor.apply_chat_template(message(text, 1), add_generation_prompt=True) for text in (FEEL, "what")]
+    images = [PLAIN, PLAIN] if case.has("any size") or case.family in ("llava", "llava-next") else [[PLAIN], [PLAIN]]
+    processor.tokenizer.padding_side = "left"
+    lists, tensors = (processor(text=texts, images=images, padding=True, **o) for o in ({}, {"return_tensors": "pt"}))
+    assert isinstance(lists["input_ids"], list)
+    ours, theirs = (inputs_from_hf(cfg, processor.tokenizer, **given) for given in (lists, tensors))
+    assert torch.equal(ours.tokens, theirs.tokens) and ours.grids == theirs.grids
+    assert torch.equal(ours.pixel_values, theirs.pixel_values)  # type: ignore[arg-type]
+    assert torch.equal(ours.position_ids, theirs.position_ids)
+    split = dict(tensors, input_ids=list(tensors["input_ids"]), pixel_values=list(tensors["pixel_values"]))
+    again = inputs_from_hf(cfg, processor.tokenizer, **split)
+    assert torch.equal(again.pixel_values, theirs.pixel_values)  # type: ignore[arg-type]
+    ragged = processor(text=texts, images=images)
+    with pytest.raises(ValueError, match="input_ids cannot be made a tensor .*return_tensors='pt', and padding=True"):
+        inputs_from_hf(cfg, processor.tokenizer, **ragged)
 
 
 # --- grey levels of more than 8 bits ------------------------------------------------------------------------

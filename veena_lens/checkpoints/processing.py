@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -18,6 +19,7 @@ from veena_lens.checkpoints.prompts import Prompt, prompts_of, with_named_keywor
 from veena_lens.config import HookedVLMConfig
 from veena_lens.images.files import to_rgb
 from veena_lens.images.layout import arrange_images, layout_of, pixel_boxes
+from veena_lens.images.resizing import require_processable, require_sizes
 from veena_lens.inputs import MultimodalInputs, find_spans, text_positions
 
 
@@ -55,6 +57,12 @@ def prepare(
     if takes_images:
         require_own_processor(processor, cfg)
     prompts = prompts_of(processor, image_token, text, images, chat, messages)
+    for row, prompt in enumerate(prompts):
+        for image in prompt.images:
+            size, several = (image.height, image.width), len(prompt.images) > 1
+            require_processable(
+                cfg, processor.image_processor, size, is_among_several=several, what=f"Row {row}: an image"
+            )
     rows = [_process(processor, tokenizer, prompt, cfg) for prompt in prompts]
     pad = pad_token_of(tokenizer, cfg)
     tokens, mask = _left_pad([r["input_ids"][0] for r in rows], pad)
@@ -62,6 +70,10 @@ def prepare(
     if longest > cfg.n_ctx:
         raise ValueError(f"The longest prompt has {longest} tokens; the model's context is {cfg.n_ctx}. Shorten it.")
     pixels = _joined([r["pixel_values"] for r in rows if "pixel_values" in r])
+    if pixels is not None and not bool(torch.isfinite(pixels).all()):
+        raise ValueError(
+            "The processor's pixel_values are not finite (image_std must not hold 0); use the checkpoint's."
+        )
     found = {key: _joined([torch.as_tensor(r[key]) for r in rows if key in r]) for key in _layout_keys(cfg)}
     extras = {key: value for key, value in found.items() if value is not None}
     inputs = assemble(cfg, tokens, mask, None, pad, pixels, extras)
@@ -93,7 +105,7 @@ def _process(processor: Any, tokenizer: Any, prompt: Prompt, cfg: HookedVLMConfi
     images = layout_of(cfg).ask(given) or None
     try:
         return processor(text=[prompt.text], images=images, return_tensors="pt", add_special_tokens=special)
-    except ValueError as error:
+    except Exception as error:  # settings that do not fit end in errors of every type
         sizes = ", ".join(f"{image.width} x {image.height}" for image in prompt.images) or "none"
         raise ValueError(f"The processor refuses a prompt with images of {sizes} pixels: {error}") from error
 
@@ -129,6 +141,7 @@ def require_own_processor(processor: Any, cfg: HookedVLMConfig) -> None:
             "processor.image_processor.do_pan_and_scan = False, or give the processor's own tensors to inputs_from_hf, "
             "where every crop counts as an image."
         )
+    require_sizes(processor.image_processor)
     layout_of(cfg).require_processor(processor)
 
 
@@ -189,7 +202,8 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
         )
     if outputs.get("input_ids") is None:
         raise ValueError("inputs_from_hf: input_ids is missing.")
-    tokens = torch.as_tensor(outputs["input_ids"]).long()
+    outputs = {name: _as_tensor(name, value) for name, value in outputs.items()}
+    tokens = outputs["input_ids"].long()
     if tokens.ndim != 2 or not tokens.numel():
         raise ValueError(f"input_ids must be [batch pos] with at least one token, not {list(tokens.shape)}.")
     mask = require_mask(cfg, tokenizer, tokens, outputs.get("attention_mask"))
@@ -207,6 +221,26 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
     if tokenizer is not None:
         inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
     return inputs
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    """Return a processor's output as a tensor; without `return_tensors` it is lists of lists or of arrays.
+
+    Raises:
+        ValueError: the lists have unequal lengths, or hold something else than numbers.
+    """
+    # Rounding follows the type of the times of a video, so they stay what they are.
+    if value is None or isinstance(value, Tensor) or name == "second_per_grid_ts":
+        return value
+    try:
+        if isinstance(value, (list, tuple)) and value and all(isinstance(part, Tensor) for part in value):
+            return torch.stack(list(value))
+        return torch.as_tensor(value if isinstance(value, np.ndarray) else np.asarray(value))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"inputs_from_hf: {name} cannot be made a tensor ({error}). Call the processor with return_tensors='pt', "
+            "and padding=True for several rows."
+        ) from error
 
 
 def _fitting(cfg: HookedVLMConfig, position_ids: Any, tokens: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ that only reads leaves the fused numbers in place; an edit goes on through the e
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from veena_lens.components.context import Context
-from veena_lens.components.hooks import carry, heard, listen
+from veena_lens.components.hooks import carry, heard, listen, uncompiled
 from veena_lens.components.kv_cache import SharedPrefix
-from veena_lens.components.masks import AreaMask, Mask, attend_in_areas, masked_softmax
+from veena_lens.components.masks import AreaMask, Mask, add_bias, attend_in_areas, join_biases, masked_softmax
 from veena_lens.components.norms import RMSNorm
 from veena_lens.components.rotary import rotate
 from veena_lens.config import TransformerConfig
@@ -66,6 +67,7 @@ class Attention(nn.Module):
         self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
+    @uncompiled
     def forward(self, inputs: AttentionInputs, context: Context) -> Float[Tensor, "batch pos d_model"]:
         q = self.hook_q(self._project(self.q, inputs.shared, inputs.q))
         k = self.hook_k(self._project(self.k, inputs.shared, inputs.k))
@@ -100,11 +102,12 @@ class Attention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
         """Return softmax(scale q k^T) v; q, k, v come as [batch pos heads d_head]."""
+        biases = [bias.to(q.device) for bias in context.biases(self.layer)]
         if context.prefix is not None:
-            return self._attend_with_prefix(q, k, v, context.prefix, context.bias(self.layer))
+            return self._attend_with_prefix(q, k, v, context.prefix, biases)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        mask, bias = context.mask(self.layer, q.device), context.bias(self.layer)
-        bias = None if bias is None else bias.to(q.device)
+        mask = context.mask(self.layer, q.device)
+        bias = join_biases(biases, mask.explicit(q.shape[2], k.shape[2], q.device)) if biases else None
         if not heard(self.hook_attn_scores, self.hook_pattern):
             if context.rows is not None:
                 context.rows.read(self.layer, q, k, mask, bias, None)
@@ -113,11 +116,9 @@ class Attention(nn.Module):
         wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
         allowed = mask.explicit(q.shape[2], k.shape[2], q.device)
         scores = q @ wide_k.mT * self.scale
-        if bias is not None:
-            scores = scores + bias
         if allowed is not None:
             scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-        scores, scores_edited = listen(self.hook_attn_scores, scores)
+        scores, scores_edited = self._edited_scores(scores, biases)
         pattern = masked_softmax(scores, allowed)
         if scores_edited:  # a row set to minus infinity everywhere attends to nothing
             pattern = pattern.nan_to_num(0.0)
@@ -132,25 +133,31 @@ class Attention(nn.Module):
             return carry(fused, pattern @ wide_v).transpose(1, 2)
         return self._fused(q, k, v, mask, bias).transpose(1, 2)
 
+    def _edited_scores(self, scores: Tensor, biases: list[Tensor]) -> tuple[Tensor, bool]:
+        """Return the scores after every edit, and whether one is more than a bias, which the fused kernel takes.
+
+        Where hooks listen to the scores, biases are hooks among them, in the order in which all were put in force."""
+        if not heard(self.hook_attn_scores):
+            return reduce(add_bias, biases, scores), False
+        expected = reduce(add_bias, biases, scores) if biases else None
+        out, edited = listen(self.hook_attn_scores, scores)
+        return out, edited if expected is None else not torch.equal(out, expected)
+
     def _attend_with_prefix(
-        self, q: Tensor, k: Tensor, v: Tensor, prefix: SharedPrefix, bias: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, prefix: SharedPrefix, biases: list[Tensor]
     ) -> Float[Tensor, "batch pos n_heads d_head"]:
         """Attend from rows that share a prefix: its keys are read once for all, each row's tail joins the softmax."""
-        scores = prefix.scores(self.layer, q, k, self.scale, bias)
-        scores, _ = listen(self.hook_attn_scores, scores)
+        scores, _ = self._edited_scores(prefix.scores(self.layer, q, k, self.scale), biases)
         pattern, _ = listen(self.hook_pattern, masked_softmax(scores, None))
         return prefix.values(self.layer, pattern, v)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
-        """Call the fused kernel; an additive bias joins the mask."""
+        """Call the fused kernel; a bias holds the mask in it."""
         if isinstance(mask, AreaMask) and bias is None:
             return attend_in_areas(q, k, v, mask, self.scale)
         attn_mask, is_causal = mask.allowed, mask.is_causal
         if bias is not None:
-            allowed = mask.explicit(q.shape[2], k.shape[2], q.device)
             attn_mask, is_causal = bias.to(q.dtype), False
-            if allowed is not None:
-                attn_mask = attn_mask.masked_fill(~allowed, float("-inf"))
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale, enable_gqa=self.n_heads != self.n_kv
         )

@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens.components.attention import Attention, AttentionInputs, Copies
 from veena_lens.components.context import Context
-from veena_lens.components.hooks import heard, listen
+from veena_lens.components.hooks import heard, listen, uncompiled
 from veena_lens.components.mlp import MLP
 from veena_lens.components.norms import make_norm
 from veena_lens.config import TransformerConfig
@@ -63,6 +63,7 @@ class Unembed(nn.Module):
         """Return the weight in use, own or tied."""
         return self._tied[0].weight if self._tied[0] is not None else self.weight
 
+    @uncompiled
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
         return self.hook_out(F.linear(self.hook_in(x), self.matrix, self.bias))
 
@@ -101,6 +102,7 @@ class Block(nn.Module):
         self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint()
         self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
 
+    @uncompiled
     def forward(
         self, resid: Float[Tensor, "batch pos d_model"], context: Context
     ) -> Float[Tensor, "batch pos d_model"]:

@@ -43,7 +43,7 @@ class Context:
     key_mask: False at pads; None without any. n_past, n_new: positions before this chunk, and of it.
     is_causal: False in a vision tower. rotary: gives a layer's rotary tables; None without rotary positions.
     kv_cache: holds earlier chunks' keys and values and takes this one's. windows: a layer's sliding window, None: full.
-    bias: gives an additive attention bias for a layer, [batch heads query_pos key_pos] or None.
+    biases: gives what is added to the scores of a layer in turn, each [batch heads query_pos key_pos].
     rows: reads the queries and keys of each layer. prefix: keys and values of positions that all rows share.
     deepstack: what is added at the input of a layer, zero away from the image tokens.
     image_runs: numbers, for every key, the image whose tokens read each other in both directions (-1: none); new
@@ -58,7 +58,7 @@ class Context:
     rotary: Callable[[int], RotaryTables] | None = None
     kv_cache: KVCache | None = None
     windows: Callable[[int], int | None] = lambda layer: None
-    bias: Callable[[int], Tensor | None] = lambda layer: None
+    biases: Callable[[int], list[Tensor]] = lambda layer: []
     rows: AttentionReader | None = None
     prefix: SharedPrefix | None = None
     deepstack: Mapping[int, Float[Tensor, "#batch pos d_model"]] = field(default_factory=dict)

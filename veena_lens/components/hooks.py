@@ -7,23 +7,41 @@ says which, `carry` gives the fast number the gradient of the value that the hoo
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformer_lens.hook_points import HookPoint
 
-
-def heard(*hooks: HookPoint) -> bool:
-    """Return True when any of the points has a forward or backward hook."""
-    return any(h._forward_hooks or h._backward_hooks for h in hooks)
+AnyForward = TypeVar("AnyForward", bound=Callable[..., Any])
 
 
-def listen(hook: HookPoint, value: Shaped[Tensor, ...]) -> tuple[Any, bool]:
+def heard(*hooks: nn.Module) -> bool:
+    """Return True when somebody listens at any of the points: a forward or backward hook of this thread's, or of no
+    thread's in particular, a module in the point's place, or a global hook of torch."""
+    return any(map(_is_heard, hooks)) or bool(torch_module._has_any_global_hook())
+
+
+def _is_heard(hook: nn.Module) -> bool:
+    if type(hook) is not HookPoint or hook._forward_pre_hooks or hook._backward_pre_hooks or "forward" in vars(hook):
+        return True
+    return any(acts_here(fn) for hooks in (hook._forward_hooks, hook._backward_hooks) for fn in list(hooks.values()))
+
+
+def acts_here(fn: Any) -> bool:
+    """Return whether a hook on a point is more than a bias that the fused kernel takes, and is not another thread's."""
+    return not getattr(fn, "is_bias", False) and getattr(fn, "thread", None) in (None, threading.current_thread())
+
+
+def listen(hook: nn.Module, value: Shaped[Tensor, ...]) -> tuple[Any, bool]:
     """Pass a value through a hook point; return what comes out and whether a hook edited it."""
     if value.is_inference():  # such tensors count no versions, so an edit in place shows by comparison only
-        before = value.clone() if hook._forward_hooks else value
+        before = value.clone() if hook._forward_hooks or heard(hook) else value
         out = hook(value)
         return out, out is not before and not torch.equal(out, before)
     version = value._version
@@ -32,8 +50,30 @@ def listen(hook: HookPoint, value: Shaped[Tensor, ...]) -> tuple[Any, bool]:
         return out, True
     if out is value:
         return out, False
-    # A backward hook alone wraps the value in a new tensor with the same numbers.
-    return out, not (hook._backward_hooks and out.shape == value.shape and torch.equal(out, value))
+    # A backward hook alone, or a wrapped point, gives a new tensor with the same numbers.
+    may_wrap = type(hook) is not HookPoint or hook._backward_hooks or not hook._forward_hooks
+    return out, not (may_wrap and out.shape == value.shape and torch.equal(out, value))
+
+
+def uncompiled(forward: AnyForward) -> AnyForward:
+    """Let a forward run eagerly inside `torch.compile`, whose graphs would not see hooks that come and go."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return _disabled(forward)(*args, **kwargs)
+        return forward(*args, **kwargs)
+
+    return cast(AnyForward, run)
+
+
+_DISABLED: dict[Callable[..., Any], Callable[..., Any]] = {}  # by forward, made when it is first compiled
+
+
+def _disabled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    if forward not in _DISABLED:
+        _DISABLED[forward] = torch.compiler.disable(forward, reason="Hooks and interventions act in eager mode only.")
+    return _DISABLED[forward]
 
 
 class _Carry(torch.autograd.Function):

@@ -91,7 +91,6 @@ class SharedPrefix:
         q: Float[Tensor, "row n heads d_head"],
         k: Float[Tensor, "row tail kv d_head"],
         scale: float,
-        bias: Float[Tensor, "row heads n key_pos"] | None = None,
     ) -> Float[Tensor, "row heads n key_pos"]:
         """Return the scaled, masked scores of the last n positions of the tail over prefix and own tail."""
         rows, n = q.shape[:2]
@@ -102,8 +101,6 @@ class SharedPrefix:
         mine = rearrange(q, "r n (g h) d -> r g (h n) d", g=kv) @ rearrange(k, "r n g d -> r g d n")
         mine = rearrange(mine, "r g (h n) t -> r (g h) n t", n=n)
         scores = torch.cat([shared, mine], -1) * scale
-        if bias is not None:
-            scores = scores + bias.to(scores)
         allowed = causal_mask(self.start, k.shape[1], self.windows(layer), q.device, self.image_runs)[:, :, -n:]
         return scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
 

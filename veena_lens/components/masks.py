@@ -7,6 +7,7 @@ positions instead of all. The mask over all positions is made where a hook liste
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -117,3 +118,36 @@ def masked_softmax(
     if allowed is not None:
         pattern = pattern * allowed.any(-1, keepdim=True)
     return pattern
+
+
+# --- biases on scores ----------------------------------------------------------------------------------------
+def is_cut(scores: Float[Tensor, "*axes"]) -> Bool[Tensor, "*axes"]:
+    """Return True at scores that stand for minus infinity: those of keys that a query does not read."""
+    return scores <= torch.finfo(scores.dtype).min / 4
+
+
+def add_bias(scores: Float[Tensor, "*#axes"], bias: Float[Tensor, "*#axes"]) -> Float[Tensor, ...]:
+    """Return masked scores with a bias added; minus infinity in the bias takes a key away from a query.
+
+    A key that is masked or was taken away before stays so, whatever is added. A query that would lose its last key
+    keeps those that it has."""
+    lowest = torch.finfo(scores.dtype).min
+    gone, cut = is_cut(scores), is_cut(bias)
+    taken = cut & ~gone & ~(gone | cut).all(-1, keepdim=True)
+    out = torch.where(gone, scores, scores + bias.masked_fill(cut, 0).to(scores.dtype))
+    return out.masked_fill(taken, lowest)
+
+
+def join_biases(biases: Sequence[Float[Tensor, ...]], allowed: Bool[Tensor, ...] | None) -> Float[Tensor, ...] | None:
+    """Return the one bias that equals several added in turn, minus infinity where a query reads nothing; None of none.
+
+    allowed: True where the mask lets a query read a key; None for everywhere."""
+    if not biases:
+        return None
+    first = biases[0]
+    total = first.new_zeros(first.shape)
+    if allowed is not None:
+        total = total.masked_fill(~allowed.to(total.device), torch.finfo(total.dtype).min)
+    for bias in biases:
+        total = add_bias(total, bias)
+    return total.masked_fill(is_cut(total), float("-inf"))

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from veena_lens.components.hooks import uncompiled
 from veena_lens.config import TransformerConfig
 
 
@@ -44,6 +45,7 @@ class MLP(nn.Module):
             self.hook_pre_linear = HookPoint()
         self.hook_post = HookPoint()
 
+    @uncompiled
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         if self.gate is None:
             post = self.act(self.hook_pre(self.up(x)))

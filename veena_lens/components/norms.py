@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from veena_lens.components.hooks import carry, heard, listen
+from veena_lens.components.hooks import carry, heard, listen, uncompiled
 from veena_lens.config import TransformerConfig
 
 
@@ -55,6 +55,7 @@ class Norm(nn.Module, ABC):
         """Return the bias, under HookedTransformer's name; zeros where the norm has none."""
         return torch.zeros_like(self.weight) if self.bias is None else self.bias
 
+    @uncompiled
     def forward(self, x: Float[Tensor, "*axes width"]) -> Float[Tensor, "*axes width"]:
         return self.run(x).out
 

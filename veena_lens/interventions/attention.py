@@ -2,8 +2,9 @@
 
 `BoostAttention` multiplies weights or scores. In the mode renorm the row is renormalised, which is the same function
 as adding log(factor) to the scores: a bias that the fused kernel takes, so no pattern is made. `KnockOutAttention`
-is a bias as well, of minus infinity in all but name. The other modes, and `SuppressHeads`, act on the explicit scores
-or pattern of the chosen layer alone.
+is a bias as well, of minus infinity. The other modes, and `SuppressHeads`, act on the explicit scores or pattern of the
+chosen layer alone. A key that the mask forbids, or that an earlier edit took away, stays so whatever its score is
+multiplied by.
 """
 
 from __future__ import annotations
@@ -11,25 +12,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from veena_lens.components.masks import add_bias, is_cut
 from veena_lens.config import HookedVLMConfig
 from veena_lens.interventions.base import Intervention, Place, content, require_layer, require_units, show
+from veena_lens.interventions.numbers import bare, is_one, log, number, settle_units
 from veena_lens.positions import parse
 
 MODES = ("renorm", "logit", "scale", "mul", "abs")
 
 
 def require_selections(item: Any) -> None:
-    """Check the queries and keys of an edit of attention.
+    """Check the queries, keys, layer and heads of an edit of attention.
 
     Raises: ValueError or TypeError for a selection that is not understood."""
     parse(item.queries)
     parse(item.keys)
+    settle_units(item)
 
 
 def attention_site(cfg: HookedVLMConfig, item: Any, hook: str, heads: Sequence[int] | None = None) -> str:
@@ -100,19 +104,21 @@ class BoostAttention(AttentionEdit):
     Raises: ValueError for an unknown mode, or a factor that is not positive in renorm and logit.
     """
 
-    layer: int
-    heads: Sequence[int] | None = None
+    layer: SupportsIndex
+    heads: Any = None
     keys: Any = "image"
     queries: Any = "query+generated"
-    factor: float | int = 2.0
+    factor: Any = 2.0
     mode: str = "renorm"
 
     def __post_init__(self) -> None:
         require_selections(self)
         if self.mode not in MODES:
             raise ValueError(f"BoostAttention: mode={self.mode!r} must be one of {', '.join(MODES)}.")
-        if not math.isfinite(self.factor) or (self.factor <= 0 and self.is_bias):
-            raise ValueError(f"BoostAttention: factor={self.factor} must be a positive number in mode {self.mode!r}.")
+        factor = number(self.factor, "BoostAttention", "factor", f"a positive number in mode {self.mode!r}")
+        if self.is_bias and bare(factor) <= 0:
+            raise ValueError(f"BoostAttention: factor={factor} must be a positive number in mode {self.mode!r}.")
+        object.__setattr__(self, "factor", factor)
 
     @property
     def is_bias(self) -> bool:
@@ -140,12 +146,11 @@ class BoostAttention(AttentionEdit):
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
         """Return boosted scores or pattern at the chosen heads, queries and keys (None: every key)."""
         place = places(self.heads, at, keys, activation.shape[1], activation.shape[-1])
-        # A masked score is left unchanged: multiplying the largest negative number would overflow.
-        place = place & (activation > torch.finfo(activation.dtype).min)
+        place = place & ~is_cut(activation)  # multiplied, the largest negative number would overflow or change its sign
         if self.mode == "abs":
             boosted = activation + (self.factor - 1) * activation.abs()
         elif self.is_bias:
-            boosted = activation + math.log(self.factor)
+            boosted = activation + log(self.factor)
         else:
             boosted = activation * self.factor
         return torch.where(place, boosted, activation)
@@ -153,7 +158,7 @@ class BoostAttention(AttentionEdit):
     @property
     def changes_nothing(self) -> bool:
         """Return True for a factor of 1."""
-        return self.factor == 1
+        return is_one(self.factor)
 
     def bias(
         self,
@@ -163,7 +168,7 @@ class BoostAttention(AttentionEdit):
         dtype: torch.dtype,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
         """Return log(factor) at the chosen places, 0 elsewhere."""
-        return places(self.heads, at, keys, n_heads, keys.shape[-1]).to(dtype) * math.log(self.factor)
+        return places(self.heads, at, keys, n_heads, keys.shape[-1]).to(dtype) * log(self.factor)
 
 
 @dataclass(frozen=True)
@@ -171,13 +176,13 @@ class KnockOutAttention(AttentionEdit):
     """Cut the attention of `heads` in `layer` from `queries` to `keys`; the other weights are renormalised.
 
     heads: None for all. keys, queries: words, numbers, a slice, a mask, a Box or a Tile.
-    If all keys of a query are knocked out, its attention is left unchanged. Rows without an image are not affected by
-    keys="image".
+    A query that would lose the last key that it reads keeps the attention that it has: earlier interventions of the
+    list have acted on it, this one does not. Rows without an image are not affected by keys="image".
     Source: Geva et al. 2023, arXiv 2304.14767 (attention knockout).
     """
 
-    layer: int
-    heads: Sequence[int] | None = None
+    layer: SupportsIndex
+    heads: Any = None
     keys: Any = "image"
     queries: Any = "query+generated"
 
@@ -186,7 +191,7 @@ class KnockOutAttention(AttentionEdit):
 
     @property
     def is_bias(self) -> bool:
-        """Return True: the scores are lowered by a bias."""
+        """Return True: a bias of minus infinity takes keys away."""
         return True
 
     @property
@@ -209,7 +214,7 @@ class KnockOutAttention(AttentionEdit):
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
         """Return the scores with the chosen ones lowered so far that their weights are 0."""
         place = places(self.heads, at, keys, activation.shape[1], activation.shape[-1])
-        return torch.where(place, torch.finfo(activation.dtype).min / 2, activation)
+        return add_bias(activation, torch.zeros_like(activation).masked_fill(place, -math.inf))
 
     def bias(
         self,
@@ -218,27 +223,37 @@ class KnockOutAttention(AttentionEdit):
         n_heads: int,
         dtype: torch.dtype,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """Return a shift at the chosen places that no score survives, 0 elsewhere; finite, so that no row turns NaN."""
-        return places(self.heads, at, keys, n_heads, keys.shape[-1]).to(dtype) * (torch.finfo(dtype).min / 2)
+        """Return minus infinity at the chosen places, 0 elsewhere."""
+        place = places(self.heads, at, keys, n_heads, keys.shape[-1])
+        return torch.zeros(place.shape, dtype=dtype, device=place.device).masked_fill(place, -math.inf)
+
+
+def _in_grains(mass: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Return masses without the last digits, which rounding sets: else it would rank heads that attend alike."""
+    grain = torch.finfo(mass.dtype).eps * (1 if mass.dtype in (torch.float16, torch.bfloat16) else 64)
+    mantissa, exponent = torch.frexp(mass.double())
+    return torch.ldexp((mantissa / grain).round() * grain, exponent)
 
 
 @dataclass(frozen=True)
 class SuppressHeads(AttentionEdit):
     """Scale the output of those heads of `layer` that attend least to `keys`, query by query.
 
-    Which heads these are follows from the pattern of the very pass that is edited. A head's output is its row of the
+    Which heads these are follows from the pattern of the very pass that is edited; of heads that attend alike, but for
+    rounding, the first. A head's output is its row of the
     pattern times the values, so scaling the row scales the output.
     keep: the share of heads, int(keep * n_heads) at each query, that are left unchanged.
     factor: what the outputs of the others are multiplied by. keys, queries: words, numbers, a slice, a mask, a Box or
         a Tile.
-    Rows without keys (no image) are not affected; a keep or a factor of 1 changes nothing.
+    Queries that have none of the keys are not affected (in a row without an image, or before a generated token exists);
+    a keep or a factor of 1 changes nothing.
     Raises: ValueError for a keep outside [0, 1], or a factor that is not finite.
     Source: Sarkar et al. 2025, arXiv 2505.16411 (SPIN).
     """
 
-    layer: int
+    layer: SupportsIndex
     keep: float | int = 0.95
-    factor: float | int = 0.0
+    factor: Any = 0.0
     keys: Any = "image"
     queries: Any = "last+generated"
 
@@ -246,8 +261,7 @@ class SuppressHeads(AttentionEdit):
         require_selections(self)
         if not 0 <= self.keep <= 1:
             raise ValueError(f"SuppressHeads: keep={self.keep} must be a share of the heads, 0 to 1.")
-        if not math.isfinite(self.factor):
-            raise ValueError(f"SuppressHeads: factor={self.factor} must be finite.")
+        object.__setattr__(self, "factor", number(self.factor, "SuppressHeads", "factor"))
 
     @property
     def positions(self) -> Any:
@@ -266,17 +280,25 @@ class SuppressHeads(AttentionEdit):
         activation: Float[Tensor, "batch n_heads query_pos key_pos"],
         at: Bool[Tensor, "batch query_pos"],
         keys: Bool[Tensor, "batch key_pos"] | None = None,
+        known: Bool[Tensor, "batch query_pos key_pos"] | None = None,
     ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
-        """Return the pattern with the rows of the chosen heads scaled (keys None: every key)."""
+        """Return the pattern with the rows of the chosen heads scaled (keys None: every key; known: as of `Place`)."""
         n_heads = activation.shape[1]
         n_quiet = n_heads - int(self.keep * n_heads + 1e-9)  # 0.7 * 10 is a little under 7
         keys = at.new_ones(len(at), activation.shape[-1]) if keys is None else keys.to(at.device)
-        mass = (activation * keys[:, None, None, :].to(activation)).sum(-1)
+        mass = _in_grains((activation * keys[:, None, None, :].to(activation)).sum(-1))
         rank = mass.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-        quiet = (rank < n_quiet) & at[:, None] & keys.any(-1)[:, None, None]
+        there = keys[:, None] if known is None else keys[:, None] & known
+        quiet = (rank < n_quiet) & (at & there.any(-1))[:, None]
         return torch.where(quiet[..., None], activation * self.factor, activation)
+
+    def edit_at(
+        self, activation: Float[Tensor, "batch n_heads query_pos key_pos"], place: Place
+    ) -> Float[Tensor, "batch n_heads query_pos key_pos"]:
+        """Return the edit at the keys of the place."""
+        return self.edit(activation, place.at, place.keys, place.known)
 
     @property
     def changes_nothing(self) -> bool:
         """Return True for a factor of 1."""
-        return self.factor == 1
+        return is_one(self.factor)

@@ -19,6 +19,7 @@ from veena_lens.activation_cache import ActivationCache
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import canonical, hooks_of, require_hook, row_of
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.positions import as_int
 
 HEAD_AXES = ("n_heads", "n_key_value_heads")
 
@@ -30,11 +31,13 @@ class Place:
     at: [rows pos], True at the positions to edit (query positions of scores and patterns).
     keys: [batch key_pos], True at the chosen keys; None for an intervention without keys.
     earlier: counts the chosen positions of each row in earlier chunks of cached decoding; None in the first chunk.
+    known: [batch query_pos key_pos], False at tokens that are generated after a query was computed; None without any.
     """
 
     at: Bool[Tensor, "rows pos"]
     keys: Bool[Tensor, "batch key_pos"] | None = None
     earlier: Callable[[], Int[Tensor, " rows"]] | None = None
+    known: Bool[Tensor, "batch query_pos key_pos"] | None = None
 
 
 @runtime_checkable
@@ -122,20 +125,22 @@ def require_intervention(item: Any, who: str) -> Intervention:
     )
 
 
-def require_layer(layer: int, n_layers: int, who: str) -> int:
+def require_layer(layer: Any, n_layers: int, who: str) -> int:
     """Return a layer in 0 .. n_layers - 1, negative ones counted from the end.
 
-    Raises: ValueError when it is outside."""
+    Raises: ValueError when it is outside; TypeError when it is not an integer."""
+    layer = as_int(layer, f"{who}: layer")
     resolved = layer + n_layers if layer < 0 else layer
     if not 0 <= resolved < n_layers:
         raise ValueError(f"{who}: layer {layer} does not exist; the model has layers 0 to {n_layers - 1}.")
     return resolved
 
 
-def require_unit(unit: int, n: int, who: str, what: str) -> int:
+def require_unit(unit: Any, n: int, who: str, what: str) -> int:
     """Return a head, neuron or the like in 0 .. n - 1, negative ones counted from the end.
 
-    Raises: ValueError when it is outside."""
+    Raises: ValueError when it is outside; TypeError when it is not an integer."""
+    unit = as_int(unit, f"{who}: {what}")
     if not -n <= unit < n:
         raise ValueError(f"{who}: {what} {unit} does not exist; there are {n}.")
     return unit % n

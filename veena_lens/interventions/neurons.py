@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
 from veena_lens.interventions.base import Intervention, require_layer, require_units, selection, show
+from veena_lens.interventions.numbers import is_one, number, settle_units
 from veena_lens.positions import parse
 
 
@@ -20,14 +20,14 @@ from veena_lens.positions import parse
 class ScaleNeurons(Intervention):
     """Multiply the activations (mlp.hook_post) of `neurons` in `layer` by `factor` at `positions`.
 
-    factor: 1 changes nothing. positions: words, numbers, a slice, a mask, a Box or a Tile.
+    neurons: their numbers. factor: 1 changes nothing. positions: words, numbers, a slice, a mask, a Box or a Tile.
     signs: one number per neuron, which is then scaled only where its activation has that number's sign (never for 0).
     Raises: ValueError for no neurons, a factor that is not finite, or another number of signs than of neurons.
     """
 
-    layer: int
-    neurons: Sequence[int]
-    factor: float | int = 2.0
+    layer: SupportsIndex
+    neurons: Any
+    factor: Any = 2.0
     positions: Any = "last+generated"
     signs: Sequence[float | int] | None = None
 
@@ -35,8 +35,8 @@ class ScaleNeurons(Intervention):
         parse(self.positions)
         if self.signs is not None and len(self.signs) != len(self.neurons):
             raise ValueError(f"ScaleNeurons: {len(self.signs)} signs for {len(self.neurons)} neurons; give one each.")
-        if not math.isfinite(self.factor):
-            raise ValueError(f"ScaleNeurons: factor={self.factor} must be finite.")
+        object.__setattr__(self, "factor", number(self.factor, "ScaleNeurons", "factor"))
+        settle_units(self)
 
     def __repr__(self) -> str:
         return show(self)
@@ -53,11 +53,11 @@ class ScaleNeurons(Intervention):
         mask = selection("blocks.0.mlp.hook_post", activation, at, neurons=self.neurons)
         if self.signs is not None:
             wanted = activation.new_zeros(activation.shape[-1])
-            wanted[[int(n) for n in self.neurons]] = activation.new_tensor([float(s) for s in self.signs])
+            wanted[list(self.neurons)] = activation.new_tensor([float(s) for s in self.signs])
             mask = mask & (activation * wanted > 0)
         return torch.where(mask, activation * self.factor, activation)
 
     @property
     def changes_nothing(self) -> bool:
         """Return True for a factor of 1."""
-        return self.factor == 1
+        return is_one(self.factor)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import canonical, row_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import (
+    PLACES,
     Intervention,
     Place,
     places_of_run,
@@ -28,6 +30,7 @@ from veena_lens.interventions.base import (
     selection,
     show_units,
 )
+from veena_lens.interventions.numbers import floats, like, settle_units
 from veena_lens.positions import parse, position_mask, reaches_generated
 
 
@@ -36,23 +39,24 @@ class Patch(Intervention):
     """Replace the activation of a hook point at `positions` by another run's.
 
     name: the hook point. heads, neurons: which to replace; None for all.
-    source: a cache of the other run, or its activation as a tensor; one row serves every row. With a cache, words
-        such as "query" are read in the source's inputs, and the k-th chosen position there goes to the k-th one here,
-        so that runs of unequal length can be patched into each other.
+    source: a cache of the other run, or its activation as a tensor, which gradients reach; one row serves every row.
+        With a cache, words such as "query" are read in the source's inputs, and the k-th chosen position there goes to
+        the k-th one here, so that runs of unequal length can be patched into each other.
     positions: words, numbers, a slice, a mask, a Box or a Tile.
     Raises: MissingActivation (a KeyError) when the cache lacks the activation; ValueError for what does not fit.
     """
 
     name: str
     source: Any
-    heads: Sequence[int] | None = None
-    neurons: Sequence[int] | None = None
+    heads: Any = None
+    neurons: Any = None
     positions: Any = "last"
     _values: Tensor = field(init=False, repr=False)
     _chosen: Tensor | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         parse(self.positions)
+        settle_units(self)
         if isinstance(self.source, ActivationCache):
             values = self.source[self.name]
             if not self.source.has_batch_dim:
@@ -63,7 +67,7 @@ class Patch(Intervention):
             values = self.source
         else:
             raise TypeError(f"Patch: source must be an ActivationCache or a tensor, not {type(self.source).__name__}.")
-        object.__setattr__(self, "_values", values.detach())
+        object.__setattr__(self, "_values", values)
 
     @property
     def n_rows(self) -> int | None:
@@ -94,6 +98,8 @@ class Patch(Intervention):
                 "as many as the run has."
             )
         axes, shape = row_of(canonical(self.name)).axis_names, list(self._values.shape)
+        if "key_pos" in axes and self._chosen is not None and isinstance(self.source, ActivationCache):
+            self._require_same_keys(inputs)
         sizes = places_of_run(cfg, inputs, self.name, inputs.shape[1])
         chosen = self._chosen
         answers = {0 if s.answer is None else s.answer.stop - s.answer.start for s in inputs.spans}
@@ -111,6 +117,12 @@ class Patch(Intervention):
             )
         if chosen is not None:
             self._require_counts(chosen.expand(len(at), -1) if len(chosen) == 1 else chosen, at.cpu())
+
+    def _require_same_keys(self, inputs: MultimodalInputs) -> None:
+        """Raise ValueError where the prompts of source and run differ in length: their keys are not the same."""
+        prompts = [x.shape[1] - _longest_answer(x) for x in (self.source.inputs, inputs)]
+        if prompts[0] != prompts[1]:
+            raise ValueError(f"Patch: {self.name} has keys at other positions in the source; patch hook_z instead.")
 
     def _require_counts(self, chosen: Bool[Tensor, "rows _"], at: Bool[Tensor, "rows pos"]) -> None:
         """Raise ValueError where a row asks for more positions than its source has chosen."""
@@ -140,20 +152,20 @@ class Patch(Intervention):
 
     def _aligned(self, activation: Tensor, at: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the source's values moved to the positions that `at` marks, and those of them that it has."""
-        values = self._values.to(activation)
+        values = like(self._values, activation)
         axes = row_of(canonical(self.name)).axis_names
         if values.shape[0] == 1 and activation.shape[0] > 1 and axes[0] == "batch":
             values = values.expand(activation.shape[0], *values.shape[1:])
         chosen = self._chosen
         if chosen is None:
-            if values.shape == activation.shape:
-                return values, at
-            return self._grown(activation, values, at) if before is None else (activation, torch.zeros_like(at))
+            if before is not None:
+                return activation, torch.zeros_like(at)
+            return (values, at) if values.shape == activation.shape else self._grown(activation, values, at)
         chosen = chosen.to(at.device)
         if len(chosen) == 1 and len(at) > 1:
             chosen = chosen.expand(len(at), -1)
-        if "key_pos" in axes and values.shape[-1] != activation.shape[-1]:
-            raise ValueError(f"Patch: {self.name} has keys at other positions in the source; patch hook_z instead.")
+        if "key_pos" in axes:  # those of the longer run are keys that come later
+            values = F.pad(values, (0, activation.shape[-1] - values.shape[-1]))
         if torch.equal(chosen, at):
             return values, at
         start = at.new_zeros(len(at), dtype=torch.long) if before is None else before.to(at.device)
@@ -193,20 +205,24 @@ class Patch(Intervention):
         return f"Patch({self.name!r}, source={list(self._values.shape)}, {parts})"
 
 
+def _longest_answer(inputs: MultimodalInputs) -> int:
+    return max(0 if s.answer is None else s.answer.stop - s.answer.start for s in inputs.spans)
+
+
 @dataclass(frozen=True, eq=False)
 class Ablate(Intervention):
     """Set the activation of a hook point to a value at `positions`.
 
     name: the hook point. heads, neurons: which to set; None for all.
-    value: "zero"; "mean", over the rows and chosen positions of the `reference` cache; or a tensor that broadcasts to
-        the activation.
+    value: "zero"; "mean", over the rows and chosen positions of the `reference` cache; or numbers, a tensor that
+        gradients reach or an array, that broadcast to the activation. One with positions has those of the prompt.
     positions: words, numbers, a slice, a mask, a Box or a Tile.
     Raises: ValueError for "mean" without a reference, or another word.
     """
 
     name: str
-    heads: Sequence[int] | None = None
-    neurons: Sequence[int] | None = None
+    heads: Any = None
+    neurons: Any = None
     positions: Any = "all"
     value: Any = "zero"
     reference: Any = None
@@ -214,8 +230,12 @@ class Ablate(Intervention):
 
     def __post_init__(self) -> None:
         parse(self.positions)
-        if isinstance(self.value, Tensor):
-            fill = self.value.detach()
+        settle_units(self)
+        if not isinstance(self.value, (str, type(None))):
+            fill = floats(self.value, "Ablate: value")
+            if bool(fill.isnan().any()):
+                raise ValueError("Ablate: value holds numbers that are not a number (NaN).")
+            object.__setattr__(self, "value", fill)
         elif self.value == "zero":
             fill = torch.zeros(())
         elif self.value == "mean":
@@ -255,10 +275,42 @@ class Ablate(Intervention):
         """Return the reference, where it is a cache."""
         return (self.reference,) if isinstance(self.reference, ActivationCache) else ()
 
+    @property
+    def is_whole(self) -> bool:
+        """Return True where the value has positions, those of whole rows."""
+        return any(size > 1 for size in self._places().values())
+
+    def _places(self) -> dict[str, int]:
+        """Return the sizes of the axes of the value that count positions, crops or rows."""
+        axes = row_of(canonical(self.name)).axis_names
+        found = zip(reversed(axes), reversed(self._fill.shape), strict=False)
+        return {axis: size for axis, size in found if axis in PLACES}
+
+    def fits(self, cfg: HookedVLMConfig, inputs: MultimodalInputs, at: Bool[Tensor, "rows pos"]) -> None:
+        """Raise ValueError, before a run, for a value of other rows, images or positions than the run's."""
+        sizes = places_of_run(cfg, inputs, self.name, inputs.shape[1])
+        for axis, found in self._places().items():
+            if found not in (1, sizes[axis]):
+                raise ValueError(
+                    f"Ablate: the value is {list(self._fill.shape)}, of {axis} {found}; this run has {axis} "
+                    f"{sizes[axis]} at {self.name}. Give a value of that size, or without this axis."
+                )
+
     def edit(self, activation: Float[Tensor, ...], at: Bool[Tensor, "rows pos"]) -> Float[Tensor, ...]:
-        """Return the value at the chosen places, else the activation."""
+        """Return the value at the chosen places, else the activation; a value with positions ends with the prompt."""
+        fill, axes = like(self._fill, activation), row_of(canonical(self.name)).axis_names
+        along = [i for i in range(-fill.ndim, 0) if axes[i].endswith("pos") and fill.shape[i] > 1]
+        if any(fill.shape[i] < activation.shape[i] for i in along):
+            whole = activation.clone()
+            index = [slice(fill.shape[i] if i in along else None) for i in range(-activation.ndim, 0)]
+            whole[tuple(index)] = fill
+            fill = whole
         mask = selection(self.name, activation, at, self.heads, self.neurons)
-        return torch.where(mask, self._fill.to(activation), activation)
+        return torch.where(mask, fill, activation)
+
+    def edit_at(self, activation: Float[Tensor, ...], place: Place) -> Float[Tensor, ...]:
+        """Return the edit of one chunk; behind the prompt a value with positions changes nothing."""
+        return activation if self.is_whole and place.earlier is not None else self.edit(activation, place.at)
 
     def __repr__(self) -> str:
         value = f"{list(self.value.shape)}" if isinstance(self.value, Tensor) else repr(self.value)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veena_lens.components.masks import Mask, masked_softmax
 from veena_lens.model.span import PassSpan
-from veena_lens.positions import padded_places, position_mask
+from veena_lens.positions import as_int, padded_places, position_mask
 from veena_lens.scores import Scores
 
 if TYPE_CHECKING:
@@ -151,8 +151,8 @@ def attention(
     inputs: Any,
     queries: Any,
     keys: Any,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
 ) -> Scores:
     """Return attention weights of chosen query rows: see `HookedVLM.attention`."""
     span = PassSpan.whole(model.as_inputs(inputs))
@@ -169,8 +169,8 @@ def record_attention(
     model: HookedVLM,
     queries: Any,
     keys: Any,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
 ) -> Iterator[AttentionRows]:
     """Collect attention rows of whatever runs inside the block: see `HookedVLM.record_attention`."""
     cfg = model.cfg
@@ -183,8 +183,11 @@ def record_attention(
         yield rows
 
 
-def _index(i: int, n: int, what: str) -> int:
-    """Return a layer or head index, negative ones counted from the end. Raises: ValueError outside."""
+def _index(i: Any, n: int, what: str) -> int:
+    """Return a layer or head index, negative ones counted from the end.
+
+    Raises: ValueError outside; TypeError for what is not an integer."""
+    i = as_int(i, f"attention: {what}")
     resolved = i + n if i < 0 else i
     if not 0 <= resolved < n:
         raise ValueError(f"attention: {what} {i} does not exist; the model has {n}.")

@@ -2,11 +2,13 @@
 
 The same list acts alike in forward, run_with_cache, run_with_hooks and generate. Everything is checked before
 a hook is added; at the first position of a pass, a selection that is empty in each of its rows is an error.
-Interventions act in the order of their list, before hooks that are added inside the block.
+At one hook point interventions act in the order of their list, before hooks that are added inside the block. A bias on
+the scores is such a hook as well, which nobody needs to call where it meets no other: the fused kernel takes it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from veena_lens.components.masks import add_bias
 from veena_lens.hook_table import layer_of, require_hook, row_of
 from veena_lens.interventions.base import (
     Intervention,
@@ -26,6 +29,7 @@ from veena_lens.interventions.base import (
     require_intervention,
 )
 from veena_lens.model.span import PassSpan
+from veena_lens.model.threads import Added
 from veena_lens.positions import parse, position_mask, reaches_generated
 
 if TYPE_CHECKING:
@@ -70,7 +74,8 @@ class Applied:
     @property
     def bias_layer(self) -> int | None:
         """Return the layer whose fused attention takes it as a bias, None for an edit of an activation."""
-        return layer_of(self.name) if self.intervention.is_bias else None
+        is_bias = self.intervention.is_bias and self.name.endswith(".attn.hook_attn_scores")
+        return layer_of(self.name) if is_bias and self.name.startswith("blocks.") else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,16 +95,29 @@ class Frame:
 
 
 class EditStack:
-    """What is in force on a model: a frame for each `with` block that was entered and not yet left."""
+    """What is in force on a model: a frame for each `with` block that a thread entered and has not yet left.
+
+    Each thread has blocks of its own. A copy of the model begins without any."""
 
     def __init__(self) -> None:
-        self._frames: list[Frame] = []
+        self._of_thread = threading.local()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EditStack, ()
+
+    @property
+    def _frames(self) -> list[Frame]:
+        return getattr(self._of_thread, "frames", [])
+
+    @_frames.setter
+    def _frames(self, frames: list[Frame]) -> None:
+        self._of_thread.frames = frames
 
     @contextmanager
     def entered(self, frame: Frame) -> Iterator[None]:
         """Put a frame in force inside the block; it is gone after it, however the block ends."""
         try:
-            self._frames.append(frame)
+            self._frames = [*self._frames, frame]
             yield
         finally:
             # Found by identity: a generator that was given up may leave after blocks that were entered later.
@@ -150,26 +168,15 @@ def intervene(
 def _intervening(model: HookedVLM, frame: Frame) -> Iterator[HookedVLM]:
     # To hear a pattern for an edit that changes nothing would leave the fused kernel, whose last bits differ.
     acting = [p for p in frame.applied if not p.intervention.changes_nothing]
-    edits = [(p.name, _hook_of(model, p)) for p in acting if p.bias_layer is None]
-    with model._edits.entered(frame), _listening(model, edits):
-        yield model
-
-
-@contextmanager
-def _listening(model: HookedVLM, edits: Sequence[tuple[str, Callable[..., Tensor | None]]]) -> Iterator[None]:
-    """Let edits listen at their hook points inside the block. Each is taken away by itself: `model.hooks` counts how
-    deep blocks are nested, and would take another block's where one is left late."""
-    added = []
-    try:
-        for name, edit in edits:
-            point = model.hook_dict[name]
-            point.add_hook(edit)
-            added.append((point, point.fwd_hooks[-1]))
-        yield
-    finally:
-        for point, handle in added:
-            handle.hook.remove()
-            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+    added = Added()
+    with model._edits.entered(frame):
+        try:
+            for p in acting:
+                edit = _hook_of(model, p) if p.bias_layer is None else _bias_hook_of(model, p)
+                added.add(model.hook_dict[p.name], edit, is_bias=p.bias_layer is not None, is_permanent=True)
+            yield model
+        finally:
+            added.remove()
 
 
 def _words(positions: Any) -> tuple[str, ...]:
@@ -215,9 +222,32 @@ def _hook_of(model: HookedVLM, applied: Applied) -> Callable[..., Tensor | None]
         at = applied.mask(span, tensor.shape[-2 if "query_pos" in axes else 1]).to(tensor.device)
         if not bool(at.any()):
             return None
-        return applied.intervention.edit_at(tensor, _place(applied.intervention, span, at))
+        place = _place(applied.intervention, span, at)
+        edited = applied.intervention.edit_at(tensor, place)
+        if place.known is None or axes[0] != "batch" or "key_pos" not in axes:
+            return edited
+        return torch.where(place.known[:, None], edited, tensor)
 
     return edit
+
+
+def _bias_hook_of(model: HookedVLM, applied: Applied) -> Callable[..., Tensor | None]:
+    def edit(tensor: Tensor, hook: HookPoint) -> Tensor | None:
+        bias = _bias_of(model, applied)
+        return None if bias is None else add_bias(tensor, bias.to(tensor.device))
+
+    return edit
+
+
+def _bias_of(model: HookedVLM, applied: Applied) -> Float[Tensor, "batch n_heads query_pos key_pos"] | None:
+    """Return the bias of an intervention for the chunk that runs, None where it does not act there."""
+    span = model._edits.span
+    if span is None or applied not in model._edits.applied:
+        return None
+    at, keys = applied.mask(span), span.key_mask(applied.intervention.keys)
+    if not (bool(at.any()) and bool(keys.any())):
+        return None
+    return applied.intervention.bias(at, keys, model.cfg.n_heads, model.cfg.dtype)
 
 
 def _place(intervention: Intervention, span: PassSpan, at: Bool[Tensor, "rows pos"]) -> Place:
@@ -227,20 +257,14 @@ def _place(intervention: Intervention, span: PassSpan, at: Bool[Tensor, "rows po
         return PassSpan(span.inputs, 0, span.start).mask(intervention.positions).sum(-1)
 
     keys = None if intervention.keys is None else span.key_mask(intervention.keys).to(at.device)
-    return Place(at, keys, earlier if span.start > 0 else None)
+    known = None if span.known_keys is None else span.known_keys.to(at.device)
+    return Place(at, keys, earlier if span.start > 0 else None, known)
 
 
-def attention_bias(model: HookedVLM, layer: int) -> Float[Tensor, "batch n_heads query_pos key_pos"] | None:
-    """Return the sum of the attention biases in force at a layer, for the chunk that runs; None without any."""
-    total, span = None, model._edits.span
-    for applied in model._edits.applied:
-        if applied.bias_layer != layer or span is None:
-            continue
-        at, keys = applied.mask(span), span.key_mask(applied.intervention.keys)
-        if bool(at.any()) and bool(keys.any()):
-            bias = applied.intervention.bias(at, keys, model.cfg.n_heads, model.cfg.dtype)
-            total = bias if total is None else total if bias is None else total + bias
-    return total
+def attention_biases(model: HookedVLM, layer: int) -> list[Float[Tensor, "batch n_heads query_pos key_pos"]]:
+    """Return the attention biases in force at a layer, for the chunk that runs, in the order of the interventions."""
+    mine = [p for p in model._edits.applied if p.bias_layer == layer and not p.intervention.changes_nothing]
+    return [bias for p in mine if (bias := _bias_of(model, p)) is not None]
 
 
 @contextmanager
@@ -250,7 +274,7 @@ def running(model: HookedVLM, span: PassSpan) -> Iterator[PassSpan]:
     Raises: ValueError, where the pass begins with the first position, as `require_reach`."""
     if span.is_prefill:
         require_reach(model, span)
-    with model._edits.entered(Frame(span=span)):
+    with model._turns.taken(), model._edits.entered(Frame(span=span)):
         yield span
 
 

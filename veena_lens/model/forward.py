@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from veena_lens.components.context import Context
+from veena_lens.components.hooks import uncompiled
 from veena_lens.components.kv_cache import KVCache, SharedPrefix
 from veena_lens.images.layout import image_runs, pack_features
 from veena_lens.inputs import MultimodalInputs
-from veena_lens.model.edits import attention_bias, running
+from veena_lens.model.edits import attention_biases, running
 from veena_lens.model.span import PassSpan
+from veena_lens.positions import as_int
 from veena_lens.vision.connector import TowerOutput
 from veena_lens.vision.qwen import DeepstackMerger
 
@@ -52,6 +54,7 @@ class ResidualState:
         return ResidualState(self.resid[at], {layer: x[at] for layer, x in self.deepstack.items()}, self.layer)
 
 
+@uncompiled
 def forward(
     model: HookedVLM,
     span: PassSpan,
@@ -61,6 +64,7 @@ def forward(
     cache: KVCache | None = None,
     prefix: SharedPrefix | None = None,
     positions: slice | Int[Tensor, " batch"] = ALL,
+    unembeds: bool = True,
 ) -> Float[Tensor, "batch pos d"]:
     """Return the logits of a pass, or the residual stream that enters a block.
 
@@ -70,6 +74,7 @@ def forward(
     cache: keys and values of earlier chunks; this chunk's are appended.
     prefix: keys and values of the positions before the span, which all rows share.
     positions: where logits are computed, a slice of the span's positions or one position per row.
+    unembeds: False returns the last norm's output instead of logits.
     """
     with running(model, span):
         if entering is None:
@@ -79,19 +84,21 @@ def forward(
         if stop is not None:
             return resid
         resid = shared.with_deepstack(model.cfg.n_layers, resid)
-        return unembed(model, at_positions(resid, positions))
+        resid = at_positions(resid, positions)
+        return unembed(model, resid) if unembeds else last_norm(model, resid)
 
 
 def embed(model: HookedVLM, span: PassSpan) -> ResidualState:
     """Return what enters block 0: token embeddings with image features in place of the image tokens."""
     embeds = model.embed(span.tokens)
-    seen = None if span.new_tokens is not None else run_tower(model, span.inputs)
+    seen = run_tower(model, span.inputs) if span.holds_images else None
     if seen is None:
         return ResidualState(model.hook_embed(embeds))
     features = connect(model, seen, span.inputs)
     deepstack = deepstack_features(model, seen, span.inputs)
-    merged = scatter_features(embeds, span.inputs.image_mask, features)
-    return ResidualState(model.hook_embed(merged), deepstack)
+    n_new = embeds.shape[1] - span.inputs.shape[1]  # tokens behind the prompt hold no image
+    merged = scatter_features(embeds, F.pad(span.inputs.image_mask, (0, n_new)), features)
+    return ResidualState(model.hook_embed(merged), {i: F.pad(x, (0, 0, 0, n_new)) for i, x in deepstack.items()})
 
 
 def residual_state(
@@ -111,10 +118,10 @@ def blocks_share(
     inputs, n_new = span.inputs, span.stop - span.start
     key_mask, n_past, rows = None, span.start, None
     if prefix is None:
-        key_mask, n_past, rows = inputs.attention_mask, 0, model._edits.recorder
+        key_mask, n_past, rows = span.real, 0, model._edits.recorder
         if cache is not None:
             n_past = cache.length
-            key_mask = cache.extend_mask(key_mask if n_past == 0 else key_mask.new_ones(len(key_mask), n_new))
+            key_mask = cache.extend_mask(key_mask)
         if rows is not None:
             rows.begin(span)
     return Context(
@@ -124,7 +131,7 @@ def blocks_share(
         rotary=model._rotary.tables(span.position_ids, model.embed.weight.dtype),
         kv_cache=cache,
         windows=model.cfg.window,
-        bias=partial(attention_bias, model),
+        biases=partial(attention_biases, model),
         rows=rows,
         prefix=prefix,
         deepstack=deepstack,
@@ -148,7 +155,12 @@ def run_blocks(
 
 def unembed(model: HookedVLM, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_vocab"]:
     """Return the logits of a residual stream that left the last block: final norm and unembedding."""
-    return model.unembed(model.ln_final(resid.to(model.ln_final.weight.device)))
+    return model.unembed(last_norm(model, resid))
+
+
+def last_norm(model: HookedVLM, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    """Return what the unembedding reads of a residual stream that left the last block."""
+    return model.ln_final(resid.to(model.ln_final.weight.device))
 
 
 def at_positions(
@@ -258,12 +270,13 @@ def next_token_targets(
     return tokens[:, 1:], counted[:, 1:] & real[:, :-1]
 
 
-def resolve_layer(layer: int | None, n_layers: int, what: str) -> int | None:
+def resolve_layer(layer: Any, n_layers: int, what: str) -> int | None:
     """Return a layer bound in 0 .. n_layers; negative ones count from the end.
 
-    Raises: ValueError when it is outside."""
+    Raises: ValueError when it is outside; TypeError when it is not an integer."""
     if layer is None:
         return None
+    layer = as_int(layer, what)
     resolved = layer + n_layers if layer < 0 else layer
     if not 0 <= resolved <= n_layers:
         raise ValueError(f"{what}={layer} is outside a model of {n_layers} layers.")

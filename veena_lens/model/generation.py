@@ -101,7 +101,7 @@ def next_logits(
         last = n_prompt + n_new - 1
         span = PassSpan(prompt, last, last + 1, new[:, -1:])
     else:
-        span = PassSpan.whole(prompt.with_new_tokens(new) if n_new else prompt)
+        span = PassSpan(prompt, 0, n_prompt + n_new, new if n_new else None)
     return forward(model, span, cache=cache, positions=LAST)[:, -1]
 
 

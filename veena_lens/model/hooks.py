@@ -7,9 +7,10 @@ a cache beside user hooks stores copies (a hook may write in place).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 from transformer_lens import HookedRootModule
@@ -17,11 +18,46 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from veena_lens.config import HookedVLMConfig
-from veena_lens.hook_table import aliases, canonical, hooks_of, require_hook, row_of
+from veena_lens.hook_table import aliases, axes_of, canonical, hooks_of, require_hook
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.threads import Added, Turns, reset, without_blocks
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
+
+
+DIRECTIONS: tuple[Literal["fwd"], Literal["bwd"]] = ("fwd", "bwd")
+
+
+def checked(hook: Any, name: str, dir: str) -> Callable[..., Any]:
+    """Return a hook whose results are checked: None, or a tensor like the one that it was given.
+
+    Raises: TypeError for a hook that is not a function, or later returns anything else; ValueError where it returns a
+    tensor of another shape, dtype or device."""
+    if not callable(hook):
+        raise TypeError(f"The hook for {name} must be a function fn(tensor, hook), not {hook!r}.")
+
+    fn = hook
+
+    def run(tensor: Tensor, hook: HookPoint) -> Any:
+        out = fn(tensor, hook=hook)
+        if out is None:
+            return None
+        given = out[0] if dir == "bwd" and isinstance(out, tuple) and len(out) == 1 else out
+        wanted = f"{list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+        if not isinstance(given, Tensor):
+            raise TypeError(
+                f"The hook at {name} returned {type(given).__name__}; return None, or a tensor like the one that it "
+                f"was given: {wanted}."
+            )
+        if (given.shape, given.dtype, given.device) != (tensor.shape, tensor.dtype, tensor.device):
+            raise ValueError(
+                f"The hook at {name} returned a tensor {list(given.shape)}, {given.dtype}, on {given.device}; it must "
+                f"be like the one that it was given: {wanted}."
+            )
+        return out
+
+    return run
 
 
 class HookDict(dict[str, HookPoint]):
@@ -48,6 +84,7 @@ class HookedRoot(HookedRootModule):
     """The root of a module tree whose hook points the hook table names."""
 
     cfg: HookedVLMConfig
+    _turns: Turns
 
     def setup(self) -> None:
         """Name every module and hook point."""
@@ -71,8 +108,8 @@ class HookedRoot(HookedRootModule):
     def add_hook(
         self,
         name: str | Callable[[str], bool],
-        hook: Callable[..., Any],
-        dir: str = "fwd",
+        hook: Any,
+        dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
         level: int | None = None,
         prepend: bool = False,
@@ -81,7 +118,9 @@ class HookedRoot(HookedRootModule):
 
         Raises: ValueError for an unknown name, with near names."""
         for full in self._hook_names(name):
-            super().add_hook(full, hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend)  # type: ignore[arg-type]
+            self.hook_dict[full].add_hook(
+                checked(hook, full, dir), dir=dir, is_permanent=is_permanent, level=level, prepend=prepend
+            )  # type: ignore[arg-type]
 
     @contextmanager
     def hooks(
@@ -93,15 +132,43 @@ class HookedRoot(HookedRootModule):
     ) -> Iterator[Any]:
         """Add hooks for the length of a `with` block; they are removed however it ends.
 
+        The block is its thread's: passes of other threads do not see the forward hooks, and none may run beside
+        backward hooks.
         fwd_hooks, bwd_hooks: `(name or predicate, fn)` pairs. reset_hooks_end: False keeps the hooks.
         clear_contexts: whether the points' contexts are cleared at the end.
         A name may be given as HookedTransformer or transformer_lens 4 spells it.
         Raises: ValueError for an unknown name before any hook is added."""
-        resolved: list[list[Any]] = [
-            [(full, fn) for name, fn in pairs for full in self._hook_names(name)] for pairs in (fwd_hooks, bwd_hooks)
-        ]
-        with super().hooks(resolved[0], resolved[1], reset_hooks_end, clear_contexts):
+        with self._hooked(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts, keeps=True):
             yield self
+
+    @contextmanager
+    def _hooked(
+        self, fwd_hooks: Any, bwd_hooks: Any, reset_hooks_end: bool, clear_contexts: bool, keeps: bool = False
+    ) -> Iterator[None]:
+        """Add hooks inside the block; other threads wait for one with backward hooks, or raise where it `keeps`."""
+        resolved: list[tuple[Literal["fwd", "bwd"], str, Any]] = [
+            (dir, full, checked(fn, full, dir))
+            for dir, pairs in zip(DIRECTIONS, (fwd_hooks, bwd_hooks), strict=True)
+            for name, fn in pairs
+            for full in self._hook_names(name)
+        ]
+        turn = self._turns.taken(keeps) if any(dir == "bwd" for dir, _, _ in resolved) else nullcontext()
+        added = Added()
+        with turn:
+            self.context_level += 1
+            try:
+                for dir, full, fn in resolved:
+                    added.add(self.hook_dict[full], fn, dir, level=self.context_level)
+                yield
+            finally:
+                if reset_hooks_end:
+                    added.remove()
+                    self.is_caching = False
+                    if clear_contexts:
+                        self.clear_contexts()
+                else:
+                    added.release()
+                self.context_level -= 1
 
     def run_with_hooks(
         self,
@@ -116,7 +183,7 @@ class HookedRoot(HookedRootModule):
 
         Backward hooks act in a later `backward()` only with `reset_hooks_end=False`; otherwise use
         `with model.hooks(bwd_hooks=...)` around forward and backward."""
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+        with self._hooked(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return self(*model_args, **model_kwargs)
 
     def get_caching_hooks(
@@ -135,8 +202,7 @@ class HookedRoot(HookedRootModule):
         copies = any(p._forward_hooks for p in self.hook_dict.values())
 
         def save(tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
-            row = row_of(str(hook.name))
-            axes = list(row.axis_names)
+            axes = list(axes_of(str(hook.name)))
             kept = tensor.detach()
             in_text = axes[0] == "batch"
             if in_text and position.mode != "identity":
@@ -181,7 +247,7 @@ class HookedRoot(HookedRootModule):
         Raises: ValueError for an unknown name."""
         if names_filter is None:
             table = hooks_of(self.cfg)
-            return [n for n in self._points.canonical_names if table[n].by_default]
+            return [n for n in self._points.canonical_names if n not in table or table[n].by_default]
         if isinstance(names_filter, str):
             return self._hook_names(names_filter)
         if callable(names_filter):
@@ -195,13 +261,22 @@ class HookedRoot(HookedRootModule):
         including_permanent: bool = False,
         level: int | None = None,
     ) -> None:
-        """Remove hooks (of one context level, or all)."""
+        """Remove hooks (of one context level, or all); interventions stay to the end of their block."""
         if clear_contexts:
             self.clear_contexts()
         for point in self.hook_dict.values():
             if point.fwd_hooks or point.bwd_hooks:
-                point.remove_hooks(direction, including_permanent=including_permanent, level=level)
+                reset(point, direction, including_permanent, level)
         self.is_caching = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookedRoot:
+        """Return a copy without what open blocks have put in force, which stays with the original."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for point in twin.hook_dict.values():
+            without_blocks(point)
+        return twin
 
 
 def run_with_cache(
@@ -227,7 +302,7 @@ def run_with_cache(
     cache, fwd, bwd = model.get_caching_hooks(
         names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
     )
-    with model.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+    with model._hooked(fwd, bwd, reset_hooks_end, clear_contexts):
         out = model(*args, **kwargs)
         if incl_bwd:
             out.backward()

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 
+@torch.inference_mode(False)  # parameters made in it take no gradient ever after
 def from_pretrained(
     cls: type[HookedVLM],
     name: str | Path,
     *,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     device: str | torch.device | None,
     device_map: Any,
     casts: str,
@@ -30,6 +31,7 @@ def from_pretrained(
         name, lora = checkpoints.base_of(name), name
     tuned = None if lora is None else checkpoints.open_lora(lora)
     checkpoint = checkpoints.open_checkpoint(name, dtype=dtype, casts=casts, revision=revision)
+    checkpoints.require_layers(checkpoint)
     with torch.device("meta"):
         model = cls(checkpoint.cfg)
     checkpoints.fill_from_files(model, checkpoint, dtype=dtype, device=device, device_map=device_map, lora=tuned)
@@ -37,6 +39,7 @@ def from_pretrained(
     return _finished(model, checkpoint.adapter, checkpoints.load_processor(checkpoint.path), generation_config)
 
 
+@torch.inference_mode(False)
 def from_hf(cls: type[HookedVLM], hf_model: Any, processor: Any, copy: bool, casts: str) -> HookedVLM:
     """Return a Hugging Face model in memory as a model: see `HookedVLM.from_hf`."""
     adapter = checkpoints.find_adapter(type(hf_model).__name__)

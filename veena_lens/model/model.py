@@ -20,6 +20,7 @@ from veena_lens import checkpoints
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.checkpoints.prompts import with_named_keywords
 from veena_lens.components.block import Block, Blocks, Embed, Unembed
+from veena_lens.components.hooks import heard, uncompiled
 from veena_lens.components.norms import make_norm
 from veena_lens.components.rotary import LayerRotary
 from veena_lens.config import HookedVLMConfig
@@ -31,6 +32,7 @@ from veena_lens.model.attention_rows import AttentionRows
 from veena_lens.model.hooks import HookedRoot
 from veena_lens.model.span import PassSpan
 from veena_lens.model.text import TextInterface
+from veena_lens.model.threads import Turns
 from veena_lens.model.weights import StackedWeights
 from veena_lens.scores import Scores
 from veena_lens.vision import make_tower
@@ -52,7 +54,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         self.generation_config: Any = None
         self.adapter: Any = None
         self.device_map: dict[str, Any] | None = None
-        self._edits = edits.EditStack()
+        self._edits, self._turns = edits.EditStack(), Turns()
         if cfg.vision is not None and cfg.connector is not None:
             self.vision = make_tower(cfg.vision)
             self.connector = make_connector(cfg.connector)
@@ -79,7 +81,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         cls,
         name: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         device_map: Any = None,
         casts: str = "hf",
@@ -88,10 +90,9 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
     ) -> HookedVLM:
         """Load an embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
 
-        Weights stream into an empty model: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes,
-        torchao) stay packed.
-        dtype: None keeps what is stored. device: None is the CPU. device_map: "auto" spreads the blocks over the
-            machine's GPUs. revision: of a hub id.
+        Weights stream in: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes, torchao) stay packed.
+        dtype: one of torch, or its name ("bfloat16"); None keeps what is stored. device: None is the CPU. device_map:
+            "auto" spreads the blocks over the machine's GPUs. revision: of a hub id.
         casts: "hf" rounds norms as Hugging Face does, "none" computes them in the model's dtype.
         lora: a folder or hub id of a LoRA adapter in peft's files, merged into the weights. A folder that holds an
             adapter and no model may be given as `name` itself; its base is loaded.
@@ -150,7 +151,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     def _placed(self, inputs: MultimodalInputs) -> MultimodalInputs:
         """Return the inputs on the model's device, knowing which tokens end an answer."""
-        return replace(inputs, end_token_ids=generation.end_tokens(self.generation_config)).to(self.embed.weight.device)
+        made = replace(inputs, end_token_ids=generation.end_tokens(self.generation_config))
+        return text.outside_inference(made.to(self.embed.weight.device))
 
     def as_inputs(
         self, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
@@ -165,6 +167,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         return text.as_inputs(self, input, attention_mask, position_ids)
 
     # --- forward ---------------------------------------------------------------------------------------
+    @uncompiled
     def forward(
         self,
         input: Any,
@@ -180,7 +183,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         """Return logits [batch pos d_vocab], a loss or the residual stream that enters a block.
 
         input: prepared inputs, tokens [batch pos], raw text; with start_at_layer a residual [batch pos d_model].
-        return_type: "logits", "loss" (next-token loss over text targets), "both", or None for nothing.
+        return_type: "logits", "loss" (next-token loss over text targets), "both", or None: the unembedding is left out.
         loss_per_token: the loss of each position instead of their mean.
         start_at_layer: the block that `input` enters; `tokens` are then the inputs it came from, needed where
             positions, padding, a loss, or images whose tokens read each other in both directions matter.
@@ -200,7 +203,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         if stop is not None:
             return forward.forward(self, span, entering=entering, stop=stop)
         if return_type is None:
-            forward.forward(self, span, entering=entering, stop=n)
+            forward.forward(self, span, entering=entering, unembeds=False)
             return None
         logits = forward.forward(self, span, entering=entering)
         if return_type == "logits":
@@ -261,9 +264,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     @property
     def is_untouched(self) -> bool:
-        """Return True where no hook is on a hook point, no intervention is in force and nobody records attention."""
-        hooked = any(p._forward_hooks or p._backward_hooks for p in self.hook_dict.values())
-        return not (hooked or self.interventions or self._edits.recorder)
+        """Return True where this thread has no hook on a hook point, no intervention and no recorder of attention."""
+        return not (any(map(heard, self.hook_dict.values())) or self.interventions or self._edits.recorder)
 
     @contextmanager
     def without_interventions(self) -> Iterator[HookedVLM]:
@@ -276,8 +278,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         inputs: Any,
         queries: Any = "last",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> Scores:
         """Return attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
 
@@ -295,8 +297,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         self,
         queries: Any = "generated",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> AbstractContextManager[AttentionRows]:
         """Collect attention rows of whatever runs inside a `with` block, `generate` too; read `.scores()` after it.
 

@@ -6,6 +6,7 @@ Cached decoding runs chunk by chunk; positions keep their meaning: those past th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ PICTURE_WORDS = ("all", "image")
 class PassSpan:
     """Positions start .. stop - 1 of a prompt and its continuation, which one pass computes.
 
-    inputs: the whole prompt. new_tokens: [batch chunk], the tokens of a chunk behind the prompt.
+    inputs: the whole prompt. new_tokens: [batch chunk], the tokens of the span that lie behind the prompt.
     """
 
     inputs: MultimodalInputs
@@ -42,8 +43,36 @@ class PassSpan:
 
     @property
     def tokens(self) -> Int[Tensor, "batch chunk"]:
-        """Return the tokens of this chunk, all of the prompt or all behind it."""
-        return self.inputs.tokens[:, self.start : self.stop] if self.new_tokens is None else self.new_tokens
+        """Return the tokens of this chunk."""
+        known = self.inputs.tokens[:, self.start : self.stop]
+        return known if self.new_tokens is None else torch.cat([known, self.new_tokens], 1)
+
+    @property
+    def holds_images(self) -> bool:
+        """Return True where the pass computes positions of the prompt, whose images it then encodes."""
+        return self.start < self.inputs.shape[1]
+
+    @property
+    def real(self) -> Bool[Tensor, "batch chunk"]:
+        """Return True at the positions of this chunk that are not pads of the prompt."""
+        known = self.inputs.attention_mask[:, self.start : self.stop]
+        n_new = self.stop - self.start - known.shape[1]
+        return known if n_new == 0 else torch.cat([known, known.new_ones(len(self.inputs), n_new)], 1)
+
+    @cached_property
+    def known_keys(self) -> Bool[Tensor, "batch query_pos key_pos"] | None:
+        """Return True at the keys that exist when a query of this chunk is first generated; None where all do.
+
+        Positions of the prompt know the prompt, each token of an answer those up to itself: a pass that computes both
+        at once edits a query's attention as decoding token by token does, which never meets the later keys."""
+        length, device = self.inputs.shape[1], self.inputs.device
+        answered = any(spans.answer is not None for spans in self.inputs.spans)
+        if self.start >= length or not (answered or self.stop > length):
+            return None
+        ends = [length - 1 if spans.answer is None else spans.last for spans in self.inputs.spans]
+        query = torch.arange(self.start, self.stop, device=device)
+        reach = torch.maximum(query, torch.tensor(ends, device=device)[:, None])
+        return torch.arange(self.stop, device=device) <= reach[..., None]
 
     @property
     def position_ids(self) -> Int[Tensor, "*streams batch chunk"]:

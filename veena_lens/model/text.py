@@ -70,7 +70,15 @@ def as_inputs(
             input = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
         inputs = bare_inputs(model.cfg, model.tokenizer, input, attention_mask, position_ids).to(device)
     require_prompt_fits(model.cfg, inputs)
-    return inputs
+    return inputs if torch.is_inference_mode_enabled() else outside_inference(inputs)
+
+
+def outside_inference(inputs: MultimodalInputs) -> MultimodalInputs:
+    """Return inputs none of whose tensors was made in inference mode, since torch refuses those where gradients are."""
+    names = ("tokens", "attention_mask", "position_ids", "pixel_values", "patch_mask")
+    made = {name: x for name in names if (x := getattr(inputs, name)) is not None and x.is_inference()}
+    with torch.inference_mode(False):
+        return replace(inputs, **{name: x.clone() for name, x in made.items()}) if made else inputs
 
 
 def inputs_of_residual(

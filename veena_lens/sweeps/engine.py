@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.components.hooks import heard
 from veena_lens.components.kv_cache import SharedPrefix
 from veena_lens.hook_table import layer_of
 from veena_lens.images.layout import image_runs
@@ -181,7 +182,7 @@ def require_engine(model: HookedVLM, engine: str) -> None:
     """Raise ValueError for an unknown engine, or a suffix sweep inside `intervene` or with hooks on the model."""
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} must be 'suffix' or 'naive'.")
-    if engine == "suffix" and (model.interventions or any(p._forward_hooks for p in model.hook_dict.values())):
+    if engine == "suffix" and (model.interventions or any(map(heard, model.hook_dict.values()))):
         raise ValueError(
             "The suffix engine runs rows through parts of the model, where hooks of whole runs have no meaning: leave "
             "the `with model.intervene(...)` block, call model.reset_hooks(), or use engine='naive'."

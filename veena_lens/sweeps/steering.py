@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from veena_lens.images.layout import reached_from
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.interventions.numbers import floats, number
 from veena_lens.long_runs import Store, counting
-from veena_lens.positions import parse, position_mask
+from veena_lens.positions import as_int, parse, position_mask
 from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import positions_of_row
 from veena_lens.sweeps.engine import base_run, require_engine, require_inputs, run_rows
@@ -28,13 +26,13 @@ if TYPE_CHECKING:
 def steer_sweep(
     model: HookedVLM,
     inputs: MultimodalInputs,
-    vectors: Float[Tensor, ...],
+    vectors: Any,
     metric: Any,
-    alphas: Sequence[float | int] = (1.0,),
+    alphas: Sequence[Any] = (1.0,),
     positions: Any = "last",
     engine: str = "suffix",
     *,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     **options: Unpack[SweepOptions],
 ) -> Any:
     """Measure every row of inputs under resid_post += alpha * vector, for each layer and alpha.
@@ -54,7 +52,10 @@ def steer_sweep(
     require_engine(model, engine)
     require_inputs(inputs, "inputs")
     parse(positions)
-    chosen = list(range(cfg.n_layers)) if layers is None else [i + cfg.n_layers if i < 0 else i for i in layers]
+    vectors = floats(vectors, "steer_sweep: vectors")
+    alphas = [number(alpha, "steer_sweep", "an entry of alphas") for alpha in alphas]
+    given = range(cfg.n_layers) if layers is None else [as_int(i, "steer_sweep: an entry of layers") for i in layers]
+    chosen = [i + cfg.n_layers if i < 0 else i for i in given]
     if not chosen or not all(0 <= i < cfg.n_layers for i in chosen) or not len(alphas):
         raise ValueError(
             f"steer_sweep: layers {layers} and alphas {list(alphas)} must name existing layers and strengths."
@@ -63,7 +64,7 @@ def steer_sweep(
         raise ValueError(
             f"vectors must be [{cfg.d_model}] or [{cfg.n_layers} {cfg.d_model}], not {list(vectors.shape)}."
         )
-    if not bool(torch.isfinite(vectors).all()) or not all(math.isfinite(alpha) for alpha in alphas):
+    if not bool(torch.isfinite(vectors).all()):
         raise ValueError(f"steer_sweep: vectors and alphas {list(alphas)} must be finite.")
     per_layer = vectors.expand(cfg.n_layers, -1)
     metrics = {} if plan_only and metric is None else metrics_of(metric)

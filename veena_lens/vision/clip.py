@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens.components.block import Block
 from veena_lens.components.context import Context
-from veena_lens.components.hooks import drop_hooks
+from veena_lens.components.hooks import drop_hooks, uncompiled
 from veena_lens.components.norms import LayerNorm
 from veena_lens.config import VisionConfig
 from veena_lens.vision.connector import TowerOutput
@@ -107,6 +107,7 @@ class ClipTower(nn.Module):
         self.ln_post = LayerNorm(cfg.d_model, cfg.norm_eps) if cfg.has_last_norm else None
         self.unused = Unused(cfg)
 
+    @uncompiled
     def forward(
         self,
         pixels: Float[Tensor, "crop channel height width"],

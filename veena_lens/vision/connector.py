@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
+from veena_lens.components.hooks import uncompiled
 from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
 from veena_lens.components.norms import RMSNorm
 from veena_lens.config import ConnectorConfig
@@ -33,6 +34,7 @@ class Connector(nn.Module):
         self.proj_out = nn.Linear(cfg.d_hidden, cfg.d_out, bias=cfg.bias)
         self.hook_in, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
 
+    @uncompiled
     def forward(self, features: Float[Tensor, "crop pos d_in"]) -> Float[Tensor, "crop pos d_model"]:
         pre = self.hook_pre(self.proj_in(self.hook_in(features)))
         return self.hook_out(self.proj_out(self.hook_post(self.act(pre))))
@@ -46,6 +48,7 @@ class LinearConnector(nn.Module):
         self.proj = nn.Linear(cfg.d_in, cfg.d_out, bias=cfg.bias)
         self.hook_in, self.hook_out = HookPoint(), HookPoint()
 
+    @uncompiled
     def forward(self, features: Float[Tensor, "crop pos d_in"]) -> Float[Tensor, "crop pos d_model"]:
         return self.hook_out(self.proj(self.hook_in(features)))
 
@@ -59,6 +62,7 @@ class NormedConnector(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.d_in, cfg.d_out).normal_(std=0.02))
         self.hook_in, self.hook_out = HookPoint(), HookPoint()
 
+    @uncompiled
     def forward(self, features: Float[Tensor, "crop pos d_in"]) -> Float[Tensor, "crop pos d_model"]:
         return self.hook_out(self.norm(self.hook_in(features)) @ self.weight)
 

@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 
 from veena_lens.components.block import Block
 from veena_lens.components.context import Context
-from veena_lens.components.hooks import drop_hooks
+from veena_lens.components.hooks import drop_hooks, uncompiled
 from veena_lens.components.mlp import ACTIVATION_FUNCTIONS
 from veena_lens.components.norms import LayerNorm, make_norm
 from veena_lens.components.rotary import RotaryTables
@@ -66,6 +66,7 @@ class QwenTower(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, layer, has_rotary=True) for layer in range(cfg.n_layers))
         self.ln_post = make_norm(cfg)
 
+    @uncompiled
     def forward(self, patches: Float[Tensor, "crop pos d_patch"], grids: Int[Tensor, "crop 2"] | None) -> TowerOutput:
         resid, kept = self.embed(patches, grids), {}
         context = self.context(grids, resid.shape[1], resid.device)
@@ -156,6 +157,7 @@ class DeepstackMerger(nn.Module):
         if is_live:  # else its features reach nothing; the weights are kept for export
             self.hook_out = HookPoint()
 
+    @uncompiled
     def forward(self, inner: Float[Tensor, "crop pos d_inner"]) -> Float[Tensor, "crop token d_model"]:
         joined = joined_squares(inner, self.merge)
         normed = F.layer_norm(joined, joined.shape[-1:], self.norm.weight, self.norm.bias, self.norm.eps)

@@ -112,6 +112,42 @@ def test_port_that_is_taken_is_told() -> None:
     assert free_port("127.0.0.1", None) >= 7860
 
 
+@pytest.mark.parametrize(
+    ("host", "port", "text"),
+    [
+        ("127.0.0.1", 99999, "--port 99999 is not a port: name one from 1 to 65535"),
+        ("127.0.0.1", 0, "--port 0 is not a port: name one from 1 to 65535, or leave --port out"),
+        ("127.0.0.1", -1, "--port -1 is not a port"),
+        ("127.0.0.1", 10**12, "is not a port"),
+        ("", None, "--host '' is not an address or name that this machine knows"),
+        ("  ", 8000, "--host '  ' is not an address"),
+        ("no-such-host.invalid", None, "--host 'no-such-host.invalid' is not an address"),
+        ("999.1.1.1", None, "--host '999.1.1.1' is not an address"),
+        ("http://localhost", None, "is not an address"),
+        ("a\0b", None, "is not an address"),
+        ("a" * 100, None, "is not an address"),
+        ("192.0.2.1", None, "This machine cannot listen on '192.0.2.1'"),
+    ],
+)
+def test_address_that_cannot_be_is_refused_before_anything_is_made(
+    host: str, port: int | None, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("veena_lens.app.explorer.server.make_app", lambda *_: pytest.fail("a page was made"))
+    options = ["--host", host, *([] if port is None else ["--port", str(port)])]
+    assert cli.main(["explore", *options]) == 2
+    told = capsys.readouterr()
+    assert text in told.err and told.err.count("\n") == 1 and not told.out
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-3", "1e-9"])
+@pytest.mark.parametrize("option", ["--max-upload-mb", "--max-megapixels", "--max-sweep-gb"])
+def test_limit_that_is_no_number_is_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if option == "--max-sweep-gb" and value == "1e-9":
+        return  # a byte and a bit
+    assert cli.main(["explore", f"{option}={value}"]) == 2
+    assert f"{option} {value.replace('1e-9', '1e-09')}: expected a positive number" in capsys.readouterr().err
+
+
 def test_bad_cache_is_told_before_a_server_starts(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="No activation cache at"):
         make_app([NAME], tmp_path / "none.safetensors")

@@ -239,3 +239,17 @@ def test_the_direct_mapping_parts_fear_from_happy_and_the_official_one_does_not(
     assert sample_hit(["surprise"], "fear", wheels) == pytest.approx(0.2)
     assert sample_hit(["fear"], "surprise", wheels) == pytest.approx(0.25)
     assert wheels.hit_rate({"a": "neutral"}, {"a": "neutral"}, mapping="official") == 0.0
+
+
+@pytest.mark.parametrize("odd", [float("nan"), 3, ["sad", float("nan")], [None]])
+def test_answer_that_is_no_text_is_named(odd: object) -> None:
+    """A table has NaN where an answer is missing."""
+    truths, answers = {"a": "happy", "b": "sad"}, {"a": "happy", "b": odd}
+    for score in (hit_rate, open_vocabulary_score):
+        with pytest.raises(ValueError, match="Predictions must be texts or lists of labels.* not so: 'b': "):
+            score(truths, answers)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="Truths must be texts or lists of labels.* not so: 'b': "):
+            score(answers, truths)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Predictions .* not so: 'b'"):
+        sentiment_score({"a": 1.0, "b": -1.0}, answers)  # type: ignore[arg-type]
+    assert hit_rate(truths, {"a": "happy", "b": None}) == hit_rate(truths, {"a": "happy", "b": ""})  # type: ignore[dict-item]

@@ -6,6 +6,7 @@ Headers keep the page to this server: no script, font or image of another origin
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from starlette.datastructures import UploadFile
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from veena_lens.app.explorer.gate import API, FILE, UPLOAD, Gate
-from veena_lens.app.explorer.state import Explorer, Limits
+from veena_lens.app.explorer.state import Explorer, Limits, message
 from veena_lens.app.view import page
 
 CELLS = Path(__file__).with_name("cells.js")
@@ -62,8 +63,8 @@ def add_routes(app: FastAPI, explorer: Explorer, hosts: Sequence[str] | None = N
     async def maps(token: str, request: Request) -> Response:
         try:
             found = await run_in_threadpool(explorer.maps, token, dict(request.query_params))
-        except (ValueError, RuntimeError) as error:
-            return Response(str(error), status_code=400, media_type="text/plain")
+        except Exception as error:
+            return Response(message(error).message, status_code=400, media_type="text/plain")
         if found is None:
             return Response("This view was replaced or its tab was closed; ask again.", status_code=404)
         return Response(found, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})
@@ -104,7 +105,7 @@ def add_file_routes(app: FastAPI, explorer: Explorer) -> None:
 
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-FIRST_PORT = 7860
+FIRST_PORT, MOST_PORTS = 7860, 65535
 
 
 def make_app(
@@ -182,11 +183,11 @@ def serve(
 ) -> None:
     """Serve the page until interrupted. port: None takes the first free one from 7860.
 
-    Raises: as `make_app`; ValueError for a port that is taken."""
+    Raises: as `make_app`; ValueError for a port that is taken, or an address that is not this machine's."""
+    chosen = free_port(host, port)
     app = make_app(names, cache, limits, host, loading)
     import uvicorn
 
-    chosen = free_port(host, port)
     end_on_signals(app.state.explorer)
     print(f"veena-lens explore: http://{'localhost' if host in LOOPBACK else host}:{chosen}", flush=True)
     if host not in LOOPBACK:
@@ -222,14 +223,45 @@ def end_on_signals(explorer: Explorer) -> None:
 
 
 def free_port(host: str, port: int | None) -> int:
-    """Find a port that nobody listens on. Raises: ValueError where the wanted one is taken, or none is free."""
+    """Find a port that nobody listens on.
+
+    Raises: ValueError for an address that is not this machine's, a number that is not a port, or where the wanted port
+    is taken or none is free."""
+    family = family_of(host)
+    if port is not None and not 1 <= port <= MOST_PORTS:
+        raise ValueError(
+            f"--port {port} is not a port: name one from 1 to {MOST_PORTS}, or leave --port out for the first free one "
+            f"from {FIRST_PORT}."
+        )
     for candidate in [port] if port is not None else range(FIRST_PORT, FIRST_PORT + 100):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, candidate))
-            except OSError:
-                continue
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                if error.errno in (errno.EACCES, errno.EPERM):
+                    raise ValueError(
+                        f"Port {candidate} needs rights that you do not have; name one from 1024."
+                    ) from None
+                raise ValueError(
+                    f"This machine cannot listen on {host!r} ({error.strerror or error}); --host takes one of its own "
+                    "addresses, such as 127.0.0.1."
+                ) from None
             return candidate
     wanted = f"Port {port} is taken" if port is not None else f"No port from {FIRST_PORT} to {FIRST_PORT + 99} is free"
     raise ValueError(f"{wanted} on {host}; name another with --port.")
+
+
+def family_of(host: str) -> socket.AddressFamily:
+    """Return whether a host is an IPv4 or IPv6 address. Raises: ValueError for a name that leads nowhere."""
+    try:
+        if not host.strip():
+            raise ValueError
+        return socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, ValueError):  # the second for a name that cannot be written as one
+        raise ValueError(
+            f"--host {host!r} is not an address or name that this machine knows; --host takes one of its own "
+            "addresses, such as 127.0.0.1."
+        ) from None

@@ -154,7 +154,8 @@ def joined(truths: Mapping[str, Any], predictions: Mapping[str, Any], missing: s
         truths, predictions: sample name -> value.
         missing: "error", or "empty" to pair such samples with None.
 
-    Raises: ValueError without truths, for another `missing`, and with "error" for truths without a prediction.
+    Raises: ValueError without truths, for another `missing`, and with "error" for truths without a prediction;
+    for predictions that are neither texts nor lists of texts, naming them.
     """
     if missing not in ("error", "empty"):
         raise ValueError(f'missing={missing!r} must be "error" or "empty".')
@@ -166,7 +167,24 @@ def joined(truths: Mapping[str, Any], predictions: Mapping[str, Any], missing: s
             f"{len(lost)} of {len(truths)} samples have no prediction: {_some(lost)}. Predict them, or score them as "
             'empty answers with missing="empty".'
         )
+    require_labels({name: predictions[name] for name in truths if name in predictions}, "Predictions")
     return [(truth, predictions.get(name)) for name, truth in truths.items()]
+
+
+def require_labels(given: Mapping[Any, Any], what: str) -> None:
+    """Check that values are texts or lists of texts (None: no label); tables have NaN where an answer is missing.
+
+    Raises: ValueError naming the samples whose values are not."""
+
+    def is_text(value: Any) -> bool:
+        if isinstance(value, str) or value is None:
+            return True
+        return isinstance(value, Iterable) and all(isinstance(label, str) for label in value)
+
+    odd = [f"{name!r}: {value!r}" for name, value in given.items() if not is_text(value)]
+    if odd:
+        listed = ", ".join(odd[:20]) + (f" and {len(odd) - 20} more" if len(odd) > 20 else "")
+        raise ValueError(f"{what} must be texts or lists of labels, or None for no label; not so: {listed}.")
 
 
 def _some(names: Sequence[str], most: int = 20) -> str:

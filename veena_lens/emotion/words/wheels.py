@@ -32,6 +32,7 @@ from veena_lens.emotion.words.scores import (
     mean,
     over_wheels,
     read_guesses,
+    require_labels,
     sentiment_score,
     wheel_score,
 )
@@ -313,6 +314,7 @@ def wheel_scores(
     mapping or level that does not exist."""
     wheels = EmotionWheels.default() if wheels is None else wheels
     mapping = wheels.mapping if mapping is None else mapping
+    require_labels(truths, "Truths")
     samples = joined(truths, predictions, missing)
     guesses = read_guesses([guess for _, guess in samples], extractor)
     pairs = [(string_to_list(truth), guess) for (truth, _), guess in zip(samples, guesses)]
@@ -356,6 +358,7 @@ def sample_hits(
     Raises: ValueError for unequal lengths; otherwise as `sample_hit`."""
     if len(texts_or_labels) != len(truths):
         raise ValueError(f"{len(texts_or_labels)} texts and {len(truths)} truths: give one truth for each text.")
+    require_labels(dict(enumerate(texts_or_labels)), "Answers")
     wheels = EmotionWheels.default() if wheels is None else wheels
     if extractor is None:
         read = [wheels.labels(said) for said in texts_or_labels]

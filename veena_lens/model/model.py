@@ -239,12 +239,9 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
             entering = None if start is None else forward.residual_state(self, span, input, start)
             if stop is not None:
                 return forward.forward(self, span, entering=entering, stop=stop, cache=cache)
-            if return_type is None:
-                forward.forward(self, span, entering=entering, unembeds=False, cache=cache)
-                return None
-            logits = forward.forward(self, span, entering=entering, cache=cache)
-        if return_type == "logits":
-            return logits
+            logits = forward.forward(self, span, entering=entering, unembeds=return_type is not None, cache=cache)
+        if return_type in ("logits", None):
+            return logits if return_type else None
         loss = forward.next_token_loss(logits, span.inputs, loss_per_token)
         return loss if return_type == "loss" else forward.Output(logits, loss)
 
@@ -287,7 +284,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
     def intervene(
         self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None
     ) -> AbstractContextManager[HookedVLM]:
-        """Apply interventions inside a `with` block. An empty list changes nothing; outer blocks act first.
+        """Apply interventions in a `with` block, to passes of this thread. [] changes nothing; outer blocks act first.
 
         interventions: a list, a Circuit, or a single one. per_row: one list per row of the batch instead.
         Raises: TypeError for what is not an intervention; ValueError for one that does not fit the model.

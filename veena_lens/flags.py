@@ -75,7 +75,12 @@ class Settable:
 
     def require_attn_in(self) -> None:
         """Raise ValueError where queries, keys and values have no common copies of the residual to edit."""
-        raise ValueError("hook_attn_in does not exist here; use hook_q_input, hook_k_input and hook_v_input.")
+        if self.n_key_value_heads != self.n_heads:
+            raise ValueError(
+                "hook_attn_in is one copy of the residual per head, and this model has fewer heads for keys and values "
+                f"({self.n_key_value_heads}) than for queries ({self.n_heads}); use hook_q_input, hook_k_input and "
+                "hook_v_input."
+            )
 
 
 def has_settable_flags(cls: type) -> type:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -82,8 +83,13 @@ def prepare(
     if takes_images:
         sizes = [[(image.height, image.width) for image in prompt.images] for prompt in prompts]
         inputs = replace(inputs, patch_boxes=pixel_boxes(inputs, sizes, processor.image_processor))
-    inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
+    inputs = replace(inputs, tokenize=partial(ids_of_answer, tokenizer))
     return inputs if answer is None else _with_answer(inputs, answer, cfg)
+
+
+def ids_of_answer(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that goes on a prompt: without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _with_answer(inputs: MultimodalInputs, answer: Any, cfg: HookedVLMConfig) -> MultimodalInputs:
@@ -212,7 +218,7 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
         places = torch.arange(tokens.shape[1], device=tokens.device)
         inputs = replace(inputs, position_ids=places.expand(tokens.shape))
     if tokenizer is not None:
-        inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
+        inputs = replace(inputs, tokenize=partial(ids_of_answer, tokenizer))
     return inputs
 
 

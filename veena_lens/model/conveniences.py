@@ -7,15 +7,21 @@ What makes sense for weights as they are stored works the same. What does not ra
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.components.context import Context
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.model import forward
 from veena_lens.model.encoding import refuse_unknown
+from veena_lens.model.span import PassSpan
+from veena_lens.model.text import inputs_of_residual
+
+if TYPE_CHECKING:
+    from veena_lens.model.model import HookedVLM
 
 
 class AbsentName(AttributeError):
@@ -85,6 +91,12 @@ def refuse_processing(what: str, given: dict[str, Any]) -> None:
     wanted = [name for name in PROCESSING if given.pop(name, None)]
     if wanted:
         raise ValueError(f"{what}: {', '.join(wanted)} is not done: {_WEIGHTS}.")
+
+
+def context_alone(model: HookedVLM, resid: Float[Tensor, "batch pos d_model"]) -> Context:
+    """Return what a block reads where it is called by itself: no padding, positions counted from 0."""
+    span = PassSpan.whole(inputs_of_residual(model, resid, None, None, None))
+    return forward.blocks_share(model, span, {}, None, None)
 
 
 class HookedTransformerNames:

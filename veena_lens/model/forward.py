@@ -143,6 +143,7 @@ def blocks_share(
         rows=rows,
         prefix=prefix,
         deepstack=deepstack,
+        ungrouped=model.cfg.ungroup_grouped_query_attention,
         image_runs=image_runs(model.cfg, inputs) if prefix is None and n_past == 0 else None,
     )
 

@@ -247,7 +247,8 @@ class HookedRoot(HookedRootModule):
         Raises: ValueError for an unknown name."""
         if names_filter is None:
             table = hooks_of(self.cfg)
-            return [n for n in self._points.canonical_names if n not in table or table[n].by_default]
+            caches = self.cfg.flags.caches
+            return [n for n in self._points.canonical_names if n not in table or caches(table[n].part)]
         if isinstance(names_filter, str):
             return self._hook_names(names_filter)
         if callable(names_filter):

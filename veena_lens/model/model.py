@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention
 from veena_lens.model import attention_rows, edits, forward, hooks, loading, past, text
 from veena_lens.model.attention_rows import AttentionRows
-from veena_lens.model.conveniences import HookedTransformerNames, refuse_arguments_of_forward
+from veena_lens.model.conveniences import HookedTransformerNames, context_alone, refuse_arguments_of_forward
 from veena_lens.model.generation import Generating
 from veena_lens.model.generation_settings import end_tokens
 from veena_lens.model.hooks import HookedRoot
@@ -74,6 +75,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         self.ln_final = make_norm(cfg)
         tied_to = self.embed if cfg.tie_word_embeddings else None
         self.unembed = Unembed(cfg.d_vocab, cfg.d_model, tied_to, cfg.unembed_bias)
+        for block in self.blocks:
+            block.alone = partial(context_alone, self)
         self._rotary = LayerRotary(cfg)
         self.setup()
         self.eval()

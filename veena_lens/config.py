@@ -6,10 +6,12 @@ load before any weight is read. Nothing here imports torch, so that `veena-lens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from veena_lens.config_parts import Printed, require_numbers
 from veena_lens.flags import Flags, Settable, has_settable_flags
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
@@ -17,31 +19,8 @@ Casts = Literal["hf", "none"]
 ACTIVATIONS: tuple[str, ...] = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 
 
-class _Printed:
-    """Print what was set: one field per line, nested configurations indented, defaults left out."""
-
-    def __repr__(self) -> str:
-        lines = []
-        for f in fields(cast(Any, self)):
-            value = getattr(self, f.name)
-            if not f.repr or (value == f.default and f.name not in ("dtype", "device")):
-                continue
-            lines.append(f"{f.name}={_short(value)}")
-        if sum(map(len, lines)) < 90:
-            return f"{type(self).__name__}({', '.join(lines)})"
-        body = ",\n".join(lines).replace("\n", "\n    ")
-        return f"{type(self).__name__}(\n    {body}\n)"
-
-
-def _short(value: Any) -> str:
-    """Return the repr of a value; a tuple of one repeated value prints as that value times its number."""
-    if isinstance(value, tuple) and len(value) > 4 and len(set(map(str, value))) == 1:
-        return f"({value[0]!r},) * {len(value)}"
-    return repr(value)
-
-
 @dataclass(frozen=True, kw_only=True, repr=False)
-class RopeConfig(_Printed):
+class RopeConfig(Printed):
     """Configure rotary positions.
 
     theta: the base.
@@ -62,8 +41,14 @@ class RopeConfig(_Printed):
         known = ("default", "linear", "dynamic", "llama3", "yarn")
         if self.rope_type not in known:
             raise ValueError(f"rope_type {self.rope_type!r} is not supported; supported: {', '.join(known)}.")
+        require_numbers(self)
         if self.theta <= 0:
             raise ValueError(f"RopeConfig: theta={self.theta} must be positive.")
+        for name, value in self.scaling:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                may_be_zero = name.startswith("mscale")
+                if not math.isfinite(value) or value < 0 or (value == 0 and not may_be_zero):
+                    raise ValueError(f"RopeConfig: {name}={value} must be a positive finite number.")
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -72,7 +57,7 @@ class RopeConfig(_Printed):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class TransformerConfig(_Printed):
+class TransformerConfig(Printed):
     """Configure a stack of blocks, of text or vision, under TransformerLens's names.
 
     norm_eps: the epsilon of the norms.
@@ -105,7 +90,10 @@ class TransformerConfig(_Printed):
     casts: Casts = "hf"
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         name = type(self).__name__
+        if self.norm_eps < 0:
+            raise ValueError(f"{name}: norm_eps={self.norm_eps} must not be negative.")
         for size in ("d_model", "n_heads", "d_head", "d_mlp"):
             if getattr(self, size) < 1:
                 raise ValueError(f"{name}: {size}={getattr(self, size)} must be at least 1.")
@@ -181,6 +169,8 @@ class VisionConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rope_theta is not None and self.rope_theta <= 0:
+            raise ValueError(f"VisionConfig: rope_theta={self.rope_theta} must be positive.")
         if self.window_side < 0:
             raise ValueError(f"VisionConfig: window_side={self.window_side} must not be negative (0: no windows).")
         for size in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -250,7 +240,7 @@ class VisionConfig(TransformerConfig):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class ConnectorConfig(_Printed):
+class ConnectorConfig(Printed):
     """Configure the projector between tower and decoder.
 
     kind: two linear maps with an activation in between ("mlp"), one map ("linear"; `d_hidden` 0), or an RMS norm of the
@@ -264,6 +254,12 @@ class ConnectorConfig(_Printed):
     kind: Literal["mlp", "linear", "normed"] = "mlp"
     norm_eps: float = 0.0
     casts: Casts = "hf"
+
+    def __post_init__(self) -> None:
+        require_numbers(self)
+        for size in ("d_in", "d_out"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"ConnectorConfig: {size}={getattr(self, size)} must be at least 1.")
 
 
 @has_settable_flags
@@ -312,6 +308,9 @@ class HookedVLMConfig(Settable, TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for size in ("d_vocab", "n_ctx"):
+            if getattr(self, size) < 1:
+                raise ValueError(f"HookedVLMConfig: {size}={getattr(self, size)} must be at least 1.")
         if self.sliding_windows and len(self.sliding_windows) != self.n_layers:
             raise ValueError(
                 f"HookedVLMConfig: {len(self.sliding_windows)} sliding windows for {self.n_layers} layers; "

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from veena_lens.checkpoints.finite import dtype_of
 from veena_lens.checkpoints.loading import Checkpoint, open_checkpoint
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import hooks_of, layer_of
@@ -87,7 +88,7 @@ def verify(
     model: HookedVLM,
     path: str,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     images: Sequence[Any] | None = None,
     progress: bool = True,
 ) -> Certificate:
@@ -96,7 +97,7 @@ def verify(
     Args:
         model: the loaded model.
         path: the checkpoint's name, folder or hub id.
-        dtype: of the comparison; None takes the model's.
+        dtype: of the comparison, or its name; None takes the model's.
         images: two images or more to compare on, instead of drawn ones.
         progress: whether to show a progress bar over the hook points.
 
@@ -105,7 +106,7 @@ def verify(
     """
     import transformers
 
-    dtype = dtype or model.cfg.dtype
+    dtype = dtype_of(dtype) or model.cfg.dtype
     if dtype != model.cfg.dtype or dtype not in TOLERANCE:
         known = ", ".join(str(d).removeprefix("torch.") for d in TOLERANCE)
         raise ValueError(f"verify: the model is {model.cfg.dtype}, asked for {dtype}; load it in one of: {known}.")

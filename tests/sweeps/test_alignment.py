@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from tests.parity.test_llava_next import batch, build
+from tests.cases import BY_NAME, counted_inputs, native_model
+from tests.pairs import pair_of
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pairs
 from veena_lens.interventions import Box, Tile
@@ -22,18 +22,14 @@ KW: dict[str, Any] = dict(metric=log_prob(3), progress=False)
 @pytest.fixture(scope="module")
 def unequal() -> tuple[Any, Any, Any]:
     """Any-resolution rows whose images have other grids and numbers of tiles; the text after them is the same."""
-    model = HookedVLM.from_hf(build("llama")[0], casts="none")
-    rows = []
-    for sizes in ([(40, 75)], [(90, 30)]):
-        raw = batch(model, [sizes])
-        raw["input_ids"][0, -3:] = torch.tensor([7, 8, 9])
-        keep = raw["input_ids"].shape[1] - int((raw["input_ids"][0] != 127).nonzero().flatten()[-1] + 1)
-        assert keep == 0
-        rows.append(model.inputs_from_hf(**raw))
-    spans = [replace(r.spans[0], query=slice(r.shape[1] - 3, r.shape[1])) for r in rows]
-    rows = [replace(r, spans=(s,)) for r, s in zip(rows, spans, strict=True)]
-    assert rows[0].grids != rows[1].grids and rows[0].shape != rows[1].shape
-    return model, *rows
+    case = replace(BY_NAME["llava-next-llama"], name="unequal", rows=("2 i40x75 3", "4 i90x30 3"))
+    model, raw = native_model(case, casts="none"), counted_inputs(case)
+    raw["input_ids"][:, -3:] = torch.tensor([7, 8, 9])
+    inputs = model.inputs_from_hf(**raw)
+    clean, corrupted = (inputs[row].without_padding() for row in (0, 1))
+    assert clean.grids != corrupted.grids and clean.shape != corrupted.shape
+    assert all(run.spans[0].query == slice(run.shape[1] - 3, run.shape[1]) for run in (clean, corrupted))
+    return model, clean, corrupted
 
 
 @pytest.mark.parametrize("positions", ["last", "query", -2, Tile(0)], ids=str)
@@ -108,9 +104,7 @@ def test_grids_of_one_size_and_other_shape_do_not_correspond() -> None:
 
 
 def rows_of(name: str) -> tuple[Any, Any, Any]:
-    model, raw = native_model(BY_NAME[name], casts="none"), counted(raw_inputs(BY_NAME[name]))
-    other = dict(raw, pixel_values=-raw["pixel_values"])
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+    return pair_of(native_model, BY_NAME[name], has_other_words=False)
 
 
 def test_a_mask_over_a_padded_batch_counts_in_every_row() -> None:

@@ -7,21 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, counted, native_model, raw_inputs
+from tests.cases import BY_NAME, native_model
+from tests.pairs import pair_of
+from tests.sweeps.engines import KW
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pairs
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.sweeps import generation_sweep, patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import kl, log_prob, logit_diff, project, soft_hit
 
-KW: dict[str, Any] = dict(metric=logit_diff(5, 6), progress=False)
-
 
 @pytest.fixture(scope="module")
 def runs() -> tuple[Any, Any, Any]:
-    model, raw = native_model(BY_NAME["clip-llama"], casts="none"), counted(raw_inputs(BY_NAME["clip-llama"]))
-    other = dict(raw, pixel_values=-raw["pixel_values"])
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+    return pair_of(native_model, BY_NAME["clip-llama"], has_other_words=False)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from veena_lens._lazy import homes_of, resolver
 
 if TYPE_CHECKING:
     from veena_lens.checkpoints.files import bundled_names, bundled_pairs, bundled_path, bundled_pictures
-    from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict
+    from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict, require_layers
+    from veena_lens.checkpoints.finite import dtype_of
     from veena_lens.checkpoints.loading import (
         Checkpoint,
         complete_processor,
@@ -30,7 +31,8 @@ _HOMES = homes_of(
     __name__,
     {
         "files": "bundled_names bundled_pairs bundled_path bundled_pictures",
-        "filling": "fill_from_files fill_from_state_dict",
+        "filling": "fill_from_files fill_from_state_dict require_layers",
+        "finite": "dtype_of",
         "loading": "Checkpoint complete_processor load_generation_config load_processor open_checkpoint "
         "save_pretrained to_hf_state_dict",
         "lora": "base_of is_lora_folder open_lora",
@@ -48,6 +50,7 @@ __all__ = [
     "bundled_path",
     "bundled_pictures",
     "complete_processor",
+    "dtype_of",
     "fill_from_files",
     "fill_from_state_dict",
     "find_adapter",
@@ -60,6 +63,7 @@ __all__ = [
     "pad_token_of",
     "padding_mask",
     "prepare",
+    "require_layers",
     "save_pretrained",
     "to_hf_state_dict",
 ]

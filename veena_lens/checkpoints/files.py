@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+from veena_lens.checkpoints.limits import require_files
+from veena_lens.regular_files import read_json, require_regular
 
 if TYPE_CHECKING:
     import torch
@@ -63,8 +67,9 @@ def resolve_folder(name: str | Path, revision: str | None = None) -> Folder:
     Raises: FileNotFoundError if the name is none of these, or the folder has no config.json."""
     if str(name) in bundled_names():
         return Folder(Path(bundled_path(str(name))))
-    path = Path(name).expanduser()
+    path = _path_of(name)
     if path.is_dir():
+        require_files(path)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} has no config.json; pass the folder that `save_pretrained` wrote.")
         return Folder(path)
@@ -78,6 +83,13 @@ def resolve_folder(name: str | Path, revision: str | None = None) -> Folder:
     if not (found / "config.json").is_file():
         raise FileNotFoundError(f"{text} on the hub has no config.json, so it is not a transformers checkpoint.")
     return Folder(found, text, revision)
+
+
+def _path_of(name: str | Path) -> Path:
+    """Return a name as a path. Raises: FileNotFoundError for one that no path can have."""
+    if "\0" in str(name) or not str(name).strip():
+        raise FileNotFoundError(f"No checkpoint {str(name)!r}: give a folder, an embedded name or a hub id.")
+    return Path(name).expanduser()
 
 
 def download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
@@ -113,8 +125,18 @@ def fetch_weights(folder: Folder) -> list[Path]:
 
 
 def _indexed(index: Path) -> list[str]:
-    """Return the names of the files of a sharded checkpoint."""
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    """Return the names of the files of a sharded checkpoint.
+
+    Raises: ValueError for an index without them, or with a name that could lead out of the folder."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index} has no 'weight_map' from keys to file names; copy or download it again.")
+    names = sorted(set(found.values()))
+    for name in names:
+        # The name is judged, not what it is a link to: the hub's cache links every file to one of another folder.
+        if name in ("", ".", "..") or any(mark in name for mark in "/\\\0:"):
+            raise ValueError(f"{index} names {name!r}; the files of a checkpoint lie beside their index.")
+    return names
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -140,6 +162,7 @@ class WeightFile:
     Raises: ValueError for a file that is broken or is not a weight file."""
 
     def __init__(self, path: Path) -> None:
+        require_regular(path)
         self.path = path
         self._is_safe = path.suffix == ".safetensors"
 
@@ -171,11 +194,13 @@ class WeightFile:
             for key in keys:
                 yield key, loaded[key]
 
-    def _opened(self) -> Any:
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
         try:
-            return safe_open(str(self.path), framework="pt")
+            with safe_open(str(self.path), framework="pt") as file:
+                yield file
         except SafetensorError as error:
             raise ValueError(
                 f"{self.path} ({self.path.stat().st_size:,} bytes) is not a complete safetensors file: {error}. "
@@ -192,6 +217,11 @@ class WeightFile:
             raise ValueError(f"{self.path} cannot be read as plain weights: {_first(error)}") from error
         if not isinstance(loaded, dict) or not all(isinstance(v, torch.Tensor) for v in loaded.values()):
             raise ValueError(f"{self.path} contains more than a dictionary of tensors; save only the state dict.")
+        for key, tensor in loaded.items():
+            # A view can show one number any number of times.
+            plain = isinstance(key, str) and tensor.device.type == "cpu" and tensor.layout == torch.strided
+            if not plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{self.path}: {key!r} is not a plain tensor; save only the state dict.")
         return loaded
 
 

@@ -6,6 +6,7 @@ once: key, expected shape, shape found.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -13,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from veena_lens.checkpoints.files import Folder, WeightFile, fetch_weights
+from veena_lens.checkpoints.files import Folder, WeightFile, fetch_weights, weight_files
+from veena_lens.checkpoints.finite import FLOATS, dtype_of, require_finite
 from veena_lens.checkpoints.lora import Change, Lora, changes_of
 from veena_lens.checkpoints.quantised import (
     Entry,
@@ -29,7 +31,6 @@ from veena_lens.weight_map import Adapter, WeightMap
 
 Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, Shape]:
@@ -75,6 +76,30 @@ def _is_tied_head(key: str, known: set[str]) -> bool:
     return key == HEAD and key not in known
 
 
+SPARE_LAYERS = 64  # quickly built, whatever the weights hold
+
+
+def require_layers(checkpoint: Any) -> None:
+    """Refuse a configuration with many more layers than its weights hold, before a model of so many is built.
+
+    checkpoint: as `open_checkpoint` returns it; weights that are not there yet, or pickled, are not read.
+
+    Raises: ValueError with both numbers."""
+    tower = checkpoint.cfg.vision
+    wanted = {"decoder": checkpoint.cfg.n_layers, "vision tower": 0 if tower is None else tower.n_layers}
+    if max(wanted.values()) <= SPARE_LAYERS:
+        return
+    files = [path for path in weight_files(checkpoint.path) if path.suffix == ".safetensors"]
+    keys = {key for path in files for key in WeightFile(path).shapes()}
+    found = 1 + max((int(number) for key in keys for number in re.findall(r"\.(\d{1,9})\.", key)), default=-1)
+    for part, n in wanted.items():
+        if keys and n > max(SPARE_LAYERS, 2 * found):
+            raise ValueError(
+                f"{checkpoint.path / 'config.json'} has {n:,} layers in the {part}; the weights beside it have at most "
+                f"{found:,}. One of the two is of another model."
+            )
+
+
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by a tensor."""
     owner, _, leaf = name.rpartition(".")
@@ -87,7 +112,7 @@ def fill_from_files(
     module: nn.Module,
     checkpoint: Any,
     *,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     device: Any,
     device_map: Any = None,
     lora: Lora | None = None,
@@ -96,8 +121,8 @@ def fill_from_files(
 
     module: the empty model.
     checkpoint: as `open_checkpoint` returns it.
-    dtype: of the weights. None: as stored; if the file mixes dtypes, the one that config.json names, else the most
-        common one.
+    dtype: of the weights, or its name. None: as stored; if the file mixes dtypes, the one that config.json names,
+        else the most common one.
     device: where all weights go. None: cpu.
     device_map: "auto", or module name -> device, to spread the blocks.
     lora: an adapter that is merged into the weights it tunes; packed ones among them are dequantised.
@@ -116,7 +141,9 @@ def fill_from_files(
     require_fit(module, shapes, adapter, weights, str(folder), [*doubled, *_quantised(weights, plain)])
     changes = {} if lora is None else changes_of(lora, adapter, weights, shapes)
     owners = weights.owners
-    target = dtype or stored_dtype([plain[theirs].dtype for theirs in owners if theirs in plain], checkpoint.hf_config)
+    target = dtype_of(dtype) or stored_dtype(
+        [plain[theirs].dtype for theirs in owners if theirs in plain], checkpoint.hf_config
+    )
     devices = device_of_each(module, device, device_map, target)
     if scheme is not None:
         require_usable(scheme, {devices(ours) for theirs in packed for ours in owners.get(theirs, ())}, str(folder))
@@ -132,6 +159,7 @@ def fill_from_files(
             for ours in owners[mine[key]]:
                 part = weights.part_of(ours, tensor)
                 placed = part.to(device=devices(ours), dtype=target)
+                require_finite(placed, key, str(file.path))
                 # A tensor that needed no conversion is still mapped from the file: copy it.
                 set_parameter(module, ours, placed.clone() if placed.data_ptr() == part.data_ptr() else placed)
     for theirs in packed.keys() & owners.keys():
@@ -271,10 +299,16 @@ def fill_from_state_dict(
     Raises: ValueError for weights that do not fit."""
     weights = adapter.weight_map(cfg)
     named = {adapter.normalize(key): tensor for key, tensor in state_dict.items()}
+    if empty := [key for key, tensor in named.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{len(empty)} weights of the model are on the meta device and hold no numbers ({empty[0]} first): load "
+            "them first, for example with from_pretrained."
+        )
     shapes = {key: tuple(t.shape) for key, t in named.items()}
     require_fit(module, shapes, adapter, weights, "the model")
     for ours, theirs in weights:
         tensor = weights.part_of(ours, named[theirs].detach())
+        require_finite(tensor, theirs, "the model")
         set_parameter(module, ours, tensor.clone() if copy else tensor)
     if HEAD in named and HEAD not in weights.names.values():
         _require_tied(module, named[HEAD].detach(), "the model")

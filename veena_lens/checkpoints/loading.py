@@ -6,7 +6,6 @@ Saving writes a native model's weights under Hugging Face's names, bit for bit, 
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,12 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 
 from veena_lens.checkpoints.files import resolve_folder
+from veena_lens.checkpoints.finite import dtype_of
+from veena_lens.checkpoints.limits import require_config, require_files, require_processor
 from veena_lens.checkpoints.quantised import as_if_float, scheme_of
 from veena_lens.checkpoints.registry import all_adapters, find_adapter
 from veena_lens.config import HookedVLMConfig
+from veena_lens.regular_files import read_json
 from veena_lens.weight_map import Adapter
 
 
@@ -40,23 +42,30 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    name: str | Path, *, dtype: torch.dtype | None = None, casts: str = "hf", revision: str | None = None
+    name: str | Path, *, dtype: torch.dtype | str | None = None, casts: str = "hf", revision: str | None = None
 ) -> Checkpoint:
     """Read a checkpoint's configuration; no weight is read or downloaded.
 
     name: an embedded checkpoint, a folder, or a hub id.
-    dtype: of the model. None: as stored.
+    dtype: of the model, or its name ("bfloat16"). None: as stored.
     casts: "hf" rounds where Hugging Face does, "none" stays in the model's dtype.
     revision: of the hub. None: the newest.
 
     Raises: FileNotFoundError for an unknown name; ValueError for remote code, or an architecture or field without a
     mapping."""
+    kind = dtype_of(dtype)
     folder = resolve_folder(name, revision)
     hf_config, architecture = read_config(folder.path)
     adapter = find_adapter(architecture)
     scheme_of(hf_config)  # report an unsupported quantisation first
-    cfg = adapter.read_config(as_if_float(hf_config))
-    cfg = replace(cfg, architecture=architecture, model_name=str(name), casts=casts, dtype=dtype)  # type: ignore[arg-type]
+    file = folder.path / "config.json"
+    try:
+        cfg = adapter.read_config(as_if_float(hf_config))
+    except ValueError as error:
+        raise ValueError(f"{error} (read from {file})") from error
+    except Exception as error:  # a value of another type than the adapter reads
+        raise ValueError(f"{file} cannot be read as {architecture}: {type(error).__name__}: {error}") from error
+    cfg = replace(cfg, architecture=architecture, model_name=str(name), casts=casts, dtype=kind)  # type: ignore[arg-type]
     return Checkpoint(folder.path, hf_config, adapter, cfg, folder.hub_id, folder.revision)
 
 
@@ -67,14 +76,12 @@ def read_config(folder: Path) -> tuple[Any, str]:
     import transformers
 
     file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    raw = read_json(file)
     known = ", ".join(all_adapters())
     kind = raw.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
-        if remote := raw.get("auto_map", {}).get("AutoConfig"):
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        automatic = raw.get("auto_map")
+        if isinstance(automatic, dict) and (remote := automatic.get("AutoConfig")):
             raise ValueError(
                 f"{folder} needs remote code ({remote}) for model_type {kind!r}, which is never executed. Convert the "
                 f"checkpoint to one of: {known}."
@@ -84,9 +91,10 @@ def read_config(folder: Path) -> tuple[Any, str]:
             f"for: {known}."
         )
     architectures = raw.get("architectures") or []
-    if not architectures:
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise ValueError(f"{file} does not name an architecture (field 'architectures'); known: {known}.")
     find_adapter(architectures[0])  # report an unknown architecture before its fields are read
+    require_config(raw, str(file))
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -106,15 +114,17 @@ def load_processor(path: str | Path) -> Any:
     if not has_tokenizer:
         return None
     has_processor = names & {"processor_config.json", "preprocessor_config.json"}
+    require_files(folder)
+    require_processor(folder)
     kind = _image_only(folder) or transformers.AutoProcessor if has_processor else transformers.AutoTokenizer
     try:
         found = kind.from_pretrained(folder, trust_remote_code=False)
+        if not any(hasattr(found, name) for name in COUNTED):
+            return found
+        return fill_processor(found, transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:
         what = "processor" if has_processor else "tokenizer"
         raise ValueError(f"The {what} of {folder} cannot be loaded: {error}") from error
-    if not any(hasattr(found, name) for name in COUNTED):
-        return found
-    return fill_processor(found, transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def _image_only(folder: Path) -> Any:
@@ -147,12 +157,12 @@ def _image_only(folder: Path) -> Any:
     }
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         if (folder / file).is_file():
-            name = json.loads((folder / file).read_text(encoding="utf-8")).get("processor_class")
+            name = read_json(folder / file).get("processor_class")
             if name is not None:
-                return known.get(name)
+                return known.get(str(name))
     config = folder / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
-    return known.get(by_model.get(kind or "", ""))
+    kind = read_json(config).get("model_type") if config.is_file() else None
+    return known.get(by_model.get(str(kind), ""))
 
 
 # Attributes of processors that determine how many tokens an image or tile takes.
@@ -192,12 +202,21 @@ def complete_processor(processor: Any, config: Any) -> Any:
 
 
 def load_generation_config(path: str | Path, hf_config: Any) -> Any:
-    """Return the settings of generation: generation_config.json, or else those in the model's config."""
+    """Return the settings of generation: generation_config.json, or else those in the model's config.
+
+    Raises: ValueError for settings that transformers cannot use, with the reason."""
     import transformers
 
-    if (Path(path) / "generation_config.json").is_file():
-        return transformers.GenerationConfig.from_pretrained(path)
-    return transformers.GenerationConfig.from_model_config(hf_config)
+    file = Path(path) / "generation_config.json"
+    if file.exists():
+        read_json(file)
+    try:
+        if file.exists():
+            return transformers.GenerationConfig.from_pretrained(path)
+        return transformers.GenerationConfig.from_model_config(hf_config)
+    except Exception as error:
+        where = file if file.exists() else Path(path) / "config.json"
+        raise ValueError(f"The settings of generation in {where} cannot be used: {error}") from error
 
 
 def to_hf_state_dict(module: nn.Module, adapter: Adapter, cfg: HookedVLMConfig) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Options beyond standard LoRA are rejected by name before any weight is read.
 
 from __future__ import annotations
 
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +18,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.checkpoints.files import WeightFile, download
+from veena_lens.checkpoints.finite import FLOATS, require_finite
+from veena_lens.checkpoints.limits import require_files
+from veena_lens.regular_files import read_json
 from veena_lens.weight_map import Adapter, WeightMap
 
 CONFIG = "adapter_config.json"
@@ -66,7 +69,9 @@ class Change:
         return weight.to(dtype) + ((up @ down) * self.scale).to(weight.device, dtype)
 
     def _read(self, key: str) -> Tensor:
-        return next(tensor for _, tensor in self.file.tensors([key]))
+        (tensor,) = (tensor for _, tensor in self.file.tensors([key]))
+        require_finite(tensor, key, str(self.file.path))
+        return tensor
 
 
 def _at_least_single(x: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
@@ -81,7 +86,7 @@ def is_lora_folder(name: str | Path) -> bool:
 
 def base_of(name: str | Path) -> str:
     """Return the name of the model that an adapter was trained on. Raises: ValueError if the folder has none."""
-    base = _read_config(Path(name).expanduser() / CONFIG).get("base_model_name_or_path")
+    base = read_json(Path(name).expanduser() / CONFIG).get("base_model_name_or_path")
     if not base:
         raise ValueError(
             f"{name} does not name its base model (base_model_name_or_path); load the base with lora={str(name)!r}."
@@ -103,7 +108,8 @@ def open_lora(name: str | Path, revision: str | None = None) -> Lora:
         path = download(str(name), revision, [CONFIG, *FILES])
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{path} has no {CONFIG}; pass the folder that peft's save_pretrained wrote.")
-    config = _read_config(path / CONFIG)
+    require_files(path)
+    config = read_json(path / CONFIG)
     require_standard(config, path)
     found = [path / name for name in FILES if (path / name).is_file()]
     if not found:
@@ -111,15 +117,9 @@ def open_lora(name: str | Path, revision: str | None = None) -> Lora:
     return Lora(path, config, WeightFile(found[0]))
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}.") from error
-
-
 def require_standard(config: Mapping[str, Any], where: Path) -> None:
     """Check that an adapter is standard LoRA. Raises: ValueError that names the other options."""
+    _require_numbers(config, where)
     kind = config.get("peft_type", "LORA")
     if kind != "LORA":
         raise ValueError(
@@ -137,6 +137,49 @@ def require_standard(config: Mapping[str, Any], where: Path) -> None:
         )
 
 
+# What peft writes, and simple expressions: names, dots, digits, alternatives, and at most two runs of any length.
+_PATTERN = re.compile(
+    r"\^?(?:[\w\-.]|\\\.|\\d|\[[\w\-]+\]|[(|)])(?:[\w\-.]|\\\.|\\d|\[[\w\-]+\]|[(|)]|(?<!\))[*+])*\$?"
+)
+MAX_PATTERN, MAX_RUNS = 256, 2
+
+
+def _require_numbers(config: Mapping[str, Any], where: Path) -> None:
+    """Check ranks, scales and patterns. Raises: ValueError that names the field and what was expected."""
+    patterns: dict[str, dict[str, Any]] = {}
+    for name in ("alpha_pattern", "rank_pattern"):
+        found = config.get(name) or {}
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: {name} is {found!r}; expected an object from module names to numbers.")
+        patterns[name] = found
+        for pattern in found:
+            if (
+                len(pattern) > MAX_PATTERN
+                or sum(map(pattern.count, "*+")) > MAX_RUNS
+                or not _PATTERN.fullmatch(pattern)
+                or not _compiles(pattern)
+            ):
+                raise ValueError(
+                    f"{where}: the pattern {pattern[:60]!r} in {name} is not supported; expected a module's name, or "
+                    f"one with dots, \\d, [0-9], (a|b) and at most {MAX_RUNS} of * and +."
+                )
+    alphas = {"lora_alpha": config.get("lora_alpha", 8)} | patterns["alpha_pattern"]
+    for name, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha == 0:
+            raise ValueError(f"{where}: the alpha of {name} is {alpha!r}; expected a finite number other than 0.")
+    for name, rank in ({"r": config.get("r", 8)} | patterns["rank_pattern"]).items():
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{where}: the rank of {name} is {rank!r}; expected a whole number of at least 1.")
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 def changes_of(
     lora: Lora, adapter: Adapter, weights: WeightMap, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Change]:
@@ -147,9 +190,18 @@ def changes_of(
     shapes: the shapes in the base's files.
 
     Raises: ValueError that lists every entry which does not fit a weight."""
-    stored = {key: shape for key, (shape, _) in lora.file.shapes().items()}
+    found = lora.file.shapes()
+    stored = {key: shape for key, (shape, _) in found.items()}
     changes: dict[str, Change] = {}
-    problems = []
+    problems = [f"unknown   {key!r}: not the name of a weight" for key in stored if not key.isprintable()]
+    problems += [f"quantised {key}: stored as {dtype}" for key, (_, dtype) in found.items() if dtype not in FLOATS]
+    problems += [
+        f"lone      {key}: without its lora_A"
+        for key in stored
+        if ".lora_B." in key and key.replace(".lora_B.", ".lora_A.") not in stored
+    ]
+    if problems:
+        raise _misfit(lora, problems)
     for key, shape in stored.items():
         bare = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
         module, kind, _ = _split(bare)
@@ -167,7 +219,7 @@ def changes_of(
         else:
             up = key.replace(".lora_A.", ".lora_B.")
             made = [*stored[up][:1], *shape[1:]] if up in stored and stored[up][1:] == shape[:1] else None
-            if made != list(shapes.get(name, ())):
+            if made != list(shapes.get(name, ())) or len(shape) != 2 or shape[0] == 0:
                 found = "no lora_B" if up not in stored else f"{list(stored[up])} times {list(shape)}"
                 problems.append(f"misshapen {key}: wanted a product of {list(shapes.get(name, ()))}, found {found}")
             else:
@@ -175,9 +227,13 @@ def changes_of(
     if not changes and not problems:
         problems.append("empty     the adapter changes no weight")
     if problems:
-        listed = "\n  ".join(problems)
-        raise ValueError(f"The LoRA adapter {lora.path} does not fit ({len(problems)} entries):\n  {listed}")
+        raise _misfit(lora, problems)
     return changes
+
+
+def _misfit(lora: Lora, problems: list[str]) -> ValueError:
+    listed = "\n  ".join(problems)
+    return ValueError(f"The LoRA adapter {lora.path} does not fit ({len(problems)} entries):\n  {listed}")
 
 
 def _split(key: str) -> tuple[str, str, str]:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
+from reprlib import repr as short_repr
 from typing import Any
 
 import torch
@@ -26,7 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from veena_lens.checkpoints.files import WeightFile
+from veena_lens.checkpoints.finite import dtype_of, require_finite
 from veena_lens.components.quantised import QuantisedLinear
+from veena_lens.regular_files import json_object, parse_json
 
 METHODS = ("bitsandbytes", "torchao")
 
@@ -57,6 +61,8 @@ def scheme_of(hf_config: Any) -> Scheme | None:
     settings = getattr(hf_config, "quantization_config", None)
     if settings is None:
         return None
+    if not isinstance(settings, Mapping) and not hasattr(settings, "to_dict"):
+        raise ValueError(f"quantization_config is {settings!r}; expected an object with quant_method.")
     settings = dict(settings if isinstance(settings, Mapping) else settings.to_dict())
     method = settings.get("quant_method")
     if method is None and (settings.get("load_in_4bit") or settings.get("load_in_8bit")):
@@ -135,14 +141,54 @@ def find_packed(scheme: Scheme, entries: Mapping[str, Entry]) -> dict[str, Packe
         stem, _, kind = name.partition(FOUR_BITS)
         if kind:
             parts = {k.removeprefix(f"{stem}."): e for k, e in entries.items() if k.startswith(f"{stem}.")}
-            state = json.loads(bytes(entries[name].read().tolist()))
-            found[stem] = PackedEntry("4 bits", tuple(state["shape"]), {**parts, "": entries[stem]})
+            found[stem] = _four_bits(name, {**parts, "": _entry(entries, stem, name)})
         elif name.endswith(".SCB"):
             stem = name.removesuffix("SCB")
             parts = {part: entries[stem + part] for part in ("SCB", "weight_format") if stem + part in entries}
-            weight = entries[f"{stem}weight"]
+            weight = _entry(entries, f"{stem}weight", name)
+            if len(weight.shape) != 2 or entries[name].shape != weight.shape[:1] or weight.dtype != torch.int8:
+                raise _unfit(name, f"one scale per row of {list(weight.shape)} in 8 bits", list(entries[name].shape))
             found[f"{stem}weight"] = PackedEntry("8 bits", weight.shape, {**parts, "": weight})
     return found
+
+
+def _entry(entries: Mapping[str, Entry], name: str, needed_by: str) -> Entry:
+    if name not in entries:
+        raise ValueError(f"The packed weights lack {name}, which {needed_by} describes; download them again.")
+    return entries[name]
+
+
+def _unfit(name: str, wanted: str, found: Any) -> ValueError:
+    return ValueError(f"The packed weights do not fit: {name} should hold {wanted}, and holds {found}.")
+
+
+def _four_bits(name: str, entries: dict[str, Entry]) -> PackedEntry:
+    """Return a 4-bit weight whose bytes and scales are as many as its shape needs: the kernels do not count them."""
+    stem, mark, kind = name.partition(FOUR_BITS)
+    held = entries[mark[1:] + kind]
+    if math.prod(held.shape) > 10_000 or held.dtype != torch.uint8:
+        raise _unfit(name, "a few bytes", f"{list(held.shape)} of {held.dtype}")
+    state = json_object(bytes(held.read().flatten().tolist()), name)
+    shape, block = state.get("shape"), state.get("blocksize")
+    nested = state.get("nested_blocksize")
+    sizes = [block] if nested is None else [block, nested]
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int and n > 0 for n in [*shape, *sizes]):
+        raise _unfit(name, "a shape of two numbers and a blocksize", short_repr(state))
+    n = shape[0] * shape[1]
+    blocks = -(-n // sizes[0])
+    wanted = {"": -(-n // 2), "absmax": blocks, "quant_map": 16}
+    if nested is not None:
+        wanted |= {"nested_absmax": -(-blocks // nested), "nested_quant_map": 256}
+    for part, size in wanted.items():
+        found = math.prod(entries[part].shape) * _itemsize(entries[part]) if part in entries else 0
+        size *= _itemsize(entries[part]) if part in entries and part else 1
+        if found != size:
+            raise _unfit(f"{stem}.{part}".rstrip("."), f"{size:,} bytes", f"{found:,}")
+    return PackedEntry("4 bits", tuple(shape), entries)
+
+
+def _itemsize(entry: Entry) -> int:
+    return entry.dtype.itemsize if isinstance(entry.dtype, torch.dtype) else 0
 
 
 def _of_torchao(entries: Mapping[str, Entry]) -> Iterator[tuple[str, PackedEntry]]:
@@ -150,10 +196,13 @@ def _of_torchao(entries: Mapping[str, Entry]) -> Iterator[tuple[str, PackedEntry
     described = {}
     for file in {e.file for e in entries.values()}:
         about = file.about()
-        described |= {name: json.loads(about[name]) for name in json.loads(about.get("tensor_names", "[]"))}
+        names = parse_json(about.get("tensor_names", "[]"), f"tensor_names of {file.path}")
+        if not isinstance(names, list) or not all(isinstance(name, str) and name in about for name in names):
+            raise ValueError(f"{file.path}: its header lacks a description of some of its tensors.")
+        described |= {name: json_object(about[name], f"{name} of {file.path}") for name in names}
     for name, about in described.items():
         parts = about.get("_tensor_data_names")
-        if not parts:
+        if not isinstance(parts, list) or not parts:
             continue
         owner, _, leaf = name.rpartition(".")
         stored = {part: entries[f"{owner}._{leaf}_{part}"] for part in parts if f"{owner}._{leaf}_{part}" in entries}
@@ -181,18 +230,29 @@ class Packed(ABC):
 def open_packed(scheme: Scheme, packed: PackedEntry, device: torch.device, dtype: torch.dtype) -> Packed:
     """Read the entries of a weight onto a device."""
     tensors = {part: entry.read().to(device) for part, entry in packed.entries.items()}
+    for part, tensor in tensors.items():
+        require_finite(tensor, packed.entries[part].key, str(packed.entries[part].file.path))
     if packed.kind == "torchao":
-        return TorchaoWeight.of(tensors, packed.about, dtype)
+        try:
+            return TorchaoWeight.of(tensors, packed.about, dtype)
+        except (TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+            key = packed.entries["qdata"].key
+            raise ValueError(f"torchao cannot read {key}: {type(error).__name__}: {error}") from error
     weight = tensors.pop("")
     if packed.kind == "8 bits":
-        return EightBits(weight, tensors["SCB"], float(scheme.settings.get("llm_int8_threshold", 6.0)))
+        threshold = scheme.settings.get("llm_int8_threshold", 6.0)
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not math.isfinite(threshold):
+            raise ValueError(f"llm_int8_threshold is {threshold!r}; expected a finite number.")
+        return EightBits(weight, tensors["SCB"], float(threshold))
     return FourBits(weight, tensors, packed.shape, _compute_dtype(scheme))
 
 
 def _compute_dtype(scheme: Scheme) -> torch.dtype:
     """Return the dtype in which 4-bit weights are multiplied (bitsandbytes' default is float32)."""
     named = scheme.settings.get("bnb_4bit_compute_dtype") or "float32"
-    return named if isinstance(named, torch.dtype) else getattr(torch, str(named).removeprefix("torch."))
+    found = dtype_of(named if isinstance(named, torch.dtype) else str(named))
+    assert found is not None
+    return found
 
 
 def bias_parameter(bias: Tensor | None) -> nn.Parameter | None:

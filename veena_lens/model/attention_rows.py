@@ -151,8 +151,8 @@ def attention(
     inputs: Any,
     queries: Any,
     keys: Any,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
 ) -> Scores:
     """Return attention weights of chosen query rows: see `HookedVLM.attention`."""
     span = PassSpan.whole(model.as_inputs(inputs))
@@ -169,8 +169,8 @@ def record_attention(
     model: HookedVLM,
     queries: Any,
     keys: Any,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
 ) -> Iterator[AttentionRows]:
     """Collect attention rows of whatever runs inside the block: see `HookedVLM.record_attention`."""
     cfg = model.cfg

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 DIRECTIONS: tuple[Literal["fwd"], Literal["bwd"]] = ("fwd", "bwd")
 
 
-def checked(hook: Callable[..., Any], name: str, dir: str) -> Callable[..., Any]:
+def checked(hook: Any, name: str, dir: str) -> Callable[..., Any]:
     """Return a hook whose results are checked: None, or a tensor like the one that it was given.
 
     Raises: TypeError for a hook that is not a function, or later returns anything else; ValueError where it returns a
@@ -108,7 +108,7 @@ class HookedRoot(HookedRootModule):
     def add_hook(
         self,
         name: str | Callable[[str], bool],
-        hook: Callable[..., Any],
+        hook: Any,
         dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
         level: int | None = None,

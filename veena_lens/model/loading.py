@@ -21,7 +21,7 @@ def from_pretrained(
     cls: type[HookedVLM],
     name: str | Path,
     *,
-    dtype: Any,
+    dtype: torch.dtype | str | None,
     device: str | torch.device | None,
     device_map: Any,
     casts: str,
@@ -38,6 +38,7 @@ def from_pretrained(
         name, lora = checkpoints.base_of(name), name
     tuned = None if lora is None else checkpoints.open_lora(lora)
     checkpoint = checkpoints.open_checkpoint(name, dtype=dtype, casts=casts, revision=revision)
+    checkpoints.require_layers(checkpoint)
     with torch.device("meta"):
         model = cls(checkpoint.cfg)
     checkpoints.fill_from_files(model, checkpoint, dtype=dtype, device=device, device_map=device_map, lora=tuned)

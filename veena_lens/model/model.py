@@ -98,10 +98,9 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
     ) -> HookedVLM:
         """Load an embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
 
-        Weights stream into an empty model: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes,
-        torchao) stay packed.
-        dtype: None keeps what is stored. device: None is the CPU. device_map: "auto" spreads the blocks over the
-            machine's GPUs. revision: of a hub id.
+        Weights stream in: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes, torchao) stay packed.
+        dtype: one of torch, or its name ("bfloat16"); None keeps what is stored. device: None is the CPU. device_map:
+            "auto" spreads the blocks over the machine's GPUs. revision: of a hub id.
         casts: "hf" rounds norms as Hugging Face does, "none" computes them in the model's dtype.
         lora: a folder or hub id of a LoRA adapter in peft's files, merged into the weights. A folder that holds an
             adapter and no model may be given as `name` itself; its base is loaded.
@@ -243,12 +242,9 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
             entering = None if start is None else forward.residual_state(self, span, input, start)
             if stop is not None:
                 return forward.forward(self, span, entering=entering, stop=stop, cache=cache)
-            if return_type is None:
-                forward.forward(self, span, entering=entering, unembeds=False, cache=cache)
-                return None
-            logits = forward.forward(self, span, entering=entering, cache=cache)
-        if return_type == "logits":
-            return logits
+            logits = forward.forward(self, span, entering=entering, unembeds=return_type is not None, cache=cache)
+        if return_type in ("logits", None):
+            return logits if return_type else None
         loss = forward.next_token_loss(logits, span.inputs, loss_per_token)
         return loss if return_type == "loss" else forward.Output(logits, loss)
 
@@ -291,7 +287,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
     def intervene(
         self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None
     ) -> AbstractContextManager[HookedVLM]:
-        """Apply interventions inside a `with` block. An empty list changes nothing; outer blocks act first.
+        """Apply interventions in a `with` block, to passes of this thread. [] changes nothing; outer blocks act first.
 
         interventions: a list, a Circuit, or a single one. per_row: one list per row of the batch instead.
         Raises: TypeError for what is not an intervention; ValueError for one that does not fit the model.
@@ -319,8 +315,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         inputs: Any,
         queries: Any = "last",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> Scores:
         """Return attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
 
@@ -338,8 +334,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         self,
         queries: Any = "generated",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> AbstractContextManager[AttentionRows]:
         """Collect attention rows of whatever runs inside a `with` block, `generate` too; read `.scores()` after it.
 

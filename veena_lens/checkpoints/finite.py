@@ -1,0 +1,59 @@
+"""Refuse weights that are not finite, and read names of dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {
+    "float64": torch.float64,
+    "double": torch.float64,
+    "float32": torch.float32,
+    "float": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that a value or its name means; None stays None.
+
+    given: a float dtype of torch, or its name ("bfloat16", "bf16", "torch.bfloat16").
+
+    Raises: ValueError for any other dtype or name, TypeError for anything else."""
+    if isinstance(given, str):
+        found = DTYPES.get(given.strip().lower().removeprefix("torch."))
+        if found is None:
+            raise ValueError(f"dtype={given!r} is unknown; known: {', '.join(DTYPES)}.")
+        return found
+    if given is not None and not isinstance(given, torch.dtype):
+        raise TypeError(f"dtype={given!r} must be a dtype of torch or its name ({', '.join(DTYPES)}).")
+    if given is not None and given not in FLOATS:
+        raise ValueError(f"dtype={given} is not supported; supported: {', '.join(map(str, FLOATS))}.")
+    return given
+
+
+def require_finite(tensor: Tensor, key: str, where: str) -> None:
+    """Check that no number of a float tensor is NaN or infinite; other tensors pass.
+
+    tensor: on any device.
+    key: its name in the file.
+    where: what messages call the file or model.
+
+    Raises: ValueError with the name and how many numbers are not finite."""
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.itemsize < 2:
+        return
+    # One sum is read once and makes nothing; it can overflow where every number is finite.
+    if bool(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).isfinite()):
+        return
+    wrong = int((~tensor.isfinite()).sum())
+    if wrong:
+        raise ValueError(
+            f"{where}: {key} has {wrong:,} numbers of {tensor.numel():,} that are NaN or infinite ({tensor.dtype}). "
+            "Every output would be NaN; download or save the weights again, or load them in another dtype."
+        )

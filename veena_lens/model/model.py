@@ -106,8 +106,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
     def from_hf(cls, hf_model: Any, processor: Any = None, *, copy: bool = False, casts: str = "hf") -> HookedVLM:
         """Convert a Hugging Face model that is in memory, with its dtype and device, and its storage unless `copy`.
 
-        processor: optional; of a text model its tokenizer. casts: as `from_pretrained`.
-        Raises: ValueError for an unknown architecture."""
+        processor: of a text model its tokenizer. casts: as `from_pretrained`. Raises: ValueError for an unknown
+        architecture, or weights that are on the meta device or not finite."""
         return loading.from_hf(cls, hf_model, processor, copy, casts)
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
@@ -248,14 +248,19 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     # --- interventions and attention -------------------------------------------------------------------
     def intervene(
-        self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None
+        self,
+        interventions: Sequence[Any] | None = None,
+        *,
+        per_row: Sequence[Any] | None = None,
+        allow_other_model: bool = False,
     ) -> AbstractContextManager[HookedVLM]:
         """Apply interventions inside a `with` block. An empty list changes nothing; outer blocks act first.
 
         interventions: a list, a Circuit, or a single one. per_row: one list per row of the batch instead.
+        allow_other_model: True takes a Circuit of a model of another name and the same sizes.
         Raises: TypeError for what is not an intervention; ValueError for one that does not fit the model.
         """
-        return edits.intervene(self, interventions, per_row)
+        return edits.intervene(self, interventions, per_row, allow_other_model)
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
@@ -284,13 +289,10 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         """Return attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
 
         Only these rows are computed and every layer stays fused, so memory is that of a plain forward.
-        inputs: as `forward` takes them.
         queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice,
             a mask, a Box of pixels or a Tile; `.meta` of the result holds their positions.
-        layers, heads: which; None for all.
-        Interventions in force act.
-        Raises: ValueError for an empty selection, or for image keys without an image.
-        """
+        inputs: as `forward` takes them. layers, heads: which; None for all. Interventions in force act.
+        Raises: ValueError for an empty selection, or for image keys without an image."""
         return attention_rows.attention(self, inputs, queries, keys, layers, heads)
 
     def record_attention(
@@ -302,10 +304,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
     ) -> AbstractContextManager[AttentionRows]:
         """Collect attention rows of whatever runs inside a `with` block, `generate` too; read `.scores()` after it.
 
-        The arguments are those of `attention`; "generated" queries are the tokens being generated, each of which
-        looks back.
-        Raises: ValueError, on entering, for a layer or a head that does not exist, or none.
-        """
+        The arguments are those of `attention`; "generated" queries are the tokens being generated.
+        Raises: ValueError, on entering, for a layer or a head that does not exist, or none."""
         return attention_rows.record_attention(self, queries, keys, layers, heads)
 
     @contextmanager
@@ -332,14 +332,12 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
         model_args, model_kwargs: those of `forward`.
         names_filter: None (all but the large split inputs), a name, a list of names, or a predicate.
-        device: where activations are stored; None: where they are computed.
-        remove_batch_dim: store the activations of a single row without the batch axis.
+        device: of the stored activations; None: where they are computed. remove_batch_dim: a single row without axis.
         incl_bwd: run backward on the output (a scalar: return_type="loss"), store gradients under "..._grad".
         pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
             of scores and patterns), never heads, never images.
         reset_hooks_end, clear_contexts: as transformer_lens. return_cache_object: False for a plain dictionary.
-        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
-        """
+        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row."""
         caching = dict(names_filter=names_filter, device=device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice)
         ending = dict(incl_bwd=incl_bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts)
         out, cache, inputs = hooks.run_with_cache(self, model_args, model_kwargs, **caching, **ending)
@@ -372,9 +370,9 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
         Generation stops as the checkpoint's generation config says, at `stop_strings`, at the context's end, or after
         `max_new_tokens`. Hooks and interventions act at every step.
-        inputs: prepared inputs, tokens, or text (prepared with the chat template).
-        temperature .. eos_token_id: as in transformers; None takes the generation config's value (where it has
-            none, nothing is filtered when sampling). logits_processor, stopping_criteria: transformers' classes.
+        inputs: as `forward` takes them; text is prepared with the chat template.
+        temperature .. eos_token_id: as in transformers; None takes the generation config's value, if it has one.
+            logits_processor, stopping_criteria: transformers' classes.
         seed: makes sampling repeat itself. use_past_kv_cache: False recomputes the whole sequence at each step.
         Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer.
         """

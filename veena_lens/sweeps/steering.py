@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from veena_lens.images.layout import reached_from
 from veena_lens.inputs import MultimodalInputs

@@ -21,10 +21,13 @@ from safetensors.torch import save_file
 
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view.rows import rule_of
-from veena_lens.scores import opened
+from veena_lens.images.files import open_image
+from veena_lens.own_files import opened, words_of
 
 ABOUT = "veena_lens.view"
 PICTURE = "inputs.picture."
+SCHEMA = {"model?": str, "pictures?": int, "texts?": [str], "windows?": (None, [(None, int)])}
+SCHEMA |= {"scale?": (None, int, float), "image_blocks?": bool}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,12 +84,17 @@ def open_cache(path: str | Path) -> OpenedCache:
     Raises: FileNotFoundError; ValueError for a file that was cut short, or is no cache, saying which."""
     cache = ActivationCache.load(path)
     with opened(path, "an activation cache") as file:
-        about = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
-        found = [file.get_tensor(f"{PICTURE}{i}").numpy().tobytes() for i in range(about.get("pictures", 0))]
-    return OpenedCache(
-        cache=cache,
-        pictures=tuple(Image.open(io.BytesIO(data)).convert("RGB") for data in found) or None,
-        texts=tuple(about["texts"]) if "texts" in about else None,
-        model_name=about.get("model", ""),
-        about=about,
-    )
+        about = words_of(file, ABOUT, SCHEMA, path)
+        found = []
+        for i in range(about.get("pictures", 0)):
+            data = file.get_tensor(f"{PICTURE}{i}")
+            if data.dtype != torch.uint8 or data.ndim != 1:
+                raise ValueError(f"image {i} is stored as {data.dtype} {list(data.shape)}, not as bytes.")
+            found.append(open_image(data.numpy().tobytes()))
+        return OpenedCache(
+            cache=cache,
+            pictures=tuple(found) or None,
+            texts=tuple(about["texts"]) if "texts" in about else None,
+            model_name=about.get("model", ""),
+            about=about,
+        )

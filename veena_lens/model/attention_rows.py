@@ -84,7 +84,7 @@ class AttentionRows:
         return rows[:, self.heads]
 
     def _attend(self, q: Tensor, k: Tensor, index: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
-        grouped = rearrange(q, "b (g r) n d -> b g (r n) d", g=self.n_kv)
+        grouped = rearrange(q, "b (g r) n d -> b g (r n) d", g=k.shape[1])
         scores = rearrange(grouped @ k.mT, "b g (r n) t -> b (g r) n t", n=q.shape[2]) * self.scale
         if bias is not None:
             scores = scores + _gather(bias.expand(len(q), scores.shape[1], -1, -1), index)

@@ -29,7 +29,8 @@ BIDIRECTIONAL = {
     "bidirectional images in a narrow window": BY_NAME["gemma3-narrow-window"],
     "bidirectional images that touch": BY_NAME["gemma3-touching-pictures"],
 }
-FEATURES = LLAVA | MULTIMODAL | BIDIRECTIONAL
+BESIDE = {"bidirectional images beside each other": BY_NAME["gemma3-unequal-rows"]}
+FEATURES = LLAVA | MULTIMODAL | BIDIRECTIONAL | BESIDE
 
 
 def agree(model: Any, clean: Any, corrupted: Any, least: float = 1e-6, **kw: Any) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import utilities as tl
 from transformer_lens.utilities import Slice
@@ -20,6 +19,7 @@ from veena_lens.hook_table import axes_of, canonical, near_names, row_of
 from veena_lens.images.dynamic import raster_order
 from veena_lens.input_files import PREFIX, describe_inputs, input_tensors, restore_inputs
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import save_tensors
 from veena_lens.own_files import opened, require_words, tensors_of, words_of
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.residual_parts import ResidualParts
@@ -221,13 +221,12 @@ class ActivationCache(ResidualParts):
     def save(self, path: str | Path) -> Path:
         """Write the activations, and where the images lie, to one safetensors file, and return its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
+        tensors = dict(self.cache_dict)
         about: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "format": "veena_lens.ActivationCache"}
         if self.inputs is not None:
             about["inputs"] = describe_inputs(self.inputs)
             tensors |= input_tensors(self.inputs)
-        save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about)})
+        save_tensors(path, tensors, {"veena_lens": json.dumps(about)})
         return path
 
     @classmethod

@@ -8,7 +8,6 @@ every message needs, `counted`, stands at the end.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Shaped
-from safetensors.torch import save_file
 from torch import Tensor
 
+from veena_lens.long_runs import save_tensors
 from veena_lens.own_files import opened, require_words, tensors_of, words_of
 from veena_lens.score_parts import Label, ReferenceRuns, few_labels, find_label, plain_labels, require_mask
 
@@ -291,11 +290,7 @@ class Scores:
         if self.reference is not None:
             words["direction"] = self.reference.direction
             tensors |= {"clean": self.reference.clean, "corrupted": self.reference.corrupted}
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, draft, metadata={"format": FORMAT, "scores": json.dumps(words)})
-        draft.replace(path)
+        save_tensors(path, tensors, {"format": FORMAT, "scores": json.dumps(words)})
         return path
 
     @classmethod
@@ -328,7 +323,7 @@ class Scores:
         return "\n".join(lines)
 
 
-LABEL = (str, int, float, bool)
+LABEL = (str, int, float, bool, None)
 SCHEMA = {"axes": [str], "labels?": {str: [LABEL]}, "name?": str, "unit?": str, "meta?": {str: object}}
 SCHEMA |= {"columns?": {str: list}, "direction?": str}
 

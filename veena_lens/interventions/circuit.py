@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
@@ -23,6 +22,7 @@ from veena_lens.interventions.made_for import MadeFor
 from veena_lens.interventions.neurons import ScaleNeurons
 from veena_lens.interventions.patch import Ablate, Patch
 from veena_lens.interventions.steer import Steer, SteerKeepingNorm
+from veena_lens.long_runs import save_tensors
 from veena_lens.own_files import opened, require_words, tensors_of, words_of
 from veena_lens.positions import Box, Tile
 
@@ -95,15 +95,13 @@ class Circuit(Sequence[Any]):
                     f"Circuit.save: {item!r} is none of {', '.join(KINDS)}; only these can be loaded without code."
                 )
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         items = [_pack(item, str(i), tensors) for i, item in enumerate(self.interventions)]
         about = {"format": FORMAT, "name": self.name, "meta": self.meta, "interventions": items}
         made_for = self.made_for or self._first if model is None else MadeFor.of(model.cfg)
         if made_for is not None:
             about["made_for"] = made_for.record()
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()} or {"empty": torch.zeros(1)}
-        save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about, default=plain)})
+        save_tensors(path, tensors or {"empty": torch.zeros(1)}, {"veena_lens": json.dumps(about, default=plain)})
         return path
 
     @classmethod

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veena_lens.circuits.reading import EPS
@@ -27,6 +25,7 @@ from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
 from veena_lens.interventions.made_for import SCHEMA as MADE_FOR
 from veena_lens.interventions.made_for import MadeFor, same_name
+from veena_lens.long_runs import save_tensors
 from veena_lens.own_files import opened, require_words, tensors_of, words_of
 from veena_lens.scores import Scores
 
@@ -265,20 +264,13 @@ class Directions:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with the words as JSON, in one step; return its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         names = ("overall", "per_emotion", "norms", "neutral_mean", "emotional_mean")
         tensors = {name: getattr(self, name) for name in names}
         tensors |= {f"measured.{name}": value for name, value in self.measured.items()}
         words = {"emotions": list(self.emotions), "counts": dict(self.counts), "meta": self.meta}
         if self.made_for is not None:
             words["made_for"] = self.made_for.record()
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            str(draft),
-            metadata={"format": FORMAT, "directions": json.dumps(words)},
-        )
-        draft.replace(path)
+        save_tensors(path, tensors, {"format": FORMAT, "directions": json.dumps(words)})
         return path
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -134,6 +134,7 @@ def test_spans_grids_and_streams_name_what_the_rows_hold(rows: list[str], paddin
         assert inputs.pixel_values is None and inputs.crop_grids is None
 
 
+@settings(max_examples=20)
 @given(rows=st.lists(ROWS, min_size=1, max_size=4) | st.lists(SIZED, min_size=1, max_size=3).map(tuple), data=st.data())
 def test_chosen_rows_keep_their_own_images(rows: Any, data: st.DataObject) -> None:
     inputs = of_family("qwen2_vl" if isinstance(rows, tuple) else "llava", rows=tuple(rows))

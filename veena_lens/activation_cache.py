@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import utilities as tl
 from transformer_lens.utilities import Slice
@@ -20,9 +19,10 @@ from veena_lens.hook_table import axes_of, canonical, near_names, row_of
 from veena_lens.images.dynamic import raster_order
 from veena_lens.input_files import PREFIX, describe_inputs, input_tensors, restore_inputs
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import save_tensors
+from veena_lens.own_files import opened, require_words, tensors_of, words_of
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.residual_parts import ResidualParts
-from veena_lens.scores import opened
 
 
 class MissingActivation(KeyError):
@@ -241,13 +241,12 @@ class ActivationCache(ResidualParts):
     def save(self, path: str | Path) -> Path:
         """Write the activations, and where the images lie, to one safetensors file, and return its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
+        tensors = dict(self.cache_dict)
         about: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "format": "veena_lens.ActivationCache"}
         if self.inputs is not None:
             about["inputs"] = describe_inputs(self.inputs)
             tensors |= input_tensors(self.inputs)
-        save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about)})
+        save_tensors(path, tensors, {"veena_lens": json.dumps(about)})
         return path
 
     @classmethod
@@ -256,13 +255,16 @@ class ActivationCache(ResidualParts):
 
         Raises: FileNotFoundError; ValueError when the file was cut short, or is not such a cache."""
         with opened(path, "an activation cache", device) as f:
-            about = json.loads((f.metadata() or {}).get("veena_lens", "{}"))
+            about = words_of(f, "veena_lens", {"format?": str}, path)
             if about.get("format") != "veena_lens.ActivationCache":
                 raise ValueError(f"{path} is a safetensors file, but no activation cache of veena_lens.")
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        inputs = restore_inputs(about.get("inputs"), tensors)
-        kept = {n: v for n, v in tensors.items() if not n.startswith(PREFIX)}
-        return cls(kept, model, has_batch_dim=about["has_batch_dim"], inputs=inputs)
+            require_words(about, {"has_batch_dim": bool, "inputs?": (None, dict)}, str(path))
+            tensors = tensors_of(f)
+            inputs = restore_inputs(about.get("inputs"), tensors)
+            kept = {n: v for n, v in tensors.items() if not n.startswith(PREFIX)}
+            cache = cls(kept, model, has_batch_dim=about["has_batch_dim"], inputs=inputs)
+            _require_shapes(cache)
+            return cache
 
     def __repr__(self) -> str:
         size = sum(v.numel() * v.element_size() for v in self.cache_dict.values()) / 2**20
@@ -273,6 +275,22 @@ class ActivationCache(ResidualParts):
             f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
             f"{len(layers)} decoder layers, {on_images} on images)"
         )
+
+
+def _require_shapes(cache: ActivationCache) -> None:
+    """Check that the activations of text have the rows and positions of the inputs. Raises: ValueError, naming one."""
+    if cache.inputs is None:
+        return
+    rows, length = cache.inputs.shape
+    for name, value in cache.cache_dict.items():
+        axes = axes_of(name)
+        if axes[0] != "batch":
+            continue
+        for axis, found in zip(axes if cache.has_batch_dim else axes[1:], value.shape, strict=False):
+            wanted = {"batch": rows, "pos": length, "query_pos": length}.get(axis)
+            # Fewer there are where the run kept a slice of positions.
+            if wanted is not None and found > wanted:
+                raise ValueError(f"{name} has {found} entries along {axis}; its inputs have {wanted}.")
 
 
 def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Tensor:

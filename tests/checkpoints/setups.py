@@ -49,6 +49,8 @@ def config_of(name: str) -> HookedVLMConfig:
 def processor_of(name: str, template: str | None = "", **settings: Any) -> Any:
     """The processor of a case, as it is loaded from its files; without a chat template where `template` is None."""
     case = BY_NAME[name]
+    if template is None and case.family in (*QWEN, *TILED):
+        settings |= dict(template=None)  # its folder holds none
     with tempfile.TemporaryDirectory() as folder:
         tiny.write_processor(case, Path(folder), **settings)
         case.config().save_pretrained(folder)

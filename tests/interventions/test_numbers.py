@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.cases import BY_NAME, counted, raw_inputs
+from tests.pairs import ready_of
 from veena_lens.interventions import (
     Ablate,
     BoostAttention,
@@ -31,8 +32,7 @@ Z = "blocks.1.attn.hook_z"
 
 @pytest.fixture
 def ready(model_of: Any) -> tuple[Any, Any]:
-    model = model_of(BY_NAME[NAME], casts="none")
-    return model, model.inputs_from_hf(**counted(raw_inputs(BY_NAME[NAME])))
+    return ready_of(model_of, BY_NAME[NAME])
 
 
 def leaf(*shape: int, start: float = 0.5) -> Tensor:

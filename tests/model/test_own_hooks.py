@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from tests.cases import BY_NAME, counted, native_model, raw_inputs, relative_error
+from tests.pairs import ready_of
 from veena_lens.interventions import BoostAttention, Steer
 
 NAME = "three-images-and-none"
@@ -18,8 +19,7 @@ SITE, PATTERN = "blocks.0.hook_resid_post", "blocks.1.attn.hook_pattern"
 
 @pytest.fixture
 def ready(model_of: Any) -> tuple[Any, Any]:
-    model = model_of(BY_NAME[NAME], casts="none")
-    return model, model.inputs_from_hf(**counted(raw_inputs(BY_NAME[NAME])))
+    return ready_of(model_of, BY_NAME[NAME])
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_point_added_by_hand_is_cached(own: tuple[Any, Any]) -> None:
 def test_every_kind_of_listener_is_served(how: str, site: str, own: tuple[Any, Any]) -> None:
     model, inputs = own
     point, plain, seen = model.hook_dict[site], model(inputs), []
-    _, cache = model.run_with_cache(inputs)
+    _, cache = model.run_with_cache(inputs, names_filter=site)
 
     def note(module: nn.Module, args: Any, out: Any = None) -> None:
         if module is point:

@@ -29,7 +29,8 @@ BIDIRECTIONAL = {
     "bidirectional images in a narrow window": BY_NAME["gemma3-narrow-window"],
     "bidirectional images that touch": BY_NAME["gemma3-touching-pictures"],
 }
-FEATURES = LLAVA | MULTIMODAL | BIDIRECTIONAL
+BESIDE = {"bidirectional images beside each other": BY_NAME["gemma3-unequal-rows"]}
+FEATURES = LLAVA | MULTIMODAL | BIDIRECTIONAL | BESIDE
 
 
 def agree(model: Any, clean: Any, corrupted: Any, least: float = 1e-6, **kw: Any) -> Any:
@@ -47,7 +48,7 @@ def agree(model: Any, clean: Any, corrupted: Any, least: float = 1e-6, **kw: Any
 def base_of(result: Scores) -> Tensor:
     """The metric of the run that is patched, shaped as the values."""
     base = result.corrupted if result.direction == "denoising" else result.clean
-    return base.view(-1, *[1] * (result.values.ndim - 1)) if "pair" in result.axes else base
+    return base.view([-1 if axis == "pair" else 1 for axis in result.axes]) if "pair" in result.axes else base
 
 
 def steering_agrees(model: Any, inputs: Any, vectors: Tensor, **kw: Any) -> Scores:

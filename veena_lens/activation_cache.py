@@ -35,7 +35,8 @@ class MissingActivation(KeyError):
 class ActivationCache(ResidualParts):
     """`cache["resid_post", 5]`, `cache["blocks.5.attn.hook_z"]`, `cache["vision.blocks.3.attn.hook_pattern"]`.
 
-    `inputs` is what the model ran on; `at` and `image_grid` need it.
+    `inputs` is what the model ran on; `at` and `image_grid` need it. `attn.hook_result` is computed when it is asked
+    for, where the run did not store it.
     """
 
     def __init__(
@@ -51,12 +52,31 @@ class ActivationCache(ResidualParts):
     def __getitem__(self, key: Any) -> Tensor:
         name = self._full_name(key)
         if name not in self.cache_dict:
+            made = self._head_outputs(name)
+            if made is not None:
+                return made
             hint = near_names(name, self.cache_dict) or f"; it holds {len(self)} activations, see .keys()"
             raise MissingActivation(f"The cache holds no {name!r}{hint}. Name it in names_filter to cache it.")
         return self.cache_dict[name]
 
+    def _head_outputs(self, name: str) -> Tensor | None:
+        """Return heads' outputs in the residual stream, which are large, of `hook_z` and the model's W_O; None for
+        another name, or where either is missing."""
+        z = self._source_of_head_outputs(name)
+        if z is None:
+            return None
+        with torch.no_grad():
+            weight = self.model.get_submodule(name.removesuffix(".hook_result")).W_O
+            return torch.einsum("...hd,hdm->...hm", z, weight.to(z))
+
+    def _source_of_head_outputs(self, name: str) -> Tensor | None:
+        """Return the `hook_z` that an `attn.hook_result` can be computed of."""
+        is_asked = name.endswith(".attn.hook_result") and self.model is not None
+        return self.cache_dict.get(name.removesuffix("hook_result") + "hook_z") if is_asked else None
+
     def __contains__(self, key: object) -> bool:
-        return self._full_name(key) in self.cache_dict
+        name = self._full_name(key)
+        return name in self.cache_dict or self._source_of_head_outputs(name) is not None
 
     def _full_name(self, key: Any) -> str:
         """Return the hook name of a key: a full name, a short name, or (short name, layer[, layer type])."""

@@ -328,7 +328,7 @@ class Scores:
         return "\n".join(lines)
 
 
-LABEL = (str, int, float, bool)
+LABEL = (str, int, float, bool, None)
 SCHEMA = {"axes": [str], "labels?": {str: [LABEL]}, "name?": str, "unit?": str, "meta?": {str: object}}
 SCHEMA |= {"columns?": {str: list}, "direction?": str}
 

@@ -192,11 +192,16 @@ def _hooks(model: torch.nn.Module) -> Iterator[Any]:
 
 
 def _unwrapped(hook: Any) -> Any:
-    """Return the function inside a hook as transformer_lens adds it to a hook point."""
-    code = getattr(hook, "__code__", None)
-    if code is None or "hook" not in code.co_freevars:
-        return hook
-    return hook.__closure__[code.co_freevars.index("hook")].cell_contents
+    """Return the user's function inside a hook: what adds it to a hook point wraps it, under the name hook or fn."""
+    while _library(getattr(hook, "__globals__", {}).get("__name__")) is not None:
+        if hasattr(hook, "__wrapped__"):
+            hook = hook.__wrapped__
+            continue
+        held = next((name for name in ("hook", "fn") if name in hook.__code__.co_freevars), None)
+        if held is None:
+            break
+        hook = hook.__closure__[hook.__code__.co_freevars.index(held)].cell_contents
+    return hook
 
 
 # --- functions, classes and other objects -----------------------------------------------------------------------------

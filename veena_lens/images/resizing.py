@@ -72,7 +72,8 @@ def processed_pixels(cfg: HookedVLMConfig, image_processor: Any, size: Size, *, 
         size: (height, width) of the image in pixels, at least 1 each.
         is_among_several: whether its prompt has further images.
     """
-    sizes = [size, *KINDS[cfg.image_layout](cfg, image_processor, size, is_among_several)]
+    count = KINDS.get(cfg.image_layout, _fixed)  # a layout of another package: what its processor resizes to
+    sizes = [size, *count(cfg, image_processor, size, is_among_several)]
     return max(height * width for height, width in sizes)
 
 

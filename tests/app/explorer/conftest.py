@@ -14,7 +14,6 @@ from veena_lens.app.explorer.state import (
     Explorer,
     Limits,
     Session,
-    is_clean,
 )
 
 NAME = "tiny-llava-emotion"
@@ -31,7 +30,7 @@ def explorer(served: Explorer) -> Iterator[Explorer]:
     """The explorer; after the test its models are clean and its sessions gone."""
     yield served
     for model in served._models.values():
-        assert is_clean(model), "the test left something on the model"
+        assert model.is_untouched, "the test left something on the model"
     for key in list(served._sessions):
         served.forget(key)
 

@@ -12,10 +12,13 @@ from PIL import Image
 
 from tests.app.explorer.conftest import NAME, QUESTION
 from tests.app.explorer.test_tabs import assert_same_view
-from veena_lens.app.explorer import look
+from veena_lens.app.explorer import directions, look, patch, steer
+from veena_lens.app.explorer.own_pairs import take_sets
 from veena_lens.app.explorer.pictures import chosen, open_sample, open_upload, samples, thumbnails
+from veena_lens.app.explorer.programs import Made
 from veena_lens.app.explorer.state import Explorer, Limits, Session
 from veena_lens.app.view import ExplorerView
+from veena_lens.interventions import Circuit
 
 
 def asked(explorer: Explorer, session: Session, face: Any, prompt: str = QUESTION) -> list[str]:
@@ -130,3 +133,34 @@ def test_uploads_are_checked_before_they_are_decoded(tmp_path: Path) -> None:
 def test_captions_cannot_carry_markup() -> None:
     html = thumbnails([(Image.new("RGB", (8, 8)), '"><script>alert(1)</script>')])
     assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1)])
+def test_strip_that_the_processor_would_make_enormous_is_refused(
+    explorer: Explorer,
+    session: Session,
+    face: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    size: tuple[int, int],
+) -> None:
+    with explorer.using(NAME) as model:  # as CLIP's processor, which stretches the shorter edge
+        monkeypatch.setattr(model.processor.image_processor, "size", {"shortest_edge": 96})
+    path = tmp_path / "strip.png"
+    Image.new("RGB", size).save(path)
+    strip = open_upload(str(path), Limits())
+    swept = patch.SweepSettings(model=NAME, clean=face, corrupted=strip, prompt=QUESTION, words=("happy", "sad"))
+    circuit = Made(Circuit([]), "circuit")
+    for run in (
+        lambda: list(look.ask(explorer, session, NAME, [strip], QUESTION, 4)),
+        lambda: patch.check(explorer, swept),
+        lambda: steer.steer(explorer, session, NAME, circuit, strip, QUESTION, "happy"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"strip.png of \d+ x \d+ pixels becomes [\d,]{9,} in the model's processor"
+        ):
+            run()
+    own = take_sets(session, [str(path)], [str(path)], "sad", Limits())
+    of_own = directions.DirectionSettings(model=NAME, emotion="sad", own=own.pairs.fingerprint)
+    with pytest.raises(ValueError, match="becomes"):
+        directions.extract(explorer, session, of_own)

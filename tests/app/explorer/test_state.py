@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from tests.app.explorer.conftest import NAME, QUESTION
 from veena_lens.app.explorer import look
-from veena_lens.app.explorer.state import Explorer, Limits, is_clean
+from veena_lens.app.explorer.state import Explorer, Limits
 from veena_lens.interventions import Ablate
 
 
@@ -19,10 +20,10 @@ def test_failure_inside_using_leaves_the_model_clean(explorer: Explorer) -> None
     with pytest.raises(RuntimeError, match="mid-way"), explorer.using(NAME) as model:
         model.add_hook("blocks.1.hook_resid_post", lambda tensor, hook: tensor * 0)
         model.intervene([cut]).__enter__()  # as a handler that was stopped would leave it
-        assert not is_clean(model)
+        assert not model.is_untouched
         raise RuntimeError("mid-way")
     with explorer.using(NAME) as model:
-        assert is_clean(model)
+        assert model.is_untouched
 
 
 def test_model_serves_one_thread_at_a_time(explorer: Explorer) -> None:
@@ -136,3 +137,37 @@ def test_memory_does_not_grow_over_two_hundred_requests(explorer: Explorer, face
     counts = requests(explorer, face, 200)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
     assert counts[-1] == counts[0] and grown < 40 * 1024
+
+
+def test_visitor_who_asks_while_another_steers_gets_the_plain_answer(explorer: Explorer, face: Any) -> None:
+    session = explorer.session("asking")
+    plain = list(look.ask(explorer, session, NAME, [face], QUESTION, 4))
+    cut = Ablate(name="blocks.0.hook_attn_out", positions="all", value="zero")
+    steps, inside, said = look.ask(explorer, session, NAME, [face], QUESTION, 4), threading.Event(), []
+
+    def steer() -> None:
+        with explorer.using(NAME) as model, model.intervene([cut]):
+            inside.set()
+            time.sleep(0.3)
+
+    for _ in plain:  # each step in a thread of its own, as the server takes them
+        inside.clear()
+        other = threading.Thread(target=steer)
+        other.start()
+        assert inside.wait(60)
+        step = threading.Thread(target=lambda: said.append(next(steps)))
+        step.start()
+        step.join()
+        other.join()
+    assert said == plain
+
+
+def test_folder_lies_where_gradio_is_asked_to_keep_files(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "kept"))
+    explorer = Explorer([NAME])
+    assert explorer.folder.parent == tmp_path / "kept" and explorer.folder.stat().st_mode & 0o777 == 0o700
+    session = explorer.session("a tab")
+    explorer.close()
+    assert not explorer.folder.exists() and explorer.n_sessions == 0 and not session.folder.exists()
+    explorer.open()  # as a server that starts again
+    assert explorer.session("a tab").folder.is_dir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.app.explorer.own_pairs import OwnPairs
+from veena_lens.app.explorer.pictures import GivenImage, require_processable
 from veena_lens.app.explorer.programs import Made, make, model_of
 from veena_lens.app.explorer.state import Explorer, Session
 from veena_lens.app.questions import LIST
@@ -145,6 +147,10 @@ def extract(explorer: Explorer, session: Session, settings: DirectionSettings) -
     pairs = pairs_of(session, settings)
     emotion, lead_in = settings.emotion, settings.lead_in
     with explorer.using(settings.model) as loaded:
+        if settings.own:
+            for example in (e for pair in pairs.value for e in (pair.emotional, pair.neutral)):
+                given = GivenImage(image=example.open(), name=Path(str(example.file)).name, is_sample=False)
+                require_processable(loaded, [given], explorer.limits)
         model = model_of(loaded, settings.model)
         try:
             found = make("chosen, directions", find_directions, model, pairs, lead_in, settings.told_apart)

@@ -7,6 +7,7 @@ reads each JSON body before Gradio does, so that a file named in it is one that 
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from http.cookies import CookieError, SimpleCookie
@@ -94,7 +95,7 @@ class Gate:
 
         Raises: HTTPException for a body that is not JSON, has no tab, or names any other file."""
         try:
-            found = json.loads(body)
+            found = json.loads(body, parse_constant=no_number, parse_float=number)
             fields = {name: found[name] for name in FIELDS if name in found}
             session = fields.get("session_hash")
             if path == JOIN and not (isinstance(session, str) and SESSION.fullmatch(session)):
@@ -122,6 +123,17 @@ class Gate:
 
 
 LENGTHS = (b"content-length", b"transfer-encoding")
+
+
+def no_number(text: str) -> float:
+    """Raises: ValueError for NaN and infinities, which no component of the page sends."""
+    raise ValueError(text)
+
+
+def number(text: str) -> float:
+    """Return a number of a body. Raises: ValueError for one so large that it becomes infinite."""
+    value = float(text)
+    return value if math.isfinite(value) else no_number(text)
 
 
 def visitor_of(headers: Headers) -> Visitor:

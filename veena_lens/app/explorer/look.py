@@ -11,11 +11,11 @@ import gradio as gr
 
 from veena_lens.app.explorer.directions import Direction
 from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box, table_files, view_slot, view_value
-from veena_lens.app.explorer.pictures import GivenImage, chosen, open_sample, samples, thumbnails
+from veena_lens.app.explorer.pictures import GivenImage, chosen, open_sample, require_processable, samples, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
-from veena_lens.app.explorer.state import Explorer, Session, by_name, report_errors, takes
+from veena_lens.app.explorer.state import Explorer, Session, reading, report_errors, size, takes
 from veena_lens.app.questions import FEELING
-from veena_lens.app.view import ExplorerView, open_cache, save_cache
+from veena_lens.app.view import ExplorerView, mean_map_bytes, open_cache, save_cache
 
 if TYPE_CHECKING:
     from veena_lens import HookedVLM, MultimodalInputs
@@ -72,11 +72,13 @@ def ask(
             f"The question has {len(prompt):,} characters; the limit here is {limits.prompt_characters:,}."
         )
     with explorer.using(name) as model:
+        require_processable(model, pictures, limits)
         inputs = model.prepare(text=prompt, images=[p.image for p in pictures] or None)
         steps = model.generate_stream(inputs, max_new_tokens=min(max_new_tokens, limits.new_tokens))
     text = ""
     while True:
-        with explorer.using(name):
+        # The model that began: where it was replaced in the meantime, a view may still use it.
+        with explorer.alone(model):
             piece = next(steps, None)
         text += piece or ""
         answered = inputs.with_answer(text) if text else inputs
@@ -110,15 +112,23 @@ def look_at_cache(explorer: Explorer, path: str | Path, name: str | None = None)
     """Return the view of a cache file and its program; with the `name` of a model it has the lens, too.
 
     Raises: ValueError for a file that is not a cache, was cut short, or is of another model."""
-    with by_name(path):
-        file = Made(open_cache(path), repr(Path(path).name))
-    hidden = {"max_bytes": explorer.limits.view_bytes}
-    if name is None:
-        view = make("view", ExplorerView.from_cache, file, hidden=hidden)
-    else:
-        with explorer.using(name) as model:
-            view = make("view", ExplorerView.from_cache, file, model=model_of(model, name), hidden=hidden)
-    return view.value, program(view, then=[SAVE])
+    limits = explorer.limits
+    with reading(path, "an activation cache"):
+        opened = open_cache(path, max_pixels=limits.pixels)
+        needed = mean_map_bytes(opened.cache)
+        if needed > limits.maps_bytes:
+            raise ValueError(
+                f"{Path(path).name} is of too long a prompt: its view needs {size(needed)} of maps, and the limit here "
+                f"is {size(limits.maps_bytes)}. Save a cache of a shorter one."
+            )
+        file = Made(opened, repr(Path(path).name))
+        hidden = {"max_bytes": limits.view_bytes}
+        if name is None:
+            view = make("view", ExplorerView.from_cache, file, hidden=hidden)
+        else:
+            with explorer.using(name) as model:
+                view = make("view", ExplorerView.from_cache, file, model=model_of(model, name), hidden=hidden)
+        return view.value, program(view, then=[SAVE])
 
 
 def prepared(model: HookedVLM, images: list, question: str, answer: str) -> MultimodalInputs:

@@ -11,13 +11,12 @@ import secrets
 import shutil
 import stat
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from veena_lens.app.explorer.pictures import open_upload
-from veena_lens.app.explorer.state import Limits, Session
+from veena_lens.app.explorer.state import Limits, Session, reading
 from veena_lens.emotion import EmotionWheels, PairSet, load_pairs, pairs_from_folders
 from veena_lens.emotion.pairs.loading import MANIFEST
 from veena_lens.scores import counted
@@ -25,6 +24,8 @@ from veena_lens.scores import counted
 NEUTRAL = "neutral"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FOLDER = "pairs"
+LISTING = b"PK\x01\x02"  # begins an entry in the list of an archive
+MOST_PATH, MOST_NAME = 1000, 200
 HOW = (
     f"A .zip of pairs has one folder per emotion and one named {NEUTRAL!r}, twins with the same file name, or a "
     f"{MANIFEST} beside its images."
@@ -71,13 +72,14 @@ def take_sets(
     by_name = stems[0] == stems[1] and len(set(stems[0])) == len(stems[0])
     folder = _fresh(session)
     try:
-        for name, files in ((emotion, shown), (NEUTRAL, twins)):
-            (folder / name).mkdir()
-            for i, path in enumerate(sorted(files, key=lambda p: Path(p).stem) if by_name else files):
-                open_upload(path, limits)
-                stem = _plain(Path(path).stem) if by_name else f"{i + 1:03d}"
-                shutil.copyfile(path, folder / name / f"{stem}{Path(path).suffix.lower()}")
-        return _kept(session, folder)
+        with reading(folder / "pairs", "pairs"):
+            for name, files in ((emotion, shown), (NEUTRAL, twins)):
+                (folder / name).mkdir()
+                for i, path in enumerate(sorted(files, key=lambda p: Path(p).stem) if by_name else files):
+                    open_upload(path, limits)
+                    stem = _plain(Path(path).stem) if by_name else f"{i + 1:03d}"
+                    shutil.copyfile(path, folder / name / f"{stem}{Path(path).suffix.lower()}")
+            return _kept(session, folder, limits=limits)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -89,8 +91,9 @@ def take_zip(session: Session, path: str | Path, limits: Limits) -> OwnPairs:
     Raises: ValueError for one that is not a .zip, is damaged, holds too much or lacks twins."""
     path, folder = Path(path), _fresh(session)
     try:
-        _unpack(path, folder, limits)
-        return _kept(session, folder, path.name, limits)
+        with reading(path, "a .zip of pairs"), reading(folder / "pairs", "pairs"):
+            _unpack(path, folder, limits)
+            return _kept(session, folder, path.name, limits)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -125,7 +128,7 @@ def _kept(session: Session, folder: Path, name: str = "your images", limits: Lim
     """Keep the folder's pairs in the tab's memory. Raises: ValueError, in the visitor's own names."""
     has_manifest = (folder / MANIFEST).is_file()
     if has_manifest:
-        _require_inside(folder)
+        _require_inside(folder, None if limits is None else 2 * limits.pairs)
     try:
         pairs = load_pairs(folder).without_context() if has_manifest else pairs_from_folders(folder)
     except FileNotFoundError:
@@ -149,12 +152,15 @@ def _require_few(n: int, limits: Limits) -> None:
         raise ValueError(f"{counted(n, 'pair')} were given; the limit here is {limits.pairs}.")
 
 
-def _require_inside(folder: Path) -> None:
-    """Check a manifest's paths. Raises: ValueError for a file outside its folder."""
-    for line in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines():
+def _require_inside(folder: Path, most: int | None) -> None:
+    """Check a manifest's length and paths. Raises: ValueError for too many lines, or a file outside its folder."""
+    lines = [s for s in (folder / MANIFEST).read_text(encoding="utf-8", errors="replace").splitlines() if s.strip()]
+    if most is not None and len(lines) > most:
+        raise ValueError(f"The {MANIFEST} names {len(lines):,} images; the limit here is {most // 2} pairs.")
+    for line in lines:
         try:
-            file = json.loads(line).get("file") if line.strip() else None
-        except (ValueError, AttributeError):
+            file = json.loads(line).get("file")
+        except (ValueError, AttributeError, RecursionError):
             continue  # load_pairs says what is wrong with the line
         if isinstance(file, str) and not (folder / file).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"The {MANIFEST} names {file!r}, which is not in the archive.")
@@ -171,27 +177,38 @@ def _unpack(path: Path, folder: Path, limits: Limits) -> None:
     Raises: ValueError for no archive, entries that lead elsewhere, or more than the limits allow."""
     if path.stat().st_size > limits.upload_bytes:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes; the limit here is {limits.upload_bytes:,}.")
+    most = 2 * limits.pairs + 1
+    listed = path.read_bytes().count(LISTING)  # before each entry is made an object
+    if listed > 100 * most:
+        raise ValueError(f"{path.name} lists {listed:,} files; the limit here is {limits.pairs} pairs.")
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
+    except Exception:  # a header that makes no sense fails in many ways
         raise ValueError(
             f"{path.name} cannot be read as a .zip: it was cut short or is another kind of file."
         ) from None
     with archive:
         entries = [(_inside(e.filename, path.name), e) for e in archive.infolist() if _wanted(e)]
-        most = 2 * limits.pairs + 1
         if len(entries) > most:
             raise ValueError(f"{path.name} holds {len(entries):,} images; the limit here is {limits.pairs} pairs.")
         around = {where.parts[0] for where, _ in entries if len(where.parts) > 1}
         wrapped = len(around) == 1 and all(len(where.parts) > 1 for where, _ in entries)
         total = 0
         for where, entry in entries:
+            if entry.flag_bits & 1:
+                raise ValueError(f"{where} in {path.name} is encrypted; pack it without a password.")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{where} in {path.name} is packed in an unusual way; pack it as an ordinary .zip.")
             target = folder.joinpath(*where.parts[wrapped:])
+            if len(str(target)) > MOST_PATH or any(len(part.encode()) > MOST_NAME for part in target.parts):
+                raise ValueError(
+                    f"{path.name} holds an entry whose name has {len(str(where)):,} characters; shorten it."
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with archive.open(entry) as source:
                     data = source.read(limits.upload_bytes + 1)  # a header's size can lie
-            except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, ValueError) as error:
+            except Exception as error:
                 raise ValueError(f"{where} in {path.name} cannot be unpacked: {error}.") from error
             total += len(data)
             if len(data) > limits.upload_bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -96,8 +97,8 @@ def cells_value(
     title: str,
     done: int | None = None,
 ) -> str:
-    """Return what a grid of cells shows; NaN is a cell that is not there yet."""
-    numbers = [[None if v != v else round(v, 5) for v in row] for row in values.tolist()]
+    """Return what a grid of cells shows; NaN, for a cell that is not there yet, and infinities stay empty."""
+    numbers = [[round(v, 5) if math.isfinite(v) else None for v in row] for row in values.tolist()]
     return json.dumps(
         {
             "values": numbers,

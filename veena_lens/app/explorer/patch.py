@@ -28,9 +28,9 @@ from veena_lens.app.explorer.parts import (
     table_files,
     view_value,
 )
-from veena_lens.app.explorer.pictures import GivenImage, open_upload, thumbnails
+from veena_lens.app.explorer.pictures import GivenImage, open_upload, require_processable, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
-from veena_lens.app.explorer.state import Explorer, Limits, Session, report_errors, takes
+from veena_lens.app.explorer.state import Explorer, Limits, Session, report_errors, size, takes
 from veena_lens.app.questions import LIST
 from veena_lens.emotion import Pair, load_pairs
 from veena_lens.scores import Scores
@@ -154,6 +154,8 @@ def check(explorer: Explorer, settings: SweepSettings) -> tuple[Plan, str]:
 
     Raises: TooLarge, with the estimate and a smaller sweep; ValueError for one that cannot be."""
     with explorer.using(settings.model) as model:
+        for picture in (settings.clean, settings.corrupted):
+            require_processable(model, [picture], explorer.limits)
         planned = effects(model, settings, plan_only=True)
         plan: Plan = planned.value
         limit = explorer.limits.sweep_bytes
@@ -178,14 +180,6 @@ def check(explorer: Explorer, settings: SweepSettings) -> tuple[Plan, str]:
                     f"{large} At the last position alone it needs about {size(one.row_bytes * rows)}.", smaller
                 )
         raise TooLarge(f"{large} A single row needs {size(plan.row_bytes)}: use a shorter prompt.", None)
-
-
-def size(n: float | int) -> str:
-    """Bytes in words."""
-    for unit, scale in (("GB", 2**30), ("MB", 2**20), ("KB", 2**10)):
-        if n >= scale:
-            return f"{n / scale:.1f} {unit}"
-    return f"{n:.0f} bytes"
 
 
 def sweep(explorer: Explorer, session: Session, settings: SweepSettings) -> Iterator[Swept]:
@@ -279,7 +273,9 @@ def shown_cells(swept: Swept) -> str:
 def open_head(explorer: Explorer, session: Session, row: int, column: int) -> tuple[str, str]:
     """Open the clean image in the Look tab, at the clicked layer and head; return the view and its program."""
     swept: Swept = session.need("swept", "Run a sweep first.")
-    settings = swept.settings
+    settings, (rows, columns) = swept.settings, swept.effects.shape
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise ValueError(f"No cell in row {row}, column {column}; the sweep has {rows} rows and {columns} columns.")
     with explorer.using(settings.model) as model:
         inputs = model.prepare(text=settings.prompt, images=settings.clean.image)
     session.kept["asked"] = look.Question(
@@ -351,7 +347,10 @@ def build(shared: Shared) -> None:
     @report_errors
     def opened(request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
         at = event._data if isinstance(event._data, dict) else json.loads(event._data)
-        view, lines = open_head(explorer, explorer.session(request.session_hash), int(at["row"]), int(at["column"]))
+        row, column = at.get("row"), at.get("column")
+        if not (isinstance(row, int) and isinstance(column, int)):
+            raise ValueError(f"A cell has a row and a column; got {at!r:.80}.")
+        view, lines = open_head(explorer, explorer.session(request.session_hash), row, column)
         return view, lines, gr.Tabs(selected="look")
 
     sources = [shared.model, pair, uploads, prompt, right, wrong, sites, where, way]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -15,6 +17,12 @@ from veena_lens.app.explorer.state import Limits
 from veena_lens.app.view.panels import data_url
 from veena_lens.checkpoints.files import Picture, bundled_pictures
 from veena_lens.images.files import open_image
+from veena_lens.images.resizing import processed_pixels
+
+if TYPE_CHECKING:
+    from veena_lens import HookedVLM
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # decoders of further kinds need not meet a stranger's bytes
 
 
 def sample(file: str) -> Image.Image:
@@ -62,17 +70,25 @@ def open_upload(path: str, limits: Limits) -> GivenImage:
     if size > limits.upload_bytes:
         raise ValueError(f"{file.name} has {size:,} bytes; the limit here is {limits.upload_bytes:,}.")
     try:
-        with Image.open(file) as header:
-            pixels = header.width * header.height
-    except Exception:  # whatever a decoder says of broken bytes; open_image says it in our words
-        pixels = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            with Image.open(file, formats=FORMATS) as header:
+                pixels = header.width * header.height
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{file.name} has too many pixels; the limit here is {limits.pixels:,}.") from error
+    except Exception as error:  # whatever a decoder says of broken bytes
+        reason = str(error).replace(str(file), file.name) or type(error).__name__
+        raise ValueError(f"{file.name} cannot be read as an image: {reason}. Give a PNG, JPEG or WebP.") from error
     if pixels > limits.pixels:
         raise ValueError(f"{file.name} has {pixels:,} pixels; the limit here is {limits.pixels:,}. Shrink it first.")
     try:
         image = open_image(file)
-    except (ValueError, FileNotFoundError) as error:
-        reason = str(error).replace(str(file), file.name)
-        raise ValueError(f"{reason} Give a PNG, JPEG or WebP.") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).replace(str(file), file.name) or type(error).__name__
+        named = reason if file.name in reason else f"{file.name} cannot be read as an image: {reason}"
+        raise ValueError(f"{named.rstrip('.')}. Give a PNG, JPEG or WebP.") from error
     return GivenImage(image=image, name=file.name, is_sample=False)
 
 
@@ -83,6 +99,22 @@ def chosen(uploads: Sequence[str] | None, sample: str | None, limits: Limits) ->
             raise ValueError(f"{len(uploads)} images were given; the limit here is {limits.images}.")
         return [open_upload(path, limits) for path in uploads]
     return [open_sample(sample)] if sample else []
+
+
+def require_processable(model: HookedVLM, pictures: Sequence[GivenImage], limits: Limits) -> None:
+    """Check what a model's processor would make of a prompt's images, before it does: a narrow strip becomes large.
+
+    Raises: ValueError for more pixels than twice the limit, which a photograph that is padded to a square may reach."""
+    processor = None if model.cfg.vision is None else getattr(model.processor, "image_processor", None)
+    most = 2 * max(limits.pixels, Limits().pixels)
+    for picture in pictures if processor is not None else ():
+        width, height = picture.image.size
+        made = processed_pixels(model.cfg, processor, (height, width), is_among_several=len(pictures) > 1)
+        if made > most:
+            raise ValueError(
+                f"{picture.name} of {width} x {height} pixels becomes {made:,} in the model's processor; the limit "
+                f"here is {most:,}. Crop it to a less extreme shape."
+            )
 
 
 def thumbnails(pictures: Sequence[tuple[Image.Image, str]], width: int = 120) -> str:

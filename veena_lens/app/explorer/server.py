@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from veena_lens.app.explorer.gate import API, FILE, UPLOAD, Gate
-from veena_lens.app.explorer.state import Explorer, Limits
+from veena_lens.app.explorer.state import Explorer, Limits, message
 from veena_lens.app.view import page
 
 CELLS = Path(__file__).with_name("cells.js")
@@ -63,8 +63,8 @@ def add_routes(app: FastAPI, explorer: Explorer, hosts: Sequence[str] | None = N
     async def maps(token: str, request: Request) -> Response:
         try:
             found = await run_in_threadpool(explorer.maps, token, dict(request.query_params))
-        except (ValueError, RuntimeError) as error:
-            return Response(str(error), status_code=400, media_type="text/plain")
+        except Exception as error:
+            return Response(message(error).message, status_code=400, media_type="text/plain")
         if found is None:
             return Response("This view was replaced or its tab was closed; ask again.", status_code=404)
         return Response(found, media_type="application/octet-stream", headers={"Cache-Control": "no-store"})

@@ -44,6 +44,7 @@ class Limits:
     unpacked_bytes: int = 200 * 2**20  # of an archive of pairs
     new_tokens: int = 256
     prompt_characters: int = 20_000
+    maps_bytes: int = 256 * 2**20  # maps that a view must compute at the start: the mean over heads of every token
     sweep_bytes: int = 2 * 2**30  # activations of the rows that travel together
     view_bytes: int = 8 * 2**20  # maps that a view carries from the start; the others come when asked for
     stored_bytes: int = 2 * 2**30  # uploads of all visitors; the oldest go first
@@ -59,6 +60,16 @@ class Limits:
 # What a user can correct; anything else is a bug, and is printed on the server as well.
 EXPECTED = (ValueError, TypeError, FileNotFoundError, IndexError, KeyError, ImportError)
 MEMORY = (MemoryError, torch.OutOfMemoryError)
+
+
+def sentence_of(error: BaseException) -> str:
+    """Return what an error says; of a `KeyError` without the quotes that Python puts around it."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Return True where memory ran out; PyTorch says so of the CPU's in words alone."""
+    return isinstance(error, MEMORY) or "can't allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 def report_errors(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,26 +114,47 @@ def takes(explorer: Explorer, choices: Callable[..., Any]) -> Callable[[Callable
 
 
 @contextmanager
-def by_name(path: str | Path) -> Iterator[None]:
-    """Name a visitor's file in errors as the visitor does, without the folder that the server put it in."""
+def reading(path: str | Path, what: str) -> Iterator[None]:
+    """Turn whatever a visitor's file causes while it is read as `what` into a ValueError of one sentence.
+
+    It names the file as the visitor does, without the folder that the server put it in.
+    """
+    path = Path(path)
     try:
         yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(path), Path(path).name)) from error
+    except Exception as error:
+        if is_memory(error):
+            raise
+        text = sentence_of(error).replace(str(path), path.name).replace(f"{path.parent}{os.sep}", "")
+        if not (isinstance(error, EXPECTED) and text.endswith(".")):  # not written for a reader
+            text = (
+                f"{path.name} cannot be used as {what}: it is damaged, or was not made for this ({text or 'no data'})."
+            )
+        raise ValueError(text) from error
 
 
 def message(error: Exception) -> gr.Error:
     """Turn an error into what the page shows of it."""
-    if isinstance(error, MEMORY):
+    if is_memory(error):
         text = (
             "The machine is out of memory; nothing was changed. Use a smaller image, a shorter prompt or fewer "
             "positions."
         )
         return gr.Error(text, duration=None, print_exception=False)
-    text = str(error) or type(error).__name__
-    if isinstance(error, EXPECTED):
+    text = sentence_of(error)
+    if isinstance(error, EXPECTED) and " " in text:
         return gr.Error(text, duration=None, print_exception=False)
-    return gr.Error(f"Unexpected error, please report it: {type(error).__name__}: {text}", duration=None)
+    return gr.Error(
+        f"Unexpected error, please report it: {type(error).__name__}: {text or 'without a message'}", duration=None
+    )
+
+
+def size(n: float | int) -> str:
+    """Bytes in words."""
+    for unit, scale in (("GB", 2**30), ("MB", 2**20), ("KB", 2**10)):
+        if n >= scale:
+            return f"{n / scale:.1f} {unit}"
+    return f"{n:.0f} bytes"
 
 
 MOST_MODELS = 2
@@ -192,11 +224,11 @@ class Explorer:
             raise ValueError(f"No model {name!r} here; there are: {', '.join(self.names) or 'none'}.")
         with self._locks[name]:
             model = self._loaded(name)
-            with self._alone(model):
+            with self.alone(model):
                 yield model
 
     @contextmanager
-    def _alone(self, model: HookedVLM) -> Iterator[None]:
+    def alone(self, model: HookedVLM) -> Iterator[None]:
         """Hold a model's lock, also that of one that was replaced in the meantime."""
         with self._guard:
             lock = self._busy.setdefault(model, threading.RLock())
@@ -299,15 +331,10 @@ class Explorer:
         model = getattr(view.runs[0], "model", None)
         if model is None:  # a cache
             return view.maps(asked)
-        with self._alone(model):
+        with self.alone(model):
             return view.maps(asked)
 
 
 def clean(model: Any) -> None:
     """Take every hook off a model; interventions end with their own blocks."""
     model.reset_hooks(including_permanent=True)
-
-
-def is_clean(model: Any) -> bool:
-    """Return True where nothing is left on a model."""
-    return model.is_untouched

@@ -7,6 +7,7 @@ activations of the key neurons; heads and neurons are those that contribute most
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -20,9 +21,9 @@ from veena_lens.app.explorer import directions, own_pairs
 from veena_lens.app.explorer.directions import BEGUN, FELT, LISTED, Direction, DirectionSettings
 from veena_lens.app.explorer.own_pairs import OwnPairs
 from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box
-from veena_lens.app.explorer.pictures import GivenImage, chosen, samples, thumbnails
+from veena_lens.app.explorer.pictures import GivenImage, chosen, require_processable, samples, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
-from veena_lens.app.explorer.state import Explorer, Session, by_name, report_errors, takes
+from veena_lens.app.explorer.state import Explorer, Session, reading, report_errors, takes
 from veena_lens.app.questions import FEELING
 from veena_lens.emotion import load_pairs, sample_hit
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
@@ -182,8 +183,16 @@ def circuit_from(direction: Direction, layer: int, alpha: float | int, beta: flo
 
 def load_circuit(session: Session, path: str | Path) -> Circuit:
     """Load a circuit; the session keeps it. Raises: ValueError for a file that is not a circuit, or was cut short."""
-    with by_name(path):
+    with reading(path, "a circuit"):
         circuit = Circuit.load(path)
+        for item in circuit:
+            for name, value in vars(item).items():
+                if isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all()):
+                    raise ValueError(
+                        f"{Path(path).name} holds numbers that are not finite: {name} of {type(item).__name__}."
+                    )
+        if not isinstance(circuit.meta, dict) or not isinstance(circuit.meta.get("emotion", ""), str):
+            raise ValueError(f"{Path(path).name} says of itself what a circuit does not: {circuit.meta!r:.80}.")
     session.kept["circuit"] = circuit
     return circuit
 
@@ -203,6 +212,7 @@ def steer(
     if not question.strip():
         raise ValueError("Write a question first.")
     with explorer.using(name) as loaded:
+        require_processable(loaded, [image], explorer.limits)
         model = model_of(loaded, name)
         answers = make("before, after", answers_about_image, model, circuit, image.made, question)
         rates = make("rate_before, rate_after", rates_on_faces, model, circuit, wanted, FEELING)
@@ -268,7 +278,7 @@ def build(shared: Shared) -> None:
         with gr.Column(scale=2, min_width=260):
             emotion = gr.Dropdown(list(FELT), value="happy", label="Direction of", elem_id="emotion")
             n_pairs = gr.Slider(1, MOST_SAMPLES, 8, step=1, label="Maximum number of pairs", elem_id="n-pairs")
-            reading = gr.Radio([BEGUN, LISTED], value=BEGUN, label="Where the state is read", elem_id="reading")
+            place = gr.Radio([BEGUN, LISTED], value=BEGUN, label="Where the state is read", elem_id="reading")
             apart = gr.Checkbox(True, label="Only pairs that the model answers correctly", elem_id="apart")
             with gr.Accordion("Pairs of your own", open=False, elem_id="own"):
                 own_box(explorer, emotion, n_pairs)
@@ -324,10 +334,11 @@ def build(shared: Shared) -> None:
                 direction = directions.extract(explorer, session, settings)
             wanted, text = choices.emotion, describe_direction(direction)
             circuit = circuit_from(direction, int(choices.layer), **choices.strengths)
-        found = steer(explorer, session, choices.model, circuit, image, choices.question, wanted)
+        with reading("the circuit", "a circuit of this model") if given is not None else nullcontext():
+            found = steer(explorer, session, choices.model, circuit, image, choices.question, wanted)
         return compared(found), text, found.code
 
-    ways = [shared.model, emotion, n_pairs, reading, apart]
+    ways = [shared.model, emotion, n_pairs, place, apart]
     extract.click(extracted, ways, [status, layer], api_visibility="private")
     file.change(loaded, file, status, api_visibility="private")
     sources = [*ways, sample, upload, prompt, layer, alpha, beta, gamma]

@@ -12,7 +12,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo explore test browser check docs notebooks bench refresh clean
+.PHONY: help demo explore test fuzz browser check docs notebooks bench refresh clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,12 @@ explore: $(STAMPS)/explore  ## look inside the embedded models in the browser, w
 
 test: $(STAMPS)/test  ## the tests (slow and GPU ones excluded)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# How often `make fuzz` changes a file of every kind; the tests do it a few times.
+CHANGES ?= 2000
+
+fuzz: $(STAMPS)/test  ## files of every kind, changed at random: each loads or is refused by name
+	VEENA_FUZZ=$(CHANGES) $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/test_fuzzed_files.py
 
 browser: $(STAMPS)/browser  ## the explorer in a real browser: Chromium must be installed
 	$(BIN)/python -m pytest -m browser tests/app

@@ -59,6 +59,26 @@ def test_a_flag_puts_its_copies_into_the_default_cache(flag: str, by_setter: boo
     assert set(model.run_with_cache(tokens, names_filter=list(own))[1]) == own, "named, it is cached all the same"
 
 
+@torch.no_grad()
+def test_outputs_of_heads_are_computed_where_they_are_asked_for(model: Any) -> None:
+    tokens, name = torch.tensor([[5, 6, 7], [8, 9, 10]]), "blocks.1.attn.hook_result"
+    _, cache = model.run_with_cache(tokens)
+    _, named = model.run_with_cache(tokens, names_filter=name)
+    assert name not in set(cache) and name in cache and torch.equal(cache["result", 1], named[name])
+    assert torch.equal(cache.at("last", "result", 1), named[name][:, -1])
+    _, sliced = model.run_with_cache(tokens, pos_slice=-1)
+    torch.testing.assert_close(sliced[name].reshape(2, -1), named[name][:, -1].reshape(2, -1))
+    torch.testing.assert_close(
+        cache.stack_head_results(2).sum(0), cache.decompose_resid(2, mode="attn", incl_embeds=False).sum(0)
+    )
+    _, other = model.run_with_cache(tokens, names_filter="blocks.1.hook_resid_post")
+    with pytest.raises(KeyError, match="hook_result"):
+        _ = other[name]
+    with model.hooks([(name, lambda value, hook: value * 2)]):
+        _, edited = model.run_with_cache(tokens)
+    torch.testing.assert_close(edited[name], 2 * named[name])
+
+
 def test_flags_are_a_models_own() -> None:
     from veena_lens import HookedVLM
 

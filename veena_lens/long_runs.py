@@ -247,12 +247,18 @@ def write_file(path: Path, content: str | bytes) -> None:
         part.replace(path)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file in one step, as `write_file` does.
 
+    Args:
+        path: the file.
+        tensors: on any device, with or without gradients, and of any strides.
+        metadata: the texts of the header.
+
     Raises: OSError that says how to go on, where the disk is full."""
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with _draft(path, "nothing that was there has changed") as part:
-        save_file(tensors, str(part), metadata=metadata)
+        save_file(whole, str(part), metadata=metadata)
         part.replace(path)
 
 
@@ -380,7 +386,7 @@ def json_rows(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error

@@ -141,7 +141,8 @@ def test_thread_waits_for_the_pass_of_another(ready: tuple[Any, Any]) -> None:
         assert inside.wait(30)
         second = pool.submit(lambda: (model(inputs), order.append("next")))
         leave.set()
-        first.result(30), second.result(30)
+        for run in (first, second):
+            run.result(30)
     assert order == ["begins", "ends", "next"]
 
 

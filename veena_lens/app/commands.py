@@ -121,7 +121,8 @@ def enhance_command(
     missing = [image for image in images if not Path(image).is_file()]
     if missing:
         raise FileNotFoundError(f"No image at {', '.join(missing)}; nothing was loaded.")
-    made = Circuit.load(circuit)
+    # Who names a model on the command line wants that one, also under another name; the sizes must agree.
+    made = Circuit.load(circuit, allow_other_model=model is not None)
     name = model or made.meta.get("model")
     if not name:
         raise ValueError(f"{circuit} does not say which model it is for; name one: --model NAME.")
@@ -267,7 +268,7 @@ def answer_command(args: Any) -> str:
     samples = load_set(args.root, args.set, overrides=parse_folders(args.folder))
     method = None
     if args.circuit:
-        circuit = Circuit.load(args.circuit)
+        circuit = Circuit.load(args.circuit, allow_other_model=True)  # as in `enhance`
         # The content names the circuit: a file of answers is not continued under another of the same name.
         digest = hashlib.sha256(Path(args.circuit).read_bytes()).hexdigest()[:16]
         settings = {"circuit": Path(args.circuit).name, "sha256": digest}

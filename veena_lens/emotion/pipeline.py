@@ -179,7 +179,7 @@ def run_veena(
     )
     tuned = tune_baselines(judging, validation, ranked, neurons, adaptive, directions, layers.best, settings)
     circuit = final_circuit(tuned, model.cfg.model_name, settings)
-    circuit.save(out / "circuit.safetensors")
+    circuit.save(out / "circuit.safetensors", model)
     doses = dose_response(judging, validation, ranked, neurons, settings)
 
     clock.start("test")

@@ -86,6 +86,8 @@ def floats(value: Any, what: str) -> Float[Tensor, ...]:
     Raises: TypeError for what is none."""
     try:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        if tensor.is_floating_point() and not hasattr(value, "__array__"):  # Python's floats have 64 bits
+            tensor = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} must be a tensor, an array or a list of numbers, not {value!r:.80}.") from error
     if tensor.is_complex() or tensor.dtype == torch.bool:

@@ -17,6 +17,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
+from veena_lens.components.hooks import heard
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import aliases, axes_of, canonical, hooks_of, require_hook
 from veena_lens.inputs import MultimodalInputs
@@ -247,8 +248,13 @@ class HookedRoot(HookedRootModule):
         Raises: ValueError for an unknown name."""
         if names_filter is None:
             table = hooks_of(self.cfg)
-            caches = self.cfg.flags.caches
-            return [n for n in self._points.canonical_names if n not in table or caches(table[n].part)]
+            caches, points = self.cfg.flags.caches, self._points
+            # An edit of heads' outputs can be read off nothing else.
+            return [
+                n
+                for n in points.canonical_names
+                if n not in table or caches(table[n].part) or (table[n].part == "hook_result" and heard(points[n]))
+            ]
         if isinstance(names_filter, str):
             return self._hook_names(names_filter)
         if callable(names_filter):

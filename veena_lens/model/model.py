@@ -125,8 +125,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
     def from_hf(cls, hf_model: Any, processor: Any = None, *, copy: bool = False, casts: str = "hf") -> HookedVLM:
         """Convert a Hugging Face model that is in memory, with its dtype and device, and its storage unless `copy`.
 
-        processor: optional; of a text model its tokenizer. casts: as `from_pretrained`.
-        Raises: ValueError for an unknown architecture."""
+        processor: of a text model its tokenizer. casts: as `from_pretrained`. Raises: ValueError for an unknown
+        architecture, or weights that are on the meta device or not finite."""
         return loading.from_hf(cls, hf_model, processor, copy, casts)
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
@@ -285,14 +285,19 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
 
     # --- interventions and attention -------------------------------------------------------------------
     def intervene(
-        self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None
+        self,
+        interventions: Sequence[Any] | None = None,
+        *,
+        per_row: Sequence[Any] | None = None,
+        allow_other_model: bool = False,
     ) -> AbstractContextManager[HookedVLM]:
         """Apply interventions in a `with` block, to passes of this thread. [] changes nothing; outer blocks act first.
 
         interventions: a list, a Circuit, or a single one. per_row: one list per row of the batch instead.
+        allow_other_model: True takes a Circuit of a model of another name and the same sizes.
         Raises: TypeError for what is not an intervention; ValueError for one that does not fit the model.
         """
-        return edits.intervene(self, interventions, per_row)
+        return edits.intervene(self, interventions, per_row, allow_other_model)
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
@@ -321,13 +326,10 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         """Return attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
 
         Only these rows are computed and every layer stays fused, so memory is that of a plain forward.
-        inputs: as `forward` takes them.
         queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice,
             a mask, a Box of pixels or a Tile; `.meta` of the result holds their positions.
-        layers, heads: which; None for all.
-        Interventions in force act.
-        Raises: ValueError for an empty selection, or for image keys without an image.
-        """
+        inputs: as `forward` takes them. layers, heads: which; None for all. Interventions in force act.
+        Raises: ValueError for an empty selection, or for image keys without an image."""
         return attention_rows.attention(self, inputs, queries, keys, layers, heads)
 
     def record_attention(
@@ -339,10 +341,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
     ) -> AbstractContextManager[AttentionRows]:
         """Collect attention rows of whatever runs inside a `with` block, `generate` too; read `.scores()` after it.
 
-        The arguments are those of `attention`; "generated" queries are the tokens being generated, each of which
-        looks back.
-        Raises: ValueError, on entering, for a layer or a head that does not exist, or none.
-        """
+        The arguments are those of `attention`; "generated" queries are the tokens being generated.
+        Raises: ValueError, on entering, for a layer or a head that does not exist, or none."""
         return attention_rows.record_attention(self, queries, keys, layers, heads)
 
     @contextmanager
@@ -369,14 +369,12 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
 
         model_args, model_kwargs: those of `forward`.
         names_filter: None (all but the large split inputs), a name, a list of names, or a predicate.
-        device: where activations are stored; None: where they are computed.
-        remove_batch_dim: store the activations of a single row without the batch axis.
+        device: of the stored activations; None: where they are computed. remove_batch_dim: a single row without axis.
         incl_bwd: run backward on the output (a scalar: return_type="loss"), store gradients under "..._grad".
         pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
             of scores and patterns), never heads, never images.
         reset_hooks_end, clear_contexts: as transformer_lens. return_cache_object: False for a plain dictionary.
-        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
-        """
+        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row."""
         caching = dict(names_filter=names_filter, device=device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice)
         ending = dict(incl_bwd=incl_bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts)
         out, cache, inputs = hooks.run_with_cache(self, model_args, model_kwargs, **caching, **ending)

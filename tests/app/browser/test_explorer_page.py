@@ -112,7 +112,7 @@ def test_other_model_is_chosen_and_asked(open_page: Any, server: str) -> None:
     tab(page, "Look")
     assert ask(page, "name the emotions of the person in the picture.") != ""
     page.click("#look-view [data-mode=push]")
-    page.locator("#look-view .vv-answer").first.click()  # its push is computed now
+    page.locator("#look-view .vv-answer").last.click()  # its push is computed now
     page.wait_for_function(f"{VIEW}.map !== null && {VIEW}.state.query !== {VIEW}.header.query")
 
 
@@ -132,10 +132,10 @@ def test_sweep_runs_and_a_cell_opens_its_head(open_page: Any, server: str) -> No
     page.click("#sweep")
     page.get_by_text("8 of 8 layers done", exact=False).first.wait_for()
     assert page.locator("#cells [role=gridcell]").count() == 64
-    cell = page.locator('#cells [role=gridcell][aria-label^="layer 3, head 5"]')
+    cell = page.locator('#cells [role=gridcell][aria-label^="L3H5"]')
     cell.focus()
     page.keyboard.press("ArrowRight")
-    assert "layer 3, head 6" in (page.evaluate("document.activeElement.getAttribute('aria-label')") or "")
+    assert "L3H6" in (page.evaluate("document.activeElement.getAttribute('aria-label')") or "")
     cell.click()
     page.wait_for_function(f"() => {{ const v = {VIEW}; return v && v.state.layer === 3 && v.state.head === 5; }}")
     assert page.get_by_role("tab", name="Look").get_attribute("aria-selected") == "true"
@@ -178,8 +178,8 @@ def test_steering_turns_the_answer_and_its_circuit_loads_again(open_page: Any, s
     page = opened(open_page, server)
     tab(page, "Steer")
     page.click("#steer")
+    page.locator("#steer-of").get_by_text("Shown:").wait_for()  # and not the example
     after = page.locator("#sides section").nth(1)
-    after.wait_for()
     assert "hit" in after.inner_text() and "miss" in page.locator("#sides section").nth(0).inner_text()
     said = after.locator("p").first.inner_text()
     page.click("#steer-export")

@@ -56,12 +56,22 @@ def test_hovered_token_shows_where_it_looks(page: Any, view: ExplorerView) -> No
     token = page.locator(".vv-answer", has_text="happy")
     token.hover()
     page.wait_for_function(f"{STATE}.hoverQuery !== null")
-    position = int(token.get_attribute("data-at") or -1)
-    shown = page.evaluate("[...document.querySelector('#view').veenaView.map.values]")
-    (bundle,) = [b for b in view.bundles if b.key.query == position and b.key.run == 0]
-    expected = bundle.maps.decode(view.inputs.image_mask[0])[0, 3]
-    torch.testing.assert_close(torch.tensor(shown), expected, rtol=1e-4, atol=1e-7)
-    assert "“happy” gives the image" in page.locator(".vv-status").inner_text()
+    own = int(token.get_attribute("data-at") or -1)
+    for label, position, where in (
+        (None, own - 1, f"(read at position {own - 1}, “feels”, which predicts it)"),
+        ("its own position", own, f"(read at its own position, {own})"),
+    ):
+        if label is not None:
+            page.get_by_label("A word shows", exact=True).select_option(label)
+        page.mouse.move(5, 5)
+        token.hover()
+        page.wait_for_function(f"{STATE}.hoverQuery === {position}")
+        page.wait_for_timeout(60)
+        shown = page.evaluate("[...document.querySelector('#view').veenaView.map.values]")
+        expected = decoded(view, position)[0, 3]
+        torch.testing.assert_close(torch.tensor(shown), expected, rtol=1e-4, atol=1e-7)
+        status = page.locator(".vv-status").inner_text()
+        assert status.startswith("L0H3: “happy” gives the image") and status.endswith(where)
     page.mouse.move(5, 5)
     page.wait_for_function(f"{STATE}.hoverQuery === null")
 
@@ -95,7 +105,7 @@ def test_keys_move_through_layers_heads_tokens_and_cells(page: Any) -> None:
     page.locator('.vv-token[aria-selected="true"]').focus()
     page.keyboard.press("ArrowRight")
     assert page.evaluate(f"{STATE}.query") == before + 1
-    assert page.evaluate("Number(document.activeElement.dataset.at)") == before + 1
+    assert page.evaluate("Number(document.activeElement.dataset.at)") == before + 2  # the word that is predicted there
     page.locator(".vv-picture canvas").first.focus()
     page.keyboard.press("Enter")
     first = page.evaluate(f"{STATE}.patch")
@@ -292,7 +302,7 @@ def test_notebook_widget_draws_and_asks_the_kernel_for_what_it_lacks(open_page: 
     state = "document.querySelector('.veena-view').veenaView"
     token = page.locator(".vv-token", has_text="feel").first
     token.click()
-    position = int(token.get_attribute("data-at") or -1)
+    position = int(token.get_attribute("data-at") or -1) - 1  # where it is predicted
     page.wait_for_function(f"{state}.store.get({{query: {position}}}).heads === 8")
     assert page.evaluate("window.pinned.query") == position and answers
     page.evaluate("document.addEventListener('keydown', (event) => { window.escaped = event.key; })")

@@ -36,7 +36,7 @@ def test_server_settings_change_the_call_but_are_not_shown() -> None:
 def test_sources_come_after_what_they_need_and_imports_are_public() -> None:
     calls = [Made(None, "x", functions=(patched_effects, neurons.exciting, sample))]
     code = program(*calls)
-    assert code.index("def first_token") < code.index("def patched_effects")
+    assert code.index("def single_token") < code.index("def patched_effects")
     assert code.index("def marked") < code.index("def exciting") and code.count("def sample(") == 1
     for line in ("from veena_lens import HookedVLM", "from veena_lens.sweeps import patch_sweep", "import torch"):
         assert line in code

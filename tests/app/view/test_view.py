@@ -286,7 +286,9 @@ def test_widget_answers_with_maps_or_with_the_reason(model: Any, pair: Any) -> N
 def test_two_thousand_tokens_fit_the_budget() -> None:
     cache = large_cache()
     view = ExplorerView.from_cache(cache, pictures=[large_picture()], modes=["attention", "norms"], max_bytes=12 << 20)
-    assert sum(b.size for b in view.bundles) < 16 << 20 and len(view.bundles) == 60
+    assert (
+        sum(b.size for b in view.bundles) < 16 << 20 and len(view.bundles) == 61
+    )  # of text, and what predicts the first word
     assert [p["grid"] for p in view.header["panels"]] == [(24, 24), (48, 48)]
     asked = maps_of(view, query=view.bundles[-1].key.query)
     assert asked.shape == (32, 32, cache.inputs.shape[1]) and int(view.inputs.image_mask.sum()) == N_IMAGE

@@ -17,11 +17,15 @@ export function cells(root, data, chosen) {
   let most = 0;
   for (const row of values) for (const v of row) if (v !== null) most = Math.max(most, Math.abs(v));
   const colourOf = (v) => (v === null ? data.missing : data.colours[Math.round(((v / (most || 1) + 1) / 2) * 255)]);
+  const place = (r, c) => {
+    if (columnName === "head") return `L${rows[r]}H${columns[c]}`;
+    return columns.length === 1 ? `${rowName} ${rows[r]}` : `${rowName} ${rows[r]}, ${columnName} ${columns[c]}`;
+  };
   const name = (r, c) => {
     const v = values[r][c];
-    return `${rowName} ${rows[r]}, ${columnName} ${columns[c]}: ${v === null ? "not run yet" : v.toFixed(3)}`;
+    return `${place(r, c)}: ${v === null ? "not run yet" : v.toFixed(3)}`;
   };
-  const status = element("p", { class: "veena-status", "aria-live": "polite", text: `${data.done} of ${rows.length} ${rowName}s done` });
+  const status = element("p", { class: "veena-status", "aria-live": "polite", text: data.done < rows.length ? `${data.done} of ${rows.length} ${rowName}s done` : "" });
   const table = element("div", { class: "veena-cells", role: "grid", "aria-label": data.title });
   table.style.setProperty("--columns", columns.length);
   const buttons = values.map((row, r) => {
@@ -38,7 +42,7 @@ export function cells(root, data, chosen) {
     table.append(line);
     return made;
   });
-  const head = element("div", { class: "veena-cellrow veena-cellhead", "aria-hidden": "true" }, element("span", { class: "veena-cellname", text: rowName }));
+  const head = element("div", { class: "veena-cellrow veena-cellhead", "aria-hidden": "true" }, element("span", { class: "veena-cellname", text: columns.length > 1 ? `${rowName} \\ ${columnName}` : rowName }));
   const step = Math.ceil(columns.length / 16);
   columns.forEach((c, i) => head.append(element("span", { text: i % step ? "" : c })));
   if (buttons.length && buttons[0].length) buttons[0][0].tabIndex = 0;
@@ -55,5 +59,5 @@ export function cells(root, data, chosen) {
   const bar = element("div", { class: "veena-scale", "aria-hidden": "true" });
   bar.style.background = `linear-gradient(to right, ${[0, 64, 127, 191, 255].map((i) => data.colours[i]).join(",")})`;
   root.append(element("h3", { class: "veena-title", text: data.title }), head, table,
-    element("div", { class: "veena-scalerow" }, element("span", { text: (-most).toFixed(2) }), bar, element("span", { text: most.toFixed(2) }), element("span", { text: `columns: ${columnName}` })), status);
+    element("div", { class: "veena-scalerow" }, element("span", { text: (-most).toFixed(2) }), bar, element("span", { text: most.toFixed(2) }), element("span", { text: data.unit })), status);
 }

@@ -12,10 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.app.explorer.contrasts import Contrast, parts_of
 from veena_lens.app.explorer.own_pairs import OwnPairs
-from veena_lens.app.explorer.pictures import GivenImage, require_processable
+from veena_lens.app.explorer.pictures import GivenImage, open_upload, require_processable
 from veena_lens.app.explorer.programs import Made, make, model_of
 from veena_lens.app.explorer.state import Explorer, Session
+from veena_lens.app.explorer.words import note_of
 from veena_lens.app.questions import LIST
 from veena_lens.circuits import head_intention, top_neurons
 from veena_lens.emotion import PairSet, TooFewPairs, directions_from, load_pairs, neuron_projections, select_pairs
@@ -39,7 +41,8 @@ BEGUN, LISTED = f"after “{LEAD_IN}”", "asked for a list of emotions"
 class DirectionSettings:
     """Which direction: the first `n` pairs of an emotion, the reading, and whether wrongly answered pairs are left out.
 
-    own: the fingerprint of the visitor's own pairs, "" for the sample faces."""
+    own: the fingerprint of the visitor's own pairs, "" for the sample faces. contrast: that of two sets of images or
+    two prompts, which then make the direction instead; "" for none."""
 
     model: str
     emotion: str
@@ -47,6 +50,7 @@ class DirectionSettings:
     reading: str = BEGUN
     told_apart: bool = True
     own: str = ""
+    contrast: str = ""
 
     @property
     def lead_in(self) -> str | None:
@@ -60,7 +64,8 @@ class Direction:
 
     n_pairs: those of `n_given` that were used. heads: (layer, head, projection) and neurons: (layer, neuron,
     projection) that contribute most; `quieter`: those of the neurons that contribute by being less active, because
-    what they write points the other way. made: each of these with the program that makes it."""
+    what they write points the other way. made: each of these with the program that makes it. notes: what else to
+    know. images: files of a direction from two sets of images; n_pairs and n_given are then the sizes of these."""
 
     settings: DirectionSettings
     n_pairs: int
@@ -70,6 +75,8 @@ class Direction:
     neurons: list[tuple[int, int, float]] = field(default_factory=list)
     quieter: frozenset[tuple[int, int]] = frozenset()
     made: Mapping[str, Made] = field(default_factory=dict)
+    notes: str = ""
+    images: tuple[str, ...] = ()
 
     @property
     def model(self) -> str:
@@ -144,6 +151,8 @@ def extract(explorer: Explorer, session: Session, settings: DirectionSettings) -
     """Return the direction with its heads and neurons; the session keeps it as "direction".
 
     Raises: as `pairs_of`; ValueError where no pair is answered correctly, or twins become different tokens."""
+    if settings.contrast:
+        return extract_contrast(explorer, session, settings)
     pairs = pairs_of(session, settings)
     emotion, lead_in = settings.emotion, settings.lead_in
     with explorer.using(settings.model) as loaded:
@@ -157,7 +166,8 @@ def extract(explorer: Explorer, session: Session, settings: DirectionSettings) -
         except TooFewPairs:
             raise ValueError(
                 f"The model answers none of {counted(len(pairs.value), 'pair')} correctly: its answer must name "
-                f"{emotion} for the first image and not for its twin. Give other pairs, or use all of them."
+                f"{emotion} for the first image and not for its twin. Give other pairs, use all of them, or make a "
+                "direction from two sets of images or two prompts, which asks for no answer."
             ) from None
         chosen, directions = found.parts()
         vectors = directions.value.of(emotion)
@@ -165,16 +175,49 @@ def extract(explorer: Explorer, session: Session, settings: DirectionSettings) -
         direction = Made(vectors, "direction", (*directions.lines, line), directions.functions)
         heads = make("heads", strongest_heads, model, chosen, directions, emotion, lead_in, N_HEADS)
         neurons = make("neurons", strongest_neurons, model, chosen, directions, lead_in, N_NEURONS)
-        written = [(la, n, neuron_rows(loaded.blocks[la])[n].detach().cpu().double()) for la, n, _ in neurons.value]
-    result = Direction(
-        settings=settings,
-        n_pairs=len(chosen.value),
-        n_given=len(pairs.value),
-        vectors=vectors.float().cpu(),
-        heads=heads.value,
-        neurons=neurons.value,
-        quieter=frozenset((la, n) for la, n, row in written if float(row @ vectors[la].cpu()) < 0),
-        made={"direction": direction, "heads": heads, "neurons": neurons},
-    )
+        result = Direction(
+            settings=settings,
+            n_pairs=len(chosen.value),
+            n_given=len(pairs.value),
+            vectors=vectors.float().cpu(),
+            heads=heads.value,
+            neurons=neurons.value,
+            quieter=quieter_of(loaded, neurons.value, vectors),
+            made={"direction": direction, "heads": heads, "neurons": neurons},
+            notes=note_of(loaded, emotion),
+        )
+    session.kept["direction"] = result
+    return result
+
+
+def quieter_of(
+    model: HookedVLM, neurons: Sequence[tuple[int, int, float]], vectors: Float[Tensor, "layer d_model"]
+) -> frozenset[tuple[int, int]]:
+    """Return the neurons whose output weights point against the direction."""
+    written = ((la, n, neuron_rows(model.blocks[la])[n].detach().cpu().double()) for la, n, _ in neurons)
+    return frozenset((la, n) for la, n, row in written if float(row @ vectors[la].cpu().double()) < 0)
+
+
+def extract_contrast(explorer: Explorer, session: Session, settings: DirectionSettings) -> Direction:
+    """Return the direction from two sets of images or two prompts. Raises: ValueError where these were replaced."""
+    contrast: Contrast | None = session.kept.get("contrast")
+    if contrast is None or contrast.fingerprint != settings.contrast:
+        raise ValueError("Your images or prompts were replaced or removed; give them again.")
+    sizes = [len(files) for files in contrast.images()] or [1, 1]
+    with explorer.using(settings.model) as loaded:
+        for file in (file for files in contrast.images() for file in files):
+            require_processable(loaded, [open_upload(file, explorer.limits)], explorer.limits)
+        made = parts_of(model_of(loaded, settings.model), contrast, N_HEADS, N_NEURONS)
+        result = Direction(
+            settings=settings,
+            n_pairs=sizes[0],
+            n_given=sizes[1],
+            vectors=made["direction"].value,
+            heads=made["heads"].value,
+            neurons=made["neurons"].value,
+            quieter=quieter_of(loaded, made["neurons"].value, made["direction"].value),
+            made=made,
+            images=tuple(file for files in contrast.images() for file in files),
+        )
     session.kept["direction"] = result
     return result

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from veena_lens.app.explorer.directions import Direction
-from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box, table_files, view_slot, view_value
+from veena_lens.app.explorer.exports import keep_pinned, look_files
+from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box, view_slot, view_value
 from veena_lens.app.explorer.pictures import GivenImage, chosen, open_sample, require_processable, samples, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
 from veena_lens.app.explorer.state import Explorer, Session, reading, report_errors, size, takes
+from veena_lens.app.explorer.status import Status
 from veena_lens.app.questions import FEELING
-from veena_lens.app.view import ExplorerView, mean_map_bytes, open_cache, save_cache
+from veena_lens.app.view import ExplorerView, mean_map_bytes, open_cache
 
 if TYPE_CHECKING:
     from veena_lens import HookedVLM, MultimodalInputs
 
 SAVE = 'view.save("view.html")  # or view.widget() in a notebook'
 NO_SECOND = "none"
+MOST_SHOWN = 120  # characters of a question in a line
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,9 +38,20 @@ class Question:
     answer: str
 
     @property
+    def text(self) -> str:
+        """Say in words what was asked."""
+        return asked_in_words(self.model, [Path(p.name).name for p in self.pictures], self.prompt)
+
+    @property
     def images(self) -> list[Made]:
         """Return the images as a program opens them."""
         return [picture.made for picture in self.pictures]
+
+
+def asked_in_words(model: str, images: Sequence[str], question: str) -> str:
+    """Return model, images and question as a line says them."""
+    short = question if len(question) <= MOST_SHOWN else f"{question[:MOST_SHOWN]} …"
+    return " · ".join([model, *(images or ["no image"]), f"“{short}”"])
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,26 @@ class Choices:
     prompt: str
     second: str | None
     max_new_tokens: float | int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookParts:
+    """The components of the tab that another one may fill, and its status."""
+
+    status: Status
+    uploads: Any
+    sample: Any
+    prompt: Any
+    second: Any
+    thumbs: Any
+    answer: Any
+    view: Any
+    code: Any
+    length: Any
+
+    def all(self) -> list[Any]:
+        """Return the components in the order in which `open_head` fills them."""
+        return [self.view, self.code, self.uploads, self.sample, self.prompt, self.second, self.thumbs, self.answer]
 
 
 def ask(
@@ -137,61 +171,22 @@ def prepared(model: HookedVLM, images: list, question: str, answer: str) -> Mult
     return inputs.with_answer(answer) if answer else inputs
 
 
-def first_token(model: HookedVLM, word: str) -> int:
-    """Return the first token of a word as it follows a space. Raises: ValueError for an empty word."""
-    if not word.strip():
-        raise ValueError("Name two words whose logits are compared, for example happy and neutral.")
-    return int(model.tokenizer(f" {word.strip()}", add_special_tokens=False)["input_ids"][0])
-
-
-def cell_boxes_of(inputs: MultimodalInputs, image: int = 0) -> Any:
-    """Return the boxes of the grid's cells row by row, in pixels of the image; None where they are not known."""
-    boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
-    if boxes is None or not inputs.grid_places:
-        return boxes
-    return boxes[list(inputs.grid_places[0][image])]
-
-
 def export_look(explorer: Explorer, session: Session) -> list[str]:
-    """Write the view as a page, an image and a table, and the run's cache; return the paths.
+    """Write what is shown and pinned as a page, an image and a table, and the run's cache; return the paths.
 
     Raises: ValueError before anything was asked."""
-    from veena_lens import plots
-    from veena_lens.circuits import image_attention
-
     view: ExplorerView = session.need("look", "Ask something first; then there is something to export.")
-    files = [view.save(session.folder / "view.html")]
-    asked: Question | None = session.kept.get("asked")
-    if asked is None:
-        return [str(f) for f in files]
-    with explorer.using(asked.model) as model:
-        parts = ("attn.hook_rot_q", "attn.hook_rot_k", "hook_resid_post")
-        names = [n for n in model.hook_dict if n.startswith("blocks.") and n.endswith(parts)]
-        _, cache = model.run_with_cache(asked.inputs, names_filter=names)
-        windows = [model.cfg.window(layer) for layer in range(model.cfg.n_layers)]
-        scores = image_attention(model, asked.inputs) if asked.pictures else None
-    files.append(
-        save_cache(
-            cache,
-            session.folder / "cache.safetensors",
-            pictures=[p.image for p in asked.pictures],
-            tokenizer=model.tokenizer,
-            model_name=asked.model,
-            windows=windows if any(windows) else None,
-        )
-    )
-    if scores is not None:
-        files += table_files(scores.to_frame(), session, "attention")
-        total = scores.values[0].sum((-1, -2)).mean(-1)
-        best = scores.select(batch=0).mean("head").select(layer=int(total.argmax()))
-        figure = plots.overlay(asked.pictures[0].image, best.values, patch_boxes=cell_boxes_of(asked.inputs))
-        files.append(plots.save(figure, session.folder / "attention.png"))
-    return [str(f) for f in files]
+    return look_files(explorer, session, view, session.kept.get("asked"))
 
 
 def build(shared: Shared) -> None:
     """Build the tab's components and say what they do."""
     explorer = shared.explorer
+    status = shared.status("look")
+    gr.Markdown(
+        "Ask a question about an image. Which cells of the image does the model look at when it says each word?",
+        elem_classes="veena-asks",
+    )
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=260):
             uploads = file_box("Images (drop one or several)", "uploads", several=True)
@@ -206,6 +201,7 @@ def build(shared: Shared) -> None:
             with gr.Row():
                 go = gr.Button("Ask", variant="primary", elem_id="ask", scale=2)
                 stop = gr.Button("Stop", elem_id="stop", scale=1)
+            status.place_notice()
             answer = gr.Textbox(label="Answer", interactive=False, lines=2, elem_id="answer")
             with gr.Accordion("Compare with a second image, set lengths, open a cache", open=False, elem_id="more"):
                 second = gr.Dropdown(
@@ -221,13 +217,28 @@ def build(shared: Shared) -> None:
                     False, label="Use the chosen model to add the logit lens to caches", elem_id="cache-lens"
                 )
                 cache = file_box("An activation cache (.safetensors)", "cache")
+    status.place_origin()
     view = view_slot("look-view")
     code = code_box("look-code")
-    shared.look_view, shared.look_code = view, code
+    shared.look = LookParts(
+        status=status,
+        uploads=uploads,
+        sample=sample,
+        prompt=prompt,
+        second=second,
+        thumbs=thumbs,
+        answer=answer,
+        view=view,
+        code=code,
+        length=length,
+    )
 
-    def shown(session: Session, other: str | None) -> tuple[str, str]:
-        compared = None if other in (None, NO_SECOND) else open_sample(other)
+    def shown(session: Session, other: str | None, values: Sequence[Any] | None) -> tuple[str, str]:
+        compared = None if other in (None, NO_SECOND) else open_sample(str(other))
         found, lines = look(explorer, session, compared)
+        asked: Question = session.kept["asked"]
+        text = asked.text + (f" · compared with {Path(compared.name).name}" if compared else "")
+        status.shows(session, values, text)
         return view_value(explorer.show(session, "look", found)), lines
 
     def preview(paths: list[str] | None, name: str | None, request: gr.Request) -> str:
@@ -238,10 +249,12 @@ def build(shared: Shared) -> None:
     def answered(choices: Choices, session: Session) -> Iterator[tuple[Any, Any, Any]]:
         explorer.own(session, choices.uploads)
         pictures = chosen(choices.uploads, choices.sample, explorer.limits)
-        text = ""
+        text, values = "", tuple(vars(choices).values())
+        session.asking = values
+        status.begins(session)
         for text in ask(explorer, session, choices.model, pictures, choices.prompt, int(choices.max_new_tokens)):
-            yield text, gr.skip(), gr.skip()
-        yield text or "(empty answer)", *shown(session, choices.second)
+            yield text, "", ""  # the map of the last answer does not stand beside a new one
+        yield text or "(empty answer)", *shown(session, choices.second, values)
 
     @report_errors
     def stopped(other: str, request: gr.Request) -> tuple[Any, Any, Any]:
@@ -249,17 +262,19 @@ def build(shared: Shared) -> None:
         asked = session.kept.get("asked")
         if asked is None:
             return gr.skip(), gr.skip(), gr.skip()
-        return asked.answer or "(stopped before the first token)", *shown(session, other)
+        return asked.answer or "(stopped before the first token)", *shown(session, other, session.asking)
 
-    def opened(path: str | None, with_lens: bool, model: str, session: Session) -> tuple[Any, Any, Any]:
+    def opened(path: str | None, with_lens: bool, model: str, session: Session) -> tuple[Any, Any, Any, Any]:
         if not path:
-            return gr.skip(), gr.skip(), gr.skip()
+            return gr.skip(), gr.skip(), gr.skip(), gr.skip()
         found, lines = look_at_cache(explorer, path, model if with_lens else None)
         session.kept.pop("asked", None)
-        return view_value(explorer.show(session, "look", found)), lines, f"(a cache: {Path(path).name})"
+        status.shows(session, None, f"the cache {Path(path).name}, whatever is chosen above")
+        text = f"(a cache: {Path(path).name})"
+        return view_value(explorer.show(session, "look", found)), lines, text, thumbnails([])
 
     @report_errors
-    def uploaded(path: str | None, with_lens: bool, model: str, request: gr.Request) -> tuple[Any, Any, Any]:
+    def uploaded(path: str | None, with_lens: bool, model: str, request: gr.Request) -> tuple[Any, Any, Any, Any]:
         session = explorer.session(request.session_hash)
         explorer.own(session, path)
         return opened(path, with_lens, model, session)
@@ -270,27 +285,32 @@ def build(shared: Shared) -> None:
         session = explorer.session(request.session_hash)
         if explorer.cache is not None:
             found = opened(str(explorer.cache), False, model, session)
-            yield thumbnails([]), found[2], found[0], found[1]
+            yield found[3], found[2], found[0], found[1], status.line(session)
             return
         faces = preview(None, name, request)
-        yield faces, gr.skip(), gr.skip(), gr.skip()
+        yield faces, gr.skip(), gr.skip(), gr.skip(), gr.skip()
         if shared.asks_at_once:
             for step in answered(Choices(model, None, name, question, NO_SECOND, 64), session):
-                yield (faces, *step)
+                yield (faces, *step, status.line(session))
+
+    @report_errors
+    def pinned(request: gr.Request, event: gr.EventData) -> None:
+        keep_pinned(explorer.session(request.session_hash), "look", event)
 
     sources = [shared.model, uploads, sample, prompt, second, length]
-    asked = gr.on(
+    asked = status.listen(
         [go.click, prompt.submit],
         takes(explorer, Choices)(answered),
         sources,
         [answer, view, code],
         concurrency_limit=4,
-        api_visibility="private",
     )
-    stop.click(stopped, second, [answer, view, code], cancels=[asked], api_visibility="private")
-    quietly: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    status.listen([stop.click], stopped, second, [answer, view, code], cancels=[asked])
+    status.watch(sources)
+    quietly: dict[str, Any] = {"show_progress": "hidden"}
     for component in (uploads, sample):
-        component.change(report_errors(preview), [uploads, sample], thumbs, **quietly)
-    cache.upload(uploaded, [cache, lens, shared.model], [view, code, answer], api_visibility="private")
-    export_box("look", lambda session: export_look(explorer, session), explorer)
-    shared.loads.append((first, [shared.model, sample, prompt], [thumbs, answer, view, code]))
+        status.listen([component.change], report_errors(preview), [uploads, sample], thumbs, clears=[thumbs], **quietly)
+    status.listen([cache.upload], uploaded, [cache, lens, shared.model], [view, code, answer, thumbs])
+    view.select(pinned, None, None, api_visibility="private", show_progress="hidden")
+    export_box("look", lambda session: export_look(explorer, session), shared.explorer, status)
+    shared.loads.append((first, [shared.model, sample, prompt], [thumbs, answer, view, code, status.of]))

@@ -77,7 +77,7 @@ def take_sets(
                 (folder / name).mkdir()
                 for i, path in enumerate(sorted(files, key=lambda p: Path(p).stem) if by_name else files):
                     open_upload(path, limits)
-                    stem = _plain(Path(path).stem) if by_name else f"{i + 1:03d}"
+                    stem = plain_stem(path) if by_name else f"{i + 1:03d}"
                     shutil.copyfile(path, folder / name / f"{stem}{Path(path).suffix.lower()}")
             return _kept(session, folder, limits=limits)
     except BaseException:
@@ -166,8 +166,9 @@ def _require_inside(folder: Path, most: int | None) -> None:
             raise ValueError(f"The {MANIFEST} names {file!r}, which is not in the archive.")
 
 
-def _plain(name: str) -> str:
-    """Return a file's name without characters that could make a path."""
+def plain_stem(path: str) -> str:
+    """Return a file's name without its ending, and without characters that could make a path."""
+    name = Path(path).stem
     return "".join(c if c.isalnum() or c in "-_ ." else "_" for c in name).lstrip(".") or "image"
 
 

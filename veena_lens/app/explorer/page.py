@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from veena_lens.app.explorer import lens, look, neurons, pairs, patch, steer
+from veena_lens.app.explorer import lens, look, neurons, pairs, patch_tab, steer_tab
 from veena_lens.app.explorer.parts import Shared
 from veena_lens.app.explorer.state import KEPT_SECONDS, Explorer
 from veena_lens.checkpoints.files import bundled_names
@@ -14,8 +14,8 @@ from veena_lens.checkpoints.files import bundled_names
 TABS = (
     ("Look", "look", look.build),
     ("Lens", "lens", lens.build),
-    ("Patch", "patch", patch.build),
-    ("Steer", "steer", steer.build),
+    ("Patch", "patch", patch_tab.build),
+    ("Steer", "steer", steer_tab.build),
     ("Neurons", "neurons", neurons.build),
     ("Pairs", "pairs", pairs.build),
 )
@@ -37,6 +37,22 @@ CSS = """
 .veena-slot { min-height: 40px; color: #555b64; }
 .veena-slot.veena-view { color: #1c1e21; background: #ffffff; padding: 12px; border: 1px solid #d4d8de;
   border-radius: 6px; }
+.veena-asks p { font-size: 15px; color: #1c1e21; max-width: 90ch; }
+.veena-notice { display: flex; gap: 12px; align-items: start; justify-content: space-between; color: #7a1f00;
+  background: #fdf0ea; border: 1px solid #c1552b; border-radius: 6px; padding: 8px 12px; overflow-wrap: anywhere;
+  animation: veena-appear 0.5s; }
+.veena-notice[hidden] { display: none; }
+.veena-close { flex: none; background: none; border: 0; color: #7a1f00; text-decoration: underline; cursor: pointer; }
+@keyframes veena-appear { from { background: #f6b395; } }
+.veena-of { font-size: 14px; color: #555b64; margin: 4px 0; overflow-wrap: anywhere; }
+.veena-old { color: #7a1f00; font-weight: 600; }
+[role="tabpanel"]:has(.veena-old) .veena-slot, [role="tabpanel"]:has(.veena-old) .veena-figure,
+[role="tabpanel"]:has(.veena-old) :is(#answer, #sides, #neurons, #tokens, #drivers, #faces, #answers) {
+  filter: grayscale(0.8) opacity(0.55); }
+[id$="-notice"]:has(.veena-notice[hidden]) { display: none; }
+:is(#patch-view, #lens-view):has(.veena-slot:not(.veena-view)) { display: none; }
+[id$="-of"] { min-height: 0 !important; padding: 0 !important; }
+.veena-steered { display: grid; grid-template-columns: auto minmax(0, 1fr); gap: 14px; align-items: start; }
 .veena-hint p, .veena-status { color: #555b64; font-size: 14px; }
 .veena-title { font-size: 15px; font-weight: 600; margin: 8px 0; color: #1c1e21; }
 .veena-cellrow { display: flex; gap: 1px; margin-bottom: 1px; }
@@ -44,7 +60,7 @@ CSS = """
 .veena-cellrow > button { height: 26px; border: 0; padding: 0; cursor: pointer; }
 .veena-cellrow > button:hover, .veena-cellrow > button:focus-visible { outline: 3px solid #000000; outline-offset: -3px;
   box-shadow: inset 0 0 0 5px #ffffff; }
-.veena-cellrow > .veena-cellname { flex: 0 0 52px; font-size: 13px; color: #555b64; line-height: 26px; }
+.veena-cellrow > .veena-cellname { flex: 0 0 84px; font-size: 13px; color: #555b64; line-height: 26px; }
 .veena-cellhead > span { font-size: 12px; color: #555b64; text-align: center; overflow: hidden; }
 .veena-cellhead > .veena-cellname { text-align: left; }
 .veena-cells { max-width: 900px; }
@@ -86,7 +102,12 @@ def page_theme() -> Any:
     return theme.set(**light)
 
 
-ALWAYS_LIGHT = "() => { document.body.classList.remove('dark'); document.documentElement.classList.remove('dark'); }"
+KNOWS_FACES = "The embedded models know drawn faces only; for photographs serve a checkpoint with --model."
+
+
+def note_on(model: str) -> str:
+    """Say what an embedded model knows; nothing of others."""
+    return KNOWS_FACES if model in bundled_names() else ""
 
 
 def build_page(explorer: Explorer) -> Any:
@@ -97,17 +118,23 @@ def build_page(explorer: Explorer) -> Any:
         with gr.Row(equal_height=True):
             gr.Markdown("# veena_lens\nWhere in the image does it look, and why did it say that?", elem_id="title")
             model = gr.Dropdown(
-                explorer.names, value=explorer.names[0], label="Model", elem_id="model", scale=0, min_width=280
+                explorer.names,
+                value=explorer.names[0],
+                label="Model",
+                info=note_on(explorer.names[0]) or None,
+                elem_id="model",
+                scale=0,
+                min_width=330,
             )
+        model.change(
+            lambda name: gr.update(info=note_on(name)), model, model, api_visibility="private", show_progress="hidden"
+        )
         shared = Shared(explorer=explorer, model=model)
         shared.asks_at_once = explorer.names[0] in bundled_names()
         with gr.Tabs(elem_id="tabs") as shared.tabs:
             for title, name, build in TABS:
-                with gr.Tab(title, id=name, elem_id=f"tab-{name}"):
+                with gr.Tab(title, id=name, elem_id=f"tab-{name}") as shared.tab:
                     build(shared)
-        assert shared.opens_head is not None
-        cells, opened = shared.opens_head
-        cells.select(opened, None, [shared.look_view, shared.look_code, shared.tabs], api_visibility="private")
         for handler, inputs, outputs in shared.loads:
             demo.load(handler, inputs, outputs, api_visibility="private", show_progress="hidden")
 

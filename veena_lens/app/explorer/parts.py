@@ -8,8 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 from jaxtyping import Float
@@ -18,11 +17,9 @@ from torch import Tensor
 
 from veena_lens.app.explorer.pictures import samples
 from veena_lens.app.explorer.state import Explorer, Session, report_errors
+from veena_lens.app.explorer.status import Status
 from veena_lens.app.view.building import colours
 from veena_lens.plots import theme
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 VIEW = """
 const slot = () => element.querySelector('.veena-slot');
@@ -72,14 +69,14 @@ def view_slot(name: str) -> gr.HTML:
     return _slot(name, VIEW)
 
 
-def cells_slot(name: str) -> gr.HTML:
-    """Make an empty place for a grid of cells; its "select" says the row and column that was clicked."""
-    return _slot(name, CELLS)
+def cells_slot(name: str, value: str = "") -> gr.HTML:
+    """Make a place for a grid of cells; its "select" says the row and column that was clicked."""
+    return _slot(name, CELLS, value)
 
 
-def _slot(name: str, script: str) -> gr.HTML:
+def _slot(name: str, script: str, value: str = "") -> gr.HTML:
     template = '<div class="veena-slot"></div>'
-    return gr.HTML(value="", html_template=template, js_on_load=script, elem_id=name, apply_default_css=False)
+    return gr.HTML(value=value, html_template=template, js_on_load=script, elem_id=name, apply_default_css=False)
 
 
 def view_value(token: str, **opened: Any) -> str:
@@ -95,9 +92,12 @@ def cells_value(
     row_name: str,
     column_name: str,
     title: str,
+    unit: str = "",
     done: int | None = None,
 ) -> str:
-    """Return what a grid of cells shows; NaN, for a cell that is not there yet, and infinities stay empty."""
+    """Return what a grid of cells shows; `unit`: what the numbers are.
+
+    NaN, for a cell that is not there yet, and infinities stay empty."""
     numbers = [[round(v, 5) if math.isfinite(v) else None for v in row] for row in values.tolist()]
     return json.dumps(
         {
@@ -107,6 +107,7 @@ def cells_value(
             "rowName": row_name,
             "columnName": column_name,
             "title": title,
+            "unit": unit,
             "done": len(rows) if done is None else done,
             "colours": colours()["signed"],
             "missing": theme.MISSING,
@@ -127,12 +128,15 @@ class Shared:
     explorer: Explorer
     model: Any
     tabs: Any = None
-    look_view: Any = None
-    look_code: Any = None
+    tab: Any = None  # the one that is built now
+    look: Any = None
     pair: Any = None
-    opens_head: tuple[Any, Any] | None = None
     asks_at_once: bool = False
     loads: list[tuple[Any, list[Any], list[Any]]] = field(default_factory=list)
+
+    def status(self, name: str, also: Callable[[Session], Any] | None = None) -> Status:
+        """Return the status of the tab that is built now."""
+        return Status(self.explorer, name, self.tab, also)
 
     @property
     def first_sample(self) -> str:
@@ -153,22 +157,15 @@ def code_box(name: str) -> Any:
         return gr.Code(language="python", interactive=False, show_label=False, elem_id=name)
 
 
-def table_files(frame: pd.DataFrame, session: Session, name: str) -> list[Path]:
-    """Write a table as CSV and as Parquet into the session's folder; return both paths."""
-    paths = [session.folder / f"{name}.csv", session.folder / f"{name}.parquet"]
-    frame.to_csv(paths[0], index=False)
-    frame.to_parquet(paths[1], index=False)
-    return paths
-
-
-def export_box(name: str, files: Callable[[Session], list[str]], explorer: Explorer) -> None:
+def export_box(name: str, files: Callable[[Session], list[str]], explorer: Explorer, status: Status) -> None:
     """Make a button, and a place for the files that it writes."""
 
     @report_errors
     def export(request: gr.Request) -> Any:
-        return gr.update(value=files(explorer.session(request.session_hash)), visible=True)
+        session = explorer.session(request.session_hash)
+        return gr.update(value=files(session), visible=True)
 
     with gr.Row():
         button = gr.Button("Export", elem_id=f"{name}-export", scale=0, min_width=120)
         out = gr.File(label="Files", visible=False, interactive=False, file_count="multiple", elem_id=f"{name}-files")
-    button.click(export, None, out, api_visibility="private")
+    status.listen([button.click], export, None, out, keeps=True)

@@ -1,14 +1,14 @@
-"""The Patch tab: a pair of images, every head or every layer's residual patched, and a click that opens a head.
+"""What the Patch tab runs: every head or every layer's residual of a pair patched, and a head opened in the Look tab.
 
 A sweep runs layer by layer: it shows its progress, stops between layers, and is estimated before it starts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -17,21 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.app.explorer import look
-from veena_lens.app.explorer.look import first_token
-from veena_lens.app.explorer.parts import (
-    Shared,
-    cells_slot,
-    cells_value,
-    code_box,
-    export_box,
-    file_box,
-    table_files,
-    view_value,
-)
-from veena_lens.app.explorer.pictures import GivenImage, open_upload, require_processable, thumbnails
+from veena_lens.app.explorer.exports import about, captioned, table_files
+from veena_lens.app.explorer.parts import cells_value, view_value
+from veena_lens.app.explorer.pictures import GivenImage, open_upload, require_processable
 from veena_lens.app.explorer.programs import Made, make, model_of, program
-from veena_lens.app.explorer.state import Explorer, Limits, Session, report_errors, size, takes
-from veena_lens.app.questions import LIST
+from veena_lens.app.explorer.state import Explorer, Limits, Session, size
+from veena_lens.app.explorer.words import single_token
+from veena_lens.app.view.effects import effects_view
 from veena_lens.emotion import Pair, load_pairs
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -45,6 +37,7 @@ if TYPE_CHECKING:
 
 TOGETHER = 512  # rows of a sweep that travel together unless memory asks for fewer
 STEPS = 32  # a sweep of more layers takes several per step
+WHERE = {"last": "last position", "query": "all positions of the question", "each": "each position alone"}
 SITES = {"heads": "heads", "residual stream": "resid", "attention outputs": "attn_out", "MLP outputs": "mlp_out"}
 
 
@@ -91,6 +84,14 @@ class SweepSettings:
     direction: str = "denoising"
     max_rows: int = TOGETHER
 
+    @property
+    def text(self) -> str:
+        """Say in words which sweep this is."""
+        images = [f"{Path(self.clean.name).name} → {Path(self.corrupted.name).name}"]
+        part = next(name for name, site in SITES.items() if site == self.sites)
+        asked = look.asked_in_words(self.model, images, self.prompt)
+        return f"{asked} · {part}, {WHERE[self.positions]}, {self.direction}"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Swept:
@@ -125,9 +126,9 @@ def patched_effects(
 
     Raises: ValueError for words that begin with the same token, or as `patch_sweep`."""
     first, second = (model.prepare(text=question, images=image) for image in (clean, corrupted))
-    right, wrong = (first_token(model, word) for word in words)
+    right, wrong = (single_token(model, word) for word in words)
     if right == wrong:
-        raise ValueError(f"{words[0]!r} and {words[1]!r} begin with the same token; choose other words.")
+        raise ValueError(f"{words[0]!r} and {words[1]!r} are the same token; choose other words.")
     metric = logit_diff(right, wrong)
     return patch_sweep(model, first, second, sites, positions, metric, direction, progress=False, **settings)
 
@@ -225,9 +226,18 @@ def export_sweep(session: Session) -> list[str]:
     from veena_lens import plots
 
     swept: Swept = session.need("swept", "Run a sweep first; then there is something to export.")
-    figure = plots.save(swept.result.plot(), session.folder / "patching.png")
-    own = swept.result.save(session.folder / "patching.safetensors")
-    return [str(f) for f in (figure, *table_files(swept.result.to_frame(), session, "patching"), own)]
+    settings, result = swept.settings, swept.result
+    names = {"clean": settings.clean.name, "corrupted": settings.corrupted.name, "metric": metric_name(settings)}
+    told = about(settings.model, settings.prompt, **names, sites=settings.sites, direction=settings.direction)
+    on_image: dict[str, Any] = {"image": settings.clean.image} if "image_grids" in result.meta else {}
+    figure = plots.save(captioned(result.plot(**on_image), told), session.folder / "patching.png")
+    own = replace(result, meta={**result.meta, **told}).save(session.folder / "patching.safetensors")
+    return [str(f) for f in (figure, *table_files(result.to_frame(), session, "patching", told), own)]
+
+
+def metric_name(settings: SweepSettings) -> str:
+    """Return the logit difference that a sweep measures, in words."""
+    return " − ".join(f"“{word}”" for word in settings.words)
 
 
 @lru_cache(maxsize=1)
@@ -258,14 +268,15 @@ def shown_cells(swept: Swept) -> str:
     what = "restored" if settings.direction == "denoising" else "removed"
     part = {"heads": "head", "resid": "residual", "attn_out": "attention output", "mlp_out": "MLP output"}
     mean = ", mean over positions" if result.axes != swept.result.axes else ""
-    words = " − ".join(f"“{word}”" for word in settings.words)
     return cells_value(
         swept.effects,
         range(layers),
         columns,
         row_name="layer",
         column_name=axis or "part",
-        title=f"Share of the logit difference {words} {what} by patching each {part[settings.sites]}{mean}",
+        title=f"Share of the logit difference {metric_name(settings)} {what} by patching each {part[settings.sites]}"
+        f"{mean}",
+        unit=f"share of the logit difference {what} (1: all of it)",
         done=swept.done,
     )
 
@@ -283,89 +294,41 @@ def open_head(explorer: Explorer, session: Session, row: int, column: int) -> tu
     )
     view, code = look.look(explorer, session, settings.corrupted)
     opened = {"layer": row, **({"head": column} if settings.sites == "heads" else {})}
+    shown = grid_of(swept.result)
+    if "pos" in shown.axes:
+        at = int(shown.labels["pos"][column])
+        opened["patch" if bool(inputs.image_mask[0, at]) else "query"] = at
     return view_value(explorer.show(session, "look", view), **opened), code
 
 
+def effects_on_image(explorer: Explorer, session: Session) -> str:
+    """Return the view of a sweep over positions, for its slot: a map over the image, the text as a strip; "" else."""
+    swept: Swept = session.kept["swept"]
+    settings, result = swept.settings, swept.result
+    if "image_grids" not in result.meta:
+        return ""
+    result = result.mean("head") if "head" in result.axes else result
+    name = "share of the logit difference " + ("restored" if settings.direction == "denoising" else "removed")
+    with explorer.using(settings.model) as model:
+        base = settings.corrupted if settings.direction == "denoising" else settings.clean
+        inputs = model.prepare(text=settings.prompt, images=base.image)
+        view = effects_view(result, inputs, [base.image], model.tokenizer, name=name, title=settings.model)
+    return view_value(explorer.show(session, "patch", view))
+
+
 def run(explorer: Explorer, session: Session, settings: SweepSettings) -> Iterator[tuple[Any, ...]]:
-    """Yield what the tab shows as layers are done: cells, status, the button of a smaller sweep, program."""
+    """Yield what the tab shows as layers are done: cells, status, the button of a smaller sweep, program, image."""
     try:
         plan, lines = check(explorer, settings)
     except TooLarge as error:
         session.kept["smaller"] = error.smaller
-        yield gr.skip(), f"**Too large.** {error}", gr.update(visible=error.smaller is not None), gr.skip()
+        too_large = f"**Too large.** {error}"
+        yield gr.skip(), too_large, gr.update(visible=error.smaller is not None), gr.skip(), gr.skip()
         return
     cost = f"{plan.n_rows:,} runs, for about {plan.saving:.0f} times less computation than one by one."
-    yield gr.skip(), cost, gr.update(visible=False), lines
+    yield "", cost, gr.update(visible=False), lines, ""
     for swept in sweep(explorer, session, settings):
-        yield shown_cells(swept), f"{swept.done} of {len(swept.effects)} layers done.", gr.skip(), gr.skip()
-
-
-def build(shared: Shared) -> None:
-    """Build the tab's components and say what they do."""
-    explorer, names = shared.explorer, list(pair_names())
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=260):
-            pair = gr.Dropdown(names, value=names[0], label="Pair: emotional and neutral", elem_id="pair")
-            uploads = file_box("or two images of your own", "pair-uploads", several=True)
-            thumbs = gr.HTML(elem_id="pair-thumbs", apply_default_css=False)
-        with gr.Column(scale=3, min_width=320):
-            prompt = gr.Textbox(LIST, label="Question", elem_id="patch-prompt")
-            with gr.Row():
-                right = gr.Textbox(names[0].split(",")[0], label="Word for the first image", elem_id="right")
-                wrong = gr.Textbox("neutral", label="Word for the second image", elem_id="wrong")
-            with gr.Row():
-                sites = gr.Dropdown(list(SITES), value="heads", label="What is patched", elem_id="sites")
-                where = gr.Dropdown(["last", "query", "each"], value="last", label="Positions", elem_id="where")
-                way = gr.Dropdown(["denoising", "noising"], value="denoising", label="Direction", elem_id="way")
-            with gr.Row():
-                go = gr.Button("Run the sweep", variant="primary", elem_id="sweep", scale=2)
-                stop = gr.Button("Cancel", elem_id="cancel", scale=1)
-            status = gr.Markdown("", elem_id="sweep-status")
-            smaller = gr.Button("Run the smaller sweep", visible=False, elem_id="smaller")
-    cells = cells_slot("cells")
-    gr.Markdown("Click a cell to open that layer and head in the Look tab.", elem_classes="veena-hint")
-    code = code_box("patch-code")
-    shared.pair = pair
-
-    @report_errors
-    def preview(name: str, paths: list[str] | None, request: gr.Request) -> tuple[Any, Any]:
-        explorer.own(explorer.session(request.session_hash), paths)
-        first, second = pair_of(name, paths, explorer.limits)
-        word = gr.skip() if paths else name.split(",")[0]
-        return thumbnails([(first.image, "first"), (second.image, "second")], 96), word
-
-    @takes(explorer, Choices)
-    def chosen(choices: Choices, session: Session) -> Iterator[tuple[Any, ...]]:
-        explorer.own(session, choices.uploads)
-        yield from run(explorer, session, choices.settings(explorer.limits))
-
-    @report_errors
-    def run_smaller(request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        session = explorer.session(request.session_hash)
-        yield from run(explorer, session, session.need("smaller", "There is no smaller sweep; run one first."))
-
-    @report_errors
-    def opened(request: gr.Request, event: gr.EventData) -> tuple[Any, ...]:
-        at = event._data if isinstance(event._data, dict) else json.loads(event._data)
-        row, column = at.get("row"), at.get("column")
-        if not (isinstance(row, int) and isinstance(column, int)):
-            raise ValueError(f"A cell has a row and a column; got {at!r:.80}.")
-        view, lines = open_head(explorer, explorer.session(request.session_hash), row, column)
-        return view, lines, gr.Tabs(selected="look")
-
-    sources = [shared.model, pair, uploads, prompt, right, wrong, sites, where, way]
-    outputs = [cells, status, smaller, code]
-    look_of: dict[str, Any] = {"concurrency_limit": 4, "api_visibility": "private", "show_progress": "minimal"}
-    events: Any = [go.click(chosen, sources, outputs, **look_of), smaller.click(run_smaller, None, outputs, **look_of)]
-    stop.click(lambda: "Cancelled; finished layers are kept.", None, status, cancels=events, api_visibility="private")
-    gr.on(
-        [pair.change, uploads.change],
-        preview,
-        [pair, uploads],
-        [thumbs, right],
-        api_visibility="private",
-        show_progress="hidden",
-    )
-    shared.loads.append((preview, [pair, uploads], [thumbs, right]))
-    shared.opens_head = (cells, opened)
-    export_box("patch", export_sweep, explorer)
+        done = f"{swept.done} of {len(swept.effects)} layers done."
+        is_last = swept.done == len(swept.effects)
+        image = effects_on_image(explorer, session) if is_last else gr.skip()
+        yield shown_cells(swept), done, gr.skip(), gr.skip(), image

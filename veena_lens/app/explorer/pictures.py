@@ -37,6 +37,7 @@ class GivenImage:
     image: Image.Image
     name: str
     is_sample: bool
+    path: str = ""  # of an upload
 
     @property
     def made(self) -> Made:
@@ -89,7 +90,7 @@ def open_upload(path: str, limits: Limits) -> GivenImage:
         reason = str(error).replace(str(file), file.name) or type(error).__name__
         named = reason if file.name in reason else f"{file.name} cannot be read as an image: {reason}"
         raise ValueError(f"{named.rstrip('.')}. Give a PNG, JPEG or WebP.") from error
-    return GivenImage(image=image, name=file.name, is_sample=False)
+    return GivenImage(image=image, name=file.name, is_sample=False, path=str(file))
 
 
 def chosen(uploads: Sequence[str] | None, sample: str | None, limits: Limits) -> list[GivenImage]:

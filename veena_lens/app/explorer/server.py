@@ -130,8 +130,9 @@ def make_app(
         raise ImportError('The explorer needs Gradio: pip install "veena-lens[explore]".') from error
     from fastapi import FastAPI
 
-    from veena_lens.app.explorer.page import ALWAYS_LIGHT, CSS, HEAD, build_page, page_theme
+    from veena_lens.app.explorer.page import CSS, HEAD, build_page, page_theme
     from veena_lens.app.explorer.state import Explorer
+    from veena_lens.app.explorer.status import LISTEN
     from veena_lens.app.view import open_cache
     from veena_lens.checkpoints.files import bundled_names
 
@@ -169,7 +170,7 @@ def make_app(
         theme=page_theme(),
         css=CSS,
         head=HEAD,
-        js=ALWAYS_LIGHT,
+        js=LISTEN,
     )
 
 

@@ -60,6 +60,7 @@ class Limits:
 # What a user can correct; anything else is a bug, and is printed on the server as well.
 EXPECTED = (ValueError, TypeError, FileNotFoundError, IndexError, KeyError, ImportError)
 MEMORY = (MemoryError, torch.OutOfMemoryError)
+TOAST_SECONDS = 10.0  # in the page's corner; the notice beside the controls stays
 
 
 def sentence_of(error: BaseException) -> str:
@@ -140,12 +141,12 @@ def message(error: Exception) -> gr.Error:
             "The machine is out of memory; nothing was changed. Use a smaller image, a shorter prompt or fewer "
             "positions."
         )
-        return gr.Error(text, duration=None, print_exception=False)
+        return gr.Error(text, TOAST_SECONDS, print_exception=False)
     text = sentence_of(error)
     if isinstance(error, EXPECTED) and " " in text:
-        return gr.Error(text, duration=None, print_exception=False)
+        return gr.Error(text, TOAST_SECONDS, print_exception=False)
     return gr.Error(
-        f"Unexpected error, please report it: {type(error).__name__}: {text or 'without a message'}", duration=None
+        f"Unexpected error, please report it: {type(error).__name__}: {text or 'without a message'}", TOAST_SECONDS
     )
 
 
@@ -161,14 +162,33 @@ MOST_MODELS = 2
 KEPT_SECONDS = 3600.0  # exported and uploaded files
 
 
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What a result was made from, to compare with the choices of now, and in words."""
+
+    key: tuple[Any, ...] | None
+    also: Any
+    text: str
+
+
 @dataclass(eq=False)
 class Session:
-    """One tab's results by name; an entry of the same name replaces the last, so memory stays that of one of each."""
+    """One tab's results by name; an entry of the same name replaces the last, so memory stays that of one of each.
+
+    By tab of the page: what went wrong last, the result that is shown, and the choices of now."""
 
     key: str
     folder: Path
     kept: dict[str, Any] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)  # slot of the page -> address of its view
+    notices: dict[str, str] = field(default_factory=dict)
+    shown: dict[str, Shown] = field(default_factory=dict)
+    chosen: dict[str, tuple[Any, ...] | None] = field(default_factory=dict)
+    offers: dict[str, Any] = field(default_factory=dict)  # a word of several tokens
+    n_notices: int = 0
+    asking: tuple[Any, ...] | None = None  # the choices of the last question
+    finding: tuple[Any, ...] | None = None  # and of the last direction in the Neurons tab
+    pinned: dict[str, dict[str, Any]] = field(default_factory=dict)  # by slot: what is chosen in its view
 
     def need(self, name: str, what: str) -> Any:
         """Return a result. Raises: ValueError that says what to do first."""
@@ -316,6 +336,7 @@ class Explorer:
             self._views.pop(session.tokens.get(slot, ""), None)
             session.tokens[slot] = token
             session.kept[slot] = view
+            session.pinned.pop(slot, None)
             self._views[token] = view
         return token
 

@@ -7,23 +7,21 @@ activations of the key neurons; heads and neurons are those that contribute most
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import gradio as gr
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.app.explorer import directions, own_pairs
-from veena_lens.app.explorer.directions import BEGUN, FELT, LISTED, Direction, DirectionSettings
+from veena_lens.app.explorer.contrasts import Contrast
+from veena_lens.app.explorer.directions import Direction, DirectionSettings
+from veena_lens.app.explorer.exports import about, table_files
 from veena_lens.app.explorer.own_pairs import OwnPairs
-from veena_lens.app.explorer.parts import Shared, code_box, export_box, file_box
-from veena_lens.app.explorer.pictures import GivenImage, chosen, require_processable, samples, thumbnails
+from veena_lens.app.explorer.pictures import GivenImage, require_processable, thumbnails
 from veena_lens.app.explorer.programs import Made, make, model_of, program
-from veena_lens.app.explorer.state import Explorer, Session, reading, report_errors, takes
+from veena_lens.app.explorer.state import Explorer, Session, reading
 from veena_lens.app.questions import FEELING
 from veena_lens.emotion import load_pairs, sample_hit
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
@@ -33,10 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from veena_lens import HookedVLM
-
-MOST_SAMPLES = 24  # sample pairs of an emotion
-SHOWN_PAIRS = 6
-SAMPLES_RESTORED = "Back to the sample faces."
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,7 @@ class Choices:
     def direction(self, session: Session) -> DirectionSettings:
         """Say which direction is asked for: of the visitor's own pairs where there are some."""
         own: OwnPairs | None = session.kept.get("own_pairs")
+        contrast: Contrast | None = session.kept.get("contrast")
         return DirectionSettings(
             model=self.model,
             emotion=self.emotion,
@@ -70,6 +65,7 @@ class Choices:
             reading=self.reading,
             told_apart=self.told_apart,
             own="" if own is None else own.pairs.fingerprint,
+            contrast="" if contrast is None else contrast.fingerprint,
         )
 
 
@@ -115,7 +111,7 @@ def scaled(circuit: Circuit, alpha: float | int, beta: float | int, gamma: float
             if isinstance(item, kind):
                 item = replace(item, **{name: value})
         items.append(item)
-    return Circuit(items, circuit.name, circuit.meta)
+    return replace(circuit, interventions=items)
 
 
 def answers_about_image(model: HookedVLM, circuit: Circuit, image: Image.Image | str, question: str) -> tuple[str, str]:
@@ -143,22 +139,27 @@ def rates_on_faces(model: HookedVLM, circuit: Circuit, emotion: str, question: s
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Steered:
-    """One answer without and with the edits, and how many neutral faces are called by the wanted emotion."""
+    """One answer without and with the edits, and how many neutral faces are called by the wanted emotion.
+
+    rate_before, rate_after: None where the direction is not an emotion's, and answers are not judged."""
 
     circuit: Circuit
     before: str
     after: str
     wanted: str
-    rate_before: float
-    rate_after: float
+    rate_before: float | None
+    rate_after: float | None
     code: str
+    model: str
+    question: str
+    image: GivenImage
 
     def is_hit(self, text: str) -> bool:
         """Return True where a text names the wanted emotion on most of the wheels that show it."""
         return sample_hit(text, self.wanted) > 0.5
 
     @property
-    def sides(self) -> list[tuple[str, str, float]]:
+    def sides(self) -> list[tuple[str, str, float | None]]:
         """Return name, answer and rate without and with the edits."""
         return [("Before", self.before, self.rate_before), ("After", self.after, self.rate_after)]
 
@@ -170,6 +171,7 @@ def circuit_from(direction: Direction, layer: int, alpha: float | int, beta: flo
         "emotion": direction.emotion,
         "pairs": direction.n_pairs,
         "read": direction.settings.reading,
+        "contrast": bool(direction.settings.contrast),
     }
     made = direction.made
     unused = Made([], "[]")
@@ -204,9 +206,16 @@ def loaded_at(circuit: Circuit, alpha: float | int, beta: float | int, gamma: fl
 
 
 def steer(
-    explorer: Explorer, session: Session, name: str, circuit: Made, image: GivenImage, question: str, wanted: str
+    explorer: Explorer,
+    session: Session,
+    name: str,
+    circuit: Made,
+    image: GivenImage,
+    question: str,
+    wanted: str,
+    judged: bool = True,
 ) -> Steered:
-    """Return both answers, and the rates over neutral test faces. Nothing is left on the model.
+    """Return both answers, and if they are judged, the rates over neutral test faces. Nothing is left on the model.
 
     Raises: ValueError for a circuit that does not fit the model, or an empty question."""
     if not question.strip():
@@ -215,9 +224,13 @@ def steer(
         require_processable(loaded, [image], explorer.limits)
         model = model_of(loaded, name)
         answers = make("before, after", answers_about_image, model, circuit, image.made, question)
-        rates = make("rate_before, rate_after", rates_on_faces, model, circuit, wanted, FEELING)
-    then = ["print(before, after, rate_before, rate_after)", 'circuit.save("circuit.safetensors")']
-    (before, after), (rate_before, rate_after) = answers.value, rates.value
+        every = [answers]
+        if judged:
+            every.append(make("rate_before, rate_after", rates_on_faces, model, circuit, wanted, FEELING))
+    names = ", ".join(made.expression for made in every)
+    then = [f"print({names})", 'circuit.save("circuit.safetensors")']
+    before, after = answers.value
+    rate_before, rate_after = every[-1].value if judged else (None, None)
     found = Steered(
         circuit=circuit.value,
         before=before,
@@ -225,7 +238,10 @@ def steer(
         wanted=wanted,
         rate_before=rate_before,
         rate_after=rate_after,
-        code=program(answers, rates, then=then),
+        code=program(*every, then=then),
+        model=name,
+        question=question,
+        image=image,
     )
     session.kept["steered"] = found
     return found
@@ -236,156 +252,52 @@ def export_steering(session: Session) -> list[str]:
     import pandas as pd
 
     found: Steered = session.need("steered", "Steer something first; then there is something to export.")
-    path = found.circuit.save(session.folder / "circuit.safetensors")
-    rows = [
-        {"run": run.lower(), "answer": text, "hit": found.is_hit(text), "rate": rate} for run, text, rate in found.sides
-    ]
-    table = session.folder / "steering.csv"
-    pd.DataFrame(rows).to_csv(table, index=False)
-    return [str(path), str(table)]
+    told = about(found.model, found.question, image=found.image.name)
+    told |= {"direction": found.circuit.name or found.wanted}
+    del told["answer"]  # each row has its own
+    circuit = Circuit(list(found.circuit), found.circuit.name, {**found.circuit.meta, **told})
+    path = circuit.save(session.folder / "circuit.safetensors")
+    strengths = {name: found.circuit.meta[name] for name in ("alpha", "beta", "gamma") if name in found.circuit.meta}
+    rows = []
+    for run, text, rate in found.sides:
+        judged = {} if rate is None else {"hit": found.is_hit(text), "rate": rate}
+        rows.append({"run": run.lower(), "answer": text, **judged})
+    return [str(path), *map(str, table_files(pd.DataFrame(rows), session, "steering", told | strengths))]
 
 
 def describe_direction(direction: Direction) -> str:
     """Say in a sentence what was found."""
-    heads = ", ".join(f"{la}.{h}" for la, h, _ in direction.heads[:5])
-    n, given = direction.n_pairs, direction.n_given
-    pairs = f"{n} of your {counted(given, 'pair')}" if direction.settings.own else f"the {n} (of {given}) pairs"
-    pairs += " that the model answers correctly" if direction.settings.told_apart else ""
-    return (
-        f"Direction for **{direction.emotion}** from {pairs}, on {direction.model}. Heads that contribute most: "
+    heads = ", ".join(f"L{la}H{h}" for la, h, _ in direction.heads[:5])
+    n, given, settings = direction.n_pairs, direction.n_given, direction.settings
+    if settings.contrast:
+        source = f"{counted(n, 'image')} against {given}" if direction.images else "two prompts"
+    else:
+        source = f"{n} of your {counted(given, 'pair')}" if settings.own else f"the {n} (of {given}) pairs"
+        source += " that the model answers correctly" if settings.told_apart else ""
+    text = (
+        f"Direction for **{direction.emotion}** from {source}, on {direction.model}. Heads that contribute most: "
         f"{heads}; {counted(len(direction.neurons), 'neuron')} (see Neurons)."
     )
+    return f"{text} {direction.notes}".strip()
 
 
 def compared(found: Steered) -> str:
-    """Return both answers side by side, with hit and rate."""
-    sides = []
-    for title, text, rate in found.sides:
-        mark = "hit" if found.is_hit(text) else "miss"
-        sides.append(
-            f'<section class="veena-side"><h3>{title}</h3><p>{escape(text) or "(empty answer)"}</p>'
-            f'<p><span class="veena-{mark}">{mark}</span> for “{escape(found.wanted)}”; '
-            f"{rate:.0%} of 8 neutral faces</p></section>"
+    """Return the image that was steered, and both answers side by side, with hit and rate."""
+    sides = [
+        side(title, text, found.wanted, None if rate is None else found.is_hit(text), rate)
+        for title, text, rate in found.sides
+    ]
+    image = thumbnails([(found.image.image, Path(found.image.name).name)], 110)
+    return f'<div class="veena-steered">{image}<div class="veena-sides">{"".join(sides)}</div></div>'
+
+
+def side(title: str, text: str, wanted: str, is_hit: bool | None, rate: float | None) -> str:
+    """Return one answer, and if it was judged, whether it names what was wanted."""
+    judged = ""
+    if is_hit is not None:
+        mark = "hit" if is_hit else "miss"
+        judged = (
+            f'<p><span class="veena-{mark}">{mark}</span> for “{escape(wanted)}”; {rate:.0%} of 8 neutral faces</p>'
         )
-    return f'<div class="veena-sides">{"".join(sides)}</div>'
-
-
-def build(shared: Shared) -> None:
-    """Build the tab's components and say what they do."""
-    explorer = shared.explorer
-    neutral = next((name for name in samples() if name.startswith("neutral")), shared.first_sample)
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=2, min_width=260):
-            emotion = gr.Dropdown(list(FELT), value="happy", label="Direction of", elem_id="emotion")
-            n_pairs = gr.Slider(1, MOST_SAMPLES, 8, step=1, label="Maximum number of pairs", elem_id="n-pairs")
-            place = gr.Radio([BEGUN, LISTED], value=BEGUN, label="Where the state is read", elem_id="reading")
-            apart = gr.Checkbox(True, label="Only pairs that the model answers correctly", elem_id="apart")
-            with gr.Accordion("Pairs of your own", open=False, elem_id="own"):
-                own_box(explorer, emotion, n_pairs)
-            extract = gr.Button("Extract the direction", elem_id="extract")
-            file = file_box("or a circuit (.safetensors)", "circuit")
-            status = gr.Markdown("", elem_id="direction")
-        with gr.Column(scale=3, min_width=320):
-            with gr.Row():
-                sample = gr.Dropdown(list(samples()), value=neutral, label="Image", elem_id="steer-sample")
-                upload = file_box("or your own", "steer-upload")
-            prompt = gr.Textbox(FEELING, label="Question", elem_id="steer-prompt")
-            layer = gr.Slider(0, 7, 4, step=1, label="Layer", elem_id="layer")
-            alpha = gr.Slider(-4, 8, 1, step=0.1, label="alpha: scales the added direction (0: off)", elem_id="alpha")
-            beta = gr.Slider(
-                0.2, 5, 1, step=0.1, label="beta: scales key heads' attention to the image (1: off)", elem_id="beta"
-            )
-            gamma = gr.Slider(0, 5, 1, step=0.1, label="gamma: scales the key neurons (1: off)", elem_id="gamma")
-            go = gr.Button("Steer", variant="primary", elem_id="steer")
-    sides = gr.HTML(elem_id="sides", apply_default_css=False)
-    code = code_box("steer-code")
-
-    @takes(explorer, Choices)
-    def extracted(choices: Choices, session: Session) -> tuple[Any, Any]:
-        direction = directions.extract(explorer, session, choices.direction(session))
-        session.kept.pop("circuit", None)
-        last = len(direction.vectors) - 1
-        return describe_direction(direction), gr.update(maximum=last, value=min(last, round(0.6 * last)))
-
-    @report_errors
-    def loaded(path: str | None, request: gr.Request) -> str:
-        session = explorer.session(request.session_hash)
-        if not path:
-            session.kept.pop("circuit", None)
-            return "No circuit."
-        explorer.own(session, path)
-        found = load_circuit(session, path)
-        kinds = ", ".join(sorted({type(item).__name__ for item in found}))
-        edits = counted(len(found), "edit")
-        return f"Circuit **{found.name or 'unnamed'}**: {edits} ({kinds}); the strengths set here apply to them."
-
-    @takes(explorer, Choices)
-    def steered(choices: Choices, session: Session) -> tuple[Any, Any, Any]:
-        explorer.own(session, choices.upload)
-        uploads = [choices.upload] if choices.upload else None
-        image = chosen(uploads, choices.sample, explorer.limits)[0]
-        given: Circuit | None = session.kept.get("circuit")
-        if given is not None:
-            wanted, text = given.meta.get("emotion", choices.emotion), gr.skip()
-            circuit = loaded_at(given, **choices.strengths)
-        else:
-            settings, direction = choices.direction(session), session.kept.get("direction")
-            if direction is None or direction.settings != settings:
-                direction = directions.extract(explorer, session, settings)
-            wanted, text = choices.emotion, describe_direction(direction)
-            circuit = circuit_from(direction, int(choices.layer), **choices.strengths)
-        with reading("the circuit", "a circuit of this model") if given is not None else nullcontext():
-            found = steer(explorer, session, choices.model, circuit, image, choices.question, wanted)
-        return compared(found), text, found.code
-
-    ways = [shared.model, emotion, n_pairs, place, apart]
-    extract.click(extracted, ways, [status, layer], api_visibility="private")
-    file.change(loaded, file, status, api_visibility="private")
-    sources = [*ways, sample, upload, prompt, layer, alpha, beta, gamma]
-    go.click(steered, sources, [sides, status, code], api_visibility="private")
-    export_box("steer", lambda session: export_steering(session) + own_pairs.export_pairs(session), explorer)
-
-
-def own_box(explorer: Explorer, emotion: Any, n_pairs: Any) -> None:
-    """Build where visitors give their own pairs; `emotion` and `n_pairs` then offer what these hold."""
-    gr.Markdown(
-        "Two sets of images: the same people or scenes with and without the emotion, paired by file name or by order. "
-        "Or a .zip with one folder per emotion and one named neutral, or with a manifest.jsonl.",
-        elem_classes="veena-hint",
-    )
-    shown = file_box("Images with the emotion", "own-shown", several=True)
-    twins = file_box("The same without it", "own-twins", several=True)
-    archive = file_box("or one .zip", "own-zip")
-    word = gr.Textbox("", label="Emotion of the first set", placeholder="happy", elem_id="own-word")
-    with gr.Row():
-        use = gr.Button("Use these pairs", elem_id="own-use")
-        back = gr.Button("Back to the sample faces", elem_id="own-back")
-    status = gr.Markdown("", elem_id="own-status")
-    thumbs = gr.HTML(elem_id="own-thumbs", apply_default_css=False)
-
-    @report_errors
-    def given(
-        first: list[str] | None, second: list[str] | None, path: str | None, name: str, request: gr.Request
-    ) -> tuple[Any, ...]:
-        session = explorer.session(request.session_hash)
-        for files in (first, second, path):
-            explorer.own(session, files)
-        if path:
-            found = own_pairs.take_zip(session, path, explorer.limits)
-        else:
-            found = own_pairs.take_sets(session, first, second, name, explorer.limits)
-        emotions = found.pairs.emotions
-        most = max(sum(p.emotion == e for p in found.pairs) for e in emotions)
-        few = [(e.open(), e.emotion) for pair in found.pairs[:SHOWN_PAIRS] for e in (pair.emotional, pair.neutral)]
-        choices = gr.update(choices=emotions, value=emotions[0])
-        return found.describe(), thumbnails(few, 72), choices, gr.update(maximum=max(2, most), value=most)
-
-    @report_errors
-    def returned(request: gr.Request) -> tuple[Any, ...]:
-        own_pairs.forget_pairs(explorer.session(request.session_hash))
-        choices = gr.update(choices=list(FELT), value="happy")
-        return None, None, None, SAMPLES_RESTORED, "", choices, gr.update(maximum=MOST_SAMPLES, value=8)
-
-    outputs = [status, thumbs, emotion, n_pairs]
-    use.click(given, [shown, twins, archive, word], outputs, api_visibility="private")
-    back.click(returned, None, [shown, twins, archive, *outputs], api_visibility="private")
+    answer = escape(text) or "(empty answer)"
+    return f'<section class="veena-side"><h3>{title}</h3><p>{answer}</p>{judged}</section>'

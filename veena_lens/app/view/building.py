@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from veena_lens.activation_cache import ActivationCache
+from veena_lens.app.view.opening import content_place
 from veena_lens.app.view.panels import Panel, lens_of, norms_of, panels_of, resid_names, words_of
 from veena_lens.app.view.rows import CachedRows, Rows, cached_sinks, sink_queries
 from veena_lens.circuits import attention_sinks
@@ -159,13 +160,23 @@ class Parts:
         self.tokenizer = getattr(self.model, "tokenizer", None)
 
     def queries(self) -> list[int]:
-        """Return text positions, the most informative first: last, answer, query backwards, the rest."""
+        """Return text positions, the most informative first: that where the view opens, last, answer, query backwards,
+        the rest; and at the end those within images that predict a token of text."""
         spans, text = self.inputs.spans[0], self.inputs.attention_mask[0] & ~self.inputs.image_mask[0]
         there = text.nonzero().flatten().tolist()
         answer = range(0) if spans.answer is None else range(spans.answer.start, spans.answer.stop)
         query = range(spans.query.stop - 1, spans.query.start - 1, -1)
-        order = dict.fromkeys([spans.last, *answer, *query, *there])
-        return [p for p in order if p in set(there)]
+        order = dict.fromkeys([self.opening(), spans.last, *answer, *query, *there])
+        predicting = [p - 1 for p in there if p and bool(self.inputs.image_mask[0, p - 1])]
+        return [p for p in order if p in set(there)] + predicting
+
+    def opening(self) -> int:
+        """Return the position that predicts the answer's content word; without an answer the prompt's last."""
+        spans = self.inputs.spans[0]
+        if spans.answer is None or (self.texts is None and self.tokenizer is None):
+            return spans.last
+        at = content_place([self._text(p) for p in range(spans.answer.start, spans.answer.stop)])
+        return spans.last if at is None else spans.answer.start + at - 1
 
     def measure_run(self, model: HookedVLM, words: Sequence[str | int] | None) -> None:
         """Measure sinks, norms and lens, from one run of the model."""

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view.rows import rule_of
 from veena_lens.images.files import MAX_PIXELS, open_image
-from veena_lens.scores import opened
+from veena_lens.own_files import opened
 
 ABOUT = "veena_lens.view"
 PICTURE = "inputs.picture."
@@ -58,29 +58,33 @@ def save_cache(
     tokenizer: Any = None,
     model_name: str = "",
     windows: Sequence[int | None] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a cache with the images of its first row and the words of its tokens; the file is replaced in one step.
 
     pictures: the images of the first row (default: none are stored). tokenizer: gives the words; None stores none.
-    model_name: shown with the view. windows: sliding window of each layer, None where it has none."""
+    model_name: shown with the view. windows: sliding window of each layer, None where it has none. about: what else
+    the file should say of itself, such as question and answer; JSON must hold it."""
     path = Path(path)
     draft = cache.save(path.with_name(f".{path.name}.{os.getpid()}"))
     try:
         with safe_open(str(draft), framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about: dict[str, Any] = {"model": model_name, "pictures": 0 if pictures is None else len(pictures)}
+        told: dict[str, Any] = {"model": model_name, "pictures": 0 if pictures is None else len(pictures)}
+        if about is not None:
+            told["about"] = dict(about)
         if cache.model is not None:
-            about |= rule_of(cache.model.cfg)
+            told |= rule_of(cache.model.cfg)
         if windows is not None:
-            about["windows"] = list(windows)
+            told["windows"] = list(windows)
         if tokenizer is not None and cache.inputs is not None:
-            about["texts"] = [tokenizer.decode([token]) for token in cache.inputs.tokens[0].tolist()]
+            told["texts"] = [tokenizer.decode([token]) for token in cache.inputs.tokens[0].tolist()]
         for i, picture in enumerate(pictures or ()):
             buffer = io.BytesIO()
             picture.convert("RGB").save(buffer, format="PNG")
             tensors[f"{PICTURE}{i}"] = torch.from_numpy(np.frombuffer(buffer.getvalue(), np.uint8).copy())
-        save_file(tensors, str(draft), metadata={**metadata, ABOUT: json.dumps(about)})
+        save_file(tensors, str(draft), metadata={**metadata, ABOUT: json.dumps(told)})
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

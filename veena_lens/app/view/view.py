@@ -19,6 +19,7 @@ from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view import building
 from veena_lens.app.view.bundles import Bundle, Key, attention_bundles, pack_bundles, push_bundle
 from veena_lens.app.view.files import OpenedCache, open_cache
+from veena_lens.app.view.opening import seen_layer
 from veena_lens.app.view.page import page_of, script, style
 from veena_lens.app.view.rows import RULE, CachedRows, ModelRows, Rows, rule_of
 from veena_lens.inputs import MultimodalInputs
@@ -185,6 +186,10 @@ class ExplorerView:
             for name, direction in directions.items():
                 bundles.append(push_bundle(first.model, first.inputs, first.interventions, direction, queries[0], name))
         header, arrays = parts.finished(first, queries, list(directions), title)
+        header["layer"] = first.n_layers - 1
+        if header["modes"][:1] not in (["lens"], ["norms"]):
+            maps = next(b for b in bundles if b.key == Key(query=queries[0])).maps
+            header["layer"] = seen_layer(maps.decode(is_image), is_image)
         return cls(
             title=title,
             inputs=parts.inputs,
@@ -194,6 +199,18 @@ class ExplorerView:
             runs=tuple(runs),
             directions=dict(directions),
         )
+
+    # --- words ----------------------------------------------------------------------------------------
+    def word_at(self, position: int) -> str:
+        """Return the text of the token at a position; "" within an image."""
+        return next((t["text"] for t in self.header["tokens"] if t.get("at") == position), "")
+
+    def place_of(self, query: int) -> str:
+        """Return a position in words: its token, and the one that it predicts."""
+        here = self.word_at(query).strip()
+        place = f"position {query}" + (f" (“{here}”)" if here else "")
+        after = self.word_at(query + 1).strip()
+        return f"{place}, which predicts “{after}”" if after else place
 
     # --- what hosts ask for ---------------------------------------------------------------------------
     def payload(self) -> bytes:

@@ -2,6 +2,7 @@
 
 import { drawLegend, sized } from "./canvas.js";
 import { MEAN } from "./data.js";
+import { element, headName } from "./elements.js";
 import { ends } from "./maps.js";
 
 export function listenGrid(view) {
@@ -11,8 +12,8 @@ export function listenGrid(view) {
     const row = Math.floor(((event.clientY - box.top) / box.height) * view.header.layers);
     return [Math.min(view.header.layers - 1, Math.max(0, row)), Math.min(columns - 1, Math.max(0, column))];
   };
-  view.grid.addEventListener("pointermove", (event) => { view.gridHover = cellOf(event); tell(view); });
-  view.grid.addEventListener("pointerleave", () => { view.gridHover = null; tell(view); });
+  view.grid.addEventListener("pointermove", (event) => { view.gridHover = cellOf(event); view.tell(); });
+  view.grid.addEventListener("pointerleave", () => { view.gridHover = null; view.tell(); });
   view.grid.addEventListener("click", (event) => {
     const [layer, column] = cellOf(event);
     view.pin(gridStep(view, layer, column));
@@ -27,9 +28,28 @@ export function listenGrid(view) {
 
 export function gridStep(view, layer, column) {
   const { mode } = view.state;
-  if (mode === "norms") return { layer };
+  if (mode === "norms" || mode === "effects") return { layer };
   if (mode === "lens") return { layer, word: column };
   return { layer, head: view.gridShape.columns === 1 && view.header.heads > 1 ? MEAN : column };
+}
+
+export function cellName(view, layer, column) {
+  // A head, or a layer with its word.
+  if (view.byHead) return headName(layer, view.gridShape.columns === 1 && view.header.heads > 1 ? MEAN : column);
+  const where = layer === MEAN ? "mean over layers" : `layer ${layer}`;
+  return column === MEAN || !view.gridShape.column(column) ? where : `${where}, ${view.gridShape.column(column)}`;
+}
+
+function numberGrid(view, shape) {
+  // Numbers of layers beside the grid and of heads (or words) over it, as many as there is room for.
+  const labels = shape?.labels ?? [], { layers } = view.header;
+  const name = `${layers}|${labels.join("|")}`;
+  if (view.gridNumbers === name) return;
+  view.gridNumbers = name;
+  const rows = Math.ceil(layers / 24), columns = Math.ceil(labels.length / 16);
+  view.gridRows.replaceChildren(...[...Array(layers).keys()].map((l) => element("span", { text: l % rows ? "" : String(l) })));
+  view.gridColumns.replaceChildren(...labels.map((c, i) => element("span", { text: i % columns ? "" : String(c), title: String(c) })));
+  view.gridCorner.textContent = { lens: "layer \\ word", norms: "layer", effects: "layer" }[view.state.mode] ?? "layer \\ head";
 }
 
 export function drawGrid(view) {
@@ -40,13 +60,15 @@ export function drawGrid(view) {
   const { context, w, h, scale } = place;
   context.fillStyle = "#eceef1";
   context.fillRect(0, 0, w, h);
-  const across = view.state.mode === "lens" ? " × words" : view.state.mode === "norms" ? "" : shape?.columns === 1 ? ", mean over heads" : " × heads";
+  const { mode: now } = view.state;
+  const across = now === "lens" ? " × words" : ["norms", "effects"].includes(now) ? "" : shape?.columns === 1 ? ", mean over heads" : " × heads";
   view.gridName.textContent = `Layers${across}${shape ? `: ${shape.name}` : ""}`;
+  numberGrid(view, shape);
   if (!shape) { view.gridLow.textContent = view.gridHigh.textContent = ""; return; }
   const { values, columns } = shape;
   let [low, high] = ends(values, values.keys());
   if (view.isSigned) { high = Math.max(Math.abs(low), Math.abs(high)); low = -high; }
-  else if (view.state.mode !== "norms") low = 0;
+  else if (now !== "norms") low = 0;
   const colours = view.header.colours[view.isSigned ? "signed" : "cells"];
   const gap = w / columns > 8 * scale && h / layers > 8 * scale ? scale : 0;
   for (let i = 0; i < values.length; i++) {
@@ -57,7 +79,7 @@ export function drawGrid(view) {
     context.fillRect(x, y, Math.round(((column + 1) * w) / columns) - x - gap, Math.round(((row + 1) * h) / layers) - y - gap);
   }
   const { layer, head, word, mode } = view.state;
-  const column = mode === "lens" ? word : mode === "norms" || columns === 1 ? MEAN : head;
+  const column = mode === "lens" ? word : columns === 1 ? MEAN : head;
   const left = column === MEAN ? 0 : (column * w) / columns, wide = column === MEAN ? w : w / columns;
   const top = layer === MEAN ? 0 : (layer * h) / layers, tall = layer === MEAN ? h : h / layers;
   for (const [colour, width] of [["#000000", 4], ["#ffffff", 2]]) {
@@ -67,8 +89,6 @@ export function drawGrid(view) {
   view.gridLow.textContent = shape.show(low);
   view.gridHigh.textContent = shape.show(high);
   drawLegend(view, view.gridLegend, view.isSigned ? "signed" : "cells");
-  const what = layer === MEAN ? "mean over layers" : `layer ${layer}`;
-  const where = column === MEAN ? "" : `, ${shape.column(column)}`;
   view.grid.setAttribute("aria-label",
-    `${layers} layers by ${columns} columns, ${shape.name}; chosen: ${what}${where}; arrow keys move`);
+    `${layers} layers by ${columns} columns, ${shape.name}; chosen: ${cellName(view, layer, column)}; arrow keys move`);
 }

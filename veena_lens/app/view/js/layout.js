@@ -8,7 +8,7 @@ import { buildStrip } from "./strip.js";
 
 const NAMES = {
   attention: "Attention", sinks: "Without sinks", difference: "Difference", lens: "Logit lens", push: "Projection",
-  norms: "Norms",
+  norms: "Norms", effects: "Effects of patching",
 };
 
 export function build(view) {
@@ -40,10 +40,13 @@ export function build(view) {
   const strength = element("input", { type: "range", min: 0, max: 100, value: view.state.strength * 100 });
   strength.addEventListener("input", () => view.set({ strength: strength.value / 100 }));
   const shared = element("input", { type: "checkbox" });
+  shared.checked = view.state.shared;
   shared.addEventListener("change", () => view.set({ shared: shared.checked }));
-  view.sharedBox = element("label", { class: "vv-field", title: "One colour scale for all layers and heads" },
-    shared, "same scale");
-  bar.append(view.modes, view.layerChoice, view.headChoice, view.wordChoice, view.directionChoice,
+  view.sharedBox = element("label", { class: "vv-field", title: "One colour scale for the maps of all layers and heads" },
+    shared, "one scale");
+  view.placeChoice = choice("A word shows", [["the position that predicts it", 1], ["its own position", 0]],
+    (predicts) => view.set({ predicts: Boolean(predicts) }));
+  bar.append(view.modes, view.layerChoice, view.headChoice, view.wordChoice, view.directionChoice, view.placeChoice,
     element("label", { class: "vv-field" }, "Map", strength), view.sharedBox);
 
   view.pictures = element("div", { class: "vv-pictures" });
@@ -57,10 +60,16 @@ export function build(view) {
   view.strip = buildStrip(view);
   const hint = element("p", { class: "vv-note", text: "Point at a word to see where it looks, at a cell to see which words "
     + "look at it. Click or Enter pins, Escape releases. J, K: layers; H, L: heads; M: mean." });
-  const left = element("div", { class: "vv-left" }, view.pictures, legend, view.strip, hint);
+  const told = Object.entries(header.about ?? {}).filter(([, value]) => value !== "" && value !== null);
+  const about = element("p", { class: "vv-note vv-about", text: told.map(([name, value]) => `${name}: ${value}`).join(" · ") });
+  about.hidden = !told.length;
+  const left = element("div", { class: "vv-left" }, view.pictures, legend, view.strip, hint, about);
 
   view.grid = element("canvas", { class: "vv-grid", tabindex: "0", role: "img" });
-  view.gridBox = element("div", { class: "vv-gridbox" }, view.grid);
+  view.gridCorner = element("span", { class: "vv-corner" });
+  view.gridRows = element("div", { class: "vv-rows" });
+  view.gridColumns = element("div", { class: "vv-columns" });
+  view.gridBox = element("div", { class: "vv-gridbox" }, view.gridCorner, view.gridColumns, view.gridRows, view.grid);
   view.gridName = element("h3", { class: "vv-head" });
   view.gridLow = element("span", { class: "vv-number" });
   view.gridHigh = element("span", { class: "vv-number" });

@@ -3,21 +3,6 @@
 import { DECODE, DECODE_SIGNED, MEAN } from "./data.js";
 import { number, percent, shown } from "./elements.js";
 
-export function lookingLayer(view) {
-  // The layer whose heads together give the images most.
-  if (!view.byHead) return view.header.layers - 1;
-  const bundle = view.store.get({ query: view.state.query });
-  if (!bundle || !view.header.panels.length) return MEAN;
-  const given = shares(view, bundle, "attention");
-  let best = 0, most = -1;
-  for (let l = 0; l < view.header.layers; l++) {
-    let total = 0;
-    for (let h = 0; h < bundle.heads; h++) total += given[l * bundle.heads + h];
-    if (total > most) { most = total; best = l; }
-  }
-  return best;
-}
-
 export function eachMap(view, bundle, visit) {
   // Calls visit(layer, head, offset of the map, its text and image scale) for the chosen layers and heads.
   const { layers } = view.header;
@@ -114,13 +99,17 @@ export function lensMap(view, word) {
 export function currentMap(view) {
   // Values over all positions, their meaning, and the scale's ends.
   const { mode, word } = view.state;
+  if (mode === "effects") {
+    const { name } = view.header.effects;
+    return { values: layerMap(view, view.arrays.effects, 0, (l, p, v) => v), name, show: number, signed: true };
+  }
   if (mode === "norms") {
     const values = layerMap(view, view.arrays.norms, 0, (l, p, v) => Math.log10(Math.max(v, 1e-9)));
-    return { values, name: "length of the residual", show: (v) => number(10 ** v), low: null };
+    return { values, name: "norm of the residual stream", show: (v) => number(10 ** v), low: null };
   }
   if (mode === "lens") {
     if (!view.header.lens.words.length) return null;
-    const name = `probability of “${shown(view.header.lens.words[word]).trim()}”`;
+    const name = `probability of “${shown(view.header.lens.words[word]).trim()}” (%)`;
     return { values: lensMap(view, word), name, show: percent, low: 0 };
   }
   const bundle = view.bundleOf(view.query);
@@ -130,13 +119,13 @@ export function currentMap(view) {
     if (!second) return null;
     const values = meanMap(view, bundle, false), theirs = meanMap(view, second, false);
     for (let p = 0; p < view.n; p++) values[p] -= theirs[p];
-    return { values, name: "attention, first image minus second", show: percent, signed: true, bundle, second };
+    return { values, name: "attention, first image minus second (% of the word’s)", show: percent, signed: true, bundle, second };
   }
   if (mode === "push") {
     const name = `projection on “${view.header.directions[view.state.direction]}”`;
     return { values: meanMap(view, bundle, false), name, show: number, signed: true, bundle };
   }
-  const name = mode === "sinks" ? "attention without sinks" : "attention";
+  const name = mode === "sinks" ? "attention without sinks (% of the rest)" : "attention (% of the word’s)";
   return { values: meanMap(view, bundle, mode === "sinks"), name, show: percent, low: 0, bundle };
 }
 
@@ -145,9 +134,10 @@ export function lookers(view, position) {
   const out = new Map();
   const { mode } = view.state;
   if (!["attention", "sinks", "difference"].includes(mode)) return out;
-  for (const { at } of view.words) {
-    if (at < position) continue;
-    const bundle = view.store.get({ query: at });
+  for (const at of view.chips.keys()) {
+    const query = view.queryOf(at);
+    if (query < position || view.chips.get(at).hidden) continue;
+    const bundle = view.store.get({ query });
     if (!bundle) continue;
     let total = 0, count = 0;
     const table = DECODE;
@@ -165,10 +155,11 @@ export function gridValues(view) {
   // [rows][columns] of numbers with their names: layers by heads, or by words at one position.
   const { layers } = view.header;
   const { mode } = view.state;
-  if (mode === "norms") {
+  if (mode === "norms" || mode === "effects") {
     const at = view.patch ?? view.query;
-    const values = Float32Array.from({ length: layers }, (_, l) => view.arrays.norms[l * view.n + at]);
-    return { values, columns: 1, name: "norm of the residual here", show: number, column: () => "" };
+    const values = Float32Array.from({ length: layers }, (_, l) => view.arrays[mode][l * view.n + at]);
+    const name = mode === "norms" ? "norm of the residual stream" : view.header.effects.name;
+    return { values, columns: 1, name: `${name}, here`, show: number, column: () => "", labels: [""] };
   }
   if (mode === "lens") {
     const at = view.patch ?? view.query, { words } = view.header.lens, columns = words.length;
@@ -179,7 +170,8 @@ export function gridValues(view) {
       values[l * columns + w] = DECODE[view.arrays.lens_maps[i * view.n + at]]
         * view.arrays.lens_scales[2 * i + view.isImage[at]];
     }
-    return { values, columns, name: "probability here", show: percent, column: (w) => `“${shown(words[w]).trim()}”` };
+    return { values, columns, name: "probability here (%)", show: percent,
+      column: (w) => `“${shown(words[w]).trim()}”`, labels: words.map((w) => shown(w).trim()) };
   }
   const bundle = view.bundleOf(view.query);
   if (!bundle) return null;
@@ -194,7 +186,9 @@ export function gridValues(view) {
   const place = position === null ? (view.isSigned ? "from all cells" : "to the image") : "at this cell";
   const what = { push: "projection", difference: "difference" }[mode] ?? "attention";
   const show = mode === "push" ? number : percent;
-  return { values, columns: bundle.heads, name: `${what} ${place}`, show, column: (h) => `head ${h}` };
+  const unit = mode === "push" ? "" : " (% of the word’s)", one = bundle.heads === 1;
+  return { values, columns: bundle.heads, name: `${what} ${place}${unit}`, show, column: (h) => `head ${h}`,
+    labels: one ? ["mean"] : [...Array(bundle.heads).keys()] };
 }
 
 export function ends(values, positions) {
@@ -202,23 +196,4 @@ export function ends(values, positions) {
   let low = Infinity, high = -Infinity;
   for (const p of positions) { const v = values[p]; if (v < low) low = v; if (v > high) high = v; }
   return Number.isFinite(low) ? [low, high] : [0, 0];
-}
-
-export function pictureRange(view) {
-  if (!view.map) return [0, 0];
-  const { bundle, second, values, signed } = view.map;
-  let [low, high] = [Infinity, -Infinity];
-  for (const panel of view.panels) {
-    const [a, b] = ends(values, panel.cells);
-    low = Math.min(low, a); high = Math.max(high, b);
-  }
-  if (view.state.shared && bundle) {
-    // The largest image scale of any map of this token.
-    let most = 0;
-    for (const source of [bundle, second]) if (source) for (let i = 1; i < source.scales.length; i += 2) most = Math.max(most, source.scales[i]);
-    [low, high] = [-most, most];
-  }
-  if (!Number.isFinite(low)) [low, high] = [0, 0];
-  if (signed) { const most = Math.max(Math.abs(low), Math.abs(high)); return [-most, most]; }
-  return [view.map.low ?? low, high];
 }

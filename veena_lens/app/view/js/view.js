@@ -4,10 +4,11 @@ import { drawLegend } from "./canvas.js";
 import { keyOf, MEAN, Store, unpack } from "./data.js";
 import { drawGrid } from "./grid.js";
 import { build } from "./layout.js";
-import { currentMap, gridValues, lookingLayer, pictureRange } from "./maps.js";
+import { currentMap, gridValues } from "./maps.js";
 import { drawPanel } from "./panels.js";
+import { pictureRange, scaleName } from "./scales.js";
 import { paintTokens } from "./strip.js";
-import { missing, tell } from "./words.js";
+import { captionOf, missing, tell } from "./words.js";
 
 export class View {
   constructor(root, buffer, host = {}) {
@@ -19,12 +20,13 @@ export class View {
     this.n = header.positions;
     this.isImage = arrays.is_image;
     this.words = header.tokens.filter((t) => t.at !== undefined);
+    this.end = Math.max(-1, ...this.words.map((t) => t.at)) + 1; // where the next word would stand
+    this.start = Math.min(this.end, ...this.words.map((t) => t.at), ...header.panels.map((p) => arrays[p.cells].reduce((a, b) => Math.min(a, b), this.end)));
     this.state = {
-      mode: header.modes[0] ?? "attention", layer: MEAN, head: MEAN, query: header.query, hoverQuery: null,
-      patch: null, hoverPatch: null, word: 0, direction: 0, strength: 0.75, shared: false,
+      mode: header.modes[0] ?? "attention", layer: header.layer ?? MEAN, head: MEAN, query: header.query, hoverQuery: null,
+      patch: null, hoverPatch: null, word: 0, direction: 0, strength: 0.75, shared: true, predicts: true,
     };
-    if (host.open) Object.assign(this.state, host.open);
-    else this.state.layer = lookingLayer(this);
+    Object.assign(this.state, header.open, host.open);
     build(this);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(this.pictures);
@@ -36,9 +38,21 @@ export class View {
 
   get patch() { return this.state.hoverPatch ?? this.state.patch; }
 
-  get byHead() { return !["lens", "norms"].includes(this.state.mode); }
+  get byHead() { return !["lens", "norms", "effects"].includes(this.state.mode); }
 
-  get isSigned() { return ["difference", "push"].includes(this.state.mode); }
+  get isSigned() { return ["difference", "push", "effects"].includes(this.state.mode); }
+
+  get predicts() { return this.state.predicts && !["norms", "effects"].includes(this.state.mode); }
+
+  queryOf(at) {
+    // The position that is read for a word: the one before it, which predicts it, or its own.
+    return (this.predicts && at > this.start) || at === this.end ? at - 1 : at;
+  }
+
+  wordOf(query) {
+    // The place of the word for which a position is read.
+    return this.predicts && this.chips.has(query + 1) ? query + 1 : query;
+  }
 
   bundleOf(query, run = 0) {
     const { mode } = this.state;
@@ -102,8 +116,8 @@ export class View {
 
   pin(change) {
     this.set(change);
-    const { query, layer, head, patch, mode } = this.state;
-    this.host.pinned?.({ query, layer, head, patch, mode });
+    const { query, layer, head, patch, mode, word, direction } = this.state;
+    this.host.pinned?.({ query, layer, head, patch, mode, word, direction });
   }
 
   set(change) {
@@ -125,19 +139,22 @@ export class View {
     this.headChoice.hidden = !this.byHead;
     this.wordChoice.hidden = state.mode !== "lens" || !header.lens?.words.length;
     this.directionChoice.hidden = state.mode !== "push";
-    this.sharedBox.hidden = !this.byHead;
+    this.placeChoice.select.value = Number(state.predicts);
+    this.placeChoice.hidden = ["norms", "effects"].includes(state.mode);
+    this.chips.get(this.end).hidden = !this.predicts;
     const isPair = state.mode === "difference";
-    for (const { figure, about } of this.panels) {
-      figure.hidden = about.run === 1 && !isPair;
-      const which = isPair ? (about.run ? "second: " : "first: ") : "";
-      figure.lastChild.textContent = `${which}${about.name}, ${about.grid[0]} × ${about.grid[1]} cells`;
-    }
     this.map = currentMap(this);
+    for (const panel of this.panels) {
+      panel.figure.hidden = panel.about.run === 1 && !isPair;
+      panel.figure.lastChild.textContent = captionOf(this, panel, isPair);
+    }
     this.gridShape = gridValues(this);
     this.draw();
     paintTokens(this);
     tell(this);
   }
+
+  tell() { tell(this); }
 
   draw() {
     const range = pictureRange(this);
@@ -146,7 +163,7 @@ export class View {
     if (this.map) drawLegend(this, this.legend, this.map.signed ? "signed" : "picture");
     this.legendLow.textContent = this.map ? this.map.show(range[0]) : "";
     this.legendHigh.textContent = this.map ? this.map.show(range[1]) : "";
-    this.legendName.textContent = this.map ? this.map.name : missing(this);
+    this.legendName.textContent = this.map ? `${this.map.name}${scaleName(this)}` : missing(this);
     this.legend.style.visibility = this.map && this.panels.length ? "visible" : "hidden";
   }
 

@@ -23,11 +23,12 @@ def with_other_words(raw: dict[str, Tensor]) -> Tensor:
 
 def with_other_images(raw: dict[str, Tensor]) -> dict[str, Tensor]:
     """The inputs with other pixels; zeros stay, since a tile of zeros is padding."""
-    generator = torch.Generator().manual_seed(7)
-    return {
-        key: value * torch.randn(value.shape, generator=generator, dtype=value.dtype) if "pixel_v" in key else value
-        for key, value in raw.items()
-    }
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(value: Tensor) -> Tensor:
+        return torch.where(value == 0, 0.0, torch.randn(value.shape, generator=generator, dtype=value.dtype))
+
+    return {key: drawn(value) if key.startswith("pixel_values") else value for key, value in raw.items()}
 
 
 def pair_of(

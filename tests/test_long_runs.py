@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -180,11 +182,28 @@ def test_processes_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None
 # --- progress and rows of a file ----------------------------------------------------------------------
 
 
-def test_progress_gives_the_items_in_order_shown_or_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_gives_the_items_in_order_shown_or_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_runs, "has_screen", lambda: True)
     assert list(progress(range(3), "items", show=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     assert list(progress(iter([[1, 2], [3]]), "batches", total=3, size=len)) == [[1, 2], [3]]
     assert "batches" in capsys.readouterr().err
+
+
+def test_a_log_and_a_pipe_get_no_bar_and_a_terminal_and_a_notebook_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import IPython
+
+    assert list(progress(range(3), "items")) == [0, 1, 2]
+    assert capsys.readouterr().err == "" and not long_runs.has_screen()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel="a notebook's"))
+    assert long_runs.has_screen()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert long_runs.has_screen()
 
 
 def test_lines_go_on_where_they_stopped_and_only_in_the_same_run(tmp_path: Path) -> None:

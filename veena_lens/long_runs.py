@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -51,7 +52,7 @@ def progress(
     Args:
         items: what is worked on.
         label: the words in front of the bar.
-        show: False for no bar.
+        show: False for no bar; a log or a pipe gets none in any case.
         total: the length of the bar; by default the number of items.
         size: how far an item moves the bar, e.g. `len` for batches.
     """
@@ -64,10 +65,19 @@ def progress(
             advance(size(item))
 
 
+def has_screen() -> bool:
+    """Return True where a progress bar can move: on a terminal and in a notebook, and not in a log or a pipe."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    return sys.stderr.isatty() or hasattr(shell, "kernel")
+
+
 @contextmanager
 def counting(total: int, label: str, show: bool = True) -> Iterator[Callable[[int], Any]]:
-    """Provide a function that moves a progress bar on by so many steps, and does nothing where none is shown."""
-    if not show:
+    """Provide a function that moves a progress bar on by so many steps, and does nothing where none is shown.
+
+    show: False for no bar; a log or a pipe gets none in any case."""
+    if not show or not has_screen():
         yield lambda n: None
         return
     from tqdm.auto import tqdm

@@ -30,7 +30,7 @@ def from_pretrained(
     further: dict[str, Any],
 ) -> HookedVLM:
     """Return a checkpoint as a model: see `HookedVLM.from_pretrained`."""
-    further, dtype = _known_settings(further), _dtype_of(dtype)
+    further, dtype = _known_settings(further), checkpoints.dtype_of(dtype)
     if further["hf_model"] is not None:
         model = from_hf(cls, further["hf_model"], further["tokenizer"], False, casts).to(device, dtype)
         return _with_defaults(model, further)
@@ -80,16 +80,6 @@ def _known_settings(given: dict[str, Any]) -> dict[str, Any]:
     known = ("dtype", "device", "device_map", "casts", "revision", "lora", *out, *PROCESSING)
     refuse_unknown("from_pretrained", given, known)
     return out
-
-
-def _dtype_of(dtype: Any) -> Any:
-    """Return a dtype, which may be given by its name."""
-    if not isinstance(dtype, str):
-        return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"from_pretrained: dtype={dtype!r} is not a torch dtype.")
-    return found
 
 
 @torch.inference_mode(False)

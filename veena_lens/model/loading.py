@@ -30,7 +30,7 @@ def from_pretrained(
     further: dict[str, Any],
 ) -> HookedVLM:
     """Return a checkpoint as a model: see `HookedVLM.from_pretrained`."""
-    further, dtype = _known_settings(further), _dtype_of(dtype)
+    further, dtype = _known_settings(further), checkpoints.dtype_of(dtype)
     if further["hf_model"] is not None:
         model = from_hf(cls, further["hf_model"], further["tokenizer"], False, casts).to(device, dtype)
         return _with_defaults(model, further)
@@ -82,17 +82,6 @@ def _known_settings(given: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _dtype_of(dtype: Any) -> Any:
-    """Return a dtype, which may be given by its name."""
-    if not isinstance(dtype, str):
-        return dtype
-    found = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"from_pretrained: dtype={dtype!r} is not a torch dtype.")
-    return found
-
-
-@torch.inference_mode(False)
 def from_hf(cls: type[HookedVLM], hf_model: Any, processor: Any, copy: bool, casts: str) -> HookedVLM:
     """Return a Hugging Face model in memory as a model: see `HookedVLM.from_hf`."""
     adapter = checkpoints.find_adapter(type(hf_model).__name__)

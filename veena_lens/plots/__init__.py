@@ -3,8 +3,8 @@
 matplotlib rather than plotly: a PNG then needs no browser and no further download, a page holds the image itself
 rather than megabytes of script, and the same call serves a notebook, a report and a paper. What a figure shows is
 specified once (`charts`, `image_overlay`, `heads`, `positions`); `static` draws it here, `interactive` to hover over.
-Every function returns a new figure of matplotlib: on the last line of a cell a notebook shows it, `figure.save("name.png")`
-writes it and returns it, `figure.show()` opens it. pyplot's global state is never touched.
+Every function returns a new figure of matplotlib: on the last line of a cell a notebook shows it,
+`figure.save("name.png")` writes it and returns it, `figure.show()` opens it. pyplot's global state is never touched.
 """
 
 from veena_lens.plots import charts, heads, image_overlay, positions

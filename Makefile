@@ -3,7 +3,7 @@
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
-# How much `make demo` does of the method: tiny, quick or full.
+# How much `make veena` does: tiny (a smoke test), quick (some minutes) or full (the tables of the docs).
 PRESET ?= quick
 MODELS := tiny-llava-emotion tiny-qwen2vl-emotion
 
@@ -12,25 +12,35 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help demo explore test browser check docs notebooks bench refresh clean
+.PHONY: help explore demo veena test fuzz browser check docs notebooks bench refresh clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# Both models at once, one core each: models this small gain little from a second thread.
-demo: $(STAMPS)/demo  ## look inside the embedded models, locate and enhance their emotion circuit: out/
-	$(BIN)/veena-lens demo --out out/demo
-	@export OMP_NUM_THREADS=1; pids=; failed=; \
-	for model in $(MODELS); do \
-	  $(BIN)/veena-lens run --model $$model --preset $(PRESET) --out out/veena-$(PRESET)/$$model & pids="$$pids $$!"; \
-	done; \
-	for pid in $$pids; do wait $$pid || failed=1; done; test -z "$$failed"
+demo: $(STAMPS)/demo  ## look inside both embedded models, patch and steer them: out/demo/index.html
+	@$(BIN)/veena-lens demo --out out/demo
 
-explore: $(STAMPS)/explore  ## look inside the embedded models in the browser, with your own pictures
+# Both models at once, one core each, since models this small gain little from a second thread; each line says whose it is.
+veena: $(STAMPS)/demo  ## locate and enhance the emotion circuit of both models, minutes: out/veena-quick/
+	@mkdir -p out/veena-$(PRESET); export OMP_NUM_THREADS=1; \
+	for model in $(MODELS); do \
+	  folder=out/veena-$(PRESET)/$$model; rm -f $$folder.failed; \
+	  { $(BIN)/veena-lens run --model $$model --preset $(PRESET) --out $$folder 2>&1 || touch $$folder.failed; } \
+	    | awk -v name="$$model  " '{ print name $$0; fflush() }' & \
+	done; wait; test -z "$$(ls out/veena-$(PRESET)/*.failed 2>/dev/null)"
+	@echo "reports: $(patsubst %,out/veena-$(PRESET)/%/report.html,$(MODELS))"
+
+explore: $(STAMPS)/explore  ## look inside the embedded models in the browser, with your own images
 	$(BIN)/veena-lens explore
 
 test: $(STAMPS)/test  ## the tests (slow and GPU ones excluded)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8
+
+# How often `make fuzz` changes a file of every kind; the tests do it a few times.
+CHANGES ?= 2000
+
+fuzz: $(STAMPS)/test  ## files of every kind, changed at random: each loads or is refused by name
+	VEENA_FUZZ=$(CHANGES) $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/test_fuzzed_files.py
 
 browser: $(STAMPS)/browser  ## the explorer in a real browser: Chromium must be installed
 	$(BIN)/python -m pytest -m browser tests/app
@@ -51,8 +61,7 @@ notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom
 bench: $(STAMPS)/base  ## tables of speed and memory ratios
 	$(BIN)/python -m veena_lens.benchmarks
 
-refresh: demo $(STAMPS)/browser  ## every picture and generated table of README and docs, after the checkpoint changed
-	cp out/demo/tiny-llava-emotion/attention.png docs/attention.png
+refresh: $(STAMPS)/browser  ## every picture and generated table of README and docs, after the checkpoint changed
 	$(BIN)/python docs/figures.py
 	$(BIN)/python docs/screenshot.py
 	$(BIN)/python docs/fill.py

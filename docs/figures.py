@@ -1,7 +1,11 @@
-"""Draw the figures of docs/concepts.md with the library: `python docs/figures.py`."""
+"""Draw the figure of README.md with its own code, and those of docs/concepts.md: `python docs/figures.py`."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -13,8 +17,29 @@ from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff
 
 FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+PICTURE = "patching.png"  # of the README
 QUESTION = "how does the person in the picture feel?"
 LEAD = "the person feels"
+
+
+def example() -> str:
+    """Return the code that stands below the README's picture."""
+    found = re.search(r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def readme(folder: Path) -> Path:
+    """Run the README's example, and keep the picture that it saves."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory() as away:
+        os.chdir(away)
+        try:
+            exec(compile(example(), str(README), "exec"), {"__name__": "__page__"})
+        finally:
+            os.chdir(before)
+        return Path(shutil.copy(Path(away) / PICTURE, folder / PICTURE))
 
 
 def chessboard(height: int, width: int) -> torch.Tensor:
@@ -84,7 +109,7 @@ def draw(folder: Path = FOLDER) -> list[Path]:
     torch.set_grad_enabled(False)
     model = HookedVLM.from_pretrained("tiny-llava-emotion")
     figures = spans(model) | staircase(model) | restoration(model)
-    return [plots.save(figure, folder / name) for name, figure in figures.items()]  # type: ignore[arg-type]
+    return [readme(folder), *(plots.save(figure, folder / name) for name, figure in figures.items())]  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.cases_of_any_size import SIZED_CASES
 from tests.families import (
     FULL,
     QWEN,
@@ -23,7 +24,6 @@ from tests.families import (
     tiny_tokenizer,
 )
 from tests.odd_inputs import IMAGE_TOKEN, PAD
-from tests.qwen_cases import QWEN_CASES
 
 __all__ = [
     "BY_NAME", "CASES", "IMAGE_TOKEN", "PAD", "QWEN", "TEXT", "TOWER", "Case", "build_hf", "counted", "counted_inputs",
@@ -357,5 +357,5 @@ TILE_CASES = (
     _tile("many-patches", vision=dict(patch_size=2), root=dict(scale_factor=4), family="smolvlm"),
 )
 
-CASES: tuple[Case, ...] = LLAVA_CASES + NEXT_CASES + ONEVISION_CASES + GEMMA_CASES + QWEN_CASES + TILE_CASES
+CASES: tuple[Case, ...] = LLAVA_CASES + NEXT_CASES + ONEVISION_CASES + GEMMA_CASES + SIZED_CASES + TILE_CASES
 BY_NAME = {str(case): case for case in CASES}

@@ -27,13 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def model_of() -> Iterator[Callable[..., Any]]:
-    """`model_of(case, dtype, casts)`: the shared native model; after the test no hook may be left on it."""
+    """`model_of(case, dtype, casts, gain)`: the shared native model; after the test no hook may be left on it."""
     from tests.cases import Case, native_model
 
     used: list[Any] = []
 
-    def get(case: Case, dtype: torch.dtype = torch.float64, casts: str = "hf") -> Any:
-        model = native_model(case, dtype, casts)
+    def get(case: Case, dtype: torch.dtype = torch.float64, casts: str = "hf", gain: float = 1.0) -> Any:
+        model = native_model(case, dtype, casts, gain)
         used.append(model)
         return model
 

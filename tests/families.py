@@ -303,26 +303,30 @@ def build_hf(case: Case, dtype: torch.dtype = torch.float64, gain: float = 1.0) 
 
 
 @cache
-def _hf_model(case: Case, dtype: torch.dtype) -> Any:
-    return build_hf(case, dtype)
+def _hf_model(case: Case, dtype: torch.dtype, gain: float) -> Any:
+    return build_hf(case, dtype, gain)
 
 
-def hf_model(case: Case, dtype: torch.dtype = torch.float64) -> Any:
+def hf_model(case: Case, dtype: torch.dtype = torch.float64, gain: float = 1.0) -> Any:
     """The Hugging Face model of a case, built once per run: do not edit it.
 
     Positions that an earlier batch left on a Qwen model are forgotten."""
-    model = _hf_model(case, dtype)
+    model = _hf_model(case, dtype, gain)
     if case.has("streams"):
         model.model.rope_deltas = None
     return model
 
 
 @cache
-def native_model(case: Case, dtype: torch.dtype = torch.float64, casts: str = "hf") -> Any:
-    """The native model of a case, built once per run; the fixture `model_of` checks that no hook is left on it."""
+def _native_model(case: Case, dtype: torch.dtype, casts: str, gain: float) -> Any:
     from veena_lens import HookedVLM
 
-    return HookedVLM.from_hf(hf_model(case, dtype), casts=casts)
+    return HookedVLM.from_hf(hf_model(case, dtype, gain), casts=casts)
+
+
+def native_model(case: Case, dtype: torch.dtype = torch.float64, casts: str = "hf", gain: float = 1.0) -> Any:
+    """The native model of a case, built once per run; the fixture `model_of` checks that no hook is left on it."""
+    return _native_model(case, dtype, casts, gain)
 
 
 def raw_inputs(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

@@ -107,9 +107,13 @@ class Reference:
         if added is not None:
             x = self.at(f"{b}.hook_deepstack", x + added)
         projected = {}
+        common, common_edited = x[:, :, None], False
+        if n == kv and not b.startswith("vision."):  # one copy per head for all three
+            common_edited = f"{b}.hook_attn_in" in self.edits
+            common = self.at(f"{b}.hook_attn_in", common.expand(-1, -1, n, -1))
         for letter, count in (("q", n), ("k", kv), ("v", kv)):
-            copies = x[:, :, None].expand(-1, -1, count, -1)
-            edited = f"{b}.hook_{letter}_input" in self.edits
+            copies = common.expand(-1, -1, count, -1)
+            edited = common_edited or f"{b}.hook_{letter}_input" in self.edits
             copies = self.at(f"{b}.hook_{letter}_input", copies)
             projected[letter] = copies if edited else None
         normed = norm(f"{b}.ln1", keys["ln1"], x)

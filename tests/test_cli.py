@@ -70,6 +70,43 @@ def test_verify_prints_the_certificate_and_fails_when_it_fails(
     assert "FAILED: blocks.0.hook_mlp_out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "mer-unibench"])
+def test_every_command_takes_quiet_or_verbose(command: str) -> None:
+    needed = {"inspect": ["x"], "verify": ["x"], "results": ["x"], "enhance": ["--circuit", "x", "--image", "y"]}
+    parse = cli.build_parser().parse_args
+    assert parse([command, "-q", *needed.get(command, [])]).quiet
+    assert parse([command, *needed.get(command, []), "--verbose"]).verbose
+    with pytest.raises(SystemExit):
+        parse([command, "-q", "-v", *needed.get(command, [])])
+
+
+def test_quiet_silences_warnings_and_logs_and_verbose_lets_them_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+    import logging
+    import warnings
+
+    disabled: list[int] = []
+    monkeypatch.setattr(logging, "disable", disabled.append)
+    monkeypatch.setattr(logging, "basicConfig", lambda **settings: disabled.append(settings["level"]))
+    with warnings.catch_warnings():
+        cli._set_loudness(argparse.Namespace(quiet=True, verbose=False))
+        warnings.warn("not seen", stacklevel=1)
+        cli._set_loudness(argparse.Namespace(quiet=False, verbose=True))
+        with pytest.warns(UserWarning, match="seen"):
+            warnings.warn("seen", stacklevel=1)
+    assert disabled == [logging.WARNING, logging.INFO]
+
+
+def test_quiet_demo_prints_its_page_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    stand_in = types.ModuleType("veena_lens.app.demo")
+    stand_in.run_demo = None  # type: ignore[attr-defined]
+    stand_in.run_demos = lambda out, models, progress: types.SimpleNamespace(page=f"{out}/{progress}")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "veena_lens.app.demo", stand_in)
+    monkeypatch.setattr(cli, "_set_loudness", lambda args: None)
+    assert cli.main(["demo", "-q", "--out", "there"]) == 0
+    assert capsys.readouterr().out == "there/False\n"
+
+
 def test_demo_hands_its_options_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked: list[Any] = []
     stand_in = types.ModuleType("veena_lens.app.demo")

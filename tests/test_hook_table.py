@@ -98,9 +98,9 @@ def test_conditions_of_the_configuration_are_kept() -> None:
 
 
 def test_no_row_names_what_does_not_exist() -> None:
-    assert not [
-        row for row in HOOK_TABLE if "hook_attn_in" in row.name or row.name in ("hook_pos_embed", "hook_tokens")
-    ]
+    assert not [row for row in HOOK_TABLE if row.name in ("hook_pos_embed", "hook_tokens", "vision.hook_attn_in")]
+    grouped = native_model(BY_NAME["text-llama"]).cfg
+    assert not [name for name in hooks_of(grouped) if "hook_attn_in" in name], "it needs as many heads of each kind"
     assert not [row for row in DECODER_HOOKS if row.name.startswith("vision")]
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from veena_lens import long_runs
-from veena_lens.long_runs import Lines, Store, progress, save_tensors, write_file
+from veena_lens.long_runs import Store, progress, save_tensors, write_file
 
 EMBEDDED = "tiny-llava-emotion"
 
@@ -177,28 +179,28 @@ def test_processes_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None
     assert [w.exitcode for w in workers] == [0, 0] and (tmp_path / "x.json").read_text() in texts
 
 
-# --- progress and rows of a file ----------------------------------------------------------------------
+# --- progress ----------------------------------------------------------------------
 
 
-def test_progress_gives_the_items_in_order_shown_or_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_gives_the_items_in_order_shown_or_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_runs, "has_screen", lambda: True)
     assert list(progress(range(3), "items", show=False)) == [0, 1, 2]
     assert capsys.readouterr().err == ""
     assert list(progress(iter([[1, 2], [3]]), "batches", total=3, size=len)) == [[1, 2], [3]]
     assert "batches" in capsys.readouterr().err
 
 
-def test_lines_go_on_where_they_stopped_and_only_in_the_same_run(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.jsonl"
-    lines = Lines(path, {"set": "meld"})
-    assert lines.rows == [] and not path.exists()
-    lines.add([{"name": "a"}])
-    with path.open("a") as file:
-        file.write('{"name": "b", "ans')
-    again = Lines(path, {"set": "meld"})
-    assert again.rows == [{"name": "a"}]
-    again.add([{"name": "b"}])
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert kept[0] == {"run": {"set": "meld"}} and [row["name"] for row in kept[1:]] == ["a", "b"]
-    assert all(len(row["check"]) == 12 for row in kept[1:])
-    with pytest.raises(ValueError, match=r"another run: \{'set': 'meld'\} instead of \{'set': 'sims'\}"):
-        Lines(path, {"set": "sims"})
+def test_a_log_and_a_pipe_get_no_bar_and_a_terminal_and_a_notebook_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import IPython
+
+    assert list(progress(range(3), "items")) == [0, 1, 2]
+    assert capsys.readouterr().err == "" and not long_runs.has_screen()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel="a notebook's"))
+    assert long_runs.has_screen()
+    monkeypatch.setattr(IPython, "get_ipython", lambda: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert long_runs.has_screen()

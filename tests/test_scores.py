@@ -1,13 +1,24 @@
-"""`Scores`: selection, averages, tables, files and errors, over made-up attention."""
+"""`Scores`: selection, averages, tables, files and errors; effects between the runs of a sweep; files cut short."""
 
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
-from veena_lens.scores import Scores
+from veena_lens.activation_cache import ActivationCache
+from veena_lens.emotion import Directions
+from veena_lens.interventions import Circuit, Steer
+from veena_lens.scores import ReferenceRuns, Scores
+
+CLEAN, CORRUPTED = torch.tensor([2.0, 5.0]), torch.tensor([1.0, 5.0])
 
 
 def attention() -> Scores:
@@ -97,8 +108,6 @@ def test_file_gives_back_everything(tmp_path) -> None:
 
 
 def test_file_of_another_kind_is_refused(tmp_path) -> None:
-    from safetensors.torch import save_file
-
     save_file({"values": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no Scores"):
         Scores.load(tmp_path / "other.safetensors")
@@ -162,3 +171,141 @@ def test_mean_equals_mean_of_the_frame(shape: list[int], seed: int, at: int) -> 
         torch.testing.assert_close(
             torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
         )
+
+
+# --- sweeps --------------------------------------------------------------------------------------------------
+def sweep(direction: str = "denoising") -> Scores:
+    values = torch.tensor([[1.0, 1.5, 2.0], [5.0, 6.0, 7.0]])
+    runs = ReferenceRuns(CLEAN, CORRUPTED, direction)
+    return Scores(values, ("pair", "layer"), {"layer": [3, 4, 9]}, name="metric", reference=runs)
+
+
+def said() -> Scores:
+    texts = ["happy", "sad", "angry", "calm"]
+    columns = {"text": texts, "tokens": [[1], [2, 3], [4], []]}
+    return Scores(torch.tensor([[1.0, 0.0], [0.5, 2.0]]), ("row", "entry"), {"entry": ["a", "b"]}, columns=columns)
+
+
+def test_effects_lie_between_the_two_runs() -> None:
+    denoising, noising = sweep(), sweep("noising")
+    assert denoising.scores[0].tolist() == [0.0, 0.5, 1.0] and noising.scores[0].tolist() == [1.0, 0.5, 0.0]
+    assert bool(denoising.scores[1].isnan().all()), "the two runs of this pair do not differ"
+    assert denoising.clean is CLEAN and denoising.corrupted is CORRUPTED and noising.direction == "noising"
+    plain = denoising.effects()
+    assert plain.reference is None and plain.name == "denoising effect"
+    torch.testing.assert_close(plain.values, denoising.scores, equal_nan=True)
+    assert plain.effects() is plain and plain.scores is plain.values
+
+
+def test_tables_ranks_means_and_words_are_of_the_effects() -> None:
+    scores = sweep()
+    frame = scores.to_frame()
+    assert list(frame.columns) == ["pair", "layer", "value", "metric"]
+    assert frame.loc[1].tolist() == [0, 4, 0.5, 1.5]
+    assert scores.top(2)["layer"].tolist() == [9, 4]
+    assert scores.select(pair=0).mean("layer").values.item() == 0.5
+    assert "denoising effect from 0 to 1, mean 0.5" in repr(scores)
+    assert "do not differ" in repr(scores.select(pair=1))
+
+
+def test_selected_pairs_keep_their_own_runs() -> None:
+    scores = sweep()
+    one = scores.select(pair=0)
+    assert one.axes == ("layer",) and one.clean.tolist() == [2.0] and one.scores.tolist() == [0.0, 0.5, 1.0]
+    assert one.select(layer=4).scores.item() == 0.5
+    turned = scores.select(pair=[1, 0])
+    assert turned.corrupted.tolist() == [5.0, 1.0]
+    torch.testing.assert_close(turned.scores, scores.scores.flip(0), equal_nan=True)
+
+
+def test_scores_without_two_runs_or_texts_say_so() -> None:
+    scores = Scores(torch.ones(2), ("layer",), name="lens")
+    for name in ("clean", "corrupted", "direction"):
+        assert not hasattr(scores, name)
+    with pytest.raises(AttributeError, match="'lens'.* only sweeps compare two runs"):
+        _ = scores.clean
+    with pytest.raises(AttributeError, match="only generation sweeps"):
+        _ = scores.texts
+
+
+def test_texts_stay_with_their_values() -> None:
+    scores = said()
+    assert scores.texts == [["happy", "sad"], ["angry", "calm"]] and scores.tokens[0] == [[1], [2, 3]]
+    assert scores.to_frame()["text"].tolist() == ["happy", "sad", "angry", "calm"]
+    assert scores.top(1)["text"].tolist() == ["calm"]
+    assert scores.select(entry="b").texts == ["sad", "calm"]
+    assert scores.select(row=[1]).texts == [["angry", "calm"]]
+    assert "'happy'" in repr(scores) and not hasattr(scores.mean("row"), "texts")
+    with pytest.raises(ValueError, match="1 entries in column 'text' for 4 values"):
+        Scores(torch.zeros(2, 2), ("row", "entry"), columns={"text": ["happy"]})
+    unscored = Scores(torch.full((2,), torch.nan), ("entry",), columns={"text": ["happy", "sad"]})
+    assert list(unscored.to_frame().columns) == ["entry", "text"]
+
+
+@pytest.mark.parametrize("made", [sweep, said, lambda: sweep("noising")], ids=["sweep", "texts", "noising"])
+def test_file_gives_back_runs_and_columns(made, tmp_path: Path) -> None:
+    scores = made()
+    again = Scores.load(scores.save(tmp_path / "scores.safetensors"))
+    torch.testing.assert_close(again.scores, scores.scores, equal_nan=True, rtol=0, atol=0)
+    assert again.columns == scores.columns and again.labels == scores.labels
+    if scores.reference is not None:
+        assert again.clean.equal(scores.clean) and again.direction == scores.direction
+    pd.testing.assert_frame_equal(again.to_frame(), scores.to_frame())
+
+
+def test_file_of_a_sweep_from_before_sweeps_were_scores_loads(tmp_path: Path) -> None:
+    scores = sweep("noising")
+    about = {"format": "veena_lens.SweepResult/1", "axes": ["pair", "layer"], "direction": "noising"}
+    about |= {"labels": {"pair": [0, 1], "layer": [3, 4, 9]}, "meta": {"positions": "last"}}
+    tensors = {"values": scores.values, "clean": CLEAN, "corrupted": CORRUPTED}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"veena_lens": json.dumps(about)})
+    old = Scores.load(tmp_path / "old.safetensors")
+    assert old.meta == {"positions": "last"}
+    pd.testing.assert_frame_equal(old.to_frame(), scores.to_frame())
+
+
+def test_figure_of_a_sweep_shows_the_mean_effects() -> None:
+    scores = sweep().select(pair=[0])
+    drawn = scores.plot().axes[0].get_lines()[0].get_ydata()
+    assert list(drawn) == [0.0, 0.5, 1.0]
+
+
+# --- files that were cut short, or are something else -----------------------------------------------------------
+def cache() -> Any:
+    return ActivationCache({"blocks.0.hook_resid_post": torch.ones(1, 3, 50)})
+
+
+def circuit() -> Any:
+    return Circuit([Steer(layer=0, vector=torch.ones(50))])
+
+
+def ones() -> Any:
+    return Scores(torch.ones(50), ("layer",))
+
+
+def sweep_of_ones() -> Any:
+    return Scores(torch.ones(2, 30), ("layer", "head"), reference=ReferenceRuns(torch.ones(1), torch.zeros(1)))
+
+
+def directions() -> Any:
+    two = torch.ones(2, 50)
+    kept = {"norms": torch.ones(2), "neutral_mean": two, "emotional_mean": two}
+    return Directions(overall=two, per_emotion=two[None], emotions=("sad",), counts={"sad": 1}, **kept)
+
+
+@pytest.mark.parametrize("made", [cache, circuit, ones, sweep_of_ones, directions], ids=lambda made: made.__name__)
+def test_file_cut_short_is_named_with_the_remedy(made: Callable[[], Any], tmp_path: Path) -> None:
+    path = tmp_path / "kept.safetensors"
+    thing = made()
+    thing.save(path)
+    type(thing).load(path)
+    whole = path.read_bytes()
+    for size in (0, 7, 40, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf"kept\.safetensors \({size:,} bytes\) .* cut short .* copy it again"):
+            type(thing).load(path)
+    path.write_bytes(b"PK" + whole)
+    with pytest.raises(ValueError, match=r"kept\.safetensors .* another kind of file"):
+        type(thing).load(path)
+    with pytest.raises(FileNotFoundError, match=r"No .* at .*none\.safetensors"):
+        type(thing).load(tmp_path / "none.safetensors")

@@ -669,13 +669,18 @@ def test_factored_circuits_are_the_products(pair: Pair) -> None:
 def test_flags_of_transformer_lens_report_what_is_always_there(pair: Pair) -> None:
     model = pair.model
     assert model.cfg.use_attn_result and model.cfg.use_split_qkv_input and model.cfg.use_hook_mlp_in
-    assert model.cfg.use_attn_in is False
+    assert model.cfg.use_attn_in is False and model.cfg.ungroup_grouped_query_attention is False
     for name in ("attn_result", "split_qkv_input", "hook_mlp_in"):
         getattr(model, f"set_use_{name}")(False)
         getattr(model, f"set_use_{name}")(True)
     model.set_use_attn_in(False)
-    with pytest.raises(ValueError, match="hook_q_input"):
+    if model.cfg.n_heads == model.cfg.n_key_value_heads:
         model.set_use_attn_in(True)
+        assert model.cfg.use_attn_in is True
+        model.set_use_attn_in(False)
+    else:
+        with pytest.raises(ValueError, match="hook_q_input"):
+            model.set_use_attn_in(True)
     assert model.cfg.use_attn_result and model.cfg.use_split_qkv_input and model.cfg.use_hook_mlp_in
 
 

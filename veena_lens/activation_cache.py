@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import utilities as tl
 from transformer_lens.utilities import Slice
@@ -20,9 +19,10 @@ from veena_lens.hook_table import axes_of, canonical, near_names, row_of
 from veena_lens.images.dynamic import raster_order
 from veena_lens.input_files import PREFIX, describe_inputs, input_tensors, restore_inputs
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.long_runs import save_tensors
+from veena_lens.own_files import opened, require_words, tensors_of, words_of
 from veena_lens.positions import padded_places, position_mask
 from veena_lens.residual_parts import ResidualParts
-from veena_lens.scores import opened
 
 
 class MissingActivation(KeyError):
@@ -35,7 +35,8 @@ class MissingActivation(KeyError):
 class ActivationCache(ResidualParts):
     """`cache["resid_post", 5]`, `cache["blocks.5.attn.hook_z"]`, `cache["vision.blocks.3.attn.hook_pattern"]`.
 
-    `inputs` is what the model ran on; `at` and `image_grid` need it.
+    `inputs` is what the model ran on; `at` and `image_grid` need it. `attn.hook_result` is computed when it is asked
+    for, where the run did not store it.
     """
 
     def __init__(
@@ -51,12 +52,31 @@ class ActivationCache(ResidualParts):
     def __getitem__(self, key: Any) -> Tensor:
         name = self._full_name(key)
         if name not in self.cache_dict:
+            made = self._head_outputs(name)
+            if made is not None:
+                return made
             hint = near_names(name, self.cache_dict) or f"; it holds {len(self)} activations, see .keys()"
             raise MissingActivation(f"The cache holds no {name!r}{hint}. Name it in names_filter to cache it.")
         return self.cache_dict[name]
 
+    def _head_outputs(self, name: str) -> Tensor | None:
+        """Return heads' outputs in the residual stream, which are large, of `hook_z` and the model's W_O; None for
+        another name, or where either is missing."""
+        z = self._source_of_head_outputs(name)
+        if z is None:
+            return None
+        with torch.no_grad():
+            weight = self.model.get_submodule(name.removesuffix(".hook_result")).W_O
+            return torch.einsum("...hd,hdm->...hm", z, weight.to(z))
+
+    def _source_of_head_outputs(self, name: str) -> Tensor | None:
+        """Return the `hook_z` that an `attn.hook_result` can be computed of."""
+        is_asked = name.endswith(".attn.hook_result") and self.model is not None
+        return self.cache_dict.get(name.removesuffix("hook_result") + "hook_z") if is_asked else None
+
     def __contains__(self, key: object) -> bool:
-        return self._full_name(key) in self.cache_dict
+        name = self._full_name(key)
+        return name in self.cache_dict or self._source_of_head_outputs(name) is not None
 
     def _full_name(self, key: Any) -> str:
         """Return the hook name of a key: a full name, a short name, or (short name, layer[, layer type])."""
@@ -221,13 +241,12 @@ class ActivationCache(ResidualParts):
     def save(self, path: str | Path) -> Path:
         """Write the activations, and where the images lie, to one safetensors file, and return its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous().clone() for name, value in self.cache_dict.items()}
+        tensors = dict(self.cache_dict)
         about: dict[str, Any] = {"has_batch_dim": self.has_batch_dim, "format": "veena_lens.ActivationCache"}
         if self.inputs is not None:
             about["inputs"] = describe_inputs(self.inputs)
             tensors |= input_tensors(self.inputs)
-        save_file(tensors, str(path), metadata={"veena_lens": json.dumps(about)})
+        save_tensors(path, tensors, {"veena_lens": json.dumps(about)})
         return path
 
     @classmethod
@@ -236,13 +255,16 @@ class ActivationCache(ResidualParts):
 
         Raises: FileNotFoundError; ValueError when the file was cut short, or is not such a cache."""
         with opened(path, "an activation cache", device) as f:
-            about = json.loads((f.metadata() or {}).get("veena_lens", "{}"))
+            about = words_of(f, "veena_lens", {"format?": str}, path)
             if about.get("format") != "veena_lens.ActivationCache":
                 raise ValueError(f"{path} is a safetensors file, but no activation cache of veena_lens.")
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        inputs = restore_inputs(about.get("inputs"), tensors)
-        kept = {n: v for n, v in tensors.items() if not n.startswith(PREFIX)}
-        return cls(kept, model, has_batch_dim=about["has_batch_dim"], inputs=inputs)
+            require_words(about, {"has_batch_dim": bool, "inputs?": (None, dict)}, str(path))
+            tensors = tensors_of(f)
+            inputs = restore_inputs(about.get("inputs"), tensors)
+            kept = {n: v for n, v in tensors.items() if not n.startswith(PREFIX)}
+            cache = cls(kept, model, has_batch_dim=about["has_batch_dim"], inputs=inputs)
+            _require_shapes(cache)
+            return cache
 
     def __repr__(self) -> str:
         size = sum(v.numel() * v.element_size() for v in self.cache_dict.values()) / 2**20
@@ -253,6 +275,22 @@ class ActivationCache(ResidualParts):
             f"ActivationCache({len(self)} activations, {size:.1f} MiB, {rows}, "
             f"{len(layers)} decoder layers, {on_images} on images)"
         )
+
+
+def _require_shapes(cache: ActivationCache) -> None:
+    """Check that the activations of text have the rows and positions of the inputs. Raises: ValueError, naming one."""
+    if cache.inputs is None:
+        return
+    rows, length = cache.inputs.shape
+    for name, value in cache.cache_dict.items():
+        axes = axes_of(name)
+        if axes[0] != "batch":
+            continue
+        for axis, found in zip(axes if cache.has_batch_dim else axes[1:], value.shape, strict=False):
+            wanted = {"batch": rows, "pos": length, "query_pos": length}.get(axis)
+            # Fewer there are where the run kept a slice of positions.
+            if wanted is not None and found > wanted:
+                raise ValueError(f"{name} has {found} entries along {axis}; its inputs have {wanted}.")
 
 
 def _shortened(name: str, value: Tensor, inputs: MultimodalInputs | None) -> Tensor:

@@ -7,8 +7,10 @@ code 2; a certificate that fails exits with code 1.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     results = commands.add_parser("results", help="print a table from a results.json as Markdown")
     results.add_argument("path", help="results.json from a run")
-    results.add_argument("--part", default="main", help="main, random, ways, tuned, effects, elsewhere, layers, heads")
+    results.add_argument(
+        "--part", default="main", help="main, summary, random, ways, tuned, effects, elsewhere, layers, heads"
+    )
 
     explore = commands.add_parser("explore", help="explore a model in the browser, with your own images")
     explore.add_argument(
@@ -98,10 +102,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_mer_unibench(commands)
 
-    for command in commands.choices.values():
-        # Options of the whole command may also follow the sub-command.
-        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for name, command in commands.choices.items():
+        if name != "mer-unibench":  # its actions take them
+            _add_common(command)
     return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    """Add what every command takes; options of the whole program may also follow the command."""
+    loudness = command.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="print the result alone: no progress, no warnings")
+    loudness.add_argument("-v", "--verbose", action="store_true", help="print details, and what the libraries log")
+    command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def _add_mer_unibench(commands: Any) -> None:
@@ -157,7 +169,7 @@ def _add_mer_unibench(commands: Any) -> None:
     answer.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: as stored)")
     for action in (check, score, answer):
         action.add_argument("--folder", action="append", metavar="KEY=FOLDER", help="the folder of a set outside ROOT")
-        action.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        _add_common(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
+    _set_loudness(args)
     try:
         return COMMANDS[args.command](args)
     except (ValueError, OSError, ImportError) as error:
@@ -182,6 +195,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _set_loudness(args: argparse.Namespace) -> None:
+    """Let warnings and the libraries' log messages through, or not, as --quiet and --verbose say."""
+    if args.quiet:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+    elif args.verbose:
+        warnings.simplefilter("default")
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
 
 
 def models(args: argparse.Namespace) -> int:
@@ -226,7 +249,7 @@ def verify(args: argparse.Namespace) -> int:
 
     images: list[Any] | None = args.image
     model = HookedVLM.from_pretrained(args.path, dtype=getattr(torch, args.dtype), device=args.device)
-    certificate = certify(model, args.path, images=images)
+    certificate = certify(model, args.path, images=images, progress=not args.quiet)
     print(certificate)
     return 0 if certificate.passed else 1
 
@@ -237,10 +260,9 @@ def demo(args: argparse.Namespace) -> int:
     from veena_lens.checkpoints.files import bundled_names
 
     models = args.model or bundled_names()
-    if len(models) == 1:
-        print(run_demo(args.out, model=models[0]))
-    else:
-        print(run_demos(args.out, models))
+    silent = {"progress": False} if args.quiet else {}
+    found = run_demo(args.out, model=models[0], **silent) if len(models) == 1 else run_demos(args.out, models, **silent)
+    print(found.page if args.quiet else found)
     return 0
 
 
@@ -302,6 +324,8 @@ def run(args: argparse.Namespace) -> int:
         question=args.question,
         skip_unreadable=args.skip_unreadable,
         dry_run=args.dry_run,
+        quiet=args.quiet,
+        verbose=args.verbose,
     )
     return 0
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from veena_lens.config_parts import Printed, require_numbers
+from veena_lens.flags import Flags, Settable, has_settable_flags
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 Casts = Literal["hf", "none"]
@@ -261,8 +262,9 @@ class ConnectorConfig(Printed):
                 raise ValueError(f"ConnectorConfig: {size}={getattr(self, size)} must be at least 1.")
 
 
+@has_settable_flags
 @dataclass(frozen=True, kw_only=True, repr=False)
-class HookedVLMConfig(TransformerConfig):
+class HookedVLMConfig(Settable, TransformerConfig):
     """Configure the whole model: the decoder at the root, as in HookedTransformer, tower and connector below.
 
     n_ctx: the longest context in tokens.
@@ -302,6 +304,7 @@ class HookedVLMConfig(TransformerConfig):
     model_name: str = ""
     dtype: Any = None
     device: Any = None
+    flags: Flags = field(default_factory=Flags, repr=False, compare=False)  # may be set: cfg.use_attn_result = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -367,12 +370,15 @@ class HookedVLMConfig(TransformerConfig):
     attn_only = False
     parallel_attn_mlp = False
     positional_embedding_type = "rotary"
-    use_attn_result = True  # computed whenever a hook reads it
-    use_split_qkv_input = True
-    use_hook_mlp_in = True
-    use_attn_in = False  # one query head's copy is hook_q_input; there is no shared hook_attn_in
-    default_prepend_bos = True
+    use_normalization_before_and_after = property(lambda self: self.post_norms)
     original_architecture = property(lambda self: self.architecture)
+
+    @property
+    def n_params(self) -> int:
+        """Return the number of weights as HookedTransformer counts: of attention, one matrix per query head for keys
+        and values too, and MLPs, without embeddings, norms and biases."""
+        per_layer = 4 * self.d_model * self.d_head * self.n_heads + self.d_model * self.d_mlp * (2 + self.gated_mlp)
+        return self.n_layers * per_layer
 
     def to_dict(self) -> dict[str, Any]:
         """Return a nested dictionary of all fields, JSON-able (dtype and device as text)."""
@@ -381,7 +387,7 @@ class HookedVLMConfig(TransformerConfig):
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "__dataclass_fields__"):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.name != "flags"}
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):

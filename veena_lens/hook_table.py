@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 from veena_lens.config import HookedVLMConfig, TransformerConfig
+from veena_lens.flags import Flags
 
 Live = Literal["always", "when hooked"]
 
@@ -50,8 +51,14 @@ class Hook:
 
     @property
     def by_default(self) -> bool:
-        """Say whether it is cached if `names_filter` is None: all except the large copies of the residual."""
-        return not self.name.endswith(("hook_q_input", "hook_k_input", "hook_v_input", "hook_mlp_in"))
+        """Say whether it is cached if `names_filter` is None and no flag of the configuration is set: all except the
+        large copies of the residual, and the outputs of heads in it."""
+        return Flags().caches(self.part)
+
+    @property
+    def part(self) -> str:
+        """Return the last part of the name, such as "hook_z"."""
+        return self.name.rsplit(".", 1)[-1]
 
 
 def _block(kind: str) -> tuple[Hook, ...]:
@@ -62,6 +69,13 @@ def _block(kind: str) -> tuple[Hook, ...]:
     return (
         Hook("blocks.{l}.hook_resid_pre", f"{b} pos d_model", "residual stream that enters the block"),
         Hook("blocks.{l}.hook_deepstack", f"{b} pos d_model", "inner features of the tower added", needs="deepstack"),
+        Hook(
+            "blocks.{l}.hook_attn_in",
+            f"{b} pos n_heads d_model",
+            "residual before ln1, one copy per head for q, k and v",
+            hooked,
+            "shared_copies",
+        ),
         Hook(
             "blocks.{l}.hook_q_input",
             f"{b} pos n_heads d_model",
@@ -120,7 +134,7 @@ VISION_HOOKS: tuple[Hook, ...] = (
     *(
         Hook(f"vision.{h.name}", h.axes, h.what, h.live, h.needs)
         for h in _block("crop")
-        if h.needs not in ("deepstack", "post_norms")
+        if h.needs not in ("deepstack", "post_norms", "shared_copies")
     ),
     Hook("vision.ln_post.hook_scale", "crop pos 1", "denominator of the last norm", "when hooked", "ln_post"),
     Hook("vision.ln_post.hook_normalized", "crop pos d_model", "its output (RMS: before the weight)", needs="ln_post"),
@@ -153,6 +167,8 @@ def _has(cfg: TransformerConfig, need: str, decoder: bool) -> bool:
         return kind == "qwen" or bool(getattr(cfg, "has_last_norm", False))
     if need == "pos_embed":
         return kind in ("clip", "siglip") or bool(getattr(cfg, "position_grid", 0))
+    if need == "shared_copies":
+        return cfg.n_key_value_heads == cfg.n_heads
     if need == "deepstack":
         return bool(getattr(cfg, "n_deepstack", 0))
     return bool(getattr(cfg, need))

@@ -12,9 +12,22 @@ from typing import Any
 from torch import Tensor
 
 from veena_lens.inputs import MultimodalInputs, text_positions
+from veena_lens.own_files import require_words
 from veena_lens.spans import Spans, StoredImage
 
 PREFIX = "inputs."
+PAIR = (None, [int])
+SCHEMA = {
+    "image_token_id": (None, int),
+    "video_token_id?": (None, int),
+    "pad_token_id": (None, int),
+    "grids": [[[int]]],
+    "grid_places": list,
+    "token_tiles?": list,
+    "spans": [dict],
+    "boxes": bool,
+}
+SPANS = {"images": [[int]], "query": [int], "last": int, "answer": PAIR}
 # Names of tensors in files that were written when crops were called pictures.
 OLDER_NAMES = {"crop_rows": "picture_rows", "crop_images": "picture_images", "crop_grids": "picture_grids"}
 
@@ -55,9 +68,12 @@ def restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tensor
     Args:
         about: what `describe_inputs` gave.
         tensors: the file's tensors by name, those of `input_tensors` among them.
+
+    Raises: ValueError for fields or tensors that are missing, of other types, or do not fit each other.
     """
     if about is None:
         return None
+    _require_fit(about, tensors)
 
     def cut(pair: list[int] | None) -> slice | None:
         return None if pair is None else slice(*pair)
@@ -85,6 +101,30 @@ def restore_inputs(about: Mapping[str, Any] | None, tensors: Mapping[str, Tensor
         spans=spans,
         patch_boxes=boxes,
     )
+
+
+def _require_fit(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Check fields against the schema, and the rows, positions and crops of tensors with each other."""
+    require_words(about, SCHEMA, "its inputs")
+    for spans in about["spans"]:
+        require_words(spans, SPANS, "the spans of its inputs")
+    found = {name: tensors.get(f"{PREFIX}{name}") for name in ("tokens", "attention_mask")}
+    if any(t is None or t.ndim != 2 or t.is_floating_point() for t in found.values()):
+        raise ValueError("its inputs lack tokens and attention_mask [batch pos] of integers.")
+    shapes = {name: list(t.shape) for name, t in found.items() if t is not None}
+    rows, length = shapes["tokens"]
+    counts = {"grids": len(about["grids"]), "spans": len(about["spans"])}
+    if shapes["attention_mask"] != [rows, length] or set(counts.values()) != {rows}:
+        raise ValueError(f"its inputs do not fit each other: {shapes}, {counts}.")
+    positions = tensors.get(f"{PREFIX}position_ids")
+    if positions is not None and (positions.shape[-2:] != (rows, length) or positions.is_floating_point()):
+        raise ValueError(f"its position_ids {list(positions.shape)} do not fit {rows} rows of {length} tokens.")
+    for spans in about["spans"]:
+        ends = [*spans["images"], spans["query"], *([] if spans["answer"] is None else [spans["answer"]])]
+        if not all(len(pair) == 2 and 0 <= pair[0] <= pair[1] <= length for pair in ends):
+            raise ValueError(f"its spans {ends} do not lie in {length} tokens.")
+        if not 0 <= spans["last"] < max(length, 1):
+            raise ValueError(f"its last position {spans['last']} does not lie in {length} tokens.")
 
 
 def _stored_images(

@@ -1,26 +1,24 @@
 """The one result type: a tensor that knows its axes, their labels, its name and its unit.
 
 Sweeps, attention, lenses and metrics all return `Scores`, so that one way to select, average, rank, tabulate, draw and
-save serves them all. Entries that exist only to pad unequal rows are False in `mask` and count nowhere. Two small
-helpers that every file and every message needs, `opened` and `counted`, stand at the end.
+save serves them all. Entries that exist only to pad unequal rows are False in `mask` and count nowhere. A helper that
+every message needs, `counted`, stands at the end.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Shaped
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from veena_lens.long_runs import save_tensors
+from veena_lens.own_files import opened, require_words, tensors_of, words_of
 from veena_lens.score_parts import Label, ReferenceRuns, few_labels, find_label, plain_labels, require_mask
 
 if TYPE_CHECKING:
@@ -294,11 +292,7 @@ class Scores:
         if self.reference is not None:
             words["direction"] = self.reference.direction
             tensors |= {"clean": self.reference.clean, "corrupted": self.reference.corrupted}
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, draft, metadata={"format": FORMAT, "scores": json.dumps(words)})
-        draft.replace(path)
+        save_tensors(path, tensors, {"format": FORMAT, "scores": json.dumps(words)})
         return path
 
     @classmethod
@@ -307,11 +301,10 @@ class Scores:
 
         Raises: FileNotFoundError; ValueError for a file that was cut short, or of another kind."""
         with opened(path, "Scores") as file:
-            header = file.metadata() or {}
-            words, tensors = _words_of(header, path), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        values, axes, direction = tensors.pop("values"), tuple(words.pop("axes")), words.pop("direction", None)
-        runs = None if direction is None else ReferenceRuns(tensors["clean"], tensors["corrupted"], direction)
-        return cls(values, axes, mask=tensors.get("mask"), reference=runs, **words)
+            words, tensors = _words_of(file, path), tensors_of(file)
+            values, axes, direction = tensors.pop("values"), tuple(words.pop("axes")), words.pop("direction", None)
+            runs = None if direction is None else ReferenceRuns(tensors["clean"], tensors["corrupted"], direction)
+            return cls(values, axes, mask=tensors.get("mask"), reference=runs, **words)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{axis} {size}" for axis, size in zip(self.axes, self.shape)) or "a single number"
@@ -332,14 +325,27 @@ class Scores:
         return "\n".join(lines)
 
 
-def _words_of(header: Mapping[str, str], path: str | Path) -> dict[str, Any]:
+LABEL = (str, int, float, bool, None)
+SCHEMA = {"axes": [str], "labels?": {str: [LABEL]}, "name?": str, "unit?": str, "meta?": {str: object}}
+SCHEMA |= {"columns?": {str: list}, "direction?": str}
+
+
+def _words_of(file: Any, path: str | Path) -> dict[str, Any]:
     """Return the words of a file's header. Raises: ValueError for a file of another kind."""
+    header = file.metadata() or {}
     if header.get("format") == FORMAT:
-        return json.loads(header["scores"])
-    old = json.loads(header.get("veena_lens", "{}"))
-    if old.pop("format", None) == OLD_SWEEP_FORMAT:
-        return {**old, "name": "metric"}
-    raise ValueError(f"{path} holds no Scores: its format is {header.get('format')!r}, expected {FORMAT!r}.")
+        words = words_of(file, "scores", SCHEMA, path)
+    else:
+        words = words_of(file, "veena_lens", {}, path)
+        if words.pop("format", None) != OLD_SWEEP_FORMAT:
+            raise ValueError(f"{path} holds no Scores: its format is {header.get('format')!r}, expected {FORMAT!r}.")
+        require_words(words, SCHEMA, str(path))
+        words |= {"name": "metric"}
+    if unknown := words.keys() - {name.removesuffix("?") for name in SCHEMA}:
+        raise ValueError(
+            f"{path} has the unknown fields {', '.join(sorted(unknown))}; it was written by a later version."
+        )
+    return words
 
 
 def _take(tensor: Tensor, at: int, index: Tensor, single: bool) -> Tensor:
@@ -354,22 +360,3 @@ def _numbers(values: Tensor) -> Tensor:
 def counted(n: int, singular: str, plural: str | None = None) -> str:
     """Return a number with its noun in agreement: "1 row", "2,048 rows"; `plural` where an s is not enough."""
     return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
-
-
-@contextmanager
-def opened(path: str | Path, what: str, device: str = "cpu") -> Iterator[Any]:
-    """Open a safetensors file that should hold `what` ("a circuit") for reading, its tensors on `device`.
-
-    Raises: FileNotFoundError without the file; ValueError for one that was cut short or is not a safetensors file,
-    also where that shows only while it is read."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No {what.split(' ', 1)[-1]} at {path}.")
-    try:
-        with safe_open(str(path), framework="pt", device=device) as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as {what}: {error}. It was cut short or is another "
-            "kind of file; copy it again, or save it anew."
-        ) from error

@@ -19,8 +19,8 @@ def test_page_has_a_column_for_each_model_and_leads_to_their_pages(tmp_path) -> 
     page = write_comparison(comparison).read_text(encoding="utf-8")
     assert page.count('<th scope="col">made-up</th>') == 2 and page.count('<th scope="col">another</th>') == 2
     assert '<a href="made-up/index.html">' in page and '<a href="another/index.html">' in page
-    assert "1 of 2 test images" in page and "2 of 2 test images" in page
-    assert str(comparison.page) in repr(comparison)
+    assert "<td>1 of 2</td><td>2 of 2</td>" in page and page.count("<iframe") == 1
+    assert repr(comparison).splitlines()[-1] == f"both side by side: {comparison.page}"
 
 
 def test_models_must_be_named_once_each(tmp_path) -> None:

@@ -1,14 +1,16 @@
 """The demo: its choices, its page from made-up findings, and its steps on the embedded model."""
 
 import json
+import re
 
 import pytest
 import torch
 
+from tests.app.test_html import Page
 from veena_lens.app import demo
 from veena_lens.app.demo_page import write_page
 from veena_lens.app.demo_results import CaptionSteering, DemoResult, Description, Flips, Inside, Steered
-from veena_lens.app.demo_steering import asked, best_setting, steering
+from veena_lens.app.demo_steering import ALPHAS, asked, best_setting, steering
 from veena_lens.app.questions import LIST
 from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
 from veena_lens.emotion import Method, generate_answers
@@ -36,7 +38,7 @@ def test_pair_that_is_named_right_on_both_sides_wins_over_one_that_is_shown() ->
 def test_weaker_and_earlier_setting_wins_where_rates_are_equal() -> None:
     rates = torch.tensor([[0.0, 0.9, 0.9], [0.0, 0.8, 0.9], [1.0, 1.0, 1.0]])
     development = Scores(rates, ("setting", "layer"), {"setting": ["alpha 1", "alpha 2", "random"]})
-    assert best_setting(development) == (1, 1.0)
+    assert best_setting(development) == (1, ALPHAS[0])
 
 
 def findings(out) -> DemoResult:
@@ -58,6 +60,8 @@ def findings(out) -> DemoResult:
         patching=Scores(
             torch.randn(3, 2, generator=generator), ("layer", "head"), meta={"emotional": 2.0, "neutral": -2.0}
         ),
+        cells=Scores(torch.stack([grid[0] * 20, grid[1]]), ("source", "height", "width")),
+        view="<!doctype html><html><body><p>a view & its script</p></body></html>",
     )
     steered = Steered(
         n_pairs=8,
@@ -97,13 +101,33 @@ def test_page_and_figures_are_written_from_the_findings(tmp_path) -> None:
 
 
 def demo_figures() -> tuple[str, ...]:
-    return ("attention", "attention_by_layer", "logit_lens", "patching", "steering")
+    return ("attention", "attention_by_layer", "cells", "logit_lens", "patching", "steering")
+
+
+def test_page_says_what_was_found_first_and_holds_the_view_in_a_frame_that_reaches_nothing(tmp_path) -> None:
+    result = findings(tmp_path)
+    text = write_page(result).read_text(encoding="utf-8")
+    page = Page(text)
+    headings = re.findall(r"<h2[^>]*>([^<]+)</h2>", text)
+    assert headings[:3] == ["What was found", "Hover over it", "Which parts of the image decide"]
+    (frame,) = page.all("iframe")
+    assert frame["sandbox"] == "allow-scripts" and frame["srcdoc"] == result.inside.view and frame["title"]
+    assert "default-src 'none'; script-src 'unsafe-inline'" in text and not page.all("script")
+    best, control = (float(values.abs().max()) for values in result.inside.cells.values)
+    assert f"by {best:.1f} of the 4.0 logits" in text and f"another neutral person by {control:.1f} at most" in text
+
+
+def test_an_answer_that_stutters_is_called_broken_on_the_page(tmp_path) -> None:
+    text = write_page(findings(tmp_path)).read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if "happy happy." in line)
+    assert '<td>a happy person.</td><td class="good">turned</td>' in row and '<td class="bad">broken</td>' in row
 
 
 def test_printed_table_is_short_and_says_what_came_out(tmp_path) -> None:
     lines = repr(findings(tmp_path)).splitlines()
     assert len(lines) < 10 and all(len(line) <= 120 for line in lines[:-1])
     assert "1 of 2" in lines[1] and "from layer 1" in "".join(lines)
+    assert lines[-1] == f"page: {tmp_path / 'index.html'}"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +139,8 @@ def model():
 
 def test_lens_ends_in_what_the_model_says_and_every_head_is_patched(model) -> None:
     emotional, neutral = bundled_pairs("test")[0]
-    inside = demo.look_inside(model, emotional, neutral)
+    stranger = next(p for p in bundled_pictures("test") if p.emotion == "neutral" and p.identity != neutral.identity)
+    inside = demo.look_inside(model, emotional, neutral, stranger)
     with torch.no_grad():
         said = model(model.prepare(text=LIST, images=emotional.open()))[0, -1].softmax(-1)
     tokens = [model.to_single_token(f" {emotion}") for emotion in EMOTIONS]
@@ -130,6 +155,10 @@ def test_lens_ends_in_what_the_model_says_and_every_head_is_patched(model) -> No
     height, width = maps.shape[1:]
     assert height > 1 and width > 1 and (maps.values >= 0).all() and (maps.values.sum((1, 2)) <= 1 + 1e-5).all()
 
+    cells = inside.cells
+    assert cells.shape == (2, height, width) and inside.best_cell > 5 * inside.best_control
+    assert "<title>" in inside.view and "openPage" in inside.view
+
 
 def test_patching_is_that_of_transformer_lens(model) -> None:
     """`transformer_lens.patching` takes inputs with images in the place of tokens, and finds the same effects."""
@@ -139,7 +168,8 @@ def test_patching_is_that_of_transformer_lens(model) -> None:
     from transformer_lens import patching
 
     pair = bundled_pairs("test")[0]
-    inside = demo.look_inside(model, *pair)
+    inside = demo.look_inside(model, *pair, pair[1])
+    assert inside.best_control < 1e-4  # patched with itself
     emotional, neutral = (model.prepare(text=LIST, images=picture.open()) for picture in pair)
     words = [model.to_single_token(f" {word}") for word in (pair[0].emotion, "neutral")]
 

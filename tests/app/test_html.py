@@ -83,3 +83,17 @@ def test_row_of_another_length_is_refused() -> None:
 def test_page_is_written_with_both_colour_schemes(tmp_path) -> None:
     text = report().save(tmp_path / "new" / "index.html").read_text(encoding="utf-8")
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+
+
+def test_folded_sections_open_on_paper_and_views_sit_in_frames() -> None:
+    page = Report("x")
+    with page.folded("A <b>", "first"), page.side_by_side():
+        page.points("one & two").view("<p>'a' & \"b\"</p>", "a view", height=300)
+    text = page.html()
+    read = Page(text)
+    assert [tag for tag, _ in read.seen if tag in ("details", "summary", "h2", "li", "iframe")] == [
+        "details", "summary", "h2", "li", "iframe",
+    ]  # fmt: skip
+    assert read.all("iframe")[0]["srcdoc"] == "<p>'a' & \"b\"</p>" and "<li>one &amp; two</li>" in text
+    assert "@media print" in text and "details-content" in text and "script-src 'unsafe-inline'" in text
+    assert "script-src" not in Report("x").html()

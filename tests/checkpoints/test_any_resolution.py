@@ -1,8 +1,7 @@
-"""Images of any resolution (OneVision): processors of every release, boxes, frames of videos, what does not fit."""
+"""Images of any resolution (OneVision): boxes, frames of videos, what does not fit."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cases import BY_NAME, build_hf, hf_model, native_model, raw_inputs, relative_error
+from tests.cases import BY_NAME, build_hf, native_model, raw_inputs, relative_error
 from tests.checkpoints import tiny, tiny_processors
-from tests.checkpoints.test_processing import FEEL, message
+from tests.checkpoints.test_processing import FEEL
 from tests.checkpoints.tiny import picture
 from veena_lens import HookedVLM
-from veena_lens.checkpoints import load_processor
 from veena_lens.checkpoints.image_only import ImageOnlyLlavaOnevisionProcessor
 from veena_lens.images.layout import pack_features
 
@@ -28,42 +26,6 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, HookedVLM]:
     """(Hugging Face's model, ours from the same folder)."""
     hf, folder = tiny.save(CASE, tmp_path_factory.mktemp("onevision"), torch.float64)
     return hf, HookedVLM.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("torchvision", ["as installed", "missing"])
-@pytest.mark.parametrize("form", ["hub", "without numbers", "class named by config.json alone", "saved again"])
-def test_processor_files_of_every_release_load(
-    form: str, torchvision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tiny.write_processor(CASE, tmp_path / "first")
-    CASE.config().save_pretrained(folder)
-    if torchvision == "missing":
-        monkeypatch.setattr("transformers.utils.is_torchvision_available", lambda: False)
-    if form == "saved again":
-        load_processor(folder).save_pretrained(tmp_path / "second")
-        CASE.config().save_pretrained(tmp_path / "second")
-        folder = tmp_path / "second"
-    elif form != "hub":
-        (folder / "processor_config.json").write_text(json.dumps({"processor_class": "LlavaOnevisionProcessor"}))
-    if form == "class named by config.json alone":
-        (folder / "processor_config.json").unlink()
-        for name in ("preprocessor_config.json", "tokenizer_config.json"):
-            told = json.loads((folder / name).read_text())
-            (folder / name).write_text(json.dumps({k: v for k, v in told.items() if k != "processor_class"}))
-    found = load_processor(folder)
-    assert type(found) is (
-        ImageOnlyLlavaOnevisionProcessor if torchvision == "missing" else tiny_processors.CLASSES["onevision"]
-    )
-    numbers = (found.num_image_tokens, found.vision_feature_select_strategy, found.vision_aspect_ratio)
-    assert numbers == (16, "full", "anyres_max_2"), "as the model's configuration says"
-    assert (found.image_token, found.video_token, found.chat_template) == (
-        "<image>",
-        "<video>",
-        tiny_processors.ONEVISION_TEMPLATE,
-    )
-    assert found.image_processor.image_grid_pinpoints == CASE.config().image_grid_pinpoints
-    text = found.apply_chat_template(message(FEEL, 1), add_generation_prompt=True)
-    assert found(text=[text], images=[A], return_tensors="pt")["pixel_values"].shape == (1, 7, 3, 28, 28)
 
 
 def test_boxes_tile_the_picture_whether_it_is_cut_or_padded(loaded: Any) -> None:
@@ -144,13 +106,3 @@ def test_pictures_that_do_not_fit_are_refused() -> None:
     refused(r"the 2 videos given fill \[4, 4\]", pixel_values_videos=frames[:, [0, 1, 0]])
     refused("image_sizes", image_sizes=None)
     refused("unknown keys .'image_grid_thw'", image_grid_thw=torch.tensor([[1, 2, 2]]))
-    with pytest.raises(ValueError, match="video token '<video>'"):
-        wrong = HookedVLM.from_hf(hf_model(CASE), processor=tiny_processor())
-        wrong.prepare("<video> what", chat=False)
-
-
-def tiny_processor() -> Any:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        return tiny_processors.processor(CASE, Path(folder))

@@ -102,6 +102,9 @@ def test_tokens_pixels_logits_and_answers_equal_the_processor_and_hugging_face(
         said = hf.generate(**expected, max_new_tokens=12, do_sample=False)[:, inputs.shape[1] :]
     ours = model.generate(inputs, max_new_tokens=12, eos_token_id=[], return_type="tokens")
     assert torch.equal(ours, said)
+    if len(texts) == 3:
+        words = model.tokenizer.batch_decode(said, skip_special_tokens=True)
+        assert model.generate(inputs, max_new_tokens=12, eos_token_id=[]) == words
 
 
 def assert_patches_are_the_processors(inputs: Any, expected: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,12 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tests.checkpoints.tiny_processors import WORDS, WRITERS, gemma_processor, gemma_tokenizer, write_json
-from tests.families import Case, build_hf
+from tests.families import Case, build_hf, tiny_tokenizer
 from tests.odd_inputs import IMAGE_TOKEN
 
 LLAVA_TEMPLATE = (
@@ -61,6 +63,13 @@ def llava_processor(case: Case, template: str | None = LLAVA_TEMPLATE, **setting
         num_additional_image_tokens=int(config.vision_config.model_type == "clip_vision_model"),
         chat_template=template,
     )
+
+
+def word_tokenizer() -> Any:
+    """Words "w3" and on, split at "<image>" wherever it stands."""
+    words = copy.deepcopy(tiny_tokenizer())
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return words
 
 
 def next_processor(case: Case, words: Any = None) -> Any:
@@ -116,6 +125,13 @@ def save(
     if with_processor:
         write_processor(case, folder, **settings or {})
     return model, folder
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Rewrite a folder's tensors after `change(state)`, which edits the dictionary in place."""
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 TOWER_FIELDS = dict(

@@ -44,6 +44,11 @@ if is_torchvision_available():
     CLASSES = {family: getattr(transformers, f"{NAMES[family]}Processor") for family in IMAGE_ONLY}
 
 
+def video_class(family: str) -> str:
+    """Hugging Face's processor of videos (Qwen2.5-VL shares Qwen2-VL's)."""
+    return f"Qwen{family[4]}VLVideoProcessor"
+
+
 def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value))
 

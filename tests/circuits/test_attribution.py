@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cases import BY_NAME
-from tests.circuits.runs import KINDS, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
+from tests.circuits.runs import GEMMA3, KINDS, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
 from veena_lens.circuits.attribution import attribution_patching, check_attribution, image_attribution
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.scores import Scores
@@ -228,6 +228,22 @@ def test_a_patch_that_differs_alone_has_all_of_the_map_at_the_tower(name: str, m
     assert float(values[y, x].abs()) > 1e-7
     values[y, x] = 0
     assert not values.any() and abs(found.meta["elsewhere"][0]) < 1e-14
+
+
+def test_map_at_the_tower_sums_each_square_of_patches(model_of) -> None:
+    model, clean, corrupted = pair_of(model_of, GEMMA3)
+    clean, corrupted = clean[[0, 2]], corrupted[[0, 2]]
+    found = image_attribution(model, clean, corrupted, difference, image=0, site="vision.hook_embed")
+    seen: list[torch.Tensor] = []
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean, names_filter="vision.hook_embed")
+    with model.hooks([("vision.hook_embed", lambda value, hook: seen.append(value))]):
+        (gradient,) = torch.autograd.grad(difference(model(corrupted)[:, -1]).sum(), seen)
+    product = ((cache["vision.hook_embed"] - seen[0].detach()) * gradient).sum(-1)
+    first = [int((clean.crop_rows == row).nonzero()[0]) for row in range(2)]
+    squares = product[first].view(2, 2, 2, 2, 2).sum((2, 4))  # row of cells, row in it, column of cells, column in it
+    torch.testing.assert_close(found.values, squares, rtol=1e-9, atol=1e-12)
+    assert max(abs(x) for x in found.meta["elsewhere"]) < 1e-10
 
 
 def test_the_check_finds_the_exact_effects(model_of) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.circuits.runs import LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
+from tests.circuits.runs import GEMMA3, LLAVA, NEXT, QWEN3, TEXT, difference, pair_of
 from veena_lens.circuits.knockout import attention_knockout
 from veena_lens.interventions import Box, Tile
 from veena_lens.sweeps.metrics import log_prob, project
@@ -57,6 +57,21 @@ def test_cuts_equal_masked_forwards(name: str, model_of) -> None:
                 truth = by_hand(model, inputs[i], keys, queries, [layer])
                 assert float(found.values[i, c, layer]) == pytest.approx(truth, rel=1e-10, abs=1e-10)
     assert float(found.values[:, 0, 0].abs().min()) > 1e-7
+
+
+def test_cuts_within_an_image_that_reads_itself_equal_masked_forwards(model_of) -> None:
+    """Of its last token from its first: a cut that a causal decoder would not have."""
+    model, inputs, _ = pair_of(model_of, GEMMA3)
+    row = inputs[0].without_padding()
+    span = row.spans[0].images[-1]
+    keys, queries = [span.stop - 1], [span.start, span.start + 1]
+    found = attention_knockout(model, row, [(keys, queries), ("image", "query")], difference, relative=False)
+    for layer in range(3):
+        truth = by_hand(model, row, keys, queries, [layer])
+        assert float(found.values[0, 0, layer]) == pytest.approx(truth, rel=1e-9, abs=1e-11)
+    assert float(found.values[0, 0, 0].abs()) > 1e-9
+    with pytest.raises(ValueError, match="cuts nothing"):
+        attention_knockout(model, row, [([span.stop], [span.start])], difference)
 
 
 @pytest.mark.parametrize("name", [QWEN3, TEXT])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.cases import BY_NAME, hf_model
+from tests.checkpoints.tiny import next_processor, word_tokenizer
 from tests.circuits.runs import LLAVA, NEXT, QWEN3, difference, pair_of
-from tests.parity.test_llava_next import PINS, build
 from veena_lens import HookedVLM
 from veena_lens.circuits.attribution import image_attribution
 from veena_lens.circuits.occlusion import occlude_features, occlude_pixels, rank_agreement
@@ -37,26 +38,11 @@ def face() -> Any:
 @pytest.fixture(scope="module")
 def others() -> dict[str, Any]:
     """Models of the other layouts with their processors."""
-    import copy
-
-    import transformers
-
-    from tests.cases import tiny_tokenizer
     from veena_lens.zoo.qwen2_vl import QWEN2_VL
 
-    words = copy.deepcopy(tiny_tokenizer())
-    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tiles = transformers.LlavaNextProcessor(
-        transformers.LlavaNextImageProcessorPil(
-            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=PINS
-        ),
-        words,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    )
-    tiled = HookedVLM.from_hf(build("llama")[0], processor=tiles, casts="none")
+    case = BY_NAME["llava-next-llama"]
+    tiles = next_processor(case, word_tokenizer())
+    tiled = HookedVLM.from_hf(hf_model(case), processor=tiles, casts="none")
     processor = QWEN2_VL.build_processor()
     dynamic = HookedVLM.from_hf(QWEN2_VL.build_model(processor, 0).double().eval(), processor=processor, casts="none")
     return {"anyres": tiled, "dynamic": dynamic}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 
-from tests.cases import BY_NAME, counted, counted_inputs
+from tests.cases import BY_NAME
+from tests.pairs import ready_of
 
 # Grouped queries, biases, windows, both paddings, several images, tiles, any size, deep-stack features, text alone.
 NAMES = (
@@ -29,24 +29,13 @@ NAMES = (
 PICTURED = tuple(name for name in NAMES if not name.startswith("text"))
 
 
-@cache
-def llava_next() -> tuple[Any, Any]:
-    """LLaVA-1.6 with three rows: two images of odd sizes, none, one."""
-    from tests.parity.test_llava_next import batch, build
-    from veena_lens import HookedVLM
-
-    hf, _ = build("llama")
-    model = HookedVLM.from_hf(hf, casts="none")
-    raw = counted(batch(model, [[(40, 75), (90, 30)], [], [(56, 56)]]))
-    return model, model.inputs_from_hf(**raw)
+# Three rows: two images of odd sizes, none, one.
+NEXT = replace(BY_NAME["llava-next-llama"], name="three", rows=("3 i40x75 2 i90x30 4", "3", "2 i56x56 5"))
 
 
 def ready(model_of: Callable[..., Any], name: str) -> tuple[Any, Any]:
     """(model, inputs) of a case."""
-    if name == "llava-next":
-        return llava_next()
-    model = model_of(BY_NAME[name], casts="none")
-    return model, model.inputs_from_hf(**counted_inputs(BY_NAME[name]))
+    return ready_of(model_of, NEXT if name == "llava-next" else BY_NAME[name])
 
 
 def twin(inputs: Any) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.emotion.small_run import small_run
-from veena_lens.emotion.results import FORMAT, _clean, main_table, results_of, save_results
+from veena_lens.emotion.results import FORMAT, _clean, main_table, part_table, results_of, save_results
 
 
 def row(condition: str, method: str, hit: float, p: float | None = None, false: float | None = 0.25) -> dict[str, Any]:
@@ -72,3 +72,20 @@ def test_saving_replaces_the_file_in_one_step(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["model"] == "tiny-llava-emotion" and [p.name for p in tmp_path.iterdir()] == [
         "results.json"
     ]
+
+
+def test_the_summary_puts_controls_and_price_beside_the_method() -> None:
+    found = results_of(small_run()[0])
+    rows = [line[2:-2].split(" | ") for line in part_table(found, "summary").splitlines()[2:]]
+    named = [row[0] for row in rows]
+    assert named[:3] == ["plain model", "VEE", "random heads of the same layers"] and "VEENA" in named
+    drawn = next(r for r in found["random"]["table"] if r["method"] == "VEE" and r["condition"] == "conflict, plain")
+    assert rows[2][1].startswith(f"{100 * drawn['random']:.1f} [")
+    right = {r["method"]: r["attributes"] for r in found["side_effects"]}
+    assert rows[1][3] == ("" if right["VEE"] is None else f"{100 * right['VEE']:.1f}")
+
+
+def test_the_best_baseline_of_the_summary_is_one_whose_trials_passed_the_guards() -> None:
+    kept = Path(__file__).parents[2] / "docs" / "results" / "tiny-llava-emotion.json"
+    table = part_table(json.loads(kept.read_text()), "summary")
+    assert "| vcd, the best baseline | 84.4 [80, 89] |" in table and "spin" not in table

@@ -96,7 +96,9 @@ def by_hand(edit: tuple[Any, ...], x: Tensor, site: str, inputs: Any, source: An
         return torch.where(rows & keys & alive, new, x)
     if kind == "suppress":
         n_quiet = 6 - int(f["keep"] * 6)
-        rank = (x * keys).sum(-1).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+        digits = (x * keys).sum(-1).clamp(min=1e-300)
+        digits = 10 ** (torch.log10(digits) * 1e12).round().div(1e12)  # heads that attend alike are ranked by number
+        rank = digits.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
         quiet = (rank < n_quiet)[..., None] & rows & keys.any(-1, keepdim=True)
         return torch.where(quiet, x * f["factor"], x)
     if kind == "patch":
@@ -116,7 +118,7 @@ def user_hook(x: Tensor, hook: Any) -> Tensor:
     return torch.where(x > LOWEST, 0.5 * x + 0.1, x)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(st.lists(edits(), min_size=2, max_size=4), st.integers(0, 3), st.booleans())
 def test_every_mix_of_edits_acts_in_the_order_of_its_list(
     model: Any, inputs: Any, source: Any, mix: list[Any], split: int, listens: bool

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import BY_NAME, counted, raw_inputs, relative_error
+from tests.cases import BY_NAME, relative_error
+from tests.pairs import ready_of
+from tests.sweeps.engines import texts_agree
 from veena_lens.interventions import Circuit, Intervention, KnockOutAttention, Steer
 from veena_lens.interventions.base import MEMBERS, Place
 from veena_lens.positions import position_mask
-from veena_lens.sweeps import generation_sweep
 
 NAME = "three-images-and-none"
 SITE = "blocks.1.hook_mlp_out"
@@ -101,8 +102,7 @@ FOREIGN = {
 
 @pytest.fixture
 def ready(model_of: Any) -> tuple[Any, Any]:
-    model = model_of(BY_NAME[NAME], casts="none")
-    return model, model.inputs_from_hf(**counted(raw_inputs(BY_NAME[NAME])))
+    return ready_of(model_of, BY_NAME[NAME])
 
 
 def negated(at: Tensor) -> Any:
@@ -152,11 +152,7 @@ def test_foreign_edit_acts_alike_in_every_way_of_running(kind: str, ready: tuple
 def test_foreign_edits_share_a_generation_sweep(kind: str, ready: tuple[Any, Any]) -> None:
     model, inputs = ready
     entries = [[], FOREIGN[kind](), [Steer(0, torch.ones(48)), FOREIGN[kind]()]]
-    said = [
-        generation_sweep(model, inputs[:1], entries, max_new_tokens=3, engine=engine, progress=False).tokens
-        for engine in ("suffix", "naive")
-    ]
-    assert said[0] == said[1]
+    texts_agree(model, inputs[:1], entries, max_new_tokens=3)
 
 
 def test_circuit_with_a_foreign_edit_is_not_saved(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import BY_NAME, counted, raw_inputs, relative_error
+from tests.cases import BY_NAME, relative_error
 from tests.circuits.tiny import ready as tiny
+from tests.pairs import ready_of
+from tests.sweeps.engines import texts_agree
 from veena_lens.interventions import SteerKeepingNorm, SuppressHeads
 from veena_lens.positions import position_mask
-from veena_lens.sweeps import generating
 
 NAME = "three-images-and-none"
 VECTOR = torch.arange(48, dtype=torch.float64) - 20
@@ -22,8 +23,7 @@ VECTOR = torch.arange(48, dtype=torch.float64) - 20
 
 @pytest.fixture
 def ready(model_of):
-    model = model_of(BY_NAME[NAME], casts="none")
-    return model, model.inputs_from_hf(**counted(raw_inputs(BY_NAME[NAME])))
+    return ready_of(model_of, BY_NAME[NAME])
 
 
 def test_a_turn_by_hand_in_the_plane() -> None:
@@ -111,12 +111,7 @@ def test_generation_sweeps_of_both_engines_agree(name: str, model_of) -> None:
     if model.cfg.d_model > 48:
         entries[0] = [SteerKeepingNorm(0, torch.linspace(-1, 2, model.cfg.d_model, dtype=torch.float64), 3.0)]
     row = next(i for i, spans in enumerate(inputs.spans) if spans.images)
-    settings = dict(max_new_tokens=6, progress=False, eos_token_id=[])
-    fast, slow = (
-        generating.generation_sweep(model, inputs[row], entries, engine=engine, **settings).tokens
-        for engine in ("suffix", "naive")
-    )
-    assert fast == slow
+    texts_agree(model, inputs[row], entries, max_new_tokens=6, eos_token_id=[])
 
 
 @pytest.mark.parametrize(

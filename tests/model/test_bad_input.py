@@ -47,15 +47,18 @@ def refuses(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_tokens_without_a_mask_are_refused(side: str, model: Any, text_model: Any, refuses: Any) -> None:
+def test_pads_of_bare_tokens_are_masked_and_a_processors_refused(
+    side: str, model: Any, text_model: Any, refuses: Any
+) -> None:
     row = [PAD, 5, 6] if side == "left" else [5, 6, PAD]
     tokens = torch.tensor([[7, 8, 9], row])
     for one in (model, text_model):
-        refuses(lambda one=one: one(tokens), r"\[1\].*pad token 0.*attention_mask", one)
-        refuses(lambda one=one: one.forward_hf(input_ids=tokens), r"\[1\].*attention_mask", one)
-        refuses(lambda one=one: one.run_with_cache(tokens), "attention_mask", one)
-        refuses(lambda one=one: one.generate(tokens, return_type="tokens"), "attention_mask", one)
-        assert one(tokens, attention_mask=tokens != PAD).shape == (2, 3, 128)
+        refuses(lambda one=one: one.forward_hf(input_ids=tokens), r"\[1\].*pad token 0.*attention_mask", one)
+        masked = one(tokens, attention_mask=tokens != PAD)
+        assert masked.shape == (2, 3, 128) and torch.equal(one(tokens), masked)
+        assert torch.equal(one.run_with_cache(tokens)[0], masked)
+        alone = one.generate(torch.tensor([[5, 6]]), return_type="tokens", max_new_tokens=4)
+        assert torch.equal(one.generate(tokens, return_type="tokens", max_new_tokens=4)[1:], alone)
     assert text_model(torch.tensor([[7, PAD, 9]])).shape == (1, 3, 128), "a pad inside a row is a token"
 
 

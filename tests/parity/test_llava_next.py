@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import BY_NAME, IMAGE_TOKEN, PAD, build_hf, tiny_tokenizer
+from tests.cases import BY_NAME, IMAGE_TOKEN, PAD, build_hf
+from tests.checkpoints.tiny import next_processor, word_tokenizer
 from tests.families import FAMILIES
 from veena_lens import HookedVLM
 from veena_lens.images.anyres import image_in_tiles
@@ -115,8 +115,4 @@ def test_the_processor_and_the_packing_count_the_same_tokens(tiny_next_processor
 
 @pytest.fixture(scope="module")
 def tiny_next_processor() -> Any:
-    from tests.checkpoints.tiny import next_processor
-
-    tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # split wherever it stands
-    return next_processor(BY_NAME["llava-next-llama"], tokenizer)
+    return next_processor(BY_NAME["llava-next-llama"], word_tokenizer())

@@ -146,3 +146,38 @@ def test_notebook_shows_a_figure_as_a_picture() -> None:
 
     shown, _ = DisplayFormatter().format(plots.heatmap(torch.eye(2)))
     assert shown["image/png"].startswith(b"\x89PNG")
+
+
+def test_save_writes_the_figure_and_returns_it(tmp_path) -> None:
+    figure = plots.curves(torch.rand(3))
+    assert figure.save(tmp_path / "new" / "curve.png") is figure and isinstance(figure, plots.ShownFigure)
+    with Image.open(tmp_path / "new" / "curve.png") as picture:
+        assert picture.convert("L").getextrema()[0] < 100  # not blank
+    with pytest.raises(ValueError, match="must end in .png or .svg"):
+        figure.save("curve.bmp")
+
+
+def test_show_opens_the_figure_outside_of_notebooks_and_pyplot_knows_of_none(monkeypatch) -> None:
+    import matplotlib.pyplot as plt
+
+    opened: list[tuple[int, int]] = []
+    monkeypatch.setattr(Image.Image, "show", lambda image: opened.append(image.size))
+    figures = [plots.heatmap(torch.eye(2)) for _ in range(25)]
+    figures[0].show()
+    assert len(opened) == 1 and min(opened[0]) > 100 and not plt.get_fignums()
+
+
+def test_show_displays_the_figure_in_a_notebook(monkeypatch) -> None:
+    import IPython
+
+    shown: list[object] = []
+    monkeypatch.setattr(IPython, "get_ipython", lambda: object())
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    figure = plots.heatmap(torch.eye(2))
+    figure.show()
+    assert shown == [figure]
+
+
+def test_an_original_stands_before_several_maps() -> None:
+    figure = plots.overlays(picture(), torch.rand(2, 2, 2), titles=["a", "b"], original=picture())
+    assert [axes.get_title(loc="left") for axes in figure.axes[:3]] == ["image", "a", "b"]

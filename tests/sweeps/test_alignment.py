@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from tests.parity.test_llava_next import batch, build
+from tests.cases import BY_NAME, counted_inputs, native_model
+from tests.pairs import pair_of
+from tests.sweeps.engines import agree
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pairs
 from veena_lens.interventions import Box, Tile
@@ -22,18 +23,14 @@ KW: dict[str, Any] = dict(metric=log_prob(3), progress=False)
 @pytest.fixture(scope="module")
 def unequal() -> tuple[Any, Any, Any]:
     """Any-resolution rows whose images have other grids and numbers of tiles; the text after them is the same."""
-    model = HookedVLM.from_hf(build("llama")[0], casts="none")
-    rows = []
-    for sizes in ([(40, 75)], [(90, 30)]):
-        raw = batch(model, [sizes])
-        raw["input_ids"][0, -3:] = torch.tensor([7, 8, 9])
-        keep = raw["input_ids"].shape[1] - int((raw["input_ids"][0] != 127).nonzero().flatten()[-1] + 1)
-        assert keep == 0
-        rows.append(model.inputs_from_hf(**raw))
-    spans = [replace(r.spans[0], query=slice(r.shape[1] - 3, r.shape[1])) for r in rows]
-    rows = [replace(r, spans=(s,)) for r, s in zip(rows, spans, strict=True)]
-    assert rows[0].grids != rows[1].grids and rows[0].shape != rows[1].shape
-    return model, *rows
+    case = replace(BY_NAME["llava-next-llama"], name="unequal", rows=("2 i40x75 3", "4 i90x30 3"))
+    model, raw = native_model(case, casts="none"), counted_inputs(case)
+    raw["input_ids"][:, -3:] = torch.tensor([7, 8, 9])
+    inputs = model.inputs_from_hf(**raw)
+    clean, corrupted = (inputs[row].without_padding() for row in (0, 1))
+    assert clean.grids != corrupted.grids and clean.shape != corrupted.shape
+    assert all(run.spans[0].query == slice(run.shape[1] - 3, run.shape[1]) for run in (clean, corrupted))
+    return model, clean, corrupted
 
 
 @pytest.mark.parametrize("positions", ["last", "query", -2, Tile(0)], ids=str)
@@ -43,10 +40,7 @@ def test_runs_with_unequal_pictures_are_patched_at_text_and_whole_views(position
     for direction in ("denoising", "noising"):
         kw: dict[str, Any] = dict(sites=sites, positions=positions, direction=direction, **KW)
         kw |= dict(units=[0, 3]) if sites == "heads" else {}
-        fast, plain = (patch_sweep(model, clean, corrupted, engine=e, **kw) for e in ("suffix", "naive"))
-        torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
-        base = plain.corrupted if direction == "denoising" else plain.clean
-        assert float((plain.values - base).abs().max()) > 1e-9
+        agree(model, clean, corrupted, 1e-9, **kw)
 
 
 def test_the_last_residual_of_an_unequal_run_is_that_run(unequal) -> None:
@@ -59,12 +53,7 @@ def test_the_last_residual_of_an_unequal_run_is_that_run(unequal) -> None:
 
 def test_the_whole_view_of_unequal_pictures_can_be_patched_as_features(unequal) -> None:
     model, clean, corrupted = unequal
-    fast, plain = (
-        patch_sweep(model, clean, corrupted, ["hook_image_features"], Tile(0), engine=e, **KW)
-        for e in ("suffix", "naive")
-    )
-    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
-    assert abs(float(plain.values - plain.corrupted)) > 1e-9
+    agree(model, clean, corrupted, 1e-9, sites=["hook_image_features"], positions=Tile(0), **KW)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +92,11 @@ def test_grids_of_one_size_and_other_shape_do_not_correspond() -> None:
         patch_sweep(model, clean, corrupted, "resid", "each", **KW)
     with pytest.raises(ValueError, match="one grid"):
         patch_sweep(model, clean, corrupted, ["hook_image_features"], Box(0, 0, 96, 96), **KW)
-    fast, plain = (patch_sweep(model, clean, corrupted, "mlp_out", "last", engine=e, **KW) for e in ("suffix", "naive"))
-    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+    agree(model, clean, corrupted, 1e-9, sites="mlp_out", positions="last", **KW)
 
 
 def rows_of(name: str) -> tuple[Any, Any, Any]:
-    model, raw = native_model(BY_NAME[name], casts="none"), counted(raw_inputs(BY_NAME[name]))
-    other = dict(raw, pixel_values=-raw["pixel_values"])
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+    return pair_of(native_model, BY_NAME[name], has_other_words=False)
 
 
 def test_a_mask_over_a_padded_batch_counts_in_every_row() -> None:
@@ -122,8 +108,7 @@ def test_a_mask_over_a_padded_batch_counts_in_every_row() -> None:
     for row, spans in enumerate(clean.spans):
         mask[row, spans.last - 1 : spans.last + 1] = True
     kw: dict[str, Any] = dict(sites="resid", layers=[1], metric=logit_diff(5, 6), progress=False)
-    fast, plain = (patch_sweep(model, clean, corrupted, positions=mask, engine=e, **kw) for e in ("suffix", "naive"))
-    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+    fast = agree(model, clean, corrupted, 1e-9, positions=mask, **kw)
     for row, n in enumerate(lengths):
         alone = patch_sweep(model, clean[row], corrupted[row], positions=[n - 2, n - 1], **kw)
         mine = fast.values if len(lengths) == 1 else fast.values[row]
@@ -138,10 +123,6 @@ def test_a_mask_over_a_padded_batch_counts_in_every_row() -> None:
 def test_sites_with_other_numbers_of_positions_are_swept_together_as_wholes() -> None:
     model, clean, corrupted = rows_of("clip-llama")
     sites = ["vision.blocks.0.hook_resid_pre", "connector.hook_out"]  # the tower has a class token more
-    fast, plain = (
-        patch_sweep(model, clean[0], corrupted[0], sites, "all", logit_diff(5, 6), engine=e, progress=False)
-        for e in ("suffix", "naive")
-    )
-    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
+    agree(model, clean[0], corrupted[0], 1e-9, sites=sites, positions="all")
     with pytest.raises(ValueError, match="same positions; these have"):
         patch_sweep(model, clean[0], corrupted[0], sites, "each", logit_diff(5, 6), progress=False)

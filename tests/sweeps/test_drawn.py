@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import BY_NAME, counted, native_model, raw_inputs
+from tests.cases import BY_NAME, native_model
+from tests.pairs import pair_of
 from veena_lens.hook_table import hooks_of
-from veena_lens.sweeps import patch_sweep, steer_sweep
+from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import logit_diff, project
 
 CASES = [
@@ -29,14 +29,8 @@ CASES = [
 
 
 def runs(case: Any) -> tuple[Any, Any, Any]:
-    """A model in pure float64, and two batches that differ in images and one token."""
-    model, raw = native_model(case, casts="none"), raw_inputs(case)
-    raw = raw if "mm_token_type_ids" in raw else counted(raw)
-    other = {key: -value if key.startswith("pixel_values") else value for key, value in raw.items()}
-    ids = raw["input_ids"].clone()
-    ids[:, -1] = (ids[:, -1] + 3) % 90 + 3
-    other["input_ids"] = ids
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+    """A model in pure float64, and two batches that differ in images and words."""
+    return pair_of(native_model, case)
 
 
 @given(data=st.data())
@@ -68,28 +62,3 @@ def test_patch_sweeps_equal_whole_forwards(data: st.DataObject) -> None:
     plain = patch_sweep(model, clean, corrupted, engine="naive", **kw)
     for name in metrics:
         torch.testing.assert_close(fast[name].values, plain[name].values, rtol=1e-10, atol=1e-11)
-
-
-def test_a_steering_sweep_resumes_where_it_was(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from veena_lens.sweeps import engine
-
-    model, inputs, _ = runs(CASES[0])
-    vectors = torch.randn(model.cfg.n_layers, model.cfg.d_model, dtype=torch.float64)
-    kw: dict[str, Any] = dict(alphas=[0.5, 1, 2], progress=False, max_rows=2, out=tmp_path)
-    real, calls = engine.run_staircase, []
-
-    def dies(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(engine, "run_staircase", dies)
-    with pytest.raises(KeyboardInterrupt):
-        steer_sweep(model, inputs, vectors, logit_diff(5, 6), **kw)
-    result = steer_sweep(model, inputs, vectors, logit_diff(5, 6), **kw)
-    assert len(calls) == len(inputs) * 3 + 1, "chunks that were kept ran again"
-    fresh = steer_sweep(model, inputs, vectors, logit_diff(5, 6), **{**kw, "out": None})
-    torch.testing.assert_close(result.values, fresh.values, rtol=0, atol=0)
-    other = steer_sweep(model, inputs, -vectors, logit_diff(5, 6), **kw)  # another sweep, not the kept one
-    assert not torch.equal(other.values, fresh.values)

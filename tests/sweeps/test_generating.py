@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, build_hf, counted, raw_inputs
+from tests.cases import BY_NAME
+from tests.interrupting import stop_at
+from tests.pairs import pair_of, ready_of
+from tests.sweeps.engines import texts_agree
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.interventions import Ablate, BoostAttention, Circuit, KnockOutAttention, Patch, ScaleNeurons, Steer
@@ -19,7 +22,23 @@ CASES = [
     BY_NAME["window-mistral"],
     *(BY_NAME[f"{k}-plain"] for k in ("qwen2_vl", "qwen3_vl")),
     BY_NAME["idefics3-plain"],
+    BY_NAME["gemma3-unequal-rows"],
 ]
+
+
+def edits_of_images(inputs: Any, vector: Any) -> list[Any]:
+    """Edits within an image, which may read itself in both directions."""
+    inside = inputs.spans[0].images[0].stop - 1
+    return [
+        Steer(1, vector, positions=[inside]),
+        Steer(0, vector, positions="image"),
+        Steer(2, vector, positions="last+generated"),
+        BoostAttention(1, keys="image", queries="query+generated", factor=5.0),
+        BoostAttention(0, keys="image", queries="image", factor=3.0, mode="mul"),
+        KnockOutAttention(1, keys="image", queries="image"),
+        Ablate("blocks.0.hook_attn_out", positions="image"),
+        [Ablate("vision.blocks.0.hook_mlp_out", positions="all"), Steer(1, vector)],
+    ]
 
 
 def entries_for(model: Any, inputs: Any) -> list[Any]:
@@ -48,24 +67,34 @@ def entries_for(model: Any, inputs: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tokens_equal_those_of_each_entry_alone(case: Any) -> None:
-    model = HookedVLM.from_hf(build_hf(case, gain=3.0), casts="none")
-    raw = raw_inputs(case)
-    inputs = model.inputs_from_hf(**(counted(raw) if "mm_token_type_ids" not in raw else raw))
-    row = inputs[1].without_padding()
+def test_tokens_equal_those_of_each_entry_alone(case: Any, model_of) -> None:
+    model, inputs = ready_of(model_of, case, gain=3.0)
+    row = inputs[2 if case.has("bidirectional") else 1].without_padding()
     entries = entries_for(model, row)
-    settings: dict[str, Any] = dict(max_new_tokens=10, eos_token_id=[], progress=False)
-    fast = generation_sweep(model, row, entries, **settings)
-    plain = generation_sweep(model, row, entries, engine="naive", **settings)
-    assert fast.tokens == plain.tokens
+    settings: dict[str, Any] = dict(max_new_tokens=10, eos_token_id=[])
+    fast = texts_agree(model, row, entries, **settings)
     for entry, tokens in zip(entries, fast.tokens[0], strict=True):
         mine = [entry] if not isinstance(entry, (list, Circuit)) else entry
         with model.intervene(list(mine)):
-            alone = model.generate(row, max_new_tokens=10, eos_token_id=[], return_type="tokens")
+            alone = model.generate(row, return_type="tokens", **settings)
         assert alone[0].tolist() == tokens, entry
     assert len({tuple(tokens) for tokens in fast.tokens[0]}) > 5, "the entries hardly change what is said"
-    few = generation_sweep(model, row, entries, max_rows=3, **settings)
+    few = generation_sweep(model, row, entries, max_rows=3, progress=False, **settings)
     assert few.tokens == fast.tokens
+
+
+def test_edits_of_images_that_read_themselves_equal_whole_prompts(model_of) -> None:
+    """In rows of several lengths together, and in one row with a patch of its image."""
+    model, clean, corrupted = pair_of(model_of, BY_NAME["gemma3-unequal-rows"])
+    clean, corrupted = clean[[0, 2, 3]], corrupted[[0, 2, 3]]
+    vector = 3 * torch.randn(48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(corrupted[0].without_padding(), names_filter=["blocks.1.attn.hook_z"])
+    entries = [[], *edits_of_images(clean[0].without_padding(), vector)]
+    one = [*entries, Patch("blocks.1.attn.hook_z", cache, positions="image")]
+    for rows, given in ((clean, entries), (clean[0], one)):
+        fast = texts_agree(model, rows, given, max_new_tokens=6, eos_token_id=[], max_rows=4)
+        assert len({tuple(ids) for ids in fast.tokens[0]}) > 3, "the entries say the same"
 
 
 @pytest.fixture(scope="module")
@@ -113,27 +142,17 @@ def test_bad_sweeps_are_refused(embedded: HookedVLM) -> None:
         generation_sweep(embedded, inputs, [[]], lambda texts: 1.0, max_new_tokens=2, progress=False)
 
 
-def test_a_stopped_sweep_goes_on_with_the_same_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = BY_NAME["clip-llama"]
-    model = HookedVLM.from_hf(build_hf(case, gain=3.0), casts="none")
-    inputs = model.inputs_from_hf(**counted(raw_inputs(case)))
+def test_a_stopped_sweep_goes_on_with_the_same_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_of) -> None:
+    model, inputs = ready_of(model_of, BY_NAME["clip-llama"], gain=3.0)
     entries = entries_for(model, inputs[1].without_padding())[:6]
     kw: dict[str, Any] = dict(max_new_tokens=6, eos_token_id=[], progress=False, max_rows=2)
-    real, calls = generating._continue, []
-
-    def dies(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(generating, "_continue", dies)
+    calls = stop_at(monkeypatch, generating, "_continue", 3)
     with pytest.raises(KeyboardInterrupt):
         generation_sweep(model, inputs, entries, **kw, out=tmp_path)
     kept = generation_sweep(model, inputs, entries, **kw, out=tmp_path)
     assert len(calls) == 3 * len(inputs) + 1, "batches that were kept ran again"
     assert kept.tokens == generation_sweep(model, inputs, entries, **kw).tokens
-    calls[:] = [0] * 10
+    n = len(calls)
     longer = generation_sweep(model, inputs, entries, **(kw | {"max_new_tokens": 7}), out=tmp_path)
     other = generation_sweep(model, inputs, [*entries[:5], Ablate("hook_embed", positions=2)], **kw, out=tmp_path)
-    assert len(calls) == 10 + 2 * 3 * len(inputs) and longer.tokens[0][0][:6] == other.tokens[0][0]
+    assert len(calls) == n + 2 * 3 * len(inputs) and longer.tokens[0][0][:6] == other.tokens[0][0]

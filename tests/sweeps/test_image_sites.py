@@ -2,89 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.cases import BY_NAME, counted, raw_inputs
-from tests.parity.test_llava_next import batch, build
+from tests.cases import BY_NAME
+from tests.pairs import pair_of
+from tests.sweeps.engines import KW, agree
 from veena_lens import HookedVLM
 from veena_lens.hook_table import hooks_of
 from veena_lens.interventions import Box
 from veena_lens.sweeps import patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import log_prob, logit_diff, project
 
-
-def fixed(model_of) -> tuple[Any, Any, Any]:
-    model = model_of(BY_NAME["clip-llama"], casts="none")
-    raw = counted(raw_inputs(BY_NAME["clip-llama"]))
-    other = dict(raw, pixel_values=-raw["pixel_values"])
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+TILED = replace(BY_NAME["llava-next-llama"], name="tiled", rows=("3 i40x75 5", "2 i90x30 1 i28x28 4"))
+CASES = {"fixed": BY_NAME["clip-llama"], "tiled": TILED, "bidirectional": BY_NAME["gemma3-touching-pictures"]}
+NAMES = ("qwen2_vl-plain", "qwen2_5_vl-plain", "qwen3_vl-plain", "qwen3_vl-image-and-video", "onevision-resampled")
+CASES |= {name: BY_NAME[name] for name in (*NAMES, "onevision-image-and-video")}
 
 
-def case_of(model_of, name: str) -> tuple[Any, Any, Any]:
-    case = BY_NAME[name]
-    model, raw = model_of(case, casts="none"), raw_inputs(case)
-    raw = raw if "mm_token_type_ids" in raw else counted(raw)
-    other = dict(raw)
-    for key in ("pixel_values", "pixel_values_videos"):
-        if key in raw:
-            other[key] = -raw[key]
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+@pytest.fixture
+def pair(model_of):
+    """(model, clean, corrupted) of a case, in pure float64; the text is the same."""
+    return lambda kind: pair_of(model_of, CASES[kind], has_other_words=False)
 
 
-def tiled() -> tuple[Any, Any, Any]:
-    hf, _ = build("llama")
-    model = HookedVLM.from_hf(hf, casts="none")
-    raw = batch(model, [[(40, 75)], [(90, 30), (28, 28)]])
-    other = dict(raw, pixel_values=-raw["pixel_values"])
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
-
-
-def runs(kind: str, model_of) -> tuple[Any, Any, Any]:
-    if kind == "fixed":
-        return fixed(model_of)
-    return tiled() if kind == "tiled" else case_of(model_of, kind)
-
-
-KINDS = ["fixed", "tiled", "qwen2_vl-plain", "qwen2_5_vl-plain", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
-KINDS += ["onevision-resampled", "onevision-image-and-video"]
-
-
-def agree(model: Any, clean: Any, corrupted: Any, **kw: Any) -> Any:
-    kw = {"metric": logit_diff(5, 6), "progress": False} | kw
-    fast, plain = (patch_sweep(model, clean, corrupted, engine=engine, **kw) for engine in ("suffix", "naive"))
-    assert fast.axes == plain.axes
-    assert float((plain.values - plain.corrupted.flatten()[0]).abs().max()) > 1e-9, "no patch did anything"
-    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
-    return fast
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_site_on_pictures_equals_whole_forwards(kind: str, model_of) -> None:
-    model, clean, corrupted = runs(kind, model_of)
+@pytest.mark.parametrize("kind", CASES)
+def test_every_site_on_images_equals_whole_forwards(kind: str, pair) -> None:
+    model, clean, corrupted = pair(kind)
     sites = [n for n, row in hooks_of(model.cfg).items() if row.of_tower and "_input" not in n]
     sites = [n for n in sites if "blocks." not in n or "blocks.1." in n]
     in_tower = [n for n in sites if n.startswith("vision.")]
-    agree(model, clean[1], corrupted[1], sites=in_tower, positions="all")
-    agree(model, clean[1], corrupted[1], sites=[n for n in sites if n not in in_tower], positions="all")
-    agree(model, clean[1], corrupted[1], sites=in_tower[:3], positions=[0, -1], direction="noising")
+    kw: dict[str, Any] = dict(least=1e-9, sites=in_tower)
+    agree(model, clean[1], corrupted[1], positions="all", **kw)
+    agree(model, clean[1], corrupted[1], positions="all", **kw | dict(sites=[n for n in sites if n not in in_tower]))
+    agree(model, clean[1], corrupted[1], positions=[0, -1], direction="noising", **kw | dict(sites=in_tower[:3]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_image_token_of_the_features_equals_whole_forwards(kind: str, model_of) -> None:
-    model, clean, corrupted = runs(kind, model_of)
+def test_sites_of_the_tower_and_the_connector_are_swept_together_where_their_positions_are_the_same(pair) -> None:
+    model, clean, corrupted = pair("bidirectional")
+    named = [n for n in hooks_of(model.cfg) if n.startswith(("vision.", "connector."))]
+    agree(model, clean[0], corrupted[0], sites=named, positions=[1, -1])
+    agree(model, clean[0], corrupted[0], sites=["vision.blocks.1.attn.hook_z"], positions=[3], units=[0, 3])
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_every_image_token_of_the_features_equals_whole_forwards(kind: str, pair) -> None:
+    model, clean, corrupted = pair(kind)
     sites = ["hook_image_features", *(f"deepstack.{i}.hook_out" for i in range(model.cfg.n_deepstack))]
-    fast = agree(model, clean[1], corrupted[1], sites=sites, positions="each")
+    fast = agree(model, clean[1], corrupted[1], 1e-9, sites=sites, positions="each")
     assert fast.values.shape == (len(sites), int(clean[1].image_mask.sum()))
-    whole = agree(model, clean[1], corrupted[1], sites=sites[:1], positions="image")
+    whole = agree(model, clean[1], corrupted[1], 1e-9, sites=sites[:1], positions="image")
     assert whole.axes == ("site",)
 
 
-def test_each_position_of_the_tower_is_patched_alone(model_of) -> None:
-    model, clean, corrupted = fixed(model_of)
-    fast = agree(model, clean[0], corrupted[0], sites=["vision.blocks.0.hook_mlp_out"], positions="each")
+def test_each_position_of_the_tower_is_patched_alone(pair) -> None:
+    model, clean, corrupted = pair("fixed")
+    fast = agree(model, clean[0], corrupted[0], 1e-9, sites=["vision.blocks.0.hook_mlp_out"], positions="each")
     assert fast.axes == ("site", "pos") and fast.values.shape[1] == model.cfg.vision.n_positions
     with pytest.raises(ValueError, match="one by one"):  # the second row has two images
         agree(model, clean, corrupted, sites=["vision.blocks.0.hook_mlp_out"], positions="each")
@@ -103,10 +79,10 @@ def test_features_in_a_box_of_pixels_are_patched_together() -> None:
     assert parts["all"] == pytest.approx(1.0, abs=1e-9) and abs(parts["corner"]) < 0.5
 
 
-def test_several_metrics_read_the_same_runs(model_of, monkeypatch) -> None:
+def test_several_metrics_read_the_same_runs(pair, monkeypatch) -> None:
     from veena_lens.sweeps import engine as running
 
-    model, clean, corrupted = fixed(model_of)
+    model, clean, corrupted = pair("fixed")
     direction = torch.randn(model.cfg.d_model, dtype=torch.float64)
     metrics = {
         "difference": logit_diff(5, 6),
@@ -128,22 +104,22 @@ def test_several_metrics_read_the_same_runs(model_of, monkeypatch) -> None:
     assert set(steered) == set(metrics) and steered["first"].axes == ("pair", "layer", "alpha")
 
 
-def test_metrics_at_once_resume_from_their_files(model_of, tmp_path) -> None:
-    model, clean, corrupted = fixed(model_of)
+def test_metrics_at_once_resume_from_their_files(pair, tmp_path) -> None:
+    model, clean, corrupted = pair("fixed")
     metrics = {"a": logit_diff(5, 6), "b": log_prob(9)}
     first = patch_sweep(model, clean, corrupted, metric=metrics, progress=False, out=tmp_path)
     again = patch_sweep(model, clean, corrupted, metric=metrics, progress=False, out=tmp_path)
     assert all(torch.equal(first[name].values, again[name].values) for name in metrics)
 
 
-def test_a_budget_of_memory_bounds_the_rows_that_travel_together(model_of, monkeypatch) -> None:
+def test_a_budget_of_memory_bounds_the_rows_that_travel_together(pair, monkeypatch) -> None:
     from veena_lens.sweeps import engine as running
 
-    model, clean, corrupted = fixed(model_of)
+    model, clean, corrupted = pair("fixed")
     plan = patch_sweep(model, clean, corrupted, plan_only=True)
     sizes, real = [], running.run_staircase
     monkeypatch.setattr(running, "run_staircase", lambda *args: sizes.append(len(args[2])) or real(*args))
-    metric = logit_diff(5, 6)
+    metric = KW["metric"]
     free = patch_sweep(model, clean, corrupted, metric=metric, progress=False)
     assert max(sizes) == 12
     sizes.clear()
@@ -166,14 +142,13 @@ def test_a_budget_of_memory_bounds_the_rows_that_travel_together(model_of, monke
         (dict(metric="logit"), "function"),
     ],
 )
-def test_what_cannot_be_swept_is_refused(kw: dict[str, Any], telling: str, model_of) -> None:
-    model, clean, corrupted = fixed(model_of)
+def test_what_cannot_be_swept_is_refused(kw: dict[str, Any], telling: str, pair) -> None:
+    model, clean, corrupted = pair("fixed")
     with pytest.raises(ValueError, match=telling):
-        patch_sweep(model, clean, corrupted, **({"metric": logit_diff(5, 6), "progress": False} | kw))
+        patch_sweep(model, clean, corrupted, **(KW | kw))
 
 
-def test_pictures_of_other_shapes_are_refused(model_of) -> None:
-    model, clean, _ = tiled()
-    other = model.inputs_from_hf(**batch(model, [[(28, 28)]]))
+def test_images_of_other_shapes_are_refused(pair) -> None:
+    model, rows, _ = pair("tiled")
     with pytest.raises(ValueError, match="grid"):
-        patch_sweep(model, clean[0], other, sites=["vision.hook_embed"], positions="all", metric=log_prob(3))
+        patch_sweep(model, rows[0], rows[1], sites=["vision.hook_embed"], positions="all", metric=log_prob(3))

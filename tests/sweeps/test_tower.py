@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,33 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cases import BY_NAME, counted, native_model, raw_inputs
-from tests.parity.test_llava_next import batch, build
-from veena_lens import HookedVLM
+from tests.cases import BY_NAME, native_model
+from tests.pairs import pair_of
+from tests.sweeps.engines import KW, agree
 from veena_lens.hook_table import hooks_of
 from veena_lens.sweeps import patch_sweep
-from veena_lens.sweeps.metrics import logit_diff
 
 FIXED = ["clip-llama", "feature-list", "feature-list-siglip", "three-images-and-none"]
 QWEN = ["qwen2_vl-plain", "qwen2_5_vl-image-and-video", "qwen3_vl-plain", "qwen3_vl-image-and-video"]
 ONEVISION = ["onevision-resampled", "onevision-image-and-video"]
 TILES = ["idefics3-smaller-pictures", "smolvlm-long-names"]
-KW: dict[str, Any] = dict(metric=logit_diff(5, 6), progress=False)
+TWO = replace(BY_NAME["llava-next-feature-list"], name="two", rows=("3 i90x30 4 i40x75 2",))
 
 
 def runs(name: str) -> tuple[Any, Any, Any]:
     """A model in pure float64, and two rows with the same text and other pixels."""
-    if name == "tiles":
-        model = HookedVLM.from_hf(build("llama", vision_feature_layer=[-2, 1])[0], casts="none")
-        raw = batch(model, [[(90, 30), (40, 75)]])
-    else:
-        case = BY_NAME[name]
-        model, raw = native_model(case, casts="none"), raw_inputs(case)
-        raw = raw if "mm_token_type_ids" in raw else counted(raw)
-    other = {key: torch.randn_like(x) if key.startswith("pixel_values") else x for key, x in raw.items()}
-    if name != "tiles" and case.has("tiles"):  # tiles of zeros are padding
-        other["pixel_values"] = other["pixel_values"] * (raw["pixel_values"] != 0)
-    clean, corrupted = model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+    model, clean, corrupted = pair_of(native_model, TWO if name == "tiles" else BY_NAME[name], has_other_words=False)
     row = max(range(len(clean)), key=lambda i: clean.n_images[i])
     return model, clean[row].without_padding(), corrupted[row].without_padding()
 
@@ -52,9 +42,8 @@ def test_every_block_of_the_tower_equals_whole_forwards(name: str) -> None:
     sites = [n for n in sites_of(model) if "blocks." not in n or n.split(".", 3)[3] in parts]
     sites = [n for n in sites if not n.startswith(("hook_image", "deepstack"))]
     assert len({n.split(".")[2] for n in sites if "blocks." in n}) == model.cfg.vision.n_layers > 1
-    fast, plain = (patch_sweep(model, clean, corrupted, sites, "all", engine=e, **KW) for e in ("suffix", "naive"))
-    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
-    still = [n for n, x in zip(sites, plain.values, strict=True) if abs(x - plain.corrupted) < 1e-9]
+    found = agree(model, clean, corrupted, 1e-9, sites=sites, positions="all")
+    still = [n for n, x in zip(sites, found.values, strict=True) if abs(x - found.corrupted) < 1e-9]
     assert [n for n in still if "pos_embed" not in n] == []
 
 

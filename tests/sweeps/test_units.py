@@ -7,21 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, counted, native_model, raw_inputs
+from tests.cases import BY_NAME, native_model
+from tests.pairs import pair_of
+from tests.sweeps.engines import KW, agree
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pairs
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.sweeps import generation_sweep, patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import kl, log_prob, logit_diff, project, soft_hit
 
-KW: dict[str, Any] = dict(metric=logit_diff(5, 6), progress=False)
-
 
 @pytest.fixture(scope="module")
 def runs() -> tuple[Any, Any, Any]:
-    model, raw = native_model(BY_NAME["clip-llama"], casts="none"), counted(raw_inputs(BY_NAME["clip-llama"]))
-    other = dict(raw, pixel_values=-raw["pixel_values"])
-    return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)
+    return pair_of(native_model, BY_NAME["clip-llama"], has_other_words=False)
 
 
 @pytest.mark.parametrize(
@@ -38,11 +36,8 @@ def runs() -> tuple[Any, Any, Any]:
 def test_named_sites_unit_by_unit_equal_whole_forwards(sites: list[str], units: list[int], axis: str, runs) -> None:
     model, clean, corrupted = runs
     positions = "all" if sites[0].startswith("vision.") else "query"
-    fast, plain = (
-        patch_sweep(model, clean, corrupted, sites, positions, units=units, engine=e, **KW) for e in ("suffix", "naive")
-    )
+    fast = agree(model, clean, corrupted, 1e-9, sites=sites, positions=positions, units=units)
     assert fast.axes == ("site", "pair", axis) and fast.labels[axis] == units
-    torch.testing.assert_close(fast.values, plain.values, rtol=1e-10, atol=1e-12)
     whole = patch_sweep(model, clean, corrupted, sites, positions, **KW)
     assert whole.axes == ("site", "pair") and not torch.allclose(fast.values[..., 0], whole.values)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.interrupting import stop_at
 from veena_lens.emotion.pairs.loading import PairSet, load_pairs
 from veena_lens.zoo import pairs as builder
 from veena_lens.zoo.drawing import style_identities
@@ -59,15 +60,7 @@ def test_same_arguments_draw_the_same_and_a_stop_costs_nothing(
     drawn: PairSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Path(drawn[0].emotional.picture).parent
-    draw, calls = builder._draw, []
-
-    def stopping(*given: object) -> None:
-        calls.append(given)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        draw(*given)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builder, "_draw", stopping)
+    calls = stop_at(monkeypatch, builder, "_draw", 2)
     with pytest.raises(KeyboardInterrupt):
         build_pairs(tmp_path, "test", 2, progress=False)
     assert not (tmp_path / "manifest.jsonl").exists()

@@ -49,13 +49,16 @@ def run_command(
     question: str | None = None,
     skip_unreadable: bool = False,
     dry_run: bool = False,
+    quiet: bool = False,
+    verbose: bool = False,
 ) -> VeenaRun | None:
-    """Run everything and write report.html, results.json, circuit.safetensors; prints the main table.
+    """Run everything and write report.html, results.json, circuit.safetensors; prints a short table and the report.
 
     pairs: a folder with a manifest; None takes the pairs of the package. out: the folder of the three files.
     preset_name, seed, question: the settings of the method. dtype: a name such as "bfloat16"; device: such as "cuda";
     None leaves both to `HookedVLM.from_pretrained`. skip_unreadable: go on without images that cannot be read.
-    dry_run prints the estimate of memory and time from the model's configuration alone, and reads no weights."""
+    dry_run prints the estimate of memory and time from the model's configuration alone, and reads no weights. quiet
+    prints the path of the report alone; verbose adds the table of every method, and what was found at each stage."""
     unreadable = "skip" if skip_unreadable else "error"
     found = load_pairs(pairs, unreadable=unreadable)
     settings = settings_for(preset_name, seed, question, **drawn_questions(found))
@@ -68,14 +71,19 @@ def run_command(
     if device is not None:
         loading["device"] = device
     lens = HookedVLM.from_pretrained(model, **loading)
-    run = run_veena(lens, found, out, settings)
+    run = run_veena(lens, found, out, settings, progress=not quiet)
     save_results(run, Path(out) / "results.json")
     given = {"--dtype": dtype, "--device": device, "--seed": seed, "--question": question}
     command = _command(model, pairs, out, preset_name, given, skip_unreadable)
-    write_veena_report(run, lens, Path(out) / "report.html", command)
-    print(main_table(results_of(run)))
-    print(run)
-    print(f"report: {Path(out) / 'report.html'}")
+    report = write_veena_report(run, lens, Path(out) / "report.html", command)
+    if quiet:
+        print(report)
+        return run
+    results = results_of(run)
+    lines = [part_table(results, "summary")]
+    if verbose:
+        lines += [main_table(results), repr(run)]
+    print("\n\n".join(lines) + f"\nreport: {report}", flush=True)
     return run
 
 
@@ -121,7 +129,8 @@ def enhance_command(
     missing = [image for image in images if not Path(image).is_file()]
     if missing:
         raise FileNotFoundError(f"No image at {', '.join(missing)}; nothing was loaded.")
-    made = Circuit.load(circuit)
+    # Who names a model on the command line wants that one, also under another name; the sizes must agree.
+    made = Circuit.load(circuit, allow_other_model=model is not None)
     name = model or made.meta.get("model")
     if not name:
         raise ValueError(f"{circuit} does not say which model it is for; name one: --model NAME.")
@@ -267,7 +276,7 @@ def answer_command(args: Any) -> str:
     samples = load_set(args.root, args.set, overrides=parse_folders(args.folder))
     method = None
     if args.circuit:
-        circuit = Circuit.load(args.circuit)
+        circuit = Circuit.load(args.circuit, allow_other_model=True)  # as in `enhance`
         # The content names the circuit: a file of answers is not continued under another of the same name.
         digest = hashlib.sha256(Path(args.circuit).read_bytes()).hexdigest()[:16]
         settings = {"circuit": Path(args.circuit).name, "sha256": digest}

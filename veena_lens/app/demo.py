@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from veena_lens.app.demo_page import write_comparison, write_page
 from veena_lens.app.demo_results import Comparison, DemoResult, Description, Inside
 from veena_lens.app.demo_steering import asked, steer
-from veena_lens.app.questions import DESCRIBE, LIST
+from veena_lens.app.questions import DESCRIBE, FEELING, LIST
+from veena_lens.app.view import ExplorerView
 from veena_lens.checkpoints.files import bundled_pairs, bundled_pictures
 from veena_lens.circuits import image_attention, logit_lens
 from veena_lens.emotion import generate_answers, load_pairs
+from veena_lens.inputs import MultimodalInputs
 from veena_lens.long_runs import write_file
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
@@ -103,8 +107,10 @@ def _run(vlm: HookedVLM, out: Path, model: str, began: float, say: Callable[[str
     descriptions = [Description(picture, text.strip()) for picture, text in zip(shown, texts, strict=True)]
     names = generate_answers(vlm, asked(test, LIST), batch_size=BATCH, max_new_tokens=4)
     right = {p.file for p, text in zip(test, names, strict=True) if named_emotion(text) == p.emotion}
-    say("looking inside: attention, logit lens, patching of every head")
-    inside = look_inside(vlm, *choose_pair(bundled_pairs("test"), shown, right))
+    say("looking inside: attention, logit lens, patching of every image token and head, the interactive view")
+    emotional, calm = choose_pair(bundled_pairs("test"), shown, right)
+    strangers = [p for p in test if p.emotion == "neutral" and p.identity != calm.identity]
+    inside = look_inside(vlm, emotional, calm, strangers[0])
     say("extracting directions from pairs, steering development images at every layer")
     neutral = sorted((p for p in test if p.emotion == "neutral"), key=lambda p: (p.file not in right, p not in shown))
     steered = steer(vlm, load_pairs().select(split="development", condition="none"), neutral, say)
@@ -142,8 +148,10 @@ def choose_pair(
     return min(pairs, key=place)
 
 
-def look_inside(model: HookedVLM, emotional: Picture, neutral: Picture) -> Inside:
-    """Compute attention, logit lens and patching of every head on one image and its neutral twin."""
+def look_inside(model: HookedVLM, emotional: Picture, neutral: Picture, stranger: Picture) -> Inside:
+    """Compute attention, logit lens and patching on one image and its neutral twin, and the view to hover over.
+
+    stranger: the neutral face of another person, whose image tokens are patched as a control."""
     shown, twin = (model.prepare(text=LIST, images=picture.open()) for picture in (emotional, neutral))
     tokens = {emotion: model.to_single_token(f" {WORDS[emotion].head}") for emotion in EMOTIONS}
     lens = logit_lens(model, shown, "last", list(tokens.values()), values="prob").select(batch=0)
@@ -156,6 +164,13 @@ def look_inside(model: HookedVLM, emotional: Picture, neutral: Picture) -> Insid
     metric = logit_diff(tokens[emotional.emotion], tokens["neutral"])
     patched = patch_sweep(model, shown, twin, "heads", "all", metric, progress=False)
     meta = {"emotional": patched.clean.item(), "neutral": patched.corrupted.item()}
+    other = model.prepare(text=LIST, images=stranger.open())
+    changes = [cell_changes(model, source, twin, metric) for source in (shown, other)]
+    cells = Scores(
+        torch.stack(changes), ("source", "height", "width"), {"source": [emotional.emotion, "stranger"]},
+        "change of the logit difference", "logits",
+    )  # fmt: skip
+    view = ExplorerView.from_run(model, (emotional.open(), FEELING), answer=True, other=neutral.open())
     return Inside(
         emotional=emotional,
         neutral=neutral,
@@ -164,4 +179,14 @@ def look_inside(model: HookedVLM, emotional: Picture, neutral: Picture) -> Insid
         lens=Scores(lens.values[:, 0], ("layer", "emotion"), {"emotion": EMOTIONS}, "probability"),
         likeliest=likeliest,
         patching=Scores(patched.scores, patched.axes, patched.labels, "share of the effect", meta=meta),
+        cells=cells,
+        view=view.html(),
     )
+
+
+def cell_changes(
+    model: HookedVLM, source: MultimodalInputs, twin: MultimodalInputs, metric: Callable[..., Tensor]
+) -> Float[Tensor, "height width"]:
+    """Return by how much each image token of `source`, patched alone before layer 0, changes the metric of `twin`."""
+    sweep = patch_sweep(model, source, twin, "resid", "each", metric, layers=[0], progress=False)
+    return (sweep.values[0] - sweep.corrupted)[twin.grid_tokens(0)]

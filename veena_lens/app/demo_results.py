@@ -37,7 +37,9 @@ class Inside:
     attention: mean over heads of the last prompt token's attention, axes (layer, height, width). patch_boxes: the
     cells' boxes in pixels. lens: probability of each emotion's word, axes (layer, emotion); likeliest: each layer's
     likeliest tokens. patching: effect of each head's output from the emotional image, axes (layer, head), with the
-    logit differences of both runs as meta["emotional"] and meta["neutral"].
+    logit differences of both runs as meta["emotional"] and meta["neutral"]. cells: change of that difference in logits
+    when one image token before layer 0 is patched, from the emotional image and from a neutral stranger, axes (source,
+    height, width). view: the interactive page of the pair.
     """
 
     emotional: Picture
@@ -47,11 +49,24 @@ class Inside:
     lens: Scores
     likeliest: list[list[tuple[str, float]]]
     patching: Scores
+    cells: Scores
+    view: str = ""
+
+    @property
+    def best_cell(self) -> float:
+        """Return the largest change in logits that one image token brings about."""
+        return float(self.cells.values[0].max())
+
+    @property
+    def best_control(self) -> float:
+        """Return the largest change, of either sign, under the control."""
+        return float(self.cells.values[1].abs().max())
 
 
 @dataclass(frozen=True)
 class Flips:
-    """How often the answer about a neutral face named the emotion it was steered to, and how often any emotion."""
+    """How often an answer about a neutral face was turned to the emotion it was steered to and still read well, and
+    how often it named any emotion."""
 
     wanted: Mapping[str, float]
     any: float
@@ -142,6 +157,7 @@ class DemoResult:
             "attention": {"axes": inside.attention.axes, "values": inside.attention.values.tolist()},
             "logit_lens": {"emotions": inside.lens.labels["emotion"], "probability": inside.lens.values.tolist()},
             "patching": {**inside.patching.meta, "share_by_layer_and_head": inside.patching.values.tolist()},
+            "cells": {"axes": inside.cells.axes, "logits": inside.cells.values.tolist()},
             "steering": {
                 "pairs": steered.n_pairs,
                 "descriptions": asdict(steered.captioned),
@@ -172,14 +188,15 @@ class DemoResult:
             ("named", f"{self.named_right} of {self.named_of} test images"),
             ("attention", f"the last token gives {looks.max():.0%} to the image in layer {int(looks.argmax())}"),
             ("logit lens", f"{emotion!r} is the top token {since}, final probability {final:.2f}"),
-            ("patching", f"layer {layer} head {head} alone restores {share:.0%}"),
-            ("steering", f"{steered.test.mean:.0%} of answers about neutral faces name the wanted emotion "
+            ("patching", f"one image token moves the answer by {inside.best_cell:.1f} logits, a stranger's by "
+                         f"{inside.best_control:.1f}; layer {layer} head {head} restores {share:.0%}"),
+            ("steering", f"{steered.test.mean:.0%} of answers about neutral faces become the wanted emotion, fluently "
                          f"(layer {steered.layer}, alpha {steered.alpha:g}); random {steered.control.mean:.0%}"),
             ("captions", f"{captioned.test:.0%} of whole descriptions name it too (layer {captioned.layer}); "
                          f"random {captioned.control:.0%}"),
-            ("written", f"{self.page} and {self.out / 'numbers.json'} in {self.seconds:.0f} s"),
         ]  # fmt: skip
-        return "\n".join([f"veena_lens demo on {self.model}", *(f"  {name:<11}{text}" for name, text in rows)])
+        first = f"{self.model}, {self.seconds:.0f} s"
+        return "\n".join([first, *(f"  {name:<11}{text}" for name, text in rows), f"page: {self.page}"])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -194,4 +211,4 @@ class Comparison:
         return self.out / "index.html"
 
     def __repr__(self) -> str:
-        return "\n".join([*map(repr, self.results), f"side by side: {self.page}"])
+        return "\n".join([*map(repr, self.results), f"both side by side: {self.page}"])

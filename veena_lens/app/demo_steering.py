@@ -4,14 +4,15 @@ A direction for short answers is read at the last prompt token (`extract_directi
 generated token. A long description has other words to say as well, and that would break it. So its direction is read
 where the words of the two faces part: both run under the neutral face's own caption, and the difference is taken at
 the position of the answer where they differ most; it is added at the generated tokens alone. Each effect stands
-beside that of random directions of the same norm.
+beside that of random directions of the same norm, and an answer counts as turned only when it still reads well: strong
+steering makes a model repeat the word that is wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,9 +41,9 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 Vectors = Mapping[str, Float[Tensor, "layer d_model"]]  # of each emotion
-ALPHAS = (1.0, 2.0)
-CAPTION_ALPHAS = (0.6, 0.7, 0.8)
-ANSWER_TOKENS, CAPTION_TOKENS = 6, 60
+ALPHAS = (0.7, 1.0)
+CAPTION_ALPHAS = (0.7, 0.8)
+ANSWER_TOKENS, CAPTION_TOKENS = 16, 60
 SEED = 0
 FACES = "neutral faces"
 
@@ -55,7 +56,7 @@ def steer(
     say: is called with a line for each stage. The first of `pictures` is also described under every direction."""
     vectors = answer_vectors(model, pairs)
     twins = list({pair.identity: pair.neutral for pair in pairs}.values())[:4]
-    development = rates_by_layer(model, twins, vectors)
+    development = rates_by_layer(model, twins[:2], vectors)
     layer, alpha = best_setting(development)
     say(f"steering {len(pictures)} neutral test images to {len(vectors)} emotions: layer {layer}, alpha {alpha:g}")
     faces = asked(pictures, FEELING)
@@ -68,7 +69,7 @@ def steer(
     captions = caption_vectors(model, pairs)
     captioned = steer_captions(model, captions, twins, faces)
     one = faces[0]
-    sentences = _one_under_each(model, one, vectors, layer, alpha, "last+generated", 24)
+    sentences = _one_under_each(model, one, vectors, layer, alpha, "last+generated", ANSWER_TOKENS)
     texts = _one_under_each(
         model, one.asked(DESCRIBE), captions, captioned.layer, captioned.alpha, "generated", CAPTION_TOKENS
     )
@@ -135,17 +136,24 @@ def answers_to_faces(
     return evaluate(model, conditions, methods, batch_size=len(rows), max_new_tokens=max_new_tokens, progress=False)
 
 
+def turned(found: Evaluation, method: str) -> list[bool]:
+    """Return for each row whether its text names the wanted emotion first and reads like the unsteered one."""
+    texts = found.texts[FACES]
+    each = zip(texts[method], texts[found.baseline], found.examples[FACES], strict=True)
+    return [named_emotion(text) == face.emotion and is_whole(text, plain) for text, plain, face in each]
+
+
 def flips(found: Evaluation, method: str, emotions: Sequence[str]) -> Flips:
-    """Return the shares of answers that name the wanted emotion, and of those that name any."""
-    rates = found.hits[FACES][method].reshape(len(emotions), -1).mean(1)
+    """Return the shares of answers that are turned to the wanted emotion, and of those that name any."""
+    rates = torch.tensor(turned(found, method)).float().reshape(len(emotions), -1).mean(1)
     wheels, texts = EmotionWheels.default(), found.texts[FACES][method]
     named_any = [any(name != "neutral" for name in wheels.emotions(text)) for text in texts]
     return Flips(dict(zip(emotions, rates.tolist(), strict=True)), sum(named_any) / len(texts))
 
 
 def rates_by_layer(model: HookedVLM, faces: Sequence[Example], vectors: Vectors) -> Scores:
-    """Return the mean rate of naming the wanted emotion, by strength and layer, with random directions at the last
-    strength."""
+    """Return the share of answers turned to the wanted emotion, by strength and layer, with random directions at the
+    last strength."""
     layers = range(model.cfg.n_layers)
     settings = [*((f"alpha {alpha:g}", alpha, None) for alpha in ALPHAS), ("random", ALPHAS[-1], SEED + 1)]
     methods = [
@@ -153,9 +161,9 @@ def rates_by_layer(model: HookedVLM, faces: Sequence[Example], vectors: Vectors)
         for (name, alpha, seed), layer in product(settings, layers)
     ]
     found = answers_to_faces(model, [face.asked(FEELING) for face in faces], list(vectors), methods)
-    rates = torch.stack([found.hits[FACES][method.name].mean() for method in methods]).view(len(settings), -1)
+    rates = torch.tensor([turned(found, method.name) for method in methods]).float().mean(1).view(len(settings), -1)
     labels = {"setting": [name for name, *_ in settings]}
-    return Scores(rates, ("setting", "layer"), labels, "answers that name the wanted emotion", "share")
+    return Scores(rates, ("setting", "layer"), labels, "fluent answers with the wanted emotion", "share")
 
 
 def best_setting(development: Scores) -> tuple[int, float]:
@@ -207,7 +215,7 @@ def steer_captions(
     model: HookedVLM, vectors: Vectors, development: Sequence[Example], faces: Sequence[Example]
 ) -> CaptionSteering:
     """Choose layer and strength on development faces, then steer the captions of others, also at random."""
-    layers = range(max(0, model.cfg.n_layers - 3), model.cfg.n_layers)
+    layers = range(max(0, model.cfg.n_layers - 2), model.cfg.n_layers)
     tried = list(product(layers, CAPTION_ALPHAS))
     rates = caption_rates(model, vectors, development, tried)
     (layer, alpha), best = max(zip(tried, rates, strict=True), key=lambda item: item[1])
@@ -234,14 +242,12 @@ def caption_rates(
     ]
     asked = [face.asked(DESCRIBE) for face in faces]
     found = answers_to_faces(model, asked, list(vectors), methods, CAPTION_TOKENS)
-    said, rates = found.texts[FACES], []
-    for method in methods:
-        each = zip(said[method.name], said[found.baseline], found.examples[FACES], strict=True)
-        good = [named_emotion(text) == face.emotion and is_whole(text, plain) for text, plain, face in each]
-        rates.append(sum(good) / len(good))
-    return rates
+    return [sum(good) / len(good) for good in (turned(found, method.name) for method in methods)]
 
 
 def is_whole(text: str, plain: str) -> bool:
-    """Return True where a caption has as many sentences as the unsteered one, and as many words to within three."""
-    return text.count(".") == plain.count(".") and abs(len(text.split()) - len(plain.split())) <= 3
+    """Return True where a text has as many sentences as the unsteered one, as many words to within three, and no word
+    twice in a row."""
+    words = text.lower().split()
+    stutters = any(first.strip(".,") == second.strip(".,") for first, second in pairwise(words))
+    return not stutters and text.count(".") == plain.count(".") and abs(len(words) - len(plain.split())) <= 3

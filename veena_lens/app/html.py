@@ -1,8 +1,8 @@
-"""A self-contained HTML page: sections of text, tables, images and figures, in one file.
+"""A self-contained HTML page: sections of text, tables, images, figures and interactive views, in one file.
 
 Everything is embedded, and the page's policy forbids it to load anything, so that a report still opens from a mail in
-ten years. It follows the reader's light or dark setting and narrows to small windows; every text is escaped and every
-image has an alt text.
+ten years. It follows the reader's light or dark setting, narrows to small windows and prints with every folded part
+open; every text is escaped and every image has an alt text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -25,6 +26,10 @@ from veena_lens.plots.theme import Format
 
 Tone = Literal["good", "bad", "quiet"]
 LARGEST_IMAGE = 640  # pixels; a page of photographs stays small enough to mail
+MANY_COLUMNS = 5  # of a table that takes the page's width
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+VIEW_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 @dataclass(frozen=True)
@@ -47,18 +52,55 @@ class Report:
     lead: str = ""
     _parts: list[str] = field(default_factory=list, repr=False)
     _headings: list[tuple[str, str]] = field(default_factory=list, repr=False)
+    _has_view: bool = field(default=False, repr=False)
 
     def section(self, heading: str, *paragraphs: str) -> Report:
-        """Start a section; the list at the top of the page leads to it."""
+        """Start a section; the contents at the top of the page lead to it."""
+        self._parts.append(self._heading(heading))
+        return self.text(*paragraphs)
+
+    @contextmanager
+    def folded(self, heading: str, *paragraphs: str, is_open: bool = False) -> Iterator[Report]:
+        """Start a section that a click on its heading opens, inside a `with` block; on paper it is open.
+
+        is_open: show it open at first."""
+        self._parts.append(f"<details{' open' if is_open else ''}><summary>{self._heading(heading)}</summary>")
+        yield self.text(*paragraphs)
+        self._parts.append("</details>")
+
+    @contextmanager
+    def side_by_side(self) -> Iterator[Report]:
+        """Put what is added inside a `with` block side by side where the window is wide enough."""
+        self._parts.append('<div class="beside">')
+        yield self
+        self._parts.append("</div>")
+
+    def _heading(self, heading: str) -> str:
+        """Return a heading that the contents lead to."""
         stem = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "section"
         taken = {name for name, _ in self._headings}
         name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(taken) + 3))) if n not in taken)
         self._headings.append((name, heading))
-        self._parts.append(f'<h2 id="{name}">{escape(heading)}</h2>')
-        return self.text(*paragraphs)
+        return f'<h2 id="{name}">{escape(heading)}</h2>'
 
     def text(self, *paragraphs: str) -> Report:
         self._parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
+        return self
+
+    def points(self, *points: str) -> Report:
+        """Add a list of findings, a sentence or two each."""
+        self._parts.append(f'<ul class="points">{"".join(f"<li>{escape(point)}</li>" for point in points)}</ul>')
+        return self
+
+    def view(self, page: str, title: str, *, height: int = 900) -> Report:
+        """Add an interactive view, a page in itself (`ExplorerView.html`), in a frame `height` pixels tall.
+
+        The frame runs its own script, and can reach neither this page nor anything else."""
+        self._has_view = True
+        self._parts.append(
+            f'<iframe sandbox="allow-scripts" title="{escape(title, quote=True)}" height="{height}" '
+            f'srcdoc="{escape(page, quote=True)}"></iframe>'
+        )
         return self
 
     def links(self, links: Sequence[tuple[str, str]]) -> Report:
@@ -88,8 +130,9 @@ class Report:
         head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
         body = "".join(f"<tr>{''.join(_cell(cell, tones or {}) for cell in row)}</tr>\n" for row in rows)
         title = f"<caption>{escape(caption)}</caption>" if caption else ""
+        full = ' class="full"' if len(columns) >= MANY_COLUMNS else ""
         self._parts.append(
-            f'<div class="wide"><table>{title}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+            f'<div class="wide"><table{full}>{title}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
         )
         return self
 
@@ -113,10 +156,14 @@ class Report:
     def html(self) -> str:
         """Return the whole page."""
         links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading in self._headings)
-        contents = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(self._headings) > 1 else ""
+        contents = ""
+        if len(self._headings) > 1:
+            contents = f'<nav aria-label="Contents"><strong>Contents</strong><ul>{links}</ul></nav>'
         lead = f'<p class="lead">{escape(self.lead)}</p>' if self.lead else ""
         body = "\n".join(self._parts)
-        return PAGE.format(title=escape(self.title), style=STYLE, lead=lead, contents=contents, body=body)
+        policy = VIEW_POLICY if self._has_view else POLICY
+        title = escape(self.title)
+        return PAGE.format(title=title, policy=policy, style=STYLE, lead=lead, contents=contents, body=body)
 
     def save(self, path: str | Path) -> Path:
         """Write the page in one step and return its path. Raises: OSError where the disk is full; what was there
@@ -134,7 +181,7 @@ def _cell(cell: Cell, tones: Mapping[str, Tone]) -> str:
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f'<td class="number">{cell}</td>'
     text = "" if cell is None else str(cell)
-    tone = f' class="{tones[text]}"' if text in tones else ""
+    tone = f' class="{tones[text]}"' if text in tones else ' class="number"' if NUMBER.fullmatch(text) else ""
     return f"<td{tone}>{escape(text)}</td>"
 
 
@@ -165,23 +212,32 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
+main { max-width: 1320px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
-p, nav { max-width: 75ch; }
+p, .points { max-width: 90ch; }
+nav { border: 1px solid var(--line); border-radius: 6px; padding: .7rem 1rem; font-size: .95rem; }
 .lead { font-size: 1.05rem; color: var(--quiet); }
-nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: 1rem 0; list-style: none; }
+nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: .3rem 0 0; list-style: none; }
+.points li { margin: .4rem 0; }
+details { border-top: 1px solid var(--line); margin-top: 1.6rem; }
+summary { cursor: pointer; padding: .6rem 0; }
+summary h2 { display: inline; border: 0; margin: 0; padding: 0; }
+details[open] > summary { margin-bottom: .6rem; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 2rem; }
+iframe { width: 100%; border: 1px solid var(--line); border-radius: 6px; background: #ffffff; }
 a { color: var(--link); }
 figure { margin: 1.2rem 0; }
 img { max-width: 100%; height: auto; vertical-align: middle; }
 figure > img { background: #ffffff; border: 1px solid var(--line); border-radius: 6px; padding: 6px; }
 .picture > img, td > img { padding: 0; border-radius: 4px; }
 td > img { max-width: none; }
-figcaption { color: var(--quiet); font-size: .9rem; max-width: 75ch; margin-top: .4rem; }
+figcaption { color: var(--quiet); font-size: .9rem; max-width: 90ch; margin-top: .4rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0; }
 .picture { margin: 0; max-width: 200px; }
 .wide { overflow-x: auto; margin: 1.2rem 0; }
 table { border-collapse: collapse; font-size: .93rem; }
+table.full { width: 100%; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .4rem; }
 th, td { text-align: left; vertical-align: middle; padding: .4rem .9rem .4rem 0; border-bottom: 1px solid var(--line); }
 th { color: var(--quiet); font-weight: 600; }
@@ -190,13 +246,27 @@ th { color: var(--quiet); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; }
 .quiet { color: var(--quiet); }
 pre { background: var(--card); border-radius: 6px; padding: .8rem 1rem; overflow-x: auto; font-size: .88rem; }
+@media print {
+  @page { margin: 14mm; }
+  :root { --ink: #000000; --quiet: #444444; --paper: #ffffff; --card: #f4f5f7; --line: #bbbbbb; --link: #000000;
+    --good: #00553c; --bad: #8f2e00; }
+  body { font-size: 10.5pt; }
+  main { max-width: none; padding: 0; }
+  nav, iframe { display: none; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+  h2, summary { break-after: avoid; }
+  figure, tr, .pictures { break-inside: avoid; }
+  .wide { overflow: visible; }
+  table { font-size: 8.5pt; }
+  th, td { padding-right: .5rem; }
+}
 """
 
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{style}</style>

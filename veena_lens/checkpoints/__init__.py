@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         to_hf_state_dict,
     )
     from veena_lens.checkpoints.lora import base_of, is_lora_folder, open_lora
-    from veena_lens.checkpoints.processing import inputs_from_hf, pad_token_of, prepare
+    from veena_lens.checkpoints.padding import pad_token_of, padding_mask
+    from veena_lens.checkpoints.processing import inputs_from_hf, prepare
     from veena_lens.checkpoints.registry import all_adapters, find_adapter
 
 _HOMES = homes_of(
@@ -35,7 +36,8 @@ _HOMES = homes_of(
         "loading": "Checkpoint complete_processor load_generation_config load_processor open_checkpoint "
         "save_pretrained to_hf_state_dict",
         "lora": "base_of is_lora_folder open_lora",
-        "processing": "inputs_from_hf pad_token_of prepare",
+        "padding": "pad_token_of padding_mask",
+        "processing": "inputs_from_hf prepare",
         "registry": "all_adapters find_adapter",
     },
 )
@@ -59,6 +61,7 @@ __all__ = [
     "open_checkpoint",
     "open_lora",
     "pad_token_of",
+    "padding_mask",
     "prepare",
     "require_layers",
     "save_pretrained",

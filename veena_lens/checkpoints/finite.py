@@ -29,7 +29,7 @@ def dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(given, str):
         found = DTYPES.get(given.strip().lower().removeprefix("torch."))
         if found is None:
-            raise ValueError(f"dtype={given!r} is unknown; known: {', '.join(DTYPES)}.")
+            raise ValueError(f"dtype={given!r} is not a torch dtype that a model can have; known: {', '.join(DTYPES)}.")
         return found
     if given is not None and not isinstance(given, torch.dtype):
         raise TypeError(f"dtype={given!r} must be a dtype of torch or its name ({', '.join(DTYPES)}).")
@@ -48,8 +48,8 @@ def require_finite(tensor: Tensor, key: str, where: str) -> None:
     Raises: ValueError with the name and how many numbers are not finite."""
     if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or tensor.itemsize < 2:
         return
-    # One sum is read once and makes nothing; it can overflow where every number is finite.
-    if bool(tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32).isfinite()):
+    # A sum reads once and makes nothing (a quarter of a copy's time); it can overflow where every number is finite.
+    if bool(tensor.sum().isfinite()):
         return
     wrong = int((~tensor.isfinite()).sum())
     if wrong:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from veena_lens.checkpoints.padding import pad_token_of, require_mask
 from veena_lens.checkpoints.prompts import Prompt, prompts_of, with_named_keywords
 from veena_lens.config import HookedVLMConfig
 from veena_lens.images.files import to_rgb
@@ -81,8 +83,13 @@ def prepare(
     if takes_images:
         sizes = [[(image.height, image.width) for image in prompt.images] for prompt in prompts]
         inputs = replace(inputs, patch_boxes=pixel_boxes(inputs, sizes, processor.image_processor))
-    inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
+    inputs = replace(inputs, tokenize=partial(ids_of_answer, tokenizer))
     return inputs if answer is None else _with_answer(inputs, answer, cfg)
+
+
+def ids_of_answer(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text that goes on a prompt: without special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _with_answer(inputs: MultimodalInputs, answer: Any, cfg: HookedVLMConfig) -> MultimodalInputs:
@@ -165,14 +172,6 @@ def _left_pad(rows: Sequence[Int[Tensor, " _"]], pad: int) -> tuple[Tensor, Tens
     return tokens, mask
 
 
-def pad_token_of(tokenizer: Any, cfg: HookedVLMConfig) -> int:
-    """Return the id of the pad token: the tokenizer's, else the configuration's, else the end of text, else 0."""
-    for found in (getattr(tokenizer, "pad_token_id", None), cfg.pad_token_id, getattr(tokenizer, "eos_token_id", None)):
-        if found is not None:
-            return int(found)
-    return 0
-
-
 KNOWN_KEYS = ("input_ids", "attention_mask", "position_ids", "pixel_values")
 IGNORED_KEYS = ("token_type_ids", "mm_token_type_ids")  # the tokens say the same
 
@@ -219,7 +218,7 @@ def inputs_from_hf(cfg: HookedVLMConfig, tokenizer: Any = None, **outputs: Any) 
         places = torch.arange(tokens.shape[1], device=tokens.device)
         inputs = replace(inputs, position_ids=places.expand(tokens.shape))
     if tokenizer is not None:
-        inputs = replace(inputs, tokenize=lambda t: list(tokenizer(t, add_special_tokens=False)["input_ids"]))
+        inputs = replace(inputs, tokenize=partial(ids_of_answer, tokenizer))
     return inputs
 
 
@@ -296,31 +295,6 @@ def require_types(cfg: HookedVLMConfig, tokens: Tensor, mask: Tensor, outputs: M
             f"{name} differ from input_ids in rows {rows}: 1 marks image tokens (id {cfg.image_token_id}), "
             f"2 video tokens (id {cfg.video_token_id}), 0 the rest. Pass what the processor gives for these tokens."
         )
-
-
-def require_mask(cfg: HookedVLMConfig, tokenizer: Any, tokens: Tensor, mask: Any) -> Tensor:
-    """Return the mask as booleans; all True without one, if no row begins or ends with a pad token.
-
-    Raises:
-        ValueError: padding without a mask, a mask of another shape, or a row without a real token.
-    """
-    if mask is None:
-        pads = {getattr(tokenizer, "pad_token_id", None), cfg.pad_token_id} - {None}
-        for pad in pads:
-            rows = ((tokens[:, 0] == pad) | (tokens[:, -1] == pad)).nonzero().flatten().tolist()
-            if rows:
-                raise ValueError(
-                    f"Rows {rows} begin or end with the pad token {pad} and no attention_mask was given: without it "
-                    "pads would be read as text. Pass attention_mask (ones where the token is real)."
-                )
-        return torch.ones_like(tokens, dtype=torch.bool)
-    mask = torch.as_tensor(mask).to(tokens.device) != 0
-    if mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask {list(mask.shape)} does not fit input_ids {list(tokens.shape)}.")
-    empty = (~mask.any(-1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"Rows {empty} have no real token: their attention_mask is zero everywhere.")
-    return mask
 
 
 def assemble(

@@ -31,6 +31,7 @@ from veena_lens.circuits.reading import (
 from veena_lens.circuits.statistics import sign_consistency
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_units
+from veena_lens.long_runs import has_screen
 from veena_lens.residual_parts import denominators, neuron_rows
 from veena_lens.scores import Scores
 
@@ -263,7 +264,7 @@ def _batches(inputs: Any, progress: bool) -> Iterable[Any]:
         isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str)
     ):
         return [inputs]
-    if not progress:
+    if not progress or not has_screen():
         return inputs
     from tqdm.auto import tqdm
 

@@ -68,10 +68,17 @@ class Attention(nn.Module):
         self.hook_z, self.hook_result = HookPoint(), HookPoint()
 
     @uncompiled
-    def forward(self, inputs: AttentionInputs, context: Context) -> Float[Tensor, "batch pos d_model"]:
+    def forward(self, inputs: Any = None, context: Any = None, *other: Any, **named: Any) -> Tensor:
+        """Return [batch pos d_model], what attention adds; a block calls it with `AttentionInputs` and a `Context`."""
+        if other or named or not isinstance(inputs, AttentionInputs):
+            raise TypeError(
+                "Attention reads masks and positions of its block: model.blocks[l](resid) runs one alone, and "
+                "hooks at hook_q_input, hook_k_input and hook_v_input give its queries, keys and values other inputs."
+            )
         q = self.hook_q(self._project(self.q, inputs.shared, inputs.q))
-        k = self.hook_k(self._project(self.k, inputs.shared, inputs.k))
-        v = self.hook_v(self._project(self.v, inputs.shared, inputs.v))
+        repeats = self.n_heads // self.n_kv if context.ungrouped else 1
+        k = self.hook_k(self._project(self.k, inputs.shared, inputs.k, repeats))
+        v = self.hook_v(self._project(self.v, inputs.shared, inputs.v, repeats))
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         tables = context.tables(self.layer, q.device)
@@ -88,16 +95,19 @@ class Attention(nn.Module):
         return summed if edited else carry(out, summed)
 
     def _project(
-        self, linear: nn.Linear, shared: Tensor, copies: Copies | None
+        self, linear: nn.Linear, shared: Tensor, copies: Copies | None, repeats: int = 1
     ) -> Float[Tensor, "batch pos heads d_head"]:
-        """Map linearly to heads, from the shared input or from one copy per head."""
+        """Map linearly to heads, from the shared input or from one copy per head; each head `repeats` times."""
         out = rearrange(linear(shared), "b p (h d) -> b p h d", d=self.d_head)
+        out = out if repeats == 1 else out.repeat_interleave(repeats, 2)
         if copies is None or not (copies.edited or (torch.is_grad_enabled() and copies.value.requires_grad)):
             return out
         weight = rearrange(linear.weight, "(h d) m -> h m d", d=self.d_head)
+        weight = weight if repeats == 1 else weight.repeat_interleave(repeats, 0)
         split = torch.einsum("bphm,hmd->bphd", copies.value, weight)
         if linear.bias is not None:
-            split = split + rearrange(linear.bias, "(h d) -> h d", d=self.d_head)
+            bias = rearrange(linear.bias, "(h d) -> h d", d=self.d_head)
+            split = split + (bias if repeats == 1 else bias.repeat_interleave(repeats, 0))
         return split if copies.edited else carry(out, split)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Float[Tensor, "batch pos n_heads d_head"]:
@@ -112,7 +122,7 @@ class Attention(nn.Module):
             if context.rows is not None:
                 context.rows.read(self.layer, q, k, mask, bias, None)
             return self._fused(q, k, v, mask, bias).transpose(1, 2)
-        groups = self.n_heads // self.n_kv
+        groups = q.shape[1] // k.shape[1]
         wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
         allowed = mask.explicit(q.shape[2], k.shape[2], q.device)
         scores = q @ wide_k.mT * self.scale
@@ -159,7 +169,7 @@ class Attention(nn.Module):
         if bias is not None:
             attn_mask, is_causal = bias.to(q.dtype), False
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale, enable_gqa=self.n_heads != self.n_kv
+            q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
         )
 
     # --- weights in HookedTransformer's shapes ---------------------------------------------------------

@@ -5,7 +5,7 @@ Also the token embedding and the unembedding; a tied unembedding reads the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +19,7 @@ from veena_lens.components.context import Context
 from veena_lens.components.hooks import heard, listen, uncompiled
 from veena_lens.components.mlp import MLP
 from veena_lens.components.norms import make_norm
-from veena_lens.config import TransformerConfig
+from veena_lens.config import HookedVLMConfig, TransformerConfig
 
 
 class Embed(nn.Module):
@@ -94,18 +94,27 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer, has_rotary), MLP(cfg)
         self.n_heads, self.n_kv = cfg.n_heads, cfg.n_key_value_heads
         self.layer, self.hook_resid_pre = layer, HookPoint()
+        self.alone: Callable[[Tensor], Context] | None = None  # what a block reads where it is called by itself
         # Features of inner tower layers join at the input of the first layers after layer 0.
         self.receives = 1 <= layer <= getattr(cfg, "n_deepstack", 0)
         if self.receives:
             self.hook_deepstack = HookPoint()
         self.hook_q_input, self.hook_k_input, self.hook_v_input = HookPoint(), HookPoint(), HookPoint()
+        # Only a decoder has it, and only where queries, keys and values have as many heads.
+        self.has_attn_in = isinstance(cfg, HookedVLMConfig) and self.n_heads == self.n_kv
+        if self.has_attn_in:
+            self.hook_attn_in = HookPoint()
         self.hook_attn_out, self.hook_resid_mid = HookPoint(), HookPoint()
         self.hook_mlp_in, self.hook_mlp_out, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
 
     @uncompiled
     def forward(
-        self, resid: Float[Tensor, "batch pos d_model"], context: Context
+        self, resid: Float[Tensor, "batch pos d_model"], context: Context | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
+        if context is None:
+            if self.alone is None:
+                raise TypeError("A block reads masks and positions: call it inside a model, or give it a Context.")
+            context = self.alone(resid)
         resid = self.hook_resid_pre(resid)
         if self.receives:
             resid = self.hook_deepstack(context.with_deepstack(self.layer, resid))
@@ -113,7 +122,7 @@ class Block(nn.Module):
 
     def rest(self, resid: Float[Tensor, "batch pos d_model"], context: Context) -> Float[Tensor, "batch pos d_model"]:
         """Run the block from just after `hook_resid_pre`: a tower takes its features there."""
-        attn_out = self.attn(self._attention_inputs(resid), context)
+        attn_out = self.attn(self._attention_inputs(resid, context.ungrouped), context)
         attn_out = self.hook_attn_out(self.ln1_post(attn_out) if self.has_post_norms else attn_out)
         resid_mid = self.hook_resid_mid(resid + attn_out)
         mlp_in = self.hook_mlp_in(resid_mid.clone()) if heard(self.hook_mlp_in) else resid_mid
@@ -121,26 +130,34 @@ class Block(nn.Module):
         mlp_out = self.hook_mlp_out(self.ln2_post(mlp_out) if self.has_post_norms else mlp_out)
         return self.hook_resid_post(resid_mid + mlp_out)
 
-    def _attention_inputs(self, resid: Tensor) -> AttentionInputs:
-        if not heard(self.hook_q_input, self.hook_k_input, self.hook_v_input):
+    def _attention_inputs(self, resid: Tensor, ungrouped: bool) -> AttentionInputs:
+        is_shared = self.has_attn_in and heard(self.hook_attn_in)
+        if not (is_shared or heard(self.hook_q_input, self.hook_k_input, self.hook_v_input)):
             return AttentionInputs(self.ln1.run(resid).out)
         # Listeners of ln1 see the norm of the residual itself; every path below is a copy that honours their
         # edits. The residual's own gradient flows through the copies, theirs through what they saw.
         normed = self.ln1.run(resid.detach().requires_grad_(resid.requires_grad and torch.is_grad_enabled()))
         shared = self.ln1.of_copies(resid[:, :, None], normed)[:, :, 0]
 
-        def copies(hook: HookPoint, n: int) -> Copies | None:
-            if not heard(hook):
-                return None
-            # A view made by expand must be cloned before hooks see it: they may write in place.
-            value, edited = listen(hook, resid[:, :, None].expand(-1, -1, n, -1).clone())
-            return Copies(self.ln1.of_copies(value, normed), edited)
+        # A view made by expand must be cloned before hooks see it: they may write in place.
+        common, common_edited = resid[:, :, None], False
+        if is_shared:
+            common, common_edited = listen(self.hook_attn_in, common.expand(-1, -1, self.n_heads, -1).clone())
 
+        def copies(hook: HookPoint, n: int) -> Copies | None:
+            if not (is_shared or heard(hook)):
+                return None
+            value, edited = common, False
+            if heard(hook):
+                value, edited = listen(hook, common.expand(-1, -1, n, -1).clone())
+            return Copies(self.ln1.of_copies(value, normed), edited or common_edited)
+
+        n_kv = self.n_heads if ungrouped else self.n_kv
         return AttentionInputs(
             shared,
             copies(self.hook_q_input, self.n_heads),
-            copies(self.hook_k_input, self.n_kv),
-            copies(self.hook_v_input, self.n_kv),
+            copies(self.hook_k_input, n_kv),
+            copies(self.hook_v_input, n_kv),
         )
 
 

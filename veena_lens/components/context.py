@@ -48,6 +48,7 @@ class Context:
     deepstack: what is added at the input of a layer, zero away from the image tokens.
     image_runs: numbers, for every key, the image whose tokens read each other in both directions (-1: none); new
         positions past its end are text.
+    ungrouped: whether keys and values have one copy per query head.
     areas: numbers the area of each position; in the layers of `within_areas` a query reads its own area alone.
     """
 
@@ -65,6 +66,7 @@ class Context:
     image_runs: Int[Tensor, "#batch known"] | None = None
     areas: Int[Tensor, "batch key_pos"] | None = None
     within_areas: Callable[[int], bool] = lambda layer: False
+    ungrouped: bool = False
     _masks: dict[Any, Mask] = field(default_factory=dict)
 
     def mask(self, layer: int, device: torch.device) -> Mask:

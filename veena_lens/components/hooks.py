@@ -67,9 +67,13 @@ def uncompiled(forward: AnyForward) -> AnyForward:
     return cast(AnyForward, run)
 
 
-@functools.cache
+_DISABLED: dict[Callable[..., Any], Callable[..., Any]] = {}  # by forward, made when it is first compiled
+
+
 def _disabled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compiler.disable(forward, reason="Hooks and interventions act in eager mode only.")
+    if forward not in _DISABLED:
+        _DISABLED[forward] = torch.compiler.disable(forward, reason="Hooks and interventions act in eager mode only.")
+    return _DISABLED[forward]
 
 
 class _Carry(torch.autograd.Function):

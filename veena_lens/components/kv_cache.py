@@ -8,7 +8,7 @@ the keys of each row's own tail join in the same softmax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from einops import rearrange
@@ -26,6 +26,20 @@ class KVCache:
         self._values: list[Tensor | None] = [None] * n_layers
         self.mask: Bool[Tensor, "batch pos"] | None = None
 
+    @classmethod
+    def of(cls, held: Sequence[tuple[Tensor, Tensor]], mask: Bool[Tensor, "batch pos"] | None) -> KVCache:
+        """Return a cache of keys and values [batch pos kv d_head], one pair per layer, empty where they have no pos."""
+        cache = cls(len(held))
+        cache.mask = mask
+        for layer, (k, v) in enumerate(held):
+            if k.shape[1]:
+                cache._keys[layer], cache._values[layer] = k, v
+        return cache
+
+    def holds(self, layer: int) -> bool:
+        """Return True where something of a layer is held."""
+        return self._keys[layer] is not None
+
     @property
     def length(self) -> int:
         """Return the number of positions held, pads included (0 when empty)."""
@@ -42,7 +56,7 @@ class KVCache:
         """Add a layer's new keys and values; returns all of them."""
         past_k, past_v = self._keys[layer], self._values[layer]
         if past_k is not None and past_v is not None:
-            k, v = torch.cat([past_k, k], 1), torch.cat([past_v, v], 1)
+            k, v = torch.cat([past_k.to(k), k], 1), torch.cat([past_v.to(v), v], 1)
         self._keys[layer], self._values[layer] = k, v
         return k, v
 

@@ -49,9 +49,11 @@ def estimate(model: HookedVLM, parts: Mapping[str, Any], settings: Settings) -> 
     }  # fmt: skip
     total = sum(counts.values())
     detail = ", ".join(f"{name} {n}" for name, n in counts.items())
+    seconds = 1.5 * total * each  # patching takes about half as long again
+    long = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     return (
-        f"About {total} answers ({detail}) at {each:.3f} s each: {total * each / 60:.1f} minutes and about half as "
-        "long again for patching. Stopped at any moment, the same command goes on."
+        f"Preset {settings.preset}: about {long} on this machine, {total} answers ({detail}) at {each:.3f} s each and "
+        "half as long again for patching. A run that is stopped goes on where it was when it is started again."
     )
 
 

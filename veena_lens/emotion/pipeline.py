@@ -119,7 +119,7 @@ def run_veena(
             call resumes there.
         settings: a preset's name, or settings.
         wheels: emotion wheels that judge answers; by default the project's own.
-        progress: True prints the stages and shows progress bars.
+        progress: True prints an estimate and a line per stage, and shows progress bars on a terminal.
 
     Raises: ImportError without scikit-learn; ValueError where `out` holds another run, identities are too few to be
     parted, or as the stages.
@@ -137,7 +137,7 @@ def run_veena(
     clock = _Clock(progress)
     parts = part_identities(pairs, settings)
     if progress:
-        print(estimate(model, parts, settings))
+        print(estimate(model, parts, settings), flush=True)
 
     clock.start("directions")
     directions = extract_directions(
@@ -179,7 +179,7 @@ def run_veena(
     )
     tuned = tune_baselines(judging, validation, ranked, neurons, adaptive, directions, layers.best, settings)
     circuit = final_circuit(tuned, model.cfg.model_name, settings)
-    circuit.save(out / "circuit.safetensors")
+    circuit.save(out / "circuit.safetensors", model)
     doses = dose_response(judging, validation, ranked, neurons, settings)
 
     clock.start("test")
@@ -266,20 +266,21 @@ def _claim(out: Path, about: dict[str, Any]) -> None:
 
 
 class _Clock:
-    """A clock that names the stages as they begin, and keeps their seconds."""
+    """A clock that names the stages as they begin, one line each with the time since the start, and keeps their
+    seconds."""
 
     def __init__(self, show: bool) -> None:
-        self.show, self.seconds, self.now, self.began = show, {}, "", 0.0
+        self.show, self.seconds, self.now = show, {}, ""
+        self.first = self.began = time.perf_counter()
 
     def start(self, name: str) -> None:
         self.stop()
         self.now, self.began = name, time.perf_counter()
         if self.show:
-            print(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}", flush=True)
+            since = time.perf_counter() - self.first
+            print(f"[{since:5.0f} s] {STAGES.index(name) + 1}/{len(STAGES)} {name}", flush=True)
 
     def stop(self) -> None:
         if self.now:
             self.seconds[self.now] = time.perf_counter() - self.began
-            if self.show:
-                print(f"      {self.seconds[self.now]:.1f} s", flush=True)
         self.now = ""

@@ -102,7 +102,8 @@ def part_table(results: dict[str, Any], part: str) -> str:
 
     Args:
         results: what results.json holds.
-        part: "main", "random", "ways" (rankings of heads), "tuned", "effects", "elsewhere", "layers" or "heads".
+        part: "main", "summary" (the method beside its controls and its price), "random", "ways" (rankings of
+            heads), "tuned", "effects", "elsewhere", "layers" or "heads".
 
     Raises: ValueError for an unknown part."""
     if part == "main":
@@ -118,6 +119,7 @@ def _key_heads(results: dict[str, Any]) -> tables.Table:
 
 
 PARTS: dict[str, Callable[[dict[str, Any]], tables.Table]] = {
+    "summary": tables.summary,
     "random": tables.random,
     "ways": tables.head_rankings,
     "tuned": tables.tuned,

@@ -81,11 +81,6 @@ def _integer(key: str) -> Callable[[Record], Cell]:
     return lambda r: int(r[key])
 
 
-def _number(key: str) -> Callable[[Record], Cell]:
-    """Return the cell of a number, None where it is not known."""
-    return lambda r: None if r.get(key) is None or r[key] != r[key] else float(r[key])
-
-
 def _fixed(key: str, digits: int) -> Callable[[Record], Cell]:
     return lambda r: f"{r[key]:.{digits}f}"
 
@@ -127,6 +122,24 @@ def _settings(skip: Sequence[str] = ()) -> Callable[[Record], Cell]:
     return lambda r: ", ".join(f"{k} {v}" for k, v in r["settings"].items() if k not in skip)
 
 
+def _named_settings(r: Record) -> Cell:
+    """Return the settings of a method in words, numbers without needless digits."""
+
+    def shown(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    names = {"beta": "attention times", "gamma": "neurons times", "k": "neurons", "mode": "attention mode"}
+    names |= {"beta_max": "attention times at most", "gamma_max": "neurons times at most", "kind": "rule"}
+    settings = {k: v for k, v in r["settings"].items() if k not in ("directions", "vectors", "vector", "source")}
+    known = {"beta": "beta_max", "gamma": "gamma_max"}  # said already as the largest
+    return "; ".join(f"{names.get(k, k)} {shown(v)}" for k, v in settings.items() if known.get(k) not in settings)
+
+
+def _rounded(key: str, digits: int, factor: float = 1.0) -> Callable[[Record], Cell]:
+    """Return the cell of a number with so many decimals, "" where it is not known."""
+    return lambda r: "" if r.get(key) is None or r[key] != r[key] else f"{factor * r[key]:.{digits}f}"
+
+
 def _effect(key: str) -> Callable[[Record], Cell]:
     return lambda r: "" if r.get(key) is None else f"{r[key]:.3g}"
 
@@ -165,6 +178,50 @@ def main(results: Results, methods: Sequence[str] | None = None) -> Table:
     return Table([{"method": method} for method in wanted], columns)
 
 
+OWN = ("VEE", "ENA", "VEENA", "VEENA adaptive")
+STANDING_FOR = {"VEE": "random heads of the same layers", "ENA": "random neurons of the same layers"}
+
+
+def summary(results: Results, condition: str = "conflict, plain") -> Table:
+    """Return the short table of a run: the method beside its controls and its price.
+
+    Rows: the plain model; VEE and ENA, each followed by random heads or neurons at the same strength (the interval is
+    that of 95 % of the draws); VEENA; the best baseline with a trial that passed the guards. Columns: the hit rate
+    under conflict and for the image alone, and the share of other questions about the same images answered right.
+
+    Args:
+        results: what results.json holds.
+        condition: the conflict.
+    """
+    hits = {(r["method"], r["condition"]): r for r in results["test"]["table"]}
+    others = {r["method"]: r.get("attributes") for r in results["side_effects"]}
+    drawn = {r["method"]: r for r in results["random"]["table"] if r["condition"] == condition}
+    fluent = [m for m, tuned in results["tuned"].items() if any(trial["allowed"] for trial in tuned["trials"])]
+    baselines = [m for m in fluent if m not in OWN and (m, condition) in hits]
+    best = max(baselines, key=lambda m: hits[m, condition]["hit"], default=None)
+    records: list[dict[str, Any]] = []
+    for method in filter(None, (PLAIN, "VEE", "ENA", "VEENA", best)):
+        if (method, condition) not in hits:
+            continue
+        alone = hits.get((method, "alone"))
+        name = display_name(method) if method != best else f"{method}, the best baseline"
+        records.append({"name": name, **hits[method, condition], "alone": alone, "other": others.get(method)})
+        if method in STANDING_FOR and method in drawn:
+            chance = {**drawn[method], "hit": drawn[method]["random"], "alone": None, "other": None}
+            records.append({"name": STANDING_FOR[method], **chance})
+
+    def alone_hit(r: Record) -> Cell:
+        return "" if r["alone"] is None else percent(r["alone"]["hit"])
+
+    columns = [
+        Column("method", _text("name")),
+        Column("right under conflict, %", lambda r: f"{percent(r['hit'])} {_percent_brackets(r)}"),
+        Column("image alone, %", alone_hit),
+        Column("other questions, %", _share("other")),
+    ]
+    return Table(records, columns)
+
+
 def random(results: Results) -> Table:
     """Return the table of random heads and neurons beside the chosen ones."""
     columns = [
@@ -187,7 +244,7 @@ def head_rankings(results: Results) -> Table:
         Column("plain", _share("plain"), only="markdown"),
         Column("score", _share("worth"), "score, %"),
         Column("harm", _share("harm"), "harm, %"),
-        Column("perplexity", _fixed("perplexity", 2), page_cell=_number("perplexity")),
+        Column("perplexity", _fixed("perplexity", 2), page_cell=_rounded("perplexity", 2)),
     ]
     return Table(results["ways"]["table"], columns)
 
@@ -200,7 +257,7 @@ def tuned(results: Results) -> Table:
 
     columns = [
         Column("method", _text("method")),
-        Column("settings", _settings(LONG_SETTINGS), page_cell=_settings()),
+        Column("settings", _settings(LONG_SETTINGS), page_cell=_named_settings),
         Column("score", _share("worth"), "score, %"),
         Column("trials allowed", allowed),
     ]
@@ -210,11 +267,16 @@ def tuned(results: Results) -> Table:
 def effects(results: Results) -> Table:
     """Return the table of side effects."""
     names = {
-        "perplexity": None, "distinct_2": None, "repetition": None, "drift": "drift on neutral, nats",
-        "attributes": "other answers right", "described": "described right", "latency": "time ratio",
+        "perplexity": ("perplexity", 2, 1), "distinct_2": ("different word pairs, %", 0, 100),
+        "repetition": ("repeated words, %", 0, 100), "drift": ("drift on neutral images, nats", 3, 1),
+        "attributes": ("other answers right, %", 1, 100), "described": ("described right, %", 1, 100),
+        "latency": ("time ratio", 1, 1),
     }  # fmt: skip
-    columns = [Column(n.replace("_", "-"), _effect(n), page, _number(n)) for n, page in names.items()]
-    columns.insert(3, Column("words", _effect("length"), page_cell=_number("length"), only="page"))
+    columns = [
+        Column(key.replace("_", "-"), _effect(key), name, _rounded(key, digits, factor))
+        for key, (name, digits, factor) in names.items()
+    ]
+    columns.insert(3, Column("words", _effect("length"), page_cell=_rounded("length", 1), only="page"))
     return Table(results["side_effects"], [Column("method", _text("method"), page_cell=_method), *columns])
 
 
@@ -250,26 +312,31 @@ def heads(results: Results) -> Table:
         Column("restores", _fixed("effect", 3)),
         Column("95 %", _to(3), page_cell=lambda r: f"[{r['low']:.3f}, {r['high']:.3f}]"),
         Column("at", _text("rows")),
-        Column("intention", _fixed("intention", 2), page_cell=_number("intention")),
+        Column("intention", _fixed("intention", 2), page_cell=_rounded("intention", 2)),
         Column("from picture, %", _share("from_picture"), page_cell=_share("from_picture", 0)),
-        Column("tau", _number("tau"), only="page"),
-        Column("cross-fitted", _number("tau_crossed"), only="page"),
+        Column("tau", _rounded("tau", 2), only="page"),
+        Column("cross-fitted", _rounded("tau_crossed", 2), only="page"),
         Column("kind", _text("label")),
         Column("most", _text("emotion")),
     ]
     return Table(results["key_heads"]["table"], columns)
 
 
+def is_confirmed(edge: Record) -> bool:
+    """Return True for an edge that is kept and whose interval does not touch 0."""
+    return bool(edge["kept"]) and (edge["low"] > 0 or edge["high"] < 0)
+
+
 def edges(results: Results) -> Table:
-    """Return the table of the circuit's edges that are kept."""
+    """Return the table of the circuit's edges that are confirmed."""
     columns = [
         Column("level", _integer("level")),
         Column("from", _part("sender")),
         Column("to", _part("receiver")),
         Column("effect", _interval),
-        Column("direct path", _number("path")),
+        Column("direct path", _rounded("path", 3)),
     ]
-    return Table([r for r in results["key_heads"]["edges"] if r["kept"]], columns)
+    return Table([r for r in results["key_heads"]["edges"] if is_confirmed(r)], columns)
 
 
 def execution(results: Results) -> Table:
@@ -288,8 +355,8 @@ def neurons(results: Results) -> Table:
         Column("kind", _text("kind")),
         Column("pairs", lambda r: str(r["emotion"] or "all")),
         Column("at", _text("rows")),
-        Column("push", _number("value")),
-        Column("consistency", _number("consistency")),
+        Column("push", _rounded("value", 2)),
+        Column("consistency", _rounded("consistency", 2)),
         Column("emotion words of 20", _integer("lexicon_tokens")),
         Column("promotes", promotes),
     ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from veena_lens.components.masks import add_bias, is_cut
 from veena_lens.config import HookedVLMConfig
 from veena_lens.interventions.base import Intervention, Place, content, require_layer, require_units, show
-from veena_lens.interventions.numbers import is_one, log, number, settle_units
+from veena_lens.interventions.numbers import bare, is_one, log, number, settle_units
 from veena_lens.positions import parse
 
 MODES = ("renorm", "logit", "scale", "mul", "abs")
@@ -108,16 +108,17 @@ class BoostAttention(AttentionEdit):
     heads: Any = None
     keys: Any = "image"
     queries: Any = "query+generated"
-    factor: float | int | Tensor = 2.0
+    factor: Any = 2.0
     mode: str = "renorm"
 
     def __post_init__(self) -> None:
         require_selections(self)
         if self.mode not in MODES:
             raise ValueError(f"BoostAttention: mode={self.mode!r} must be one of {', '.join(MODES)}.")
-        if not math.isfinite(self.factor) or (self.factor <= 0 and self.is_bias):
-            raise ValueError(f"BoostAttention: factor={self.factor} must be a positive number in mode {self.mode!r}.")
-        object.__setattr__(self, "factor", number(self.factor, "BoostAttention", "factor"))
+        factor = number(self.factor, "BoostAttention", "factor", f"a positive number in mode {self.mode!r}")
+        if self.is_bias and bare(factor) <= 0:
+            raise ValueError(f"BoostAttention: factor={factor} must be a positive number in mode {self.mode!r}.")
+        object.__setattr__(self, "factor", factor)
 
     @property
     def is_bias(self) -> bool:
@@ -227,11 +228,19 @@ class KnockOutAttention(AttentionEdit):
         return torch.zeros(place.shape, dtype=dtype, device=place.device).masked_fill(place, -math.inf)
 
 
+def _in_grains(mass: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
+    """Return masses without the last digits, which rounding sets: else it would rank heads that attend alike."""
+    grain = torch.finfo(mass.dtype).eps * (1 if mass.dtype in (torch.float16, torch.bfloat16) else 64)
+    mantissa, exponent = torch.frexp(mass.double())
+    return torch.ldexp((mantissa / grain).round() * grain, exponent)
+
+
 @dataclass(frozen=True)
 class SuppressHeads(AttentionEdit):
     """Scale the output of those heads of `layer` that attend least to `keys`, query by query.
 
-    Which heads these are follows from the pattern of the very pass that is edited. A head's output is its row of the
+    Which heads these are follows from the pattern of the very pass that is edited; of heads that attend alike, but for
+    rounding, the first. A head's output is its row of the
     pattern times the values, so scaling the row scales the output.
     keep: the share of heads, int(keep * n_heads) at each query, that are left unchanged.
     factor: what the outputs of the others are multiplied by. keys, queries: words, numbers, a slice, a mask, a Box or
@@ -244,7 +253,7 @@ class SuppressHeads(AttentionEdit):
 
     layer: SupportsIndex
     keep: float | int = 0.95
-    factor: float | int | Tensor = 0.0
+    factor: Any = 0.0
     keys: Any = "image"
     queries: Any = "last+generated"
 
@@ -277,7 +286,7 @@ class SuppressHeads(AttentionEdit):
         n_heads = activation.shape[1]
         n_quiet = n_heads - int(self.keep * n_heads + 1e-9)  # 0.7 * 10 is a little under 7
         keys = at.new_ones(len(at), activation.shape[-1]) if keys is None else keys.to(at.device)
-        mass = (activation * keys[:, None, None, :].to(activation)).sum(-1)
+        mass = _in_grains((activation * keys[:, None, None, :].to(activation)).sum(-1))
         rank = mass.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
         there = keys[:, None] if known is None else keys[:, None] & known
         quiet = (rank < n_quiet) & (at & there.any(-1))[:, None]

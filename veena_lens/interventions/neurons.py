@@ -27,7 +27,7 @@ class ScaleNeurons(Intervention):
 
     layer: SupportsIndex
     neurons: Any
-    factor: float | int | Tensor = 2.0
+    factor: Any = 2.0
     positions: Any = "last+generated"
     signs: Sequence[float | int] | None = None
 

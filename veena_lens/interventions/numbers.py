@@ -33,15 +33,20 @@ def settle_units(item: Any) -> None:
         object.__setattr__(item, name, tuple(settled) if isinstance(units, tuple) else settled)
 
 
-def number(value: Any, who: str, what: str) -> Any:
+def number(value: Any, who: str, what: str, wanted: str = "finite") -> Any:
     """Return a finite number as Python's, or as a tensor without axes, which may carry a gradient.
 
     Raises: TypeError for what is not a number; ValueError for infinity or NaN."""
     if isinstance(value, bool) or getattr(value, "ndim", 0) or isinstance(value, (str, list, tuple)):
         raise TypeError(f"{who}: {what}={value!r} must be one number.")
-    if not math.isfinite(value):
-        raise ValueError(f"{who}: {what}={value} must be finite.")
+    if not math.isfinite(bare(value)):
+        raise ValueError(f"{who}: {what}={value} must be {wanted}.")
     return value if isinstance(value, (int, float, Tensor)) else float(value)
+
+
+def bare(value: Any) -> float:
+    """Return a number, or a tensor without axes, as a float."""
+    return float(value.detach() if isinstance(value, Tensor) else value)
 
 
 def is_one(value: Any) -> bool:
@@ -81,6 +86,8 @@ def floats(value: Any, what: str) -> Float[Tensor, ...]:
     Raises: TypeError for what is none."""
     try:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
+        if tensor.is_floating_point() and not hasattr(value, "__array__"):  # Python's floats have 64 bits
+            tensor = torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what} must be a tensor, an array or a list of numbers, not {value!r:.80}.") from error
     if tensor.is_complex() or tensor.dtype == torch.bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veena_lens.config import HookedVLMConfig
 from veena_lens.interventions.base import Intervention, require_layer, shown
-from veena_lens.interventions.numbers import direction, is_zero, like, number, settle_units
+from veena_lens.interventions.numbers import bare, direction, is_zero, like, number, settle_units
 from veena_lens.positions import parse
 
 
@@ -33,7 +33,7 @@ class Steer(Intervention):
 
     layer: SupportsIndex
     vector: Any
-    alpha: float | int | Tensor = 1.0
+    alpha: Any = 1.0
     positions: Any = "last+generated"
 
     def __post_init__(self) -> None:
@@ -55,9 +55,9 @@ class Steer(Intervention):
         return torch.where(at[..., None], activation + self.alpha * like(self.vector, activation), activation)
 
     def __repr__(self) -> str:
-        norm = float(self.vector.float().norm())
+        norm = bare(self.vector.float().norm())
         vector = f"[{len(self.vector)}] of norm {norm:.3g}"
-        alpha = f"alpha={float(self.alpha):g}"
+        alpha = f"alpha={bare(self.alpha):g}"
         return f"Steer(layer={self.layer}, vector={vector}, {alpha}, positions={shown(self.positions)})"
 
 
@@ -75,7 +75,7 @@ class SteerKeepingNorm(Intervention):
 
     layer: SupportsIndex
     vector: Any
-    strength: float | int | Tensor = 0.1
+    strength: Any = 0.1
     positions: Any = "all"
     adaptive: bool = True
 
@@ -115,6 +115,6 @@ class SteerKeepingNorm(Intervention):
     def __repr__(self) -> str:
         rule = "" if self.adaptive else ", adaptive=False"
         return (
-            f"SteerKeepingNorm(layer={self.layer}, vector=[{len(self.vector)}], strength={float(self.strength):g}, "
+            f"SteerKeepingNorm(layer={self.layer}, vector=[{len(self.vector)}], strength={bare(self.strength):g}, "
             f"positions={shown(self.positions)}{rule})"
         )

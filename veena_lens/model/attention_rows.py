@@ -84,7 +84,7 @@ class AttentionRows:
         return rows[:, self.heads]
 
     def _attend(self, q: Tensor, k: Tensor, index: Tensor, mask: Mask, bias: Tensor | None) -> Tensor:
-        grouped = rearrange(q, "b (g r) n d -> b g (r n) d", g=self.n_kv)
+        grouped = rearrange(q, "b (g r) n d -> b g (r n) d", g=k.shape[1])
         scores = rearrange(grouped @ k.mT, "b g (r n) t -> b (g r) n t", n=q.shape[2]) * self.scale
         if bias is not None:
             scores = scores + _gather(bias.expand(len(q), scores.shape[1], -1, -1), index)
@@ -151,8 +151,8 @@ def attention(
     inputs: Any,
     queries: Any,
     keys: Any,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
 ) -> Scores:
     """Return attention weights of chosen query rows: see `HookedVLM.attention`."""
     span = PassSpan.whole(model.as_inputs(inputs))
@@ -169,8 +169,8 @@ def record_attention(
     model: HookedVLM,
     queries: Any,
     keys: Any,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
 ) -> Iterator[AttentionRows]:
     """Collect attention rows of whatever runs inside the block: see `HookedVLM.record_attention`."""
     cfg = model.cfg

@@ -28,6 +28,7 @@ from veena_lens.interventions.base import (
     picture_positions,
     require_intervention,
 )
+from veena_lens.interventions.circuit import Circuit
 from veena_lens.model.span import PassSpan
 from veena_lens.model.threads import Added
 from veena_lens.positions import parse, position_mask, reaches_generated
@@ -150,9 +151,15 @@ class EditStack:
 
 
 def intervene(
-    model: HookedVLM, interventions: Sequence[Any] | None = None, per_row: Sequence[Any] | None = None
+    model: HookedVLM,
+    interventions: Sequence[Any] | None = None,
+    per_row: Sequence[Any] | None = None,
+    allow_other_model: bool = False,
 ) -> AbstractContextManager[HookedVLM]:
     """Check interventions and return the block in which they act: see `HookedVLM.intervene`."""
+    for given in (interventions, *(per_row or ())):
+        if isinstance(given, Circuit):
+            given.require_model(model.cfg, allow_other_model)
     if (interventions is None) == (per_row is None):
         raise ValueError("intervene: give a list of interventions, or per_row=[list for row 0, ...], and not both.")
     if per_row is None:

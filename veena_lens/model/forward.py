@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,14 @@ from veena_lens.vision.qwen import DeepstackMerger
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
+
+
+class Output(NamedTuple):
+    """What `return_type="both"` returns: logits [batch pos d_vocab] and the loss."""
+
+    logits: Tensor
+    loss: Tensor
+
 
 Deepstack: TypeAlias = Mapping[int, Float[Tensor, "#batch pos d_model"]]
 ALL, LAST = slice(None), slice(-1, None)
@@ -135,6 +143,7 @@ def blocks_share(
         rows=rows,
         prefix=prefix,
         deepstack=deepstack,
+        ungrouped=model.cfg.ungroup_grouped_query_attention,
         image_runs=image_runs(model.cfg, inputs) if prefix is None and n_past == 0 else None,
     )
 

@@ -6,9 +6,10 @@ processors and stopping criteria are transformers' own classes, set by the check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,47 +17,259 @@ from torch import Tensor
 
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.inputs import MultimodalInputs, text_positions
+from veena_lens.model.encoding import is_text, refuse_unknown, require_tokenizer
 from veena_lens.model.forward import LAST, forward
+from veena_lens.model.generation_settings import SETTINGS, make_criteria, make_processors, resolve_settings
 from veena_lens.model.span import PassSpan
-from veena_lens.model.text import require_tokenizer
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 
+RETURN_TYPES = ("str", "tokens", "input", "tensor", "embeds")
+
+
+class GenerateOutput(NamedTuple):
+    """What `output_logits=True` returns: the completions, and for each step the logits [batch d_vocab]."""
+
+    sequences: Any
+    logits: tuple[Tensor, ...]
+
+
+class Generating:
+    """View of a model as it writes: `generate` and `generate_stream`."""
+
+    tokenizer: Any
+
+    def generate(
+        self,
+        inputs: Any = None,
+        max_new_tokens: int = 64,
+        *by_position: Any,
+        input: Any = None,
+        do_sample: bool = False,
+        temperature: float | int | None = None,
+        top_k: int | None = None,
+        top_p: float | int | None = None,
+        repetition_penalty: float | int | None = None,
+        freq_penalty: float | int | None = None,
+        no_repeat_ngram_size: int | None = None,
+        min_new_tokens: int | None = None,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        seed: int | None = None,
+        use_past_kv_cache: bool = True,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+        chat: bool | None = None,
+        return_type: str = "str",
+        progress: bool = False,
+        verbose: bool | None = None,
+        output_logits: bool = False,
+        return_cache: bool = False,
+        names_filter: Any = None,
+        device: Any = None,
+        return_input_tokens: bool = False,
+        **unknown: Any,
+    ) -> Any:
+        """Return the completions of a batch: list[str], or ("tokens") [batch new], padded at the end.
+
+        Generation stops as the checkpoint's generation config says, at `stop_strings`, at the context's end, or after
+        `max_new_tokens`. Hooks and interventions act at every step. Everything after `max_new_tokens` goes by name.
+        inputs (or input): prepared inputs, tokens, or text, which the chat template wraps where there is one.
+        temperature .. eos_token_id: as in transformers; None takes the generation config's value (where it has
+            none, nothing is filtered when sampling). A temperature of 0 is greedy. logits_processor,
+            stopping_criteria: transformers' classes. freq_penalty: lowers a sampled token's logit per time it was said.
+        stop_at_eos: False lets every row run to its full length.
+        seed: makes sampling repeat itself. use_past_kv_cache: False recomputes the whole sequence at each step.
+        prepend_bos, padding_side: of raw text, as `to_tokens` takes them; giving one means that the text is raw.
+        attention_mask: of bare tokens. chat: False takes text raw; None wraps it where there is a template.
+        return_type: "str" or "tokens", the completion alone; "input" (in the type of the input), "tensor" (tokens) or
+            "embeds" (what enters block 0): prompt and completion, as in HookedTransformer.
+        progress (or verbose): show a bar. output_logits: return a `GenerateOutput`, with the logits of each step.
+        return_cache, return_input_tokens: return a tuple of the output, the cache of prompt and completion
+            (`names_filter` and `device` as in `run_with_cache`), and the prompt's tokens.
+        Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer; TypeError for
+        an unknown setting, or one given by its place.
+        """
+        settings = {name: value for name, value in locals().items() if name in SETTINGS}
+        _refuse("generate", by_position, unknown)
+        how = Wanted(return_type, progress if verbose is None else verbose, output_logits)
+        of_text: dict[str, Any] = dict(
+            prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask, chat=chat
+        )
+        model: Any = self
+        given = one_input("generate", inputs, input)
+        prompt = as_prompt(model, given, **of_text)
+        new, out = _generate(model, given, prompt, settings, how)
+        more: list[Any] = []
+        if return_cache:
+            whole = prompt.with_answer(new)
+            more.append(model.run_with_cache(whole, names_filter=names_filter, device=device)[1])
+        if return_input_tokens:
+            more.append(prompt.tokens)
+        return (out, *more) if more else out
+
+    def generate_stream(
+        self,
+        inputs: Any = None,
+        max_new_tokens: int = 64,
+        *by_position: Any,
+        input: Any = None,
+        do_sample: bool = False,
+        max_tokens_per_yield: int = 1,
+        return_type: str = "str",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: Tensor | None = None,
+        chat: bool | None = None,
+        verbose: bool | None = None,
+        **settings: Any,
+    ) -> Iterator[Any]:
+        """Yield text as it grows: the new piece, str for one row, list[str] for a batch; joined they are `generate`'s.
+
+        max_tokens_per_yield: the steps between two pieces. return_type: "str" for text; "tokens" for new tokens
+            [batch n]; "input" (in the type of the input) or "tensor", where the first piece holds the prompt too.
+        verbose: accepted; no bar is shown beside the text. The others and settings: those of `generate`.
+        Raises: as `generate`; TypeError for an unknown setting."""
+        _refuse("generate_stream", by_position, {name: 0 for name in settings if name not in SETTINGS})
+        if max_tokens_per_yield < 1:
+            raise ValueError(f"generate_stream: max_tokens_per_yield={max_tokens_per_yield} must be at least 1.")
+        if return_type not in ("str", "tokens", "input", "tensor"):
+            raise ValueError(
+                f"generate_stream: return_type={return_type!r} must be 'str', 'tokens', 'input' or 'tensor'."
+            )
+        settings.update(max_new_tokens=max_new_tokens, do_sample=do_sample)
+        of_text: dict[str, Any] = dict(
+            prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask, chat=chat
+        )
+        given = one_input("generate_stream", inputs, input)
+        return _stream(cast(Any, self), given, of_text, settings, return_type, max_tokens_per_yield)
+
+
+def one_input(what: str, inputs: Any, input: Any) -> Any:
+    """Return what is given under either name. Raises: TypeError for none, or both."""
+    if (inputs is None) == (input is None):
+        raise TypeError(f"{what} takes one input: prepared inputs, tokens or text.")
+    return input if inputs is None else inputs
+
+
+def _refuse(what: str, by_position: tuple[Any, ...], unknown: Mapping[str, Any]) -> None:
+    """Raise TypeError for settings given by their place, or that do not exist."""
+    if by_position:
+        raise TypeError(
+            f"{what} takes the input and max_new_tokens by their places, everything else by name: do_sample=..., "
+            "stop_at_eos=... (HookedTransformer has stop_at_eos in the third place)."
+        )
+    names = (*SETTINGS, "return_type", "prepend_bos", "padding_side", "attention_mask", "chat", "verbose")
+    refuse_unknown(what, unknown, (*names, "progress", "return_cache", "output_logits", "return_input_tokens"))
+
+
+class Wanted(NamedTuple):
+    """In which form a completion is returned."""
+
+    return_type: str
+    progress: bool
+    output_logits: bool
+
+
 @torch.no_grad()
-def generate(model: HookedVLM, inputs: Any, settings: dict[str, Any], return_type: str, progress: bool) -> Any:
-    """Return the completions of a batch: see `HookedVLM.generate`, whose further arguments are `settings`."""
-    if return_type not in ("str", "tokens"):
-        raise ValueError(f"generate: return_type={return_type!r} must be 'str' or 'tokens'.")
-    if return_type == "str":
-        require_tokenizer(model.tokenizer, "generate(return_type='str')")
-    steps = _steps(model, inputs, settings)
-    if progress:
+def _generate(
+    model: HookedVLM, given: Any, prompt: MultimodalInputs, settings: dict[str, Any], how: Wanted
+) -> tuple[Int[Tensor, "batch new"], Any]:
+    """Return the new tokens of a batch, and what `generate` returns of them."""
+    if how.return_type not in RETURN_TYPES:
+        kinds = ", ".join(map(repr, RETURN_TYPES[2:]))
+        raise ValueError(f"generate: return_type={how.return_type!r} must be 'str' or 'tokens', or one of {kinds}.")
+    in_text = how.return_type == "str" or (how.return_type == "input" and is_text(given))
+    if in_text:
+        require_tokenizer(model.tokenizer, f"generate(return_type={how.return_type!r})")
+    logits: list[Tensor] = []
+    steps = _steps(model, prompt, settings, logits if how.output_logits else None)
+    if how.progress:
         from tqdm.auto import tqdm
 
         steps = tqdm(steps, total=settings["max_new_tokens"], desc="tokens", leave=False)
     tokens = torch.empty(0)
     for grown in steps:
         tokens = grown
+    # `inputs.with_answer(tokens)` reads it, to tell an answer's end from the padding after it.
+    cast(Any, tokens).end_token_ids = tuple(resolve_settings(model.generation_config, settings)["eos"])
+    out = _returned(model, given, prompt, tokens, how.return_type)
+    return tokens, GenerateOutput(out, tuple(logits)) if how.output_logits else out
+
+
+def _returned(model: HookedVLM, given: Any, prompt: MultimodalInputs, new: Tensor, return_type: str) -> Any:
+    """Return a completion in the form that was asked for."""
     if return_type == "tokens":
-        # `inputs.with_answer(tokens)` reads it, to tell an answer's end from the padding after it.
-        cast(Any, tokens).end_token_ids = tuple(_settings(model.generation_config, settings)["eos"])
-        return tokens
-    return model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return new
+    if return_type == "str":
+        return model.tokenizer.batch_decode(new, skip_special_tokens=True)
+    if return_type == "input" and isinstance(given, MultimodalInputs):
+        return prompt.with_answer(new)
+    whole = torch.cat([prompt.tokens, new], 1)
+    if return_type == "embeds":
+        return torch.cat([model.embed_inputs(prompt), model.embed(new)], 1)
+    if return_type == "input" and is_text(given):
+        texts = _whole_texts(model, prompt, new)
+        return texts[0] if isinstance(given, str) else texts
+    return whole
 
 
-@torch.no_grad()
-def generate_stream(model: HookedVLM, inputs: Any, settings: dict[str, Any]) -> Iterator[Any]:
-    """Yield text as it grows: see `HookedVLM.generate_stream`."""
-    tokenizer = require_tokenizer(model.tokenizer, "generate_stream")
-    unknown = set(settings) - set(SETTINGS)
-    if unknown:
-        raise TypeError(f"generate_stream: unknown settings {sorted(unknown)}; known: {sorted(SETTINGS)}.")
+def _whole_texts(model: HookedVLM, prompt: MultimodalInputs, new: Tensor) -> list[str]:
+    """Return the texts of prompts and completions, special tokens skipped."""
+    whole = torch.cat([prompt.tokens, new], 1)
+    mask = torch.cat([prompt.attention_mask, torch.ones_like(new, dtype=torch.bool)], 1)
+    rows = [row[real] for row, real in zip(whole, mask, strict=True)]
+    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
+
+@torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
+def _stream(
+    model: HookedVLM, given: Any, of_text: dict[str, Any], settings: dict[str, Any], return_type: str, stride: int
+) -> Iterator[Any]:
+    """Yield pieces of completions: see `Generating.generate_stream`."""
+    in_text = return_type == "str" or (return_type == "input" and is_text(given))
+    if in_text:
+        require_tokenizer(model.tokenizer, "generate_stream")
+    prompt = as_prompt(model, given, **of_text)
+    steps = _every(_steps(model, prompt, settings), stride)
+    if in_text:
+        if return_type == "str":
+            yield from _text_pieces(steps, partial(model.tokenizer.batch_decode, skip_special_tokens=True))
+        else:
+            yield from _text_pieces(steps, partial(_whole_texts, model, prompt))
+        return
+    n_said = 0
+    for tokens in steps:
+        piece = tokens[:, n_said:]
+        if not n_said and return_type != "tokens":
+            piece = torch.cat([prompt.tokens, piece], 1)
+        n_said = tokens.shape[1]
+        yield piece
+
+
+def _every(steps: Iterator[Tensor], stride: int) -> Iterator[Tensor]:
+    """Yield every so manieth step, and the last."""
+    last = None
+    for number, tokens in enumerate(steps, start=1):
+        last = None if number % stride == 0 else tokens
+        if last is None:
+            yield tokens
+    if last is not None:
+        yield last
+
+
+def _text_pieces(steps: Iterator[Tensor], texts_of: Callable[[Tensor], list[str]]) -> Iterator[Any]:
+    """Yield text as it grows; `texts_of` gives the text of each row so far."""
     said: list[str] = []
     texts: list[str] = []
-    for tokens in _steps(model, inputs, settings):
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    for tokens in steps:
+        texts = texts_of(tokens)
         said = said or [""] * len(texts)
         # A character in the middle of its bytes decodes to U+FFFD: wait for the rest.
         ready = [t if not t.endswith("\ufffd") and t.startswith(s) else s for t, s in zip(texts, said, strict=True)]
@@ -69,21 +282,43 @@ def generate_stream(model: HookedVLM, inputs: Any, settings: dict[str, Any]) -> 
         yield rest[0] if len(rest) == 1 else rest
 
 
-@torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
-def _steps(model: HookedVLM, inputs: Any, settings: dict[str, Any]) -> Iterator[Int[Tensor, "batch new"]]:
-    """Return the tokens generated so far, after each step."""
-    prompt = as_prompt(model, inputs)
+@torch.no_grad()
+def _steps(
+    model: HookedVLM, prompt: MultimodalInputs, settings: dict[str, Any], kept: list[Tensor] | None = None
+) -> Iterator[Int[Tensor, "batch new"]]:
+    """Return the tokens generated so far, after each step; `kept` takes the logits that each step chose from."""
     cache = KVCache(model.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
-    yield from decode_steps(model, prompt, settings, lambda new: next_logits(model, prompt, new, cache))
+
+    def after(new: Int[Tensor, "batch new"]) -> Float[Tensor, "batch d_vocab"]:
+        logits = next_logits(model, prompt, new, cache)
+        if kept is not None:
+            kept.append(logits)
+        return logits
+
+    yield from decode_steps(model, prompt, settings, after)
 
 
-def as_prompt(model: HookedVLM, inputs: Any) -> MultimodalInputs:
+def as_prompt(
+    model: HookedVLM,
+    inputs: Any,
+    *,
+    prepend_bos: bool | None = None,
+    padding_side: str | None = None,
+    attention_mask: Tensor | None = None,
+    chat: bool | None = None,
+) -> MultimodalInputs:
     """Return prepared inputs whose rows end at the last position, where generation appends.
 
-    inputs: prepared inputs, tokens, or text, which is wrapped in the chat template."""
-    if isinstance(inputs, str) or (isinstance(inputs, (list, tuple)) and inputs and isinstance(inputs[0], str)):
-        inputs = model.prepare(text=inputs if isinstance(inputs, str) else list(inputs))
-    prompt = model.as_inputs(inputs).left_padded()
+    inputs: prepared inputs, tokens, or text. prepend_bos, padding_side: of raw text; giving one means that it is raw.
+    attention_mask: of bare tokens. chat: False takes text raw, True wraps it in the chat template, None where there is
+    one (text for a model of images always)."""
+    if is_text(inputs):
+        has_template = model.cfg.vision is not None or bool(getattr(model.processor, "chat_template", None))
+        is_raw = prepend_bos is not None or padding_side is not None or attention_mask is not None
+        if has_template and not is_raw if chat is None else chat:
+            inputs = model.prepare(text=inputs if isinstance(inputs, str) else list(inputs))
+    how: dict[str, Any] = dict(prepend_bos=prepend_bos, padding_side=padding_side)
+    prompt = model.as_inputs(inputs, attention_mask, **how).left_padded()
     if prompt.position_ids.ndim == 2:  # generation counts real tokens whatever a forward was given
         prompt = replace(prompt, position_ids=text_positions(prompt.attention_mask))
     return prompt
@@ -128,11 +363,11 @@ def decode_steps(
         raise ValueError(
             f"The prompt has {longest} tokens and the model's context is {model.cfg.n_ctx}: no room to generate."
         )
-    config = _settings(model.generation_config, settings)
+    config = resolve_settings(model.generation_config, settings)
     ends = torch.tensor(config["eos"], dtype=torch.long, device=prompt.device)
-    processors = _processors(config, prompt)
+    processors = make_processors(config, prompt, max_new)
     processors.extend(settings.get("logits_processor") or [])
-    criteria = _criteria(config, settings, model.tokenizer)
+    criteria = make_criteria(config, settings, model.tokenizer)
     pad = model.pad_token_id
     if len(config["eos"]):
         # Hugging Face pads finished rows with the end token where the configuration has no pad token.
@@ -158,134 +393,3 @@ def decode_steps(
         yield new
         if not bool(unfinished.any()):
             break
-
-
-SETTINGS = (
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_k",
-    "top_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "min_new_tokens",
-    "eos_token_id",
-    "stop_strings",
-    "logits_processor",
-    "stopping_criteria",
-    "seed",
-    "use_past_kv_cache",
-)
-
-
-def end_tokens(generation_config: Any) -> tuple[int, ...]:
-    """Return the tokens that end a completion, as the checkpoint's generation config says."""
-    return _as_tuple(getattr(generation_config, "eos_token_id", None))
-
-
-def _as_tuple(ids: Any) -> tuple[int, ...]:
-    if ids is None:
-        return ()
-    return tuple(int(i) for i in ids) if isinstance(ids, (list, tuple)) else (int(ids),)
-
-
-def _settings(generation_config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return what is given, else what the checkpoint's generation config says."""
-
-    def value(name: str) -> Any:
-        mine = given.get(name)
-        return mine if mine is not None else getattr(generation_config, name, None)
-
-    given_ends = given.get("eos_token_id")
-    ends = list(end_tokens(generation_config) if given_ends is None else _as_tuple(given_ends))
-    out: dict[str, Any] = {name: value(name) for name in _READ}
-    _refuse_unread(generation_config)
-    pad = getattr(generation_config, "pad_token_id", None)
-    out |= {"eos": ends, "pad": pad if pad is not None else (ends[0] if ends else None)}
-    return out | {"do_sample": bool(given.get("do_sample")), "stop_strings": given.get("stop_strings")}
-
-
-_READ = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-    "min_new_tokens",
-    "bad_words_ids",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-)
-# Settings of a generation config that would change the tokens and that no code here reads, with their neutral value.
-_UNREAD = {
-    "num_beams": 1,
-    "penalty_alpha": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "exponential_decay_length_penalty": None,
-    "sequence_bias": None,
-    "guidance_scale": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "watermarking_config": None,
-}
-
-
-def _refuse_unread(generation_config: Any) -> None:
-    """Raise ValueError for a setting that would change the tokens and is not followed."""
-    for name, neutral in _UNREAD.items():
-        value = getattr(generation_config, name, None)
-        if value not in (None, neutral):
-            raise ValueError(
-                f"The generation config sets {name}={value!r}, which generate does not follow. Set "
-                f"model.generation_config.{name} = {neutral!r}, or pass a logits_processor of transformers."
-            )
-
-
-def _processors(config: dict[str, Any], prompt: MultimodalInputs) -> Any:
-    """Return transformers' logits processors, in the order that its own `generate` has."""
-    import transformers as hf
-
-    n_prompt, device = prompt.shape[1], str(prompt.device)
-    out = hf.LogitsProcessorList()
-    if config["repetition_penalty"] not in (None, 1.0):
-        pads = prompt.attention_mask.int().argmax(1)  # pads are no repeated tokens
-        out.append(hf.RepetitionPenaltyLogitsProcessor(config["repetition_penalty"], prompt_ignore_length=pads))
-    if config["no_repeat_ngram_size"]:
-        out.append(hf.NoRepeatNGramLogitsProcessor(config["no_repeat_ngram_size"]))
-    if config["bad_words_ids"]:
-        out.append(hf.NoBadWordsLogitsProcessor(config["bad_words_ids"], config["eos"] or None))
-    if config["min_new_tokens"] and config["eos"]:
-        out.append(
-            hf.MinNewTokensLengthLogitsProcessor(n_prompt, config["min_new_tokens"], config["eos"], device=device)
-        )
-    if config["suppress_tokens"]:
-        out.append(hf.SuppressTokensLogitsProcessor(config["suppress_tokens"], device=device))
-    if config["begin_suppress_tokens"]:
-        out.append(hf.SuppressTokensAtBeginLogitsProcessor(config["begin_suppress_tokens"], n_prompt, device=device))
-    if config["do_sample"]:
-        if config["temperature"] not in (None, 1.0):
-            out.append(hf.TemperatureLogitsWarper(config["temperature"]))
-        if config["top_k"]:
-            out.append(hf.TopKLogitsWarper(config["top_k"]))
-        if config["top_p"] is not None and config["top_p"] < 1.0:
-            out.append(hf.TopPLogitsWarper(config["top_p"]))
-        if config["min_p"]:
-            out.append(hf.MinPLogitsWarper(config["min_p"]))
-        if config["typical_p"] is not None and config["typical_p"] < 1.0:
-            out.append(hf.TypicalLogitsWarper(config["typical_p"]))
-    return out
-
-
-def _criteria(config: dict[str, Any], given: dict[str, Any], tokenizer: Any) -> Any:
-    """Return transformers' stopping criteria beyond length and the end token; None when there are none."""
-    import transformers as hf
-
-    out = hf.StoppingCriteriaList(given.get("stopping_criteria") or [])
-    if config["stop_strings"]:
-        if tokenizer is None:
-            raise ValueError("generate: stop_strings needs a tokenizer, and this model has none.")
-        out.append(hf.StopStringCriteria(tokenizer, config["stop_strings"]))
-    return out or None

@@ -17,6 +17,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
+from veena_lens.components.hooks import heard
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import aliases, axes_of, canonical, hooks_of, require_hook
 from veena_lens.inputs import MultimodalInputs
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 DIRECTIONS: tuple[Literal["fwd"], Literal["bwd"]] = ("fwd", "bwd")
 
 
-def checked(hook: Callable[..., Any], name: str, dir: str) -> Callable[..., Any]:
+def checked(hook: Any, name: str, dir: str) -> Callable[..., Any]:
     """Return a hook whose results are checked: None, or a tensor like the one that it was given.
 
     Raises: TypeError for a hook that is not a function, or later returns anything else; ValueError where it returns a
@@ -108,7 +109,7 @@ class HookedRoot(HookedRootModule):
     def add_hook(
         self,
         name: str | Callable[[str], bool],
-        hook: Callable[..., Any],
+        hook: Any,
         dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
         level: int | None = None,
@@ -247,7 +248,13 @@ class HookedRoot(HookedRootModule):
         Raises: ValueError for an unknown name."""
         if names_filter is None:
             table = hooks_of(self.cfg)
-            return [n for n in self._points.canonical_names if n not in table or table[n].by_default]
+            caches, points = self.cfg.flags.caches, self._points
+            # An edit of heads' outputs can be read off nothing else.
+            return [
+                n
+                for n in points.canonical_names
+                if n not in table or caches(table[n].part) or (table[n].part == "hook_result" and heard(points[n]))
+            ]
         if isinstance(names_filter, str):
             return self._hook_names(names_filter)
         if callable(names_filter):
@@ -315,6 +322,7 @@ def _inputs_of(model: HookedVLM, args: Sequence[Any], kwargs: dict[str, Any]) ->
     if kwargs.get("start_at_layer") is not None:
         given = kwargs.get("tokens")
         return given if isinstance(given, MultimodalInputs) else None
-    if not args:
+    if not args or kwargs.get("past_kv_cache") is not None:
         return None
-    return model.as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None))
+    how: dict[str, Any] = {name: kwargs.pop(name, None) for name in ("prepend_bos", "padding_side")}
+    return model.as_inputs(args[0], kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None), **how)

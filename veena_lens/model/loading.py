@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from veena_lens import checkpoints
+from veena_lens.model.conveniences import PROCESSING, refuse_processing
+from veena_lens.model.encoding import refuse_unknown
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
@@ -25,8 +27,13 @@ def from_pretrained(
     casts: str,
     revision: str | None,
     lora: str | Path | None,
+    further: dict[str, Any],
 ) -> HookedVLM:
     """Return a checkpoint as a model: see `HookedVLM.from_pretrained`."""
+    further, dtype = _known_settings(further), checkpoints.dtype_of(dtype)
+    if further["hf_model"] is not None:
+        model = from_hf(cls, further["hf_model"], further["tokenizer"], False, casts).to(device, dtype)
+        return _with_defaults(model, further)
     if lora is None and checkpoints.is_lora_folder(name):
         name, lora = checkpoints.base_of(name), name
     tuned = None if lora is None else checkpoints.open_lora(lora)
@@ -36,7 +43,43 @@ def from_pretrained(
         model = cls(checkpoint.cfg)
     checkpoints.fill_from_files(model, checkpoint, dtype=dtype, device=device, device_map=device_map, lora=tuned)
     generation_config = checkpoints.load_generation_config(checkpoint.path, checkpoint.hf_config)
-    return _finished(model, checkpoint.adapter, checkpoints.load_processor(checkpoint.path), generation_config)
+    processor = checkpoints.load_processor(checkpoint.path)
+    if further["tokenizer"] is not None:
+        if hasattr(processor, "tokenizer"):
+            processor.tokenizer = further["tokenizer"]
+        else:
+            processor = further["tokenizer"]
+    return _with_defaults(_finished(model, checkpoint.adapter, processor, generation_config), further)
+
+
+def _with_defaults(model: HookedVLM, further: dict[str, Any]) -> HookedVLM:
+    """Return the model with the defaults for text that HookedTransformer's `from_pretrained` sets."""
+    if further["default_padding_side"] is not None:
+        model.set_tokenizer(model.tokenizer, further["default_padding_side"])
+    if further["default_prepend_bos"] is not None:
+        model.cfg.default_prepend_bos = further["default_prepend_bos"]
+    return model
+
+
+def _known_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of HookedTransformer's `from_pretrained` that are followed.
+
+    Raises: ValueError for weights that should be changed, or a setting without meaning here; TypeError for an unknown
+    one."""
+    given = dict(given)
+    refuse_processing("from_pretrained", given)
+    for name in ("checkpoint_index", "checkpoint_value"):
+        if given.pop(name, None) is not None:
+            raise ValueError(f"from_pretrained: {name} is not taken; name the checkpoint's revision with revision=.")
+    if given.pop("n_devices", 1) != 1:
+        raise ValueError('from_pretrained: n_devices is not taken; device_map="auto" spreads the blocks over the GPUs.')
+    given.pop("move_to_device", None)
+    out = {
+        name: given.pop(name, None) for name in ("hf_model", "tokenizer", "default_padding_side", "default_prepend_bos")
+    }
+    known = ("dtype", "device", "device_map", "casts", "revision", "lora", *out, *PROCESSING)
+    refuse_unknown("from_pretrained", given, known)
+    return out
 
 
 @torch.inference_mode(False)

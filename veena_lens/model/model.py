@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from veena_lens.config import HookedVLMConfig
 from veena_lens.images.layout import layout_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import Intervention
-from veena_lens.model import attention_rows, edits, forward, generation, hooks, loading, text
+from veena_lens.model import attention_rows, edits, forward, hooks, loading, past, text
 from veena_lens.model.attention_rows import AttentionRows
+from veena_lens.model.conveniences import HookedTransformerNames, context_alone, refuse_arguments_of_forward
+from veena_lens.model.generation import Generating
+from veena_lens.model.generation_settings import end_tokens
 from veena_lens.model.hooks import HookedRoot
 from veena_lens.model.span import PassSpan
 from veena_lens.model.text import TextInterface
@@ -40,7 +44,7 @@ from veena_lens.vision.connector import make_connector
 from veena_lens.vision.qwen import DeepstackMerger
 
 
-class HookedVLM(StackedWeights, TextInterface, HookedRoot):
+class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generating, HookedRoot):
     """A native multimodal model with named, live hook points.
 
     `HookedVLM.from_pretrained("tiny-llava-emotion")` loads an embedded checkpoint, a folder or a hub id;
@@ -50,7 +54,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     def __init__(self, cfg: HookedVLMConfig, tokenizer: Any = None, processor: Any = None) -> None:
         super().__init__()
-        self.cfg, self.tokenizer, self.processor = cfg, tokenizer, processor
+        self.cfg = replace(cfg, flags=replace(cfg.flags))  # a model's own, which its user may set
+        self.tokenizer, self.processor = tokenizer, processor
         self.generation_config: Any = None
         self.adapter: Any = None
         self.device_map: dict[str, Any] | None = None
@@ -70,6 +75,8 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         self.ln_final = make_norm(cfg)
         tied_to = self.embed if cfg.tie_word_embeddings else None
         self.unembed = Unembed(cfg.d_vocab, cfg.d_model, tied_to, cfg.unembed_bias)
+        for block in self.blocks:
+            block.alone = partial(context_alone, self)
         self._rotary = LayerRotary(cfg)
         self.setup()
         self.eval()
@@ -87,6 +94,7 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         casts: str = "hf",
         revision: str | None = None,
         lora: str | Path | None = None,
+        **of_hooked_transformer: Any,
     ) -> HookedVLM:
         """Load an embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
 
@@ -96,18 +104,29 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         casts: "hf" rounds norms as Hugging Face does, "none" computes them in the model's dtype.
         lora: a folder or hub id of a LoRA adapter in peft's files, merged into the weights. A folder that holds an
             adapter and no model may be given as `name` itself; its base is loaded.
-        Raises: FileNotFoundError; ValueError for an unknown architecture, or weights that do not fit (all listed).
+        of_hooked_transformer: `hf_model` (`from_hf` is called), `tokenizer`, `default_padding_side`,
+            `default_prepend_bos`, and `fold_ln=False`, `center_unembed=False` and so on, which is done anyway.
+        Raises: FileNotFoundError; ValueError for an unknown architecture, or weights that do not fit (all listed);
+        TypeError for an unknown argument.
         """
         return loading.from_pretrained(
-            cls, name, dtype=dtype, device=device, device_map=device_map, casts=casts, revision=revision, lora=lora
+            cls,
+            name,
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            casts=casts,
+            revision=revision,
+            lora=lora,
+            further=of_hooked_transformer,
         )
 
     @classmethod
     def from_hf(cls, hf_model: Any, processor: Any = None, *, copy: bool = False, casts: str = "hf") -> HookedVLM:
         """Convert a Hugging Face model that is in memory, with its dtype and device, and its storage unless `copy`.
 
-        processor: optional; of a text model its tokenizer. casts: as `from_pretrained`.
-        Raises: ValueError for an unknown architecture."""
+        processor: of a text model its tokenizer. casts: as `from_pretrained`. Raises: ValueError for an unknown
+        architecture, or weights that are on the meta device or not finite."""
         return loading.from_hf(cls, hf_model, processor, copy, casts)
 
     def to_hf_state_dict(self) -> dict[str, Tensor]:
@@ -151,20 +170,28 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     def _placed(self, inputs: MultimodalInputs) -> MultimodalInputs:
         """Return the inputs on the model's device, knowing which tokens end an answer."""
-        made = replace(inputs, end_token_ids=generation.end_tokens(self.generation_config))
+        made = replace(inputs, end_token_ids=end_tokens(self.generation_config))
         return text.outside_inference(made.to(self.embed.weight.device))
 
     def as_inputs(
-        self, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input: Any,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        *,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
     ) -> MultimodalInputs:
         """Return prepared inputs on the model's device, made of bare tokens or raw text where needed.
 
         input: prepared inputs; tokens [batch pos] or [pos]; a text or a list of texts (no chat template).
-        attention_mask, position_ids: [batch pos], of bare tokens only.
-        Raises: ValueError for padding without a mask, image tokens without images, a context too long, or a mask
-        beside prepared inputs; TypeError for anything else than inputs, tokens or text.
+        attention_mask, position_ids: [batch pos], of bare tokens only; without a mask the pads that a row begins or
+            ends with are masked. prepend_bos, padding_side: of raw text, as `to_tokens` takes them.
+        Raises: ValueError for image tokens without images, a context too long, or a mask beside prepared inputs;
+        TypeError for anything else than inputs, tokens or text.
         """
-        return text.as_inputs(self, input, attention_mask, position_ids)
+        how: dict[str, Any] = dict(prepend_bos=prepend_bos, padding_side=padding_side)
+        return text.as_inputs(self, input, attention_mask, position_ids, **how)
 
     # --- forward ---------------------------------------------------------------------------------------
     @uncompiled
@@ -174,42 +201,52 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         return_type: str | None = "logits",
         loss_per_token: bool = False,
         *,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
         start_at_layer: int | None = None,
         stop_at_layer: int | None = None,
         tokens: Any = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_kv_cache: Any = None,
+        **unknown: Any,
     ) -> Any:
         """Return logits [batch pos d_vocab], a loss or the residual stream that enters a block.
 
         input: prepared inputs, tokens [batch pos], raw text; with start_at_layer a residual [batch pos d_model].
-        return_type: "logits", "loss" (next-token loss over text targets), "both", or None: the unembedding is left out.
+        return_type: "logits", "loss" (next-token loss over text targets), "both" (a named tuple), or None: the
+            unembedding is left out.
         loss_per_token: the loss of each position instead of their mean.
+        prepend_bos, padding_side: of raw text, as `to_tokens` takes them.
         start_at_layer: the block that `input` enters; `tokens` are then the inputs it came from, needed where
             positions, padding, a loss, or images whose tokens read each other in both directions matter.
         stop_at_layer: the block whose input is returned, 0 .. n_layers. attention_mask, position_ids: of bare tokens.
-        Raises: ValueError for padding without a mask, image tokens without images, or a context too long.
+        past_kv_cache: keys and values of earlier positions, a TransformerLensKeyValueCache of
+            transformer_lens.cache.key_value_cache.
+        Raises: ValueError for image tokens without images, or a context too long; TypeError for an unknown argument.
         """
+        if unknown:
+            refuse_arguments_of_forward(unknown)
         if return_type not in ("logits", "loss", "both", None):
             raise ValueError(f"return_type={return_type!r} must be 'logits', 'loss', 'both' or None.")
         n = self.cfg.n_layers
         stop = forward.resolve_layer(stop_at_layer, n, "stop_at_layer")
         start = forward.resolve_layer(start_at_layer, n, "start_at_layer")
-        if start is None:
-            span, entering = PassSpan.whole(self.as_inputs(input, attention_mask, position_ids)), None
-        else:
-            span = PassSpan.whole(text.inputs_of_residual(self, input, tokens, attention_mask, position_ids))
-            entering = forward.residual_state(self, span, input, start)
-        if stop is not None:
-            return forward.forward(self, span, entering=entering, stop=stop)
-        if return_type is None:
-            forward.forward(self, span, entering=entering, unembeds=False)
-            return None
-        logits = forward.forward(self, span, entering=entering)
-        if return_type == "logits":
-            return logits
+        of_text: dict[str, Any] = dict(prepend_bos=prepend_bos, padding_side=padding_side)
+        with past.taken(self, past_kv_cache) as cache:
+            if start is None:
+                inputs = text.as_inputs(self, input, attention_mask, position_ids, **of_text)
+            else:
+                inputs = text.inputs_of_residual(self, input, tokens, attention_mask, position_ids)
+            span = PassSpan.whole(past.after(self, cache, inputs, position_ids))
+            entering = None if start is None else forward.residual_state(self, span, input, start)
+            if stop is not None:
+                return forward.forward(self, span, entering=entering, stop=stop, cache=cache)
+            logits = forward.forward(self, span, entering=entering, unembeds=return_type is not None, cache=cache)
+        if return_type in ("logits", None):
+            return logits if return_type else None
         loss = forward.next_token_loss(logits, span.inputs, loss_per_token)
-        return loss if return_type == "loss" else (logits, loss)
+        return loss if return_type == "loss" else forward.Output(logits, loss)
 
     def forward_hf(self, **outputs: Any) -> Float[Tensor, "batch pos d_vocab"]:
         """Return logits for a Hugging Face processor's tensors: equals Hugging Face's `model(**outputs).logits`."""
@@ -248,14 +285,19 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
     # --- interventions and attention -------------------------------------------------------------------
     def intervene(
-        self, interventions: Sequence[Any] | None = None, *, per_row: Sequence[Any] | None = None
+        self,
+        interventions: Sequence[Any] | None = None,
+        *,
+        per_row: Sequence[Any] | None = None,
+        allow_other_model: bool = False,
     ) -> AbstractContextManager[HookedVLM]:
-        """Apply interventions inside a `with` block. An empty list changes nothing; outer blocks act first.
+        """Apply interventions in a `with` block, to passes of this thread. [] changes nothing; outer blocks act first.
 
         interventions: a list, a Circuit, or a single one. per_row: one list per row of the batch instead.
+        allow_other_model: True takes a Circuit of a model of another name and the same sizes.
         Raises: TypeError for what is not an intervention; ValueError for one that does not fit the model.
         """
-        return edits.intervene(self, interventions, per_row)
+        return edits.intervene(self, interventions, per_row, allow_other_model)
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
@@ -278,34 +320,29 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
         inputs: Any,
         queries: Any = "last",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> Scores:
         """Return attention weights of chosen query rows: Scores over (batch, layer, head, query, key).
 
         Only these rows are computed and every layer stays fused, so memory is that of a plain forward.
-        inputs: as `forward` takes them.
         queries, keys: words ("last", "query", "image", "generated", "all", joined with +), positions, a slice,
             a mask, a Box of pixels or a Tile; `.meta` of the result holds their positions.
-        layers, heads: which; None for all.
-        Interventions in force act.
-        Raises: ValueError for an empty selection, or for image keys without an image.
-        """
+        inputs: as `forward` takes them. layers, heads: which; None for all. Interventions in force act.
+        Raises: ValueError for an empty selection, or for image keys without an image."""
         return attention_rows.attention(self, inputs, queries, keys, layers, heads)
 
     def record_attention(
         self,
         queries: Any = "generated",
         keys: Any = "image",
-        layers: Sequence[int] | None = None,
-        heads: Sequence[int] | None = None,
+        layers: Any = None,
+        heads: Any = None,
     ) -> AbstractContextManager[AttentionRows]:
         """Collect attention rows of whatever runs inside a `with` block, `generate` too; read `.scores()` after it.
 
-        The arguments are those of `attention`; "generated" queries are the tokens being generated, each of which
-        looks back.
-        Raises: ValueError, on entering, for a layer or a head that does not exist, or none.
-        """
+        The arguments are those of `attention`; "generated" queries are the tokens being generated.
+        Raises: ValueError, on entering, for a layer or a head that does not exist, or none."""
         return attention_rows.record_attention(self, queries, keys, layers, heads)
 
     @contextmanager
@@ -332,63 +369,18 @@ class HookedVLM(StackedWeights, TextInterface, HookedRoot):
 
         model_args, model_kwargs: those of `forward`.
         names_filter: None (all but the large split inputs), a name, a list of names, or a predicate.
-        device: where activations are stored; None: where they are computed.
-        remove_batch_dim: store the activations of a single row without the batch axis.
+        device: of the stored activations; None: where they are computed. remove_batch_dim: a single row without axis.
         incl_bwd: run backward on the output (a scalar: return_type="loss"), store gradients under "..._grad".
         pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
             of scores and patterns), never heads, never images.
         reset_hooks_end, clear_contexts: as transformer_lens. return_cache_object: False for a plain dictionary.
-        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row.
-        """
+        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row."""
         caching = dict(names_filter=names_filter, device=device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice)
         ending = dict(incl_bwd=incl_bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts)
         out, cache, inputs = hooks.run_with_cache(self, model_args, model_kwargs, **caching, **ending)
         if not return_cache_object:
             return out, cache
         return out, ActivationCache(cache, self, has_batch_dim=not remove_batch_dim, inputs=inputs)
-
-    def generate(
-        self,
-        inputs: Any,
-        max_new_tokens: int = 64,
-        do_sample: bool = False,
-        *,
-        temperature: float | int | None = None,
-        top_k: int | None = None,
-        top_p: float | int | None = None,
-        repetition_penalty: float | int | None = None,
-        no_repeat_ngram_size: int | None = None,
-        min_new_tokens: int | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
-        stop_strings: str | Sequence[str] | None = None,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        seed: int | None = None,
-        use_past_kv_cache: bool = True,
-        return_type: str = "str",
-        progress: bool = False,
-    ) -> Any:
-        """Return the completions of a batch: list[str], or ("tokens") [batch new], padded at the end.
-
-        Generation stops as the checkpoint's generation config says, at `stop_strings`, at the context's end, or after
-        `max_new_tokens`. Hooks and interventions act at every step.
-        inputs: prepared inputs, tokens, or text (prepared with the chat template).
-        temperature .. eos_token_id: as in transformers; None takes the generation config's value (where it has
-            none, nothing is filtered when sampling). logits_processor, stopping_criteria: transformers' classes.
-        seed: makes sampling repeat itself. use_past_kv_cache: False recomputes the whole sequence at each step.
-        Raises: ValueError for a prompt that leaves no room in the context, or text without a tokenizer.
-        """
-        settings = {name: value for name, value in locals().items() if name in generation.SETTINGS}
-        return generation.generate(self, inputs, settings, return_type, progress)
-
-    def generate_stream(
-        self, inputs: Any, max_new_tokens: int = 64, do_sample: bool = False, **settings: Any
-    ) -> Iterator[Any]:
-        """Yield text as it grows: the new piece, str for one row, list[str] for a batch; joined they are `generate`'s.
-
-        settings: those of `generate`. Raises: as `generate`; TypeError for an unknown setting."""
-        settings.update(max_new_tokens=max_new_tokens, do_sample=do_sample)
-        return generation.generate_stream(self, inputs, settings)
 
     def __repr__(self) -> str:
         cfg = self.cfg

@@ -5,9 +5,9 @@ Elsewhere a padded batch without a mask, or image tokens without an image, give 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,17 @@ from veena_lens.components.norms import Norm
 from veena_lens.config import HookedVLMConfig
 from veena_lens.images.layout import require_own_images
 from veena_lens.inputs import MultimodalInputs, is_any_of, text_positions
+from veena_lens.model.encoding import (
+    encode_rows,
+    encode_text,
+    ids_of,
+    is_text,
+    padded,
+    padding_side_of,
+    prepends_bos,
+    refuse_unknown,
+    require_tokenizer,
+)
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
@@ -33,7 +44,8 @@ def bare_inputs(
 ) -> MultimodalInputs:
     """Return inputs of text tokens [batch pos] (or one row [pos]); positions count real tokens unless given.
 
-    Raises: ValueError for padding without a mask, or image tokens (their images are missing)."""
+    attention_mask: None masks the pads that a row begins or ends with (`checkpoints.padding_mask`).
+    Raises: ValueError for image tokens (their images are missing), or what is not a batch of tokens."""
     try:
         ids = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -44,17 +56,35 @@ def bare_inputs(
         ids = ids[None]
     if ids.ndim != 2 or ids.is_floating_point() or ids.numel() == 0:
         raise ValueError(f"Tokens must be integers [batch pos], not {ids.dtype} {list(ids.shape)}.")
-    given: dict[str, Any] = {"input_ids": ids}
-    if attention_mask is not None:
-        given["attention_mask"] = attention_mask
+    if attention_mask is None:
+        attention_mask = _own_mask(cfg, tokenizer, tokens, ids)
+    elif attention_mask.ndim == 1 and len(ids) == 1:
+        attention_mask = attention_mask[None]
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": attention_mask}
     if position_ids is not None:
         given["position_ids"] = position_ids
     inputs = checkpoints.inputs_from_hf(cfg, tokenizer, **given)
     return inputs if position_ids is not None else replace(inputs, position_ids=text_positions(inputs.attention_mask))
 
 
+def _own_mask(cfg: HookedVLMConfig, tokenizer: Any, given: Any, ids: Int[Tensor, "batch pos"]) -> Tensor:
+    """Return the mask that `to_tokens` left on its tokens, where they still are those; else what the pads say."""
+    mask = getattr(given, "attention_mask", None)
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        mask = mask.to(ids.device)
+        if bool((ids[~mask] == checkpoints.pad_token_of(tokenizer, cfg)).all()):
+            return mask
+    return checkpoints.padding_mask(cfg, tokenizer, ids.long())
+
+
 def as_inputs(
-    model: HookedVLM, input: Any, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    model: HookedVLM,
+    input: Any,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    *,
+    prepend_bos: bool | None = None,
+    padding_side: str | None = None,
 ) -> MultimodalInputs:
     """Return prepared inputs, bare tokens or raw text as inputs on the model's device: see `HookedVLM.as_inputs`."""
     device = model.embed.weight.device
@@ -63,11 +93,10 @@ def as_inputs(
             raise ValueError("MultimodalInputs carry their own mask and positions; do not pass others.")
         inputs = input.to(device)
     else:
-        if isinstance(input, str) or (isinstance(input, (list, tuple)) and input and isinstance(input[0], str)):
-            rows = encode_text(model.tokenizer, input)
-            length, pad = max(map(len, rows)), model.pad_token_id
-            attention_mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
-            input = torch.tensor([[pad] * (length - len(r)) + r for r in rows])
+        if is_text(input):
+            rows = encode_rows(model.tokenizer, model.cfg, input, prepend_bos)
+            input, found = padded(rows, model.pad_token_id, padding_side_of(model.tokenizer, padding_side))
+            attention_mask = found if attention_mask is None else attention_mask
         inputs = bare_inputs(model.cfg, model.tokenizer, input, attention_mask, position_ids).to(device)
     require_prompt_fits(model.cfg, inputs)
     return inputs if torch.is_inference_mode_enabled() else outside_inference(inputs)
@@ -147,46 +176,67 @@ def _require_placeholders(cfg: HookedVLMConfig, inputs: MultimodalInputs) -> Non
         )
 
 
-def require_tokenizer(tokenizer: Any, what: str) -> Any:
-    """Return the tokenizer. Raises: ValueError, naming what needs it, where there is none."""
-    if tokenizer is None:
-        raise ValueError(f"{what} needs a tokenizer, and this model was loaded without one; give token ids instead.")
-    return tokenizer
-
-
-def encode_text(tokenizer: Any, text: str | Sequence[str], special: bool = True) -> list[list[int]]:
-    """Return the token ids of each text, with or without special tokens."""
-    tokenizer = require_tokenizer(tokenizer, "Text input")
-    texts = [text] if isinstance(text, str) else list(text)
-    return [list(tokenizer(t, add_special_tokens=special)["input_ids"]) for t in texts]
-
-
 class TextInterface:
     """View of a model as HookedTransformer shows it: text to tokens and back, and tokens as directions.
 
     It reads the tokenizer, the embedding and the unembedding, and nothing else."""
 
-    tokenizer: Any
     cfg: HookedVLMConfig
     embed: Embed
     unembed: Unembed
     ln_final: Norm
+    _tokenizer: Any
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer, None where the model has none."""
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        asked = partial(prepends_bos, tokenizer) if callable(tokenizer) else None
+        self.cfg.flags.tokenizer_prepends_bos = asked
+
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
+        """Take another tokenizer. default_padding_side: "left" or "right"; None leaves the tokenizer's own.
+
+        Raises: ValueError for another side."""
+        if default_padding_side is not None:
+            tokenizer.padding_side = padding_side_of(tokenizer, default_padding_side)
+        self.tokenizer = tokenizer
 
     def to_tokens(
-        self, input: str | Sequence[str], prepend_bos: bool | None = None, move_to_device: bool = True, **_: Any
+        self,
+        input: Any,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+        **unknown: Any,
     ) -> Int[Tensor, "batch pos"]:
-        """Return the tokens of raw text (no chat template), shorter rows padded on the left.
+        """Return the tokens of raw text [batch pos], without a chat template, shorter rows padded.
 
-        prepend_bos: None follows the tokenizer; False leaves every special token out; True adds the BOS token
-        where the tokenizer has not."""
+        The tokens know which of them are pads: a model that they are given to masks them.
+        input: a text or a list of texts.
+        prepend_bos: None is `cfg.default_prepend_bos`, by default what the tokenizer does; False leaves every special
+            token out; True adds the BOS token where the tokenizer has one and has not written it.
+        padding_side: "left" or "right"; None is the tokenizer's own. move_to_device: False leaves them on the CPU.
+        truncate: whether texts longer than the context are cut to it, on the tokenizer's `truncation_side`.
+        Raises: TypeError for an unknown argument, or images (`prepare` takes them); ValueError without a tokenizer.
+        """
+        if "images" in unknown:
+            raise TypeError("to_tokens reads text alone; model.prepare(text=..., images=...) takes images too.")
+        refuse_unknown("to_tokens", unknown, ("prepend_bos", "padding_side", "move_to_device", "truncate"))
         tokenizer = require_tokenizer(self.tokenizer, "to_tokens")
-        rows = encode_text(self.tokenizer, input, special=prepend_bos is not False)
-        bos = tokenizer.bos_token_id
-        if prepend_bos and bos is not None:
-            rows = [r if r[:1] == [bos] else [bos, *r] for r in rows]
-        length, pad = max(map(len, rows)), self.pad_token_id
-        tokens = torch.tensor([[pad] * (length - len(r)) + r for r in rows], dtype=torch.long)
-        return tokens.to(self.embed.weight.device) if move_to_device else tokens
+        rows = encode_rows(tokenizer, self.cfg, input, prepend_bos)
+        if truncate:
+            ends = getattr(tokenizer, "truncation_side", "right") == "right"
+            rows = [r[: self.cfg.n_ctx] if ends else r[-self.cfg.n_ctx :] for r in rows]
+        tokens, mask = padded(rows, self.pad_token_id, padding_side_of(tokenizer, padding_side))
+        tokens = tokens.to(self.embed.weight.device) if move_to_device else tokens
+        cast(Any, tokens).attention_mask = mask
+        return tokens
 
     @property
     def pad_token_id(self) -> int:
@@ -194,23 +244,59 @@ class TextInterface:
         return checkpoints.pad_token_of(self.tokenizer, self.cfg)
 
     def to_string(self, tokens: Any) -> str | list[str]:
-        """Return the text of tokens: a string for one row [pos], a list for [batch pos]; special tokens shown."""
-        tokenizer = require_tokenizer(self.tokenizer, "to_string")
-        ids = torch.as_tensor(tokens)
-        return tokenizer.batch_decode(ids) if ids.ndim == 2 else tokenizer.decode(ids)
+        """Return the text of tokens, special tokens shown: a string for one row [pos], else a list, one per row.
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[Any]:
-        """Return each token as text; for more than one row one list per row."""
+        tokens: prepared inputs, a tensor or array [pos] or [batch pos], or lists of ids, of unequal lengths too."""
+        tokenizer = require_tokenizer(self.tokenizer, "to_string")
+        ids = ids_of(tokens)
+        return tokenizer.decode(ids) if isinstance(ids, Tensor) else [tokenizer.decode(row) for row in ids]
+
+    def to_str_tokens(
+        self, input: Any, prepend_bos: bool | None = None, padding_side: str | None = None, **unknown: Any
+    ) -> list[Any]:
+        """Return each token as text: a list for one row, a list of lists for a list of texts or several rows.
+
+        input: a text or texts (the tokens of each, without pads), or whatever `to_string` takes (pads included, so that
+            places are positions). prepend_bos: as `to_tokens` takes it. padding_side: without effect on texts that
+            stand alone.
+        Raises: TypeError for an unknown argument; ValueError without a tokenizer."""
+        refuse_unknown("to_str_tokens", unknown, ("prepend_bos", "padding_side"))
         tokenizer = require_tokenizer(self.tokenizer, "to_str_tokens")
-        if isinstance(input, MultimodalInputs):
-            ids = input.tokens
-        elif isinstance(input, (str, list)) and (isinstance(input, str) or (input and isinstance(input[0], str))):
-            ids = self.to_tokens(input, prepend_bos=prepend_bos, move_to_device=False)
-        else:
-            ids = torch.as_tensor(input)
-        rows = ids if ids.ndim == 2 else ids[None]
-        texts = [[tokenizer.decode([int(t)]) for t in row] for row in rows]
+        if is_text(input):
+            rows = encode_rows(tokenizer, self.cfg, input, prepend_bos)
+            texts = [[tokenizer.decode([token]) for token in row] for row in rows]
+            return texts[0] if isinstance(input, str) else texts
+        ids = ids_of(input)
+        rows = [ids] if isinstance(ids, Tensor) else ids
+        texts = [[tokenizer.decode([int(token)]) for token in row] for row in rows]
         return texts[0] if len(texts) == 1 else texts
+
+    def get_token_position(
+        self,
+        single_token: str | int | Tensor,
+        input: Any,
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+    ) -> int:
+        """Return the first or last position of a token in one row.
+
+        single_token: its id, or its text. input: a text, tokens [pos] or [1 pos], or prepared inputs of one row.
+        mode: "first" or "last". prepend_bos, padding_side: as `to_tokens` takes them.
+        Raises: ValueError for a token that does not occur, several rows, or another mode."""
+        if mode not in ("first", "last"):
+            raise ValueError(f"get_token_position: mode={mode!r} must be 'first' or 'last'.")
+        if isinstance(input, str):
+            ids = self.to_tokens(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        else:
+            ids = input.tokens if isinstance(input, MultimodalInputs) else torch.as_tensor(input)
+        if (ids.ndim == 2 and len(ids) != 1) or ids.ndim not in (1, 2):
+            raise ValueError(f"get_token_position takes one row of tokens, not {list(ids.shape)}.")
+        token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
+        places = (ids.flatten() == token).nonzero().flatten().tolist()
+        if not places:
+            raise ValueError(f"The token {single_token!r} (id {token}) does not occur in the prompt.")
+        return places[0] if mode == "first" else places[-1]
 
     def to_single_token(self, string: str) -> int:
         """Return the id of a text that is one token.
@@ -229,10 +315,12 @@ class TextInterface:
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*pos d_model"]:
         """Return directions of the last residual stream that raise these tokens' logits, [d_model] for one token.
 
+        tokens: an id, the text of one token, a tensor of ids, or a list of ids or of texts.
         The last norm's weight is folded in, so that a dot product with a residual divided by
         `ln_final.hook_scale` is the logit exactly."""
-        if isinstance(tokens, str):
-            tokens = self.to_single_token(tokens)
+        if is_text(tokens):
+            ids = [self.to_single_token(one) for one in ([tokens] if isinstance(tokens, str) else tokens)]
+            tokens = ids[0] if isinstance(tokens, str) else ids
         ids = torch.as_tensor(tokens, device=self.unembed.matrix.device)
         if ids.ndim and ids.numel() == 1:
             ids = ids.reshape(())

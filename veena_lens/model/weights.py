@@ -116,7 +116,14 @@ class StackedWeights:
     ) -> Float[Tensor, " d_model"]:
         """Return the sum of the output biases that blocks before `layer` added; with `mlp_input` its attention's too.
 
-        Raises: ValueError for biases that a norm follows, which add another vector at each position."""
+        Raises: ValueError for a layer that does not exist, or biases that a norm follows, which add another vector at
+        each position."""
+        n = self.cfg.n_layers
+        if not 0 <= layer <= n - mlp_input:
+            raise ValueError(
+                f"accumulated_bias: layer={layer}{' with mlp_input=True' if mlp_input else ''} is outside 0 .. "
+                f"{n - mlp_input} of a model of {n} layers."
+            )
         if self.cfg.post_norms and (self.cfg.attn_out_bias or self.cfg.mlp_bias):
             raise ValueError(
                 "accumulated_bias: norms follow attention and MLP in this model, so their biases add another vector at "
@@ -160,18 +167,3 @@ class StackedWeights:
                 for name in names:
                     out[f"blocks.{layer}.{part}.{name}"] = getattr(getattr(block, part), name)
         return out | {"ln_final.w": self.ln_final.w, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
-
-    # Computed when a hook listens, so always on; the setters are there for code written for HookedTransformer.
-    def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Change nothing: head results are computed whenever a hook listens."""
-
-    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Change nothing: split inputs are made whenever a hook listens."""
-
-    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Change nothing: the MLP's copy of the residual is made whenever a hook listens."""
-
-    def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Raise ValueError when asked to use `hook_attn_in`, which does not exist."""
-        if use_attn_in:
-            raise ValueError("hook_attn_in does not exist here; use hook_q_input, hook_k_input and hook_v_input.")

@@ -114,6 +114,7 @@ def overlays(
     unit: str = "",
     limits: Limits = None,
     columns: int = 4,
+    original: Image.Image | None = None,
 ) -> ImageMaps:
     """Draw several maps on one colour scale, each over the image or over its own of as many images.
 
@@ -121,6 +122,7 @@ def overlays(
         image, values: one image, or one per map; the maps [n height width], or a list of grids.
         titles: above each map. title: above all.
         columns: how many maps stand side by side.
+        original: an image that stands before the maps in its own colours (default: none).
         box, patch_boxes, name, unit, limits: as for `overlay`.
 
     Raises: ValueError for no maps, as many titles or images as there are not maps, or as `overlay`.
@@ -142,6 +144,7 @@ def overlays(
         title=title,
         columns=columns,
         side=2.9 if len(grids) <= 2 else 2.1,
+        original=original,
     )
 
 

@@ -18,14 +18,14 @@ from veena_lens.plots import theme
 from veena_lens.plots.charts import Curves, Heatmap
 from veena_lens.plots.image_overlay import ImageMaps, MapPanel
 from veena_lens.plots.positions import PositionMaps
-from veena_lens.plots.theme import Scale
+from veena_lens.plots.theme import Scale, ShownFigure
 
 DASHES = ("-", "--", "-.", ":")
 OPACITY = 0.6
 DRAWN_SIZE = 768  # pixels
 
 
-def draw_heatmap(spec: Heatmap) -> Figure:
+def draw_heatmap(spec: Heatmap) -> ShownFigure:
     """Draw a heat map."""
     rows, columns = spec.table.shape
     wide = spec.text is not None
@@ -61,7 +61,7 @@ def _write(axes: Axes, table: np.ndarray, scale: Scale, texts: Sequence[Sequence
             axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
 
 
-def draw_curves(spec: Curves) -> Figure:
+def draw_curves(spec: Curves) -> ShownFigure:
     """Draw curves with their bands."""
     numeric = all(isinstance(place, (int, float, np.number)) for place in spec.x)
     places = np.asarray(spec.x, dtype=np.float64) if numeric else np.arange(len(spec.x))
@@ -90,7 +90,7 @@ def draw_curves(spec: Curves) -> Figure:
     return figure
 
 
-def draw_maps(spec: ImageMaps) -> Figure:
+def draw_maps(spec: ImageMaps) -> ShownFigure:
     """Draw the original, if any, then the maps; below each its shares, below the original what their colours mean."""
     is_pair = spec.original is not None and not spec.part_colours
     count = len(spec.panels) + (spec.original is not None)
@@ -133,7 +133,7 @@ def draw_maps(spec: ImageMaps) -> Figure:
     return figure
 
 
-def draw_positions(spec: PositionMaps) -> Figure:
+def draw_positions(spec: PositionMaps) -> ShownFigure:
     """Draw the maps over the image, below them the text as a strip, all on one scale."""
     maps, strip = spec.maps, spec.strip
     columns = max(1, min(maps.columns, len(maps.panels)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from veena_lens.long_runs import write_file
@@ -146,13 +148,36 @@ def themed() -> Iterator[None]:
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows as an image, although pyplot does not know of it."""
+    """A figure that a notebook shows where it is the last line of a cell, and that a script saves.
+
+    pyplot does not know of it: no loop has to close its figures, and `plt.show` and `plt.savefig` concern others.
+    """
+
+    def save(self, path: str | Path) -> ShownFigure:
+        """Write the figure as the path's ending says (.png, .svg or .pdf), and return the figure itself, so that a
+        notebook shows what it saved.
+
+        Raises: ValueError for another ending; OSError that says how to go on, where the disk is full."""
+        save(self, path)
+        return self
+
+    def show(self, warn: bool = True) -> None:
+        """Show the figure below the cell of a notebook; in a script, in the system's viewer of images.
+
+        warn: as for matplotlib's own figures; nothing here warns."""
+        ipython = sys.modules.get("IPython")
+        if ipython is not None and ipython.get_ipython() is not None:
+            from IPython.display import display
+
+            display(self)
+        else:
+            Image.open(io.BytesIO(encode(self))).show()
 
     def _repr_png_(self) -> bytes:
         return encode(self, "png")
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> ShownFigure:
     """Make an empty figure of `width` x `height` inches that belongs to no window."""
     figure = ShownFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

@@ -28,11 +28,11 @@ def steer_sweep(
     inputs: MultimodalInputs,
     vectors: Any,
     metric: Any,
-    alphas: Sequence[float | int] = (1.0,),
+    alphas: Sequence[Any] = (1.0,),
     positions: Any = "last",
     engine: str = "suffix",
     *,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     **options: Unpack[SweepOptions],
 ) -> Any:
     """Measure every row of inputs under resid_post += alpha * vector, for each layer and alpha.

@@ -11,6 +11,7 @@ import torch
 
 from tests.emotion.asked import bundled
 from tests.emotion.asked import examples as asked
+from tests.interrupting import stop_at
 from veena_lens.emotion.enhance.veena import vee
 from veena_lens.emotion.judge import evaluation
 from veena_lens.emotion.judge.evaluation import Evaluation, evaluate, score_answers
@@ -119,21 +120,12 @@ def test_every_method_answers_every_condition_and_the_plain_model_comes_first(tm
 
 
 def test_a_stopped_evaluation_goes_on_and_asks_nothing_twice(tmp_path: Path, monkeypatch) -> None:
-    model, real, asked_of = bundled("tiny-llava-emotion"), evaluation.answers_to, []
-
-    def counted(model: Any, inputs: Any, method: Any, length: int) -> list[str]:
-        if len(asked_of) == 3:
-            asked_of.append(None)
-            raise KeyboardInterrupt
-        asked_of.append(len(inputs))
-        return real(model, inputs, method, length)
-
-    monkeypatch.setattr(evaluation, "answers_to", counted)
+    model, calls = bundled("tiny-llava-emotion"), stop_at(monkeypatch, evaluation, "answers_to", 4)
     call: dict[str, Any] = {"max_new_tokens": 3, "batch_size": 2, "draws": 50, "out": tmp_path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         evaluate(model, conditions(), [PLAIN], **call)
     found = evaluate(model, conditions(), [PLAIN], **call)
-    assert asked_of == [2, 1, 2, None, 1]
+    assert [len(given[1]) for given in calls] == [2, 1, 2, 1, 1]
     monkeypatch.undo()
     again = evaluate(model, conditions(), [PLAIN], max_new_tokens=3, batch_size=2, draws=50, progress=False)
     assert found.texts == again.texts

@@ -12,6 +12,7 @@ import torch
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, precise, slot, twins
+from tests.interrupting import stop_at
 from veena_lens.emotion.locate import heads as module
 from veena_lens.emotion.locate.answer_slot import LEAD_IN
 from veena_lens.emotion.locate.heads import (
@@ -217,18 +218,9 @@ def test_stopped_patching_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: 
     model, pairs = bundled(LLAVA), twins()[:3]
     call: dict[str, Any] = dict(lead_in=LEAD_IN, layers=[2], progress=False)
     whole = head_effects(model, pairs, directions(), 2, **call)
-    real, calls = module.patch_sweep, []
-
-    def stopping(*given: Any, **more: Any) -> Any:
-        if len(calls) == 3:  # in the middle of the second pair
-            raise KeyboardInterrupt
-        calls.append(given)
-        return real(*given, **more)
-
-    monkeypatch.setattr(module, "patch_sweep", stopping)
+    stop_at(monkeypatch, module, "patch_sweep", 4)  # in the middle of the second pair
     with pytest.raises(KeyboardInterrupt):
         head_effects(model, pairs, directions(), 2, out=tmp_path, **call)
-    monkeypatch.setattr(module, "patch_sweep", real)
     again = head_effects(model, pairs, directions(), 2, out=tmp_path, **call)
     assert torch.equal(again.values, whole.values) and again.meta == whole.meta
     monkeypatch.delattr(module, "patch_sweep")
@@ -260,17 +252,10 @@ def test_heads_after_the_key_layer_restore_the_answer() -> None:
 
 
 def test_stopped_execution_heads_go_on_to_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pairs, real, calls = bundled(LLAVA), twins()[1:3], module.patch_sweep, []
+    model, pairs = bundled(LLAVA), twins()[1:3]
     call: dict[str, Any] = dict(k=20, draws=50, progress=False)
 
-    def stopping(*given: Any, **more: Any) -> Any:
-        if len(calls) == 1:
-            calls.append(None)
-            raise KeyboardInterrupt
-        calls.append(given)
-        return real(*given, **more)
-
-    monkeypatch.setattr(module, "patch_sweep", stopping)
+    calls = stop_at(monkeypatch, module, "patch_sweep", 2)
     with pytest.raises(KeyboardInterrupt):
         execution_heads(model, pairs, slot(), 6, out=tmp_path, **call)
     again = execution_heads(model, pairs, slot(), 6, out=tmp_path, **call)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, slot, twins
+from tests.interrupting import stop_at
 from veena_lens.emotion import study
 from veena_lens.emotion.judge.fluency import Fluency
 from veena_lens.emotion.locate import layers as module
@@ -212,20 +213,12 @@ def test_directions_of_noise_have_no_band() -> None:
 
 def test_stopped_search_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, pairs = bundled(LLAVA), twins()[:4]
-    real, calls = module._inject, []
-
-    def stopping(*given: Any) -> Any:
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        calls.append(given[1])
-        return real(*given)
-
-    monkeypatch.setattr(module, "_inject", stopping)
+    calls = stop_at(monkeypatch, module, "_inject", 3)
     with pytest.raises(KeyboardInterrupt):
         key_layers(model, pairs, directions(), slot=slot(), out=tmp_path, **SETTINGS)
-    calls.clear()
+    n = len(calls)
     again = key_layers(model, pairs, directions(), slot=slot(), out=tmp_path, **SETTINGS)
-    assert [pair.key for pair in calls] == [pair.key for pair in pairs[2:]]
+    assert [given[1].key for given in calls[n:]] == [pair.key for pair in pairs[2:]]
     whole = located()
     for name in ("restored", "control", "by_layer", "crossed", "fluency", "soft"):
         one, other = getattr(again, name).values, getattr(whole, name).values

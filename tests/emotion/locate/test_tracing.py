@@ -12,6 +12,7 @@ import torch
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, directions, heads_of, twins
+from tests.interrupting import stop_at
 from veena_lens.emotion.locate import tracing as module
 from veena_lens.emotion.locate.answer_slot import LEAD_IN
 from veena_lens.emotion.locate.tracing import COLUMNS, head_push, projection_of, spread_over, trace_back
@@ -73,28 +74,19 @@ def test_edges_equal_one_patch_at_a_time_and_are_kept_where_both_speak_for_them(
 def test_stopped_tracing_goes_on_with_the_targets_that_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, d, pairs, real, calls = bundled(LLAVA), directions(), list(twins()[:4]), module._senders, []
-    heads = heads_of([(1, 2), (1, 4)])
-
-    def stopping(*given: Any) -> Any:
-        if len(calls) == 1:
-            calls.append(None)
-            raise KeyboardInterrupt
-        calls.append(given[3])
-        return real(*given)
-
-    monkeypatch.setattr(module, "_senders", stopping)
+    model, d, pairs, heads = bundled(LLAVA), directions(), list(twins()[:4]), heads_of([(1, 2), (1, 4)])
+    calls = stop_at(monkeypatch, module, "_senders", 2)
     call: dict[str, Any] = dict(depth=1, top=2, draws=50, progress=False)
     with pytest.raises(KeyboardInterrupt):
         trace_back(model, pairs, heads, d, out=tmp_path, **call)
     again = trace_back(model, pairs, heads, d, out=tmp_path, **call)
-    assert calls == [(1, 2), None, (1, 4)]
+    assert [given[3] for given in calls] == [(1, 2), (1, 4), (1, 4)]
     whole = trace_back(model, pairs, heads, d, **call)
     assert again.to_dict() == whole.to_dict() and len(whole) > 0
-    calls[:] = [None] * 2
+    n = len(calls)
     more: dict[str, Any] = call | {"top": 1}
     trace_back(model, pairs, heads, d, out=tmp_path, **more)
-    assert calls[2:] == [(1, 2), (1, 4)], "another size is another search"
+    assert [given[3] for given in calls[n:]] == [(1, 2), (1, 4)], "another size is another search"
 
 
 def test_targets_are_not_spent_on_the_first_layer_which_nothing_feeds(monkeypatch: pytest.MonkeyPatch) -> None:

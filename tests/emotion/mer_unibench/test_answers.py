@@ -191,3 +191,26 @@ def test_true_answers_score_a_hundred_on_every_set(made: Made, key: str) -> None
         said = {name: value for name, value in zip(names_of(info), truths.values())}
     assert place_of(made, key).is_dir()
     assert score_answers(load_set(made.root, key), said, mapping="direct").percent == pytest.approx(100.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '{"name": "a", "answer": "x"}\n{"name": "a", "answer": "y"}\n'),
+        ("a.csv", "name,reason\na,x\na,y\n"),
+    ],
+)
+def test_two_answers_of_one_name_are_refused(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: two answers of 'a'; keep one"):
+        read_answers(tmp_path / name)
+
+
+def test_answers_that_are_no_texts_are_refused(tmp_path: Path) -> None:
+    for value in ({"a": 3}, {"a": ["x"]}, {3: "x"}):
+        np.savez(tmp_path / "a.npz", name2reason=np.array(value, dtype=object))
+        with pytest.raises(ValueError, match="names and answers must be texts"):
+            read_answers(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", filenames=np.array(["a", "a"]), fileitems=np.array(["[x]", "[y]"]))
+    with pytest.raises(ValueError, match="two answers of 'a'"):
+        read_answers(tmp_path / "b.npz")

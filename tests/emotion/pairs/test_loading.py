@@ -394,3 +394,27 @@ def test_lines_that_share_a_picture_store_it_once(tmp_path: Path) -> None:
     again = load_pairs(tmp_path)
     assert len(again) == 8 and len(list(tmp_path.glob("*.png"))) == 6
     assert [p.emotional.condition for p in again][4:] == ["consistent", "conflict"] * 2
+
+
+@pytest.mark.parametrize("file", ["../outside.png", "/etc/hostname", "a/../../b.png", "a\0b.png"])
+def test_images_outside_the_folder_of_their_manifest_are_refused(file: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    row = {"file": file, "emotion": "happy", "pair": "p", "question": "how?"}
+    (folder / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(PairProblems, match="does not lie in the folder of its manifest"):
+        load_pairs(folder)
+
+
+def test_separators_within_a_text_do_not_end_its_line(tmp_path: Path) -> None:
+    for emotion in ("happy", "neutral"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{emotion}.png")
+    asked = "how\u2028does\x85the\x0bperson feel?"
+    rows = [
+        {"file": f"{emotion}.png", "emotion": emotion, "pair": "p", "identity": "i", "question": asked}
+        for emotion in ("happy", "neutral")
+    ]
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "manifest.jsonl").write_text(text + "\n", encoding="utf-8")
+    assert {example.question for example in load_pairs(tmp_path).examples} == {asked}

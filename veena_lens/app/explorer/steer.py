@@ -111,7 +111,7 @@ def scaled(circuit: Circuit, alpha: float | int, beta: float | int, gamma: float
             if isinstance(item, kind):
                 item = replace(item, **{name: value})
         items.append(item)
-    return Circuit(items, circuit.name, circuit.meta)
+    return replace(circuit, interventions=items)
 
 
 def answers_about_image(model: HookedVLM, circuit: Circuit, image: Image.Image | str, question: str) -> tuple[str, str]:

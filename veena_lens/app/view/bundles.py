@@ -9,6 +9,7 @@ Image and text positions have scales of their own, else one sink among the text 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from torch import Tensor
 from veena_lens.app.view.rows import Rows
 from veena_lens.circuits import direct_attribution_map
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.own_files import require_words
+from veena_lens.regular_files import json_object
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
@@ -87,13 +90,20 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     start = 8 + struct.unpack("<I", data[4:8])[0]
     if len(data) < start:
         raise ValueError(f"The view was cut short: its header ends at byte {start}, the data at {len(data)}.")
-    header = json.loads(data[8:start])
+    header = json_object(data[8:start], "The header of the view", finite=False)
+    require_words(header, {"arrays": {str: dict}}, "The header of the view")
     arrays = {}
     for name, about in header.pop("arrays").items():
-        dtype = np.dtype(about["dtype"]).newbyteorder("<")
-        n = int(np.prod(about["shape"], dtype=np.int64))
+        require_words(about, {"at": int, "dtype": str, "shape": [int]}, f"Array {name!r} of the view")
+        if not about["dtype"].isalnum() or min([about["at"], *about["shape"]]) < 0:
+            raise ValueError(f"Array {name!r} of the view is of dtype {about['dtype']!r} and shape {about['shape']}.")
+        try:
+            dtype = np.dtype(about["dtype"]).newbyteorder("<")
+        except TypeError as error:
+            raise ValueError(f"Array {name!r} of the view has the unknown dtype {about['dtype']!r}.") from error
+        n = math.prod(about["shape"])
         first = start + about["at"]
-        if first + n * dtype.itemsize > len(data):
+        if first + n * dtype.itemsize > len(data) or dtype.hasobject:
             raise ValueError(f"The view was cut short: array {name!r} ends past byte {len(data)}.")
         arrays[name] = np.frombuffer(data, dtype, n, first).reshape(about["shape"])
     return header, arrays

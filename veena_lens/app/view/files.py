@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from veena_lens.activation_cache import ActivationCache
 from veena_lens.app.view.rows import rule_of
 from veena_lens.images.files import MAX_PIXELS, open_image
-from veena_lens.scores import opened
+from veena_lens.own_files import opened
 
 ABOUT = "veena_lens.view"
 PICTURE = "inputs.picture."

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from veena_lens.emotion.methods import Method, batches, prepared
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
+from veena_lens.interventions.made_for import MadeFor
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
@@ -131,7 +132,7 @@ def ena(
         W_out = model.blocks[layer].mlp.W_out.detach()
         weights = torch.tensor([mean[layer, n] for n in numbers], dtype=W_out.dtype, device=W_out.device)
         parts.append(Steer(layer, weights @ W_out[numbers], float(gamma) - 1, positions))
-    return Circuit(parts, name, about)
+    return Circuit(parts, name, about, MadeFor.of(model.cfg))
 
 
 def veena(
@@ -158,7 +159,8 @@ def veena(
     parts = [*(first or ()), *(second or ())]
     about = {"method": "VEENA", **(first.meta if first else {}), **(second.meta if second else {})}
     about["method"] = "VEENA"
-    return Circuit(parts, f"VEENA beta {beta:g}, gamma {gamma:g}", about)
+    made_for = None if second is None else second.made_for
+    return Circuit(parts, f"VEENA beta {beta:g}, gamma {gamma:g}", about, made_for)
 
 
 def _by_layer(units: Iterable[Unit]) -> list[tuple[int, list[int]]]:

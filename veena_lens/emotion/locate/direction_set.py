@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 
 from veena_lens.circuits.reading import EPS
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
-from veena_lens.scores import Scores, opened
+from veena_lens.interventions.made_for import SCHEMA as MADE_FOR
+from veena_lens.interventions.made_for import MadeFor, same_name
+from veena_lens.long_runs import save_tensors
+from veena_lens.own_files import opened, require_words, tensors_of, words_of
+from veena_lens.scores import Scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
 FORMAT = "veena_lens.Directions/1"
+SCHEMA = {"emotions": [str], "counts": {str: int}, "meta": dict, "made_for?": (None, dict)}
 SCALES = ("relative", "raw", "unit")
 OVERALL = "overall"
 MASSIVE = 0.001  # share of coordinates with the largest mean |h|
@@ -58,6 +61,7 @@ class Directions:
     emotional_mean: Float[Tensor, "layer d_model"]
     measured: Mapping[str, Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    made_for: MadeFor | None = None  # the model that they are from
 
     def __post_init__(self) -> None:
         n, layers = len(self.emotions), self.overall.shape[0]
@@ -66,7 +70,11 @@ class Directions:
                 f"Directions: overall {list(self.overall.shape)}, per_emotion {list(self.per_emotion.shape)} and norms "
                 f"{list(self.norms.shape)} do not fit {n} emotions."
             )
-        if not bool(self.overall.isfinite().all() and self.per_emotion.isfinite().all()):
+        if any(mean.shape != self.overall.shape for mean in (self.neutral_mean, self.emotional_mean)):
+            raise ValueError(f"Directions: the means of states must be {list(self.overall.shape)}, as overall is.")
+        if lost := [emotion for emotion in self.emotions if emotion not in self.counts]:
+            raise ValueError(f"Directions: counts lacks {', '.join(map(repr, lost))}.")
+        if not all(bool(v.isfinite().all()) for v in (self.overall, self.per_emotion, self.norms)):
             raise ValueError("Directions: some vectors are not finite.")
 
     @property
@@ -233,30 +241,36 @@ class Directions:
 
     # --- files and models -----------------------------------------------------------------------------
 
-    def check(self, model: HookedVLM) -> None:
-        """Check that the directions fit the model. Raises: ValueError where they are not of a model of this size."""
+    def check(self, model: HookedVLM, allow_other_model: bool = False) -> None:
+        """Check that the directions fit the model.
+
+        allow_other_model: True takes directions of a model of another name and the same sizes.
+
+        Raises: ValueError where they are not of this model, or not of a model of this size."""
         found, wanted = (self.n_layers, self.d_model), (model.cfg.n_layers, model.cfg.d_model)
         if found != wanted:
             raise ValueError(
                 f"The directions have {found[0]} layers of width {found[1]} (from {self.meta.get('model')!r}); "
                 f"{model.cfg.model_name or 'this model'} has {wanted[0]} of {wanted[1]}. Extract them from this model."
             )
+        if self.made_for is not None:
+            self.made_for.require(model.cfg, "The set of directions", allow_other_model)
+        elif not (allow_other_model or same_name(str(self.meta.get("model") or ""), model.cfg.model_name)):
+            raise ValueError(
+                f"The directions are from {self.meta['model']!r}; this is {model.cfg.model_name!r}, whose states have "
+                "other directions. Extract them from this model, or pass allow_other_model=True."
+            )
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file with the words as JSON, in one step; return its path."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         names = ("overall", "per_emotion", "norms", "neutral_mean", "emotional_mean")
         tensors = {name: getattr(self, name) for name in names}
         tensors |= {f"measured.{name}": value for name, value in self.measured.items()}
         words = {"emotions": list(self.emotions), "counts": dict(self.counts), "meta": self.meta}
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            str(draft),
-            metadata={"format": FORMAT, "directions": json.dumps(words)},
-        )
-        draft.replace(path)
+        if self.made_for is not None:
+            words["made_for"] = self.made_for.record()
+        save_tensors(path, tensors, {"format": FORMAT, "directions": json.dumps(words)})
         return path
 
     @classmethod
@@ -266,9 +280,14 @@ class Directions:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise ValueError(f"{path} holds no Directions: its format is {header.get('format')!r}, not {FORMAT!r}.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
-        measured = {n.removeprefix("measured."): tensors.pop(n) for n in list(tensors) if n.startswith("measured.")}
-        return cls(**tensors, measured=measured, **json.loads(header["directions"]))
+            words, tensors = words_of(file, "directions", SCHEMA, path), tensors_of(file)
+            measured = {n.removeprefix("measured."): tensors.pop(n) for n in list(tensors) if n.startswith("measured.")}
+            made_for = None
+            if words.get("made_for") is not None:
+                require_words(words["made_for"], MADE_FOR, f"{path}, made_for")
+                made_for = MadeFor(**{name: words["made_for"][name] for name in MADE_FOR})
+            found = {name: words[name] for name in ("emotions", "counts", "meta")}
+            return cls(**tensors, measured=measured, made_for=made_for, **found)
 
     def __repr__(self) -> str:
         kind = self.meta.get("kind", "directions")

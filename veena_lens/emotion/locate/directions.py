@@ -34,6 +34,7 @@ from veena_lens.emotion.locate.pair_states import (
 )
 from veena_lens.emotion.pairs.loading import Pair, PairSet
 from veena_lens.emotion.study import Asking, Study, stage
+from veena_lens.interventions.made_for import MadeFor
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
@@ -248,7 +249,7 @@ def directions_from(
         **selected.settings,
         "notes": notes,
     }
-    return _directions(sums, emotions, counts, meta)
+    return replace(_directions(sums, emotions, counts, meta), made_for=MadeFor.of(cfg))
 
 
 def _directions(sums: Sums, emotions: Sequence[str], counts: Mapping[str, int], meta: dict[str, Any]) -> Directions:

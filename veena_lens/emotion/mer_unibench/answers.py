@@ -13,9 +13,10 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, Literal
 
-from veena_lens.emotion.mer_unibench.archives import array_names, read_array, read_array_file, read_dict
+from veena_lens.emotion.mer_unibench.archives import MAX_ARCHIVE, array_names, read_array, read_array_file, read_dict
 from veena_lens.emotion.mer_unibench.data_sets import find_set, read_rows
-from veena_lens.long_runs import json_rows
+from veena_lens.json_lines import json_rows
+from veena_lens.regular_files import require_regular
 
 Content = Literal["raw", "labels", "sentiment"]
 OPENSET, SENTIMENT = "-openset", "-openset-sentiment"
@@ -57,6 +58,8 @@ def read_answers(path: str | Path, *, sentiment: bool = False, beside: bool = Tr
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There are no answers at {path}; expected {FORMATS}.")
+    if not path.is_dir():
+        require_regular(path, MAX_ARCHIVE)
     notes: tuple[str, ...] = ()
     if beside and path.suffix == ".npz" and not path.stem.endswith((OPENSET, SENTIMENT)):
         for ending in (SENTIMENT, OPENSET) if sentiment else (OPENSET,):
@@ -69,7 +72,7 @@ def read_answers(path: str | Path, *, sentiment: bool = False, beside: bool = Tr
     if not values:
         raise ValueError(f"{path} holds no answer.")
     told = (run or {}).get("set")
-    key = find_set(told).key if told else set_in_path(path)
+    key = find_set(str(told)).key if told else set_in_path(path)
     return Answers(path=path, content=content, values=values, key=key, run=run, notes=notes)
 
 

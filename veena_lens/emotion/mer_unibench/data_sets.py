@@ -19,6 +19,7 @@ from typing import Any, Literal
 from veena_lens.emotion.mer_unibench.archives import array_names, read_dict
 from veena_lens.emotion.mer_unibench.archives import read_array as read_array
 from veena_lens.emotion.words.lexicon import string_to_list
+from veena_lens.regular_files import MAX_JSON, require_regular
 
 Truth = str | float
 
@@ -74,6 +75,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
     Raises: ValueError for a lost column, naming those there are, or for a file that is not UTF-8.
     """
+    require_regular(path, MAX_JSON)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -89,9 +91,12 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 def _open_labels(path: Path) -> dict[str, Truth]:
     """Read list strings by name; an empty one counts as neutral, as in the reference."""
     rows = read_rows(path, ("name", "openset"))
-    return {
-        require_name(path, row["name"]): row["openset"] if string_to_list(row["openset"]) else "neutral" for row in rows
-    }
+    found: dict[str, Truth] = {}
+    for row in rows:
+        labels = row["openset"] if string_to_list(row["openset"]) else "neutral"
+        if found.setdefault(require_name(path, row["name"]), labels) != labels:
+            raise ValueError(f"{path} has two rows of {row['name']!r} with different labels; keep one.")
+    return found
 
 
 def _truth(path: Path, info: SetInfo, name: str, value: Any) -> Truth:

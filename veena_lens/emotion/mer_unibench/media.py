@@ -19,7 +19,8 @@ from PIL import Image
 from veena_lens.emotion.mer_unibench.archives import read_array_file
 from veena_lens.emotion.mer_unibench.data_sets import require_name
 from veena_lens.emotion.mer_unibench.loading import Sample
-from veena_lens.images.files import open_image
+from veena_lens.images.files import MAX_PIXELS, open_image
+from veena_lens.regular_files import require_regular
 
 FOLDER = "openface_face"
 MAX_FACES = 2**30  # bytes of one clip's faces: 28,000 of 112 x 112
@@ -181,8 +182,12 @@ def _decode(path: Path, frames: int) -> tuple[tuple[Image.Image, ...], list[int]
             f"Opening {path} needs a video decoder: pip install 'veena-lens[video]'. Without one, put the frames as "
             f"pictures into {path.with_suffix('')}/."
         ) from error
+    require_regular(path)
     try:
         with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            if (pixels := stream.width * stream.height) > MAX_PIXELS:
+                raise ValueError(f"its frames have {pixels:,} pixels; the limit is {MAX_PIXELS:,}")
             total = sum(1 for _ in container.decode(video=0))
         places = frame_places(total, frames)
         with av.open(str(path)) as container:

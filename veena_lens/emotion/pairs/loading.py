@@ -20,6 +20,7 @@ from veena_lens.emotion.pairs.checks import FIELDS, PairProblems, Placed, build
 from veena_lens.emotion.pairs.pair_set import NEUTRAL, Example, Pair, PairSet
 from veena_lens.images.files import read_image, to_rgb, upright
 from veena_lens.long_runs import write_file
+from veena_lens.regular_files import MAX_JSON, json_object, read_bytes
 
 __all__ = [
     "Example",
@@ -65,17 +66,19 @@ def load_pairs(
             "images sorted into folders with pairs_from_folders."
         )
     placed, broken = [], []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Line feeds alone end a line: texts may hold other separators.
+    for number, text in enumerate(read_bytes(path, MAX_JSON).split(b"\n"), start=1):
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
-            if not isinstance(record, dict):
-                raise ValueError(f"{text[:40]!r} is no object")
+            record = json_object(text, "it")
         except ValueError as error:
             broken.append(f"line {number}: no JSON object ({error}).")
             continue
         file = record.get("file")
+        if isinstance(file, str) and (Path(file).is_absolute() or ".." in Path(file).parts or "\0" in file):
+            broken.append(f"line {number}: the file {file!r} does not lie in the folder of its manifest.")
+            continue
         picture = folder / file if isinstance(file, str) and file else None
         placed.append(Placed(f"line {number} ({file})", {**record, "picture": picture}))
     if broken:

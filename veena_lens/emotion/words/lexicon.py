@@ -21,7 +21,6 @@ joined ("not sad or angry") or stand in a list that "or" closes ("not sad, angry
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,9 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
+
+from veena_lens.own_files import require_words
+from veena_lens.regular_files import read_json
 
 DATA = Path(__file__).parent / "data"
 Valence = Literal["positive", "negative", "neutral"]
@@ -102,8 +104,13 @@ def _words(form: str) -> tuple[str, ...]:
 
 
 def read_lexicon(path: str | Path) -> Lexicon:
-    """Read the lexicon in a JSON file. Raises: ValueError for a form listed twice, naming both places."""
-    found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    """Read the lexicon in a JSON file.
+
+    Raises: ValueError for a form listed twice, naming both places, or a field that is missing or of another type."""
+    found = read_json(path)
+    require_words(found, {"emotions": {str: dict}, "shadows": [str], "source": str}, str(path))
+    for emotion, entry in found["emotions"].items():
+        require_words(entry, {"valence": str, "words": {str: [str]}}, f"{path}, emotion {emotion!r}")
     base_of: dict[str, str] = {}
     emotion_of: dict[str, str] = {}
     marked: dict[str, set[str]] = {"!": set(), "?": set()}
@@ -113,6 +120,8 @@ def read_lexicon(path: str | Path) -> Lexicon:
             emotion_of[bare] = emotion
             for form in (base, *forms):
                 word = form.lstrip("!?")
+                if not word:
+                    raise ValueError(f"{path}: {bare!r} has an empty form; leave it out.")
                 if word in base_of:
                     raise ValueError(f"{path}: {word!r} stands under {base_of[word]!r} and {bare!r}; leave one.")
                 base_of[word] = bare

@@ -12,13 +12,14 @@ official map.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from veena_lens.emotion.words.lexicon import plain
+from veena_lens.own_files import require_words
+from veena_lens.regular_files import MAX_JSON, read_json, require_regular
 
 Level = Literal["level1", "level2"]
 Mapped = Literal["official", "direct"]
@@ -115,7 +116,10 @@ def read_affectgpt(folder: Path) -> tuple[tuple[Wheel, ...], Words, Words]:
     Raises: FileNotFoundError with the files that are missing; ImportError naming the extra for spreadsheets.
     """
     if all((folder / name).is_file() for name in JSON_FILES):
-        wheels, synonyms, forms = (json.loads((folder / name).read_text(encoding="utf-8")) for name in JSON_FILES)
+        wheels, synonyms, forms = (read_json(folder / name) for name in JSON_FILES)
+        require_words({"wheels": wheels}, {"wheels": {str: {str: {str: [str]}}}}, str(folder / JSON_FILES[0]))
+        for name, words in zip(JSON_FILES[1:], (synonyms, forms), strict=True):
+            require_words({"words": words}, {"words": {str: [str]}}, str(folder / name))
         return (
             tuple(Wheel(name, sectors, SOURCE) for name, sectors in wheels.items()),
             {base: tuple(words) for base, words in synonyms.items()},
@@ -157,8 +161,11 @@ def _read_synonyms(path: Path, wheels: tuple[Wheel, ...]) -> Words:
 
 def _read_forms(path: Path) -> Words:
     found: dict[str, list[str]] = {}
+    require_regular(path, MAX_JSON)
     with path.open(encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file):
+            if row.get("name") is None or row.get("format") is None:
+                raise ValueError(f"{path}: a row lacks the column name or format.")
             base = row["name"].strip().lower()
             for form in _items(row["format"]):
                 if base not in found.setdefault(form, []):
@@ -184,7 +191,11 @@ def _rows(path: Path, columns: Any) -> Iterator[list[str]]:
         raise ImportError(
             f"Reading {path.name} needs openpyxl: pip install 'veena-lens[wheels]'. JSON files of the wheels need none."
         ) from error
-    book = load_workbook(path, read_only=True, data_only=True)
+    require_regular(path, MAX_JSON)
+    try:
+        book = load_workbook(path, read_only=True, data_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a spreadsheet ({error}); copy or download it again.") from error
     try:
         rows = book.worksheets[0].iter_rows(values_only=True)
         header = [str(cell or "").strip() for cell in next(rows, ())]

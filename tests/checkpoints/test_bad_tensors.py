@@ -1,131 +1,97 @@
-"""Bad input to models with images of any size: right, or refused before any computing with what to do."""
+"""Tensors of a processor that do not fit: refused before any computing with what was expected, or read as they are."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from tests.cases import BY_NAME, IMAGE_TOKEN, QWEN, hf_config, hf_model, native_model, raw_inputs, relative_error
-from tests.checkpoints import tiny, tiny_processors
-from tests.checkpoints.test_processing import CASE as LLAVA
-from tests.checkpoints.test_processing import FEEL, message
-from tests.checkpoints.tiny import picture
+from tests.cases import BY_NAME, IMAGE_TOKEN, QWEN, hf_config, native_model, raw_inputs
+from tests.checkpoints import tiny
+from tests.checkpoints.setups import NAMES, config_of
+from tests.checkpoints.test_processing import CFG as SQUARE_CFG
+from tests.checkpoints.test_processing import TEXT_CFG
 from tests.odd_inputs import QWEN_END as END
 from tests.odd_inputs import QWEN_IMAGE as IMAGE
 from tests.odd_inputs import QWEN_START as START
 from tests.odd_inputs import QWEN_VIDEO as VIDEO
-from veena_lens.checkpoints import find_adapter, inputs_from_hf, prepare
-from veena_lens.config import HookedVLMConfig
+from veena_lens.checkpoints import find_adapter, inputs_from_hf
 
-A, B = picture(40, 30, 1), picture(28, 64, 2)
-
-
-def config_of(name: str) -> HookedVLMConfig:
-    case = BY_NAME[name]
-    return find_adapter(case.model_class.__name__).read_config(case.config())
+CFG = {family: config_of(f"{family}-plain") for family in QWEN}
 
 
-CFG = {kind: config_of(f"{kind}-plain") for kind in QWEN}
-LLAVA_CFG = find_adapter("LlavaForConditionalGeneration").read_config(hf_config(LLAVA))
+# --- every family ---------------------------------------------------------------------------------------------
+NONE: Callable[[Any], Any] = lambda x: None  # noqa: E731
 
 
-@pytest.fixture(scope="module", params=QWEN)
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def processor(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tiny_processors.processor(BY_NAME[f"{kind}-plain"], tmp_path_factory.mktemp("processor"))
-
-
-# --- prompts and images ---------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("key", "change", "told"),
     [
-        (dict(text="the <|image_pad|> is happy"), r"The text holds the image token '<\|image_pad\|>'.*chat=False"),
-        (dict(text="the <|image_pad|> is happy", images=A), "The text holds the image token"),
-        (dict(text="the <|video_pad|> is happy"), "Row 0 holds the video token '.*': .*frames as images"),
-        (dict(text="<|video_pad|>", images=A, chat=False), "Row 0 holds the video token"),
-        (dict(text="<|image_pad|> is happy", chat=False), "Row 0 has 1 image placeholders .*and 0 images: give a"),
-        (dict(text="is happy", images=A, chat=False), "Row 0 has 0 image placeholders .*and 1 images: put one"),
-        (dict(text=["what", "<|image_pad|>"], images=[None, [A, B]], chat=False), "Row 1 has 1 .*and 2 images"),
-        (dict(text=["what", "who"], images=[A]), "Got `images` for 1 prompt but `text` has 2"),
-        (dict(messages=message("what", 1)), "Row 0 has 1 image placeholders .*0 images"),
-        (dict(messages=message("what", 2), images=A), "Row 0 has 2 image placeholders .*1 images"),
-        (dict(messages=message("what", 1), images=[A, B]), "Row 0 has 1 image placeholders .*2 images"),
-        (dict(messages=message("the <|image_pad|>", 1), images=A), "Row 0 has 2 image placeholders .*1 images"),
-        (dict(messages=message("the <|video_pad|>", 1), images=A), "Row 0 holds the video token"),
-        (
-            dict(messages=[{"role": "user", "content": [{"type": "video"}]}]),
-            "part of type .video.; it must be .image. or .text.",
-        ),
-        (dict(text="what " * 600), "longest prompt has 6[0-9]{2} tokens; the model's context is 512"),
-        (dict(text=[FEEL, FEEL], images=[A, Image.new("RGB", (201, 1))]), "images of 201 x 1 pixels: .*aspect ratio"),
-        (dict(text=FEEL, images=[A, Image.new("RGB", (3, 700))]), "images of 40 x 30, 3 x 700 pixels: .*aspect"),
+        ("input_ids", NONE, "input_ids is missing"),
+        ("input_ids", lambda x: x[0], r"input_ids must be \[batch pos\]"),
+        ("attention_mask", lambda x: x[:, :5], r"attention_mask \[\d, 5\] does not fit"),
+        ("attention_mask", lambda x: x * (torch.arange(len(x)) > 0)[:, None], r"Rows \[0\] have no real token"),
+        ("position_ids", lambda x: torch.zeros(1, 3), r"position_ids \[1, 3\] do not fit"),
+        ("pixel_values", lambda x: x.to(torch.uint8), "must be floats"),
+        ("pixel_value", lambda x: torch.ones(1), r"unknown keys \['pixel_value'\]; .* reads input_ids"),
     ],
-)  # fmt: skip
-def test_prompts_and_pictures_that_do_not_match_are_refused(
-    given: dict[str, Any], told: str, kind: str, processor: Any
-) -> None:
+    ids=["no-ids", "one-row", "short-mask", "no-token", "positions", "bytes", "unknown"],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_fit_no_family_are_refused(name: str, key: str, change: Any, told: str) -> None:
+    given, cfg = raw_inputs(BY_NAME[name], torch.float32), config_of(name)
+    inputs_from_hf(cfg, None, **given)
+    given = {k: v for k, v in (given | {key: change(given.get(key))}).items() if v is not None}
     with pytest.raises(ValueError, match=told):
-        prepare(processor, CFG[kind], **given)
+        inputs_from_hf(cfg, None, **given)
 
 
-def test_checkpoint_without_template_says_what_to_do(kind: str, tmp_path: Path) -> None:
-    bare = tiny_processors.processor(BY_NAME[f"{kind}-plain"], tmp_path, template=None)
-    with pytest.raises(ValueError, match="no chat template; use chat=False"):
-        prepare(bare, CFG[kind], FEEL, A)
+# --- a square per image ---------------------------------------------------------------------------------------
+def square(**changes: Any) -> dict[str, Any]:
+    """One row with one image, as a processor would emit it, some values changed."""
+    ids = torch.tensor([[1, 5, *[IMAGE_TOKEN] * 16, 6, 7]])
+    good = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.zeros(1, 3, 28, 28))
+    return {k: v for k, v in (good | changes).items() if v is not None}
 
 
-def test_tokenizer_alone_takes_no_pictures(kind: str, processor: Any) -> None:
-    with pytest.raises(ValueError, match="Row 0 has 1 images, and this checkpoint takes none"):
-        prepare(processor.tokenizer, CFG[kind], FEEL, A, chat=False)
-
-
-# --- processors of other checkpoints ------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("change", "told"),
     [
-        (dict(patch_size=2), r"\(Qwen2VLImageProcessor\w*\) has patch_size=2, but the model's vision .* 4. Use"),
-        (dict(merge_size=1), "has merge_size=1, but the model's vision tower expects 2"),
-        (dict(temporal_patch_size=1), "has temporal_patch_size=1, but the model's vision tower expects 2"),
+        (dict(pixel_values=None), "holds 16 image tokens .*no image was given"),
+        (dict(pixel_values=torch.zeros(2, 3, 28, 28)), r"Rows hold \[16\] image tokens; an image .* fills 16, and 2"),
+        (dict(input_ids=torch.tensor([[1, 5, *[IMAGE_TOKEN] * 15, 6, 7, 8]])), r"Rows hold \[15\] image tokens"),
+        (dict(pixel_values=torch.zeros(1, 3, 28, 42)), r"\[crops 3 28 28\], not torch.float32 \[1, 3, 28, 42\]"),
+        (dict(pixel_values=torch.zeros(1, 3, 56, 56)), r"\[1, 3, 56, 56\]"),
+        (dict(pixel_values=torch.zeros(3, 28, 28)), r"\[3, 28, 28\]"),
+        (dict(image_sizes=torch.tensor([[28, 28]])), r"unknown keys \['image_sizes'\]; .* reads input_ids"),
+        (dict(pixel_value=1, image_grid_thw=2), r"unknown keys \['image_grid_thw', 'pixel_value'\]"),
     ],
-)  # fmt: skip
-def test_processor_of_another_tower_is_refused(settings: dict[str, int], told: str, kind: str, tmp_path: Path) -> None:
-    other = tiny_processors.processor(BY_NAME[f"{kind}-plain"], tmp_path, **settings)
+)
+def test_squares_that_do_not_fit_are_refused(change: dict[str, Any], told: str) -> None:
+    inputs_from_hf(SQUARE_CFG, None, **square())
     with pytest.raises(ValueError, match=told):
-        prepare(other, CFG[kind], FEEL, A)
-    with pytest.raises(ValueError, match=told):  # before anybody sends an image
-        prepare(other, CFG[kind], FEEL)
+        inputs_from_hf(SQUARE_CFG, None, **square(**change))
 
 
-def test_processor_of_the_other_family_is_refused(kind: str, processor: Any) -> None:
-    llava = tiny.llava_processor(LLAVA)
-    with pytest.raises(ValueError, match=f"image token '<image>' has id {IMAGE_TOKEN}, but the model's is {IMAGE}"):
-        prepare(llava, CFG[kind], FEEL, A)
-    with pytest.raises(
-        ValueError, match=rf"image token '<\|image_pad\|>' has id {IMAGE}, but the model's is {IMAGE_TOKEN}"
-    ):
-        prepare(processor, LLAVA_CFG, FEEL, A)
+@pytest.mark.parametrize("ids", [[[0, 5, 6], [5, 6, 7]], [[5, 6, 7], [5, 6, 0]]])
+def test_padding_without_a_mask_is_never_guessed(ids: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match=r"Rows \[[01]\] begin or end with the pad token 0 and no attention_mask"):
+        inputs_from_hf(TEXT_CFG, tiny.tokenizer(), input_ids=torch.tensor(ids))
+    with pytest.raises(ValueError, match="pad token 0"):  # named by the configuration, without a tokenizer
+        cfg = find_adapter("LlamaForCausalLM").read_config(hf_config(BY_NAME["text-llama"]))
+        inputs_from_hf(type(cfg)(**{**vars(cfg), "pad_token_id": 0}), None, input_ids=torch.tensor(ids))
 
 
-def test_processor_of_the_other_family_is_refused_though_the_image_token_be_the_same(kind: str, processor: Any) -> None:
-    from dataclasses import replace
-
-    llava = tiny.llava_processor(LLAVA)
-    with pytest.raises(ValueError, match="has patch_size=None, but the model's vision tower expects 4"):
-        prepare(llava, replace(CFG[kind], image_token_id=IMAGE_TOKEN), FEEL, A)
-    with pytest.raises(ValueError, match=r"pixel_values must be floats \[crops 3 28 28\], not .* \[80, 96\]"):
-        prepare(processor, replace(LLAVA_CFG, image_token_id=IMAGE), FEEL, A)
+def test_pictures_for_a_text_model_are_refused() -> None:
+    ids = torch.tensor([[1, 5, 6]])
+    with pytest.raises(ValueError, match="without a vision tower"):
+        inputs_from_hf(TEXT_CFG, None, input_ids=ids, pixel_values=torch.zeros(1, 3, 28, 28))
 
 
-# --- a processor's own tensors ------------------------------------------------------------------------------
+# --- images of any size ---------------------------------------------------------------------------------------
 def image(height: int, width: int) -> list[int]:
     return [START, *[IMAGE] * (height * width // 4), END]
 
@@ -186,7 +152,7 @@ def ids(*parts: list[int]) -> dict[str, Tensor | None]:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("which", QWEN)
-def test_processor_output_that_does_not_fit_is_refused(change: dict[str, Any], told: str, which: str) -> None:
+def test_images_of_any_size_that_do_not_fit_are_refused(change: dict[str, Any], told: str, which: str) -> None:
     inputs_from_hf(CFG[which], None, **raw())
     with pytest.raises(ValueError, match=told):
         inputs_from_hf(CFG[which], None, **raw(**change))
@@ -270,18 +236,6 @@ def test_image_tokens_without_picture_are_refused_wherever_they_come_from(which:
         for call in (model, model.run_with_cache, lambda t: model.generate(t, return_type="tokens")):
             with pytest.raises(ValueError, match=r"holds 1 image tokens \(id 120, 121\) but no image was given"):
                 call(tokens)
-
-
-@pytest.mark.parametrize("which", QWEN)
-def test_mixed_and_text_only_batches_are_right(which: str) -> None:
-    for name in ("text-rows-between", "no-picture-at-all", "no-picture-right-padding"):
-        case = BY_NAME[f"{which}-{name}"]
-        model, hf, given = native_model(case), hf_model(case), raw_inputs(case)
-        hf.model.rope_deltas = None
-        with torch.no_grad():
-            theirs = hf(**given).logits
-            assert relative_error(model.forward_hf(**given), theirs, given["attention_mask"]) < 1e-9
-        assert model.inputs_from_hf(**given).n_images == [row.count("i") for row in case.rows]
 
 
 @pytest.mark.parametrize("which", QWEN)

@@ -39,7 +39,7 @@ def _sections(sections: list[int], kind: str = "default", **numbers: Any) -> dic
 STRETCH = dict(factor=4.0, original_max_position_embeddings=16)
 WINDOW = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
 CLIPS = ("v2x4x4 2", "3 v4x2x2 1 v1x6x2 2")
-QWEN_CASES: tuple[Case, ...] = (
+SIZED_CASES: tuple[Case, ...] = (
     *_every("plain"),
     *_every("one-kv-head", text=dict(num_key_value_heads=1)),
     *_every("image-and-video", rows=("2 i4x4 3 v2x4x6 1 i2x6 4", "1 v3x2x4 2", "5")),

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -85,7 +85,8 @@ def images_in(folder: str) -> list[str]:
 def state_inputs(model: HookedVLM, given: Given, lead_in: str) -> MultimodalInputs:
     """Prepare a prompt with its image, and the words that its answer is begun with."""
     prompt, image = given
-    return model.prepare(text=prompt, images=image, **({"answer": lead_in} if lead_in else {}))
+    begun: dict[str, Any] = {"answer": lead_in} if lead_in else {}
+    return model.prepare(text=prompt, images=image, **begun)
 
 
 @torch.no_grad()
@@ -140,7 +141,7 @@ def contributions(
 def parts_of(model: Made, contrast: Contrast, n_heads: int, n_neurons: int) -> dict[str, Made]:
     """Return direction, heads and neurons of a contrast, each with its program."""
     sides = contrast.made()
-    begun = {"lead_in": contrast.lead_in} if contrast.lead_in else {}
+    begun: dict[str, Any] = {"lead_in": contrast.lead_in} if contrast.lead_in else {}
     direction = make("direction", contrast_direction, model, *sides, **begun)
     heads = make("heads", contributions, model, *sides, direction, "head", n_heads, **begun)
     neurons = make("neurons", contributions, model, *sides, direction, "neuron", n_neurons, **begun)
@@ -188,7 +189,7 @@ def take_images(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    asked = {"question": question, "lead_in": lead_in}
+    asked: dict[str, Any] = {"question": question, "lead_in": lead_in}
     kept = Contrast(name=label(name, "first set"), fingerprint=digest.hexdigest(), folder=folder, **asked)
     forget(session)
     session.kept["contrast"] = kept

@@ -55,10 +55,8 @@ def progress(
         total: the length of the bar; by default the number of items.
         size: how far an item moves the bar, e.g. `len` for batches.
     """
-    if total is None:
-        items = list(items)
-        total = sum(size(item) for item in items)
-    with counting(total, label, show) as advance:
+    items = list(items) if total is None else items
+    with counting(sum(map(size, items)) if total is None else total, label, show) as advance:
         for item in items:
             yield item
             advance(size(item))
@@ -67,22 +65,19 @@ def progress(
 def has_screen() -> bool:
     """Return True where a progress bar can move: on a terminal and in a notebook, and not in a log or a pipe."""
     ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return sys.stderr.isatty() or hasattr(shell, "kernel")
+    return sys.stderr.isatty() or hasattr(ipython and ipython.get_ipython(), "kernel")
 
 
 @contextmanager
 def counting(total: int, label: str, show: bool = True) -> Iterator[Callable[[int], Any]]:
-    """Provide a function that moves a progress bar on by so many steps, and does nothing where none is shown.
+    """Provide a function that moves a bar on by so many steps; without `show`, and in logs and pipes, nothing shows."""
+    if show and has_screen():
+        from tqdm.auto import tqdm
 
-    show: False for no bar; a log or a pipe gets none in any case."""
-    if not show or not has_screen():
+        with tqdm(total=total, desc=label, unit="row", leave=False) as bar:
+            yield bar.update
+    else:
         yield lambda n: None
-        return
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=label, unit="row", leave=False) as bar:
-        yield bar.update
 
 
 # --- results in a folder ----------------------------------------------------------------------------------------------

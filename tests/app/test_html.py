@@ -97,3 +97,9 @@ def test_folded_sections_open_on_paper_and_views_sit_in_frames() -> None:
     assert read.all("iframe")[0]["srcdoc"] == "<p>'a' & \"b\"</p>" and "<li>one &amp; two</li>" in text
     assert "@media print" in text and "details-content" in text and "script-src 'unsafe-inline'" in text
     assert "script-src" not in Report("x").html()
+
+
+def test_a_column_of_numbers_stands_to_the_right_with_its_heading() -> None:
+    text = Report("x").table(["name", "n", "share, %"], [["a", 3, "95.5"], ["b", None, ""]]).html()
+    assert '<th scope="col">name</th><th scope="col" class="number">n</th>' in text
+    assert '<th scope="col" class="number">share, %</th>' in text and '<td class="number">95.5</td>' in text

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from veena_lens.checkpoints.files import Picture
 
 TONES: dict[str, Tone] = {"hit": "good", "miss": "bad"}
-VIEW_HEIGHT = 760  # pixels
+VIEW_HEIGHT = 800  # pixels
 
 
 def write_page(result: DemoResult) -> Path:
@@ -298,8 +298,9 @@ def write_comparison(comparison: Comparison) -> Path:
     )
     report.links([(f"{name}: its own page, with every step", f"{name}/index.html") for name in names])
     report.section("What was found")
-    for result in results:
-        report.text(f"{result.name}:").points(*findings(result))
+    with report.side_by_side():
+        for result in results:
+            report.points(*findings(result), title=result.name)
     _view(report, results[0])
     report.section(
         "Which parts of the image decide",
@@ -307,14 +308,15 @@ def write_comparison(comparison: Comparison) -> Path:
         "layer 0. Colour: change of the logit of the emotion minus that of neutral. Control: the tokens of another "
         "person's neutral face.",
     )
-    for result in results:
-        inside = result.inside
-        report.figure(
-            draw_cells(inside),
-            alt=f"{result.name}: the {inside.emotional.emotion} face under a map of what each token changes",
-            caption=f"{result.name}: {' x '.join(map(str, inside.cells.shape[1:]))} image tokens; at most "
-            f"{inside.best_cell:.1f} logits, under the control {inside.best_control:.1f}.",
-        )
+    with report.side_by_side():
+        for result in results:
+            inside = result.inside
+            report.figure(
+                draw_cells(inside),
+                alt=f"{result.name}: the {inside.emotional.emotion} face under a map of what each token changes",
+                caption=f"{result.name}: {' x '.join(map(str, inside.cells.shape[1:]))} image tokens; at most "
+                f"{inside.best_cell:.1f} logits, under the control {inside.best_control:.1f}.",
+            )
     report.section(
         "In numbers",
         "Each model is inspected on a face whose emotion it names correctly, with and without that emotion. Layer and "
@@ -365,8 +367,8 @@ def _comparison_rows(results: Sequence[DemoResult]) -> list[list[str]]:
         "attention to the image, least and most of a layer": of_image,
         "steering: chosen layer, strength": lambda r: f"layer {r.steered.layer}, alpha {r.steered.alpha:g}",
         "neutral faces: short answers turned, fluently": lambda r: f"{r.steered.test.mean:.0%}",
-        "the same under random directions (control)": lambda r: f"{r.steered.control.mean:.0%}",
+        "short answers under random directions (control)": lambda r: f"{r.steered.control.mean:.0%}",
         "neutral faces: whole descriptions turned": lambda r: f"{r.steered.captioned.test:.0%}",
-        "the same under random directions (control) ": lambda r: f"{r.steered.captioned.control:.0%}",
+        "descriptions under random directions (control)": lambda r: f"{r.steered.captioned.control:.0%}",
     }
     return [[name, *(value(result) for result in results)] for name, value in rows.items()]

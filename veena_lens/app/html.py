@@ -28,6 +28,7 @@ Tone = Literal["good", "bad", "quiet"]
 LARGEST_IMAGE = 640  # pixels; a page of photographs stays small enough to mail
 MANY_COLUMNS = 5  # of a table that takes the page's width
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+CLASS_NUMBER = ' class="number"'
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 VIEW_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -87,9 +88,11 @@ class Report:
         self._parts += [f"<p>{escape(paragraph)}</p>" for paragraph in paragraphs]
         return self
 
-    def points(self, *points: str) -> Report:
-        """Add a list of findings, a sentence or two each."""
-        self._parts.append(f'<ul class="points">{"".join(f"<li>{escape(point)}</li>" for point in points)}</ul>')
+    def points(self, *points: str, title: str = "") -> Report:
+        """Add a list of findings, a sentence or two each, below a title if one is given."""
+        head = f"<h3>{escape(title)}</h3>" if title else ""
+        items = "".join(f"<li>{escape(point)}</li>" for point in points)
+        self._parts.append(f'<div>{head}<ul class="points">{items}</ul></div>')
         return self
 
     def view(self, page: str, title: str, *, height: int = 900) -> Report:
@@ -127,7 +130,11 @@ class Report:
         for place, row in enumerate(rows):
             if len(row) != len(columns):
                 raise ValueError(f"Row {place} has {len(row)} cells; the table has {len(columns)} columns.")
-        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+        numeric = [bool(rows) and all(_is_number(row[place]) for row in rows) for place in range(len(columns))]
+        head = "".join(
+            f'<th scope="col"{CLASS_NUMBER if right else ""}>{escape(column)}</th>'
+            for column, right in zip(columns, numeric, strict=True)
+        )
         body = "".join(f"<tr>{''.join(_cell(cell, tones or {}) for cell in row)}</tr>\n" for row in rows)
         title = f"<caption>{escape(caption)}</caption>" if caption else ""
         full = ' class="full"' if len(columns) >= MANY_COLUMNS else ""
@@ -173,6 +180,13 @@ class Report:
         return path
 
 
+def _is_number(cell: Cell) -> bool:
+    """Return True for a cell that stands to the right, as numbers do; an empty one stands with them."""
+    if isinstance(cell, (bool, Thumbnail)):
+        return False
+    return cell is None or not isinstance(cell, str) or not cell or NUMBER.fullmatch(cell) is not None
+
+
 def _cell(cell: Cell, tones: Mapping[str, Tone]) -> str:
     if isinstance(cell, Thumbnail):
         return f"<td>{_img(_png(cell.image), 'png', cell.alt, 72)}</td>"
@@ -181,7 +195,7 @@ def _cell(cell: Cell, tones: Mapping[str, Tone]) -> str:
     if isinstance(cell, int) and not isinstance(cell, bool):
         return f'<td class="number">{cell}</td>'
     text = "" if cell is None else str(cell)
-    tone = f' class="{tones[text]}"' if text in tones else ' class="number"' if NUMBER.fullmatch(text) else ""
+    tone = f' class="{tones[text]}"' if text in tones else CLASS_NUMBER if NUMBER.fullmatch(text) else ""
     return f"<td{tone}>{escape(text)}</td>"
 
 
@@ -215,6 +229,7 @@ body { margin: 0; background: var(--paper); color: var(--ink);
 main { max-width: 1320px; margin: 0 auto; padding: 2rem 1.5rem 4rem; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: .8rem 0 .2rem; }
 p, .points { max-width: 90ch; }
 nav { border: 1px solid var(--line); border-radius: 6px; padding: .7rem 1rem; font-size: .95rem; }
 .lead { font-size: 1.05rem; color: var(--quiet); }

@@ -1,4 +1,7 @@
-"""The report of a run: report.html, one self-contained page that says what was found and how well it works."""
+"""The report of a run: report.html, one self-contained page that says what was found and how well it works.
+
+The findings stand on top; what they rest on is folded below, and printed in full.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from veena_lens import plots
 from veena_lens.app.html import Report, Thumbnail, Tone
+from veena_lens.app.veena_findings import best_doses, findings, layer_finding
 from veena_lens.circuits import direct_attribution_map
 from veena_lens.emotion import tables
 from veena_lens.emotion.locate.tracing import show_run
 from veena_lens.emotion.methods import ROWS, prepared
 from veena_lens.emotion.pipeline import VeenaRun
 from veena_lens.emotion.results import results_of
+from veena_lens.emotion.settings import Settings
 from veena_lens.emotion.tables import display_name, percent
 from veena_lens.images.files import open_image
 
@@ -24,6 +29,27 @@ if TYPE_CHECKING:
 
 TONES: dict[str, Tone] = {"hit": "good", "miss": "bad", "key": "good"}
 SHOWN_HEADS = 8
+SETTINGS = {
+    "preset": "preset",
+    "direction_pairs": "pairs for directions, at most",
+    "mechanism_pairs": "pairs for heads and neurons, at most",
+    "layer_pairs": "pairs for layers, at most",
+    "validation_pictures": "validation images, at most",
+    "test_pictures": "test images, at most",
+    "alphas": "doses of a direction",
+    "k_heads": "key heads, at most",
+    "k_neurons": "key neurons, at most",
+    "betas": "factors on attention (beta)",
+    "gammas": "factors on neurons (gamma)",
+    "trials": "trials per method",
+    "ways": "rankings of heads",
+    "modes": "attention modes",
+    "strengths": "strengths of a conflicting context",
+    "random_draws": "random sets",
+    "draws": "draws of an interval",
+    "max_new_tokens": "longest answer, tokens",
+    "seed": "seed",
+}
 
 
 def write_veena_report(run: VeenaRun, model: HookedVLM, path: str | Path, command: Sequence[str] = ()) -> Path:
@@ -37,6 +63,7 @@ def write_veena_report(run: VeenaRun, model: HookedVLM, path: str | Path, comman
     """
     report = Report(f"Emotion circuit of {run.model}", lead=_lead(run))
     results = results_of(run)
+    _found(report, run, results)
     _main_table(report, run, results)
     _answers(report, run)
     _layers(report, run)
@@ -64,15 +91,29 @@ def _lead(run: VeenaRun) -> str:
     parts = [f"{name} {percent(mean(name))} %" for name in ("VEE", "ENA", "VEENA") if name in run.test.methods]
     return (
         f"Of held-out images whose context says another emotion, the plain model names the image's in "
-        f"{percent(mean('plain'))} % of answers; {', '.join(parts)}. The direction takes hold at layer "
-        f"{run.layers.best} of {len(run.layers.by_layer.labels['layer'])}."
+        f"{percent(mean('plain'))} % of answers; {', '.join(parts)}."
     )
+
+
+def _found(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
+    """Say in a few lines what was found, and whether the run was large enough to show it."""
+    report.section("What was found")
+    if run.settings.preset != "full":
+        n = len(next(iter(run.test.examples.values())))
+        report.text(
+            f"This run used the preset {run.settings.preset}: {n} test images, {run.settings.trials} trials per method "
+            f"and {run.random.draws} random draws. It shows that every step works"
+            + (". It is too small for findings" if run.settings.preset == "tiny" else "")
+            + "; the numbers in the README and the documentation come from the preset full."
+        )
+    report.points(*findings(run, results))
+    _table(report, tables.summary(results), caption="Hit rate under a plain conflict, its controls, and its price.")
 
 
 def _main_table(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     conditions = list(run.test.hits)
     n = len(next(iter(run.test.examples.values())))
-    report.section(
+    with report.folded(
         "Hit rate of each method",
         f"Hit rate in percent on {n} images of identities that no choice has seen, with 95 % intervals over "
         "identities: the share of answers that name the emotion the image shows. Columns: the image alone; after "
@@ -81,14 +122,15 @@ def _main_table(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
         "the share of neutral images, without context, that are given an emotion.",
         "VEE strengthens the attention of key heads to the image, ENA amplifies key neurons, VEENA does both; the "
         "adaptive variant sets its strength for each image. Other rows are baselines, tuned with as many trials.",
-    )
-    _table(report, tables.main(results))
-    values = run.test.scores().select(bound="mean").values.T
-    figure = plots.heatmap(
-        100 * values, x=conditions, y=[display_name(m) for m in run.test.methods], unit="percent",
-        title="Hit rate on held-out images", name="hit rate", limits=(0, 100),
-    )  # fmt: skip
-    report.figure(figure, alt="heat map of hit rates by method and condition", caption="The table as a figure.")
+        is_open=True,
+    ):
+        _table(report, tables.main(results))
+        values = run.test.scores().select(bound="mean").values.T
+        figure = plots.heatmap(
+            100 * values, x=conditions, y=[display_name(m) for m in run.test.methods], unit="percent",
+            title="Hit rate on held-out images", name="hit rate", limits=(0, 100),
+        )  # fmt: skip
+        report.figure(figure, alt="heat map of hit rates by method and condition", caption="The table as a figure.")
 
 
 def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
@@ -115,13 +157,13 @@ def _answers(report: Report, run: VeenaRun, most: int = 12) -> None:
         told = f"{example.context} ({example.context_emotion}, {example.context_strength})"
         rows.append([picture, example.emotion, told, *[x for pair in zip(said, marks, strict=True) for x in pair]])
     columns = ["image", "shows", "context", *[x for n in names for x in (display_name(n), "")]]
-    report.section(
+    with report.folded(
         "Before and after",
         f"Of {len(found)} answers under a conflicting context {len(better)} became right with {names[-1]} and "
         f"{len(worse)} became wrong; examples of each, and of answers that stayed right or wrong. After each context "
         "stand its emotion and strength.",
-    )
-    report.table(columns, rows, tones=TONES)
+    ):
+        report.table(columns, rows, tones=TONES)
 
 
 def _every(items: list[Any], n: int) -> list[Any]:
@@ -133,17 +175,19 @@ def _every(items: list[Any], n: int) -> list[Any]:
 
 def _layers(report: Report, run: VeenaRun) -> None:
     layers = run.layers
-    at = list(layers.by_layer.labels["layer"])
-    both = [layers.by_layer.values, layers.control_by_layer.values]
-    values = _stack([b[:, 1] for b in both])
-    spread = _stack([(b[:, 2] - b[:, 0]) / 2 for b in both])
+    at = list(layers.restored.labels["layer"])
+    doses = best_doses(layers)
+    both = [
+        _stack([part.values[i, dose] for i, dose in enumerate(doses)]) for part in (layers.restored, layers.control)
+    ]
     curve = plots.curves(
-        values, x=at, lines=["direction", "random direction"], x_name="layer", name="C", spread=spread,
-        title="Injected at a layer: share of the way to the emotional run",
+        _stack([b[:, 1] for b in both]), x=at, lines=["direction", "random direction"], x_name="layer", name="C",
+        spread=_stack([(b[:, 2] - b[:, 0]) / 2 for b in both]),
+        title="At each layer's best fluent dose",
     )  # fmt: skip
     alphas = list(layers.restored.labels["alpha"])
-    doses = plots.curves(
-        layers.restored.values[..., 1].T, x=at, lines=[f"alpha {a:g}" for a in alphas], x_name="layer", name="C",
+    by_dose = plots.curves(
+        layers.restored.values[..., 1].T, x=at, lines=[f"dose {a:g}" for a in alphas], x_name="layer", name="C",
         title="The same by dose",
     )  # fmt: skip
     names = list(layers.crossed.labels["named"])
@@ -151,31 +195,32 @@ def _layers(report: Report, run: VeenaRun) -> None:
         layers.crossed.select(layer=layers.best).values, x=names, y=names, x_name="named", y_name="injected",
         title=f"Injected and named, layer {layers.best}", name="share", limits=(0, 1),
     )  # fmt: skip
-    band = "no layer is" if layers.band is None else show_run(range(layers.band[0], layers.band[1] + 1))
-    if layers.band is not None:
-        band += " is" if layers.band[0] == layers.band[1] else " are"
     spans = run.stages.spans()
     stages = ", ".join(f"{name}: {show_run(x)}" for name, x in spans.items())
-    report.section(
-        "Key layers",
-        f"Best layer {layers.best}; {band} above the control. Emotional images hit {percent(layers.emotional)} %, "
-        f"neutral ones {percent(layers.neutral)} % ({layers.n_pairs} pairs). C is how far the direction, put into "
-        f"runs on neutral images, takes the hit rate to that of emotional ones (0 not at all, 1 all the way). It is "
-        f"averaged over doses whose answers "
-        f"stay fluent. Soft and generated changes agree with a rank correlation of {layers.agreement:.2f}.",
-        f"Stages by the curves: {stages}.",
-    )
-    report.figure(curve, alt="curve of C over layers with a random direction as control", caption="Bands: 95 %.")
-    report.figure(doses, alt="curves of C over layers for every dose")
-    report.figure(crossed, alt="heat map of injected against named emotions")
     table = run.stages.decodable
     kinds = list(table.labels["statistic"])
     chosen = [kinds.index("accuracy"), kinds.index("control")]
-    figure = plots.curves(
+    probes = plots.curves(
         table.values[:, chosen].T, x=list(range(len(table.values))), lines=["at the query", "labels shuffled"],
         x_name="layer", name="accuracy", title="How well a linear probe reads the emotion from the query",
     )  # fmt: skip
-    report.figure(figure, alt="accuracy of linear probes over layers")
+    with report.folded(
+        "Key layers",
+        f"Emotional images hit {percent(layers.emotional)} %, neutral ones {percent(layers.neutral)} % "
+        f"({layers.n_pairs} pairs). C is how far the direction, put into runs on neutral images, takes the hit rate to "
+        "that of emotional ones (0 not at all, 1 all the way). Each layer is shown at the dose that restores most "
+        "while the answers stay fluent; a mean over doses would count those that do nothing anywhere. A layer at 0 has "
+        f"no dose that acts and leaves the answers fluent. {layer_finding(run)}",
+        f"Soft and generated changes agree with a rank correlation of {layers.agreement:.2f}. Stages by the curves: "
+        f"{stages}.",
+    ):
+        with report.side_by_side():
+            report.figure(
+                curve, alt="curve of C over layers with a random direction as control", caption="Bands: 95 %."
+            )
+            report.figure(by_dose, alt="curves of C over layers for every dose")
+            report.figure(crossed, alt="heat map of injected against named emotions")
+            report.figure(probes, alt="accuracy of linear probes over layers")
 
 
 def _stack(rows: Sequence[Any]) -> Any:
@@ -186,47 +231,52 @@ def _stack(rows: Sequence[Any]) -> Any:
 
 def _heads(report: Report, run: VeenaRun, model: HookedVLM, results: dict[str, Any]) -> None:
     heads = run.heads
-    report.section(
+    with report.folded(
         "Key heads",
         f"{len(heads.heads)} heads restore the direction at layer {heads.layer} when their output on the emotional "
         f"image is put into the neutral run ({heads.n_pairs} pairs): interval above 0, change along the direction, "
         "and significant among all heads.",
-    )
-    figure = heads.plot(title="Restored by one head", center=0)
-    report.figure(
-        figure, alt="heat map of what each head restores", caption="At the query or the last token, the better."
-    )
-    table = replace(tables.heads(results), records=results["key_heads"]["table"][:16])
-    unsure = all(r["tau"] is None for r in results["key_heads"]["table"])
-    _table(report, table.without("tau", "cross-fitted", "kind", "most") if unsure else table)
-    report.text(
-        "Each head's own emotion is left open: there are too few pairs of each."
-        if unsure
-        else "tau: how much more a head serves one emotion than the others, from 0 (general) to 1 (one emotion alone); "
-        "cross-fitted: the emotion chosen and judged on different pairs."
-    )
-    pair = _example_pair(run)
-    if heads.heads and pair is not None:
-        lead_in = heads.meta.get("lead_in")
-        clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
-        direction = run.directions.unit(pair.emotion)
-        shown = heads.heads[:SHOWN_HEADS]
-        found = direct_attribution_map(model, clean, direction, ROWS["last"], baseline=corrupted)
-        maps = [found.select(layer=a, head=h).values.reshape(found.shape[-2:]) for a, h in shown]
-        boxes = None if clean.patch_boxes is None else clean.patch_boxes[0][0]
-        figure = plots.overlays(
-            open_image(pair.emotional.picture), _stack(maps), titles=[f"L{a}H{h}" for a, h in shown],
-            patch_boxes=boxes, title=f"Where the push towards {pair.emotion} comes from", name="push",
-        )  # fmt: skip
-        report.figure(figure, alt=f"maps of the direct attribution of {len(shown)} heads over the image of a person")
-    if len(run.edges):
-        edges = tables.edges(results)
-        n, all_ = len(edges.records), len(run.edges)
-        report.text(f"Traced back: {n} of {all_} candidate edges are confirmed by the direct path alone.")
-        _table(report, edges)
-    if len(run.execution):
-        report.text("After the key layer: what single heads restore of the lead of the emotion's words.")
-        _table(report, tables.execution(results))
+    ):
+        figure = heads.plot(title="Restored by one head", center=0)
+        report.figure(
+            figure, alt="heat map of what each head restores", caption="At the query or the last token, the better."
+        )
+        table = replace(tables.heads(results), records=results["key_heads"]["table"][:16])
+        unsure = all(r["tau"] is None for r in results["key_heads"]["table"])
+        _table(report, table.without("tau", "cross-fitted", "kind", "most") if unsure else table)
+        report.text(
+            "Each head's own emotion is left open: there are too few pairs of each."
+            if unsure
+            else "tau: how much more a head serves one emotion than the others, from 0 (general) to 1 (one emotion "
+            "alone); cross-fitted: the emotion chosen and judged on different pairs."
+        )
+        pair = _example_pair(run)
+        if heads.heads and pair is not None:
+            lead_in = heads.meta.get("lead_in")
+            clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))
+            direction = run.directions.unit(pair.emotion)
+            shown = heads.heads[:SHOWN_HEADS]
+            found = direct_attribution_map(model, clean, direction, ROWS["last"], baseline=corrupted)
+            maps = [found.select(layer=a, head=h).values.reshape(found.shape[-2:]) for a, h in shown]
+            boxes = None if clean.patch_boxes is None else clean.patch_boxes[0][0]
+            figure = plots.overlays(
+                open_image(pair.emotional.picture), _stack(maps), titles=[f"L{a}H{h}" for a, h in shown],
+                patch_boxes=boxes, title=f"Where the push towards {pair.emotion} comes from", name="push",
+            )  # fmt: skip
+            report.figure(
+                figure, alt=f"maps of the direct attribution of {len(shown)} heads over the image of a person"
+            )
+        if len(run.edges):
+            edges = tables.edges(results)
+            n, all_ = len(edges.records), len(run.edges)
+            report.text(
+                f"Traced back: {n} of {all_} candidate edges are confirmed by the direct path alone, with intervals "
+                "that do not touch 0."
+            )
+            _table(report, edges)
+        if len(run.execution):
+            report.text("After the key layer: what single heads restore of the lead of the emotion's words.")
+            _table(report, tables.execution(results))
 
 
 def _example_pair(run: VeenaRun) -> Any:
@@ -244,35 +294,36 @@ def _example_pair(run: VeenaRun) -> Any:
 
 def _neurons(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
     counts = run.neurons.table["kind"].value_counts().to_dict()
-    report.section(
+    with report.folded(
         "Key neurons",
         f"Neurons with the largest direct attribution on emotional images ({run.neurons.n_pairs} pairs): "
         + ", ".join(f"{n} {kind}" for kind, n in counts.items())
         + ". Kinds follow a fixed rule on what the output weights promote and where the push was read.",
-    )
-    table = tables.neurons(results)
-    _table(report, replace(table, records=table.records[:40]))
+    ):
+        table = tables.neurons(results)
+        _table(report, replace(table, records=table.records[:40]))
 
 
 def _choices(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
-    report.section(
+    with report.folded(
         "What was chosen, and how",
-        "Heads are ranked on the mechanism's identities and compared on the validation's at one strength. worth: mean "
+        "Heads are ranked on the mechanism's identities and compared on the validation's at one strength. score: mean "
         "hit rate under conflict; harm: largest loss elsewhere; perplexity: growth without emotion words. Chosen: "
         f"{run.head_rankings.winner[0]}, mode {run.head_rankings.winner[1]}.",
-    )
-    _table(report, tables.head_rankings(results))
-    plain = percent(float(next(iter(run.tuned.values())).trials["plain"].iloc[0]))
-    _table(report, tables.tuned(results), caption=f"The plain model's worth is {plain} %.")
-    for kind in dict.fromkeys(run.doses["method"]):
-        part = run.doses[run.doses["method"] == kind]
-        conditions = list(dict.fromkeys(part["condition"]))
-        lines = [part[part["condition"] == c].sort_values("dose") for c in conditions]
-        figure = plots.curves(
-            _stack([_tensor(x["hit"]) for x in lines]), x=[float(d) for d in lines[0]["dose"]], lines=conditions,
-            x_name="dose", name="hit rate", title=f"{kind}: dose and hit rate on validation",
-        )  # fmt: skip
-        report.figure(figure, alt=f"hit rate over doses of {kind} by condition")
+    ):
+        _table(report, tables.head_rankings(results))
+        plain = percent(float(next(iter(run.tuned.values())).trials["plain"].iloc[0]))
+        _table(report, tables.tuned(results), caption=f"The plain model's score is {plain} %.")
+        with report.side_by_side():
+            for kind in dict.fromkeys(run.doses["method"]):
+                part = run.doses[run.doses["method"] == kind]
+                conditions = list(dict.fromkeys(part["condition"]))
+                lines = [part[part["condition"] == c].sort_values("dose") for c in conditions]
+                figure = plots.curves(
+                    _stack([_tensor(x["hit"]) for x in lines]), x=[float(d) for d in lines[0]["dose"]],
+                    lines=conditions, x_name="dose", name="hit rate", title=f"{kind}: dose and hit rate on validation",
+                )  # fmt: skip
+                report.figure(figure, alt=f"hit rate over doses of {kind} by condition")
 
 
 def _tensor(column: Any) -> Any:
@@ -282,25 +333,36 @@ def _tensor(column: Any) -> Any:
 
 
 def _controls(report: Report, run: VeenaRun, results: dict[str, Any]) -> None:
-    report.section(
+    with report.folded(
         "Controls and side effects",
         f"{run.random.draws} random sets of as many heads or neurons from the same layers, at the tuned strength. The "
         "percentile is that of the chosen set among them.",
-    )
-    _table(report, tables.random(results))
-    if run.elsewhere is not None:
-        _table(report, tables.elsewhere(results), caption="Other images, no context.")
-    _table(report, tables.effects(results), caption="On test images without context.")
+    ):
+        _table(report, tables.random(results))
+        if run.elsewhere is not None:
+            _table(report, tables.elsewhere(results), caption="Other images, no context.")
+        _table(report, tables.effects(results), caption="On test images without context.")
 
 
 def _how(report: Report, run: VeenaRun, command: Sequence[str]) -> None:
     parts = ", ".join(f"{name} {len(names)}" for name, names in run.splits.items())
     seconds = ", ".join(f"{name} {s:.0f} s" for name, s in run.seconds.items())
-    report.section(
+    with report.folded(
         "How this was made",
         f"Identities by part, none in two: {parts}. Nothing was chosen on test images. Seeds fix every draw "
         f"(seed {run.settings.seed}).",
         f"Time: {seconds}.",
-    )
-    if command:
-        report.code(shlex.join(command))
+    ):
+        settings = [(name, _setting(run.settings, key)) for key, name in SETTINGS.items()]
+        report.table(["setting", "value"], settings, caption="Sizes of the run; results.json holds every setting.")
+        if command:
+            report.code(shlex.join(command))
+
+
+def _setting(settings: Settings, key: str) -> str:
+    """Return a setting in words."""
+    value = getattr(settings, key)
+    if value is None:
+        return "all"
+    parts = value if isinstance(value, tuple) else (value,)
+    return ", ".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)

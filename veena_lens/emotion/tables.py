@@ -135,7 +135,7 @@ def _named_settings(r: Record) -> Cell:
     return "; ".join(f"{names.get(k, k)} {shown(v)}" for k, v in settings.items() if known.get(k) not in settings)
 
 
-def _rounded(key: str, digits: int, factor: float = 1.0) -> Callable[[Record], Cell]:
+def _rounded(key: str, digits: int, factor: int = 1) -> Callable[[Record], Cell]:
     """Return the cell of a number with so many decimals, "" where it is not known."""
     return lambda r: "" if r.get(key) is None or r[key] != r[key] else f"{factor * r[key]:.{digits}f}"
 

@@ -13,6 +13,7 @@ import torch
 
 from tests.emotion.asked import bundled
 from tests.emotion.twins import LLAVA, QWEN, directions, heads_of, twins
+from veena_lens import long_runs
 from veena_lens.emotion.locate import neurons as module
 from veena_lens.emotion.locate.answer_slot import LEAD_IN
 from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons, neuron_projections, strongest_neurons
@@ -125,6 +126,9 @@ def test_bad_input_is_named_before_anything_is_computed(monkeypatch: pytest.Monk
         key_neurons(model, proud, directions(), 5)
 
 
-def test_progress_counts_every_pair_at_both_rows(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_counts_every_pair_at_both_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_runs, "has_screen", lambda: True)
     neuron_projections(bundled(LLAVA), twins()[:2], directions(), "query", lead_in=LEAD_IN, progress=True)
     assert "neurons, query: pairs: 100%" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def take(path: Path = PICTURE) -> Path:
             page = browser.new_page(viewport={"width": 1180, "height": 1600})
             page.goto(f"http://127.0.0.1:{PORT}/")
             page.wait_for_selector("#look-view .vv-answer")
-            page.locator("#look-view .vv-answer", has_text="feels").click()
+            page.locator("#look-view .vv-answer", has_text="happy").click()
             page.wait_for_timeout(600)
             box = page.locator("#look-view").bounding_box()
             assert box is not None

@@ -25,6 +25,7 @@ from veena_lens.app.explorer.state import Explorer, Session, reading
 from veena_lens.app.questions import FEELING
 from veena_lens.emotion import load_pairs, sample_hit
 from veena_lens.interventions import BoostAttention, Circuit, ScaleNeurons, Steer
+from veena_lens.interventions.made_for import MadeFor
 from veena_lens.scores import counted
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class Steered:
     model: str
     question: str
     image: GivenImage
+    made_for: MadeFor
 
     def is_hit(self, text: str) -> bool:
         """Return True where a text names the wanted emotion on most of the wheels that show it."""
@@ -224,7 +226,7 @@ def steer(
         require_processable(loaded, [image], explorer.limits)
         model = model_of(loaded, name)
         answers = make("before, after", answers_about_image, model, circuit, image.made, question)
-        every = [answers]
+        every, made_for = [answers], MadeFor.of(loaded.cfg)
         if judged:
             every.append(make("rate_before, rate_after", rates_on_faces, model, circuit, wanted, FEELING))
     names = ", ".join(made.expression for made in every)
@@ -242,6 +244,7 @@ def steer(
         model=name,
         question=question,
         image=image,
+        made_for=made_for,
     )
     session.kept["steered"] = found
     return found
@@ -255,7 +258,7 @@ def export_steering(session: Session) -> list[str]:
     told = about(found.model, found.question, image=found.image.name)
     told |= {"direction": found.circuit.name or found.wanted}
     del told["answer"]  # each row has its own
-    circuit = Circuit(list(found.circuit), found.circuit.name, {**found.circuit.meta, **told})
+    circuit = replace(found.circuit, meta={**found.circuit.meta, **told}, made_for=found.made_for)
     path = circuit.save(session.folder / "circuit.safetensors")
     strengths = {name: found.circuit.meta[name] for name in ("alpha", "beta", "gamma") if name in found.circuit.meta}
     rows = []

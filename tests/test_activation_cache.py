@@ -18,7 +18,7 @@ def ready(model_of):
         model = model_of(BY_NAME[name])
         inputs = model.inputs_from_hf(**counted(raw_inputs(BY_NAME[name])))
         with torch.no_grad():
-            return model, inputs, model.run_with_cache(inputs, names_filter=lambda name: True)[1]
+            return model, inputs, model.run_with_cache(inputs)[1]
 
     return get
 

@@ -92,7 +92,7 @@ def parse(positions: Any) -> Any:
     if isinstance(positions, Sequence):
         return [as_int(p, "a position") for p in positions]
     if hasattr(positions, "__index__") or isinstance(positions, (bool, float)):
-        return as_int(positions, "the position")
+        return as_int(positions, "positions")
     raise TypeError(
         f"positions of type {type(positions).__name__}: pass words such as 'last' or 'query+generated', an int, "
         "a slice, a list of ints, a bool mask [batch pos], a Box of pixels or a Tile."

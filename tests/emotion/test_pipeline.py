@@ -85,7 +85,7 @@ def test_the_estimate_adds_up_and_times_eight_answers(monkeypatch) -> None:
     by_hand = {"directions": 42, "key layers": 7 * 2 * 8 * 2 // 4, "choosing": 8 * 3 * 2, "tuning": 8 * 3 * (4 * 3 + 1)}
     by_hand["test"] = 16 * (3 * 5 + 2 * 2)
     assert {k.strip(): v for k, v in counts.items()} == by_hand
-    assert f"About {sum(by_hand.values())} answers" in text and "the same command goes on" in text
+    assert f", {sum(by_hand.values())} answers" in text and "goes on where it was when it is started again" in text
 
 
 # --- one small run, shared ---------------------------------------------------------------------------

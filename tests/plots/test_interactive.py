@@ -77,10 +77,10 @@ def test_both_back_ends_take_the_same_settings_and_name_what_they_return() -> No
 
     from veena_lens import plots
 
-    for name in ("heatmap", "curves", "overlay", "overlays", "head_view"):
+    for name in ("heatmap", "curves", "overlay", "overlays", "position_maps", "head_view"):
         static, hovered = (inspect.signature(getattr(module, name)) for module in (plots, interactive))
         assert static.parameters == hovered.parameters
-        assert (static.return_annotation, hovered.return_annotation) == ("Figure", "Any")
+        assert (static.return_annotation, hovered.return_annotation) == ("ShownFigure", "Any")
     maps = torch.rand(2, 2, 2, generator=GENERATOR)
     figure = interactive.overlays(Image.new("RGB", (8, 4)), maps, titles=["a", "b"], title="both")
     assert [note.text for note in figure.layout.annotations] == ["a", "b"] and len(figure.data) == 2

@@ -297,7 +297,9 @@ def require_reach(model: HookedVLM, span: PassSpan) -> None:
         if needs_image and applied.of is None and not bool(span.key_mask(intervention.keys).any()):
             raise ValueError(f"{intervention!r} has no keys to act on: no row of {span.inputs!r} has an image.")
         at = applied.mask(span, _picture_positions(model, applied, span))
-        intervention.fits(model.cfg, span.inputs, at)
+        # A pass of uncached decoding also holds what was generated; what an edit carries is for the prompt.
+        of_prompt = at[:, : span.inputs.shape[1]] if row_of(applied.name).axis_names[0] == "batch" else at
+        intervention.fits(model.cfg, span.inputs, of_prompt)
         if reaches_generated(intervention.positions):
             continue
         if (where := applied.nowhere(at)) is not None:

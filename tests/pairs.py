@@ -21,9 +21,8 @@ def with_other_words(raw: dict[str, Tensor]) -> Tensor:
     return ids
 
 
-def with_other_images(raw: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_other_images(raw: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """The inputs with other pixels; zeros stay, since a tile of zeros is padding."""
-    generator = torch.Generator().manual_seed(0)
 
     def drawn(value: Tensor) -> Tensor:
         return torch.where(value == 0, 0.0, torch.randn(value.shape, generator=generator, dtype=value.dtype))
@@ -37,11 +36,14 @@ def pair_of(
     has_other_words: bool = True,
     dtype: torch.dtype = torch.float64,
     casts: str = "none",
+    generator: torch.Generator | None = None,
     **options: Any,
 ) -> tuple[Any, Any, Any]:
-    """(model, clean, corrupted) of a case; `models` is the fixture `model_of`, or `native_model`."""
+    """(model, clean, corrupted) of a case; `models` is the fixture `model_of`, or `native_model`.
+
+    generator: what draws the other pixels; None means the same numbers at every call."""
     model, raw = models(case, dtype, casts, **options), counted_inputs(case, dtype)
-    other = with_other_images(raw)
+    other = with_other_images(raw, generator or torch.Generator().manual_seed(0))
     if has_other_words:
         other["input_ids"] = with_other_words(raw)
     return model, model.inputs_from_hf(**raw), model.inputs_from_hf(**other)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from veena_lens import long_runs
-from veena_lens.long_runs import Lines, Store, progress, save_tensors, write_file
+from veena_lens.long_runs import Store, progress, save_tensors, write_file
 
 EMBEDDED = "tiny-llava-emotion"
 
@@ -179,7 +179,7 @@ def test_processes_that_write_one_file_leave_a_whole_one(tmp_path: Path) -> None
     assert [w.exitcode for w in workers] == [0, 0] and (tmp_path / "x.json").read_text() in texts
 
 
-# --- progress and rows of a file ----------------------------------------------------------------------
+# --- progress ----------------------------------------------------------------------
 
 
 def test_progress_gives_the_items_in_order_shown_or_not(
@@ -204,20 +204,3 @@ def test_a_log_and_a_pipe_get_no_bar_and_a_terminal_and_a_notebook_do(
     monkeypatch.setattr(IPython, "get_ipython", lambda: None)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert long_runs.has_screen()
-
-
-def test_lines_go_on_where_they_stopped_and_only_in_the_same_run(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "a.jsonl"
-    lines = Lines(path, {"set": "meld"})
-    assert lines.rows == [] and not path.exists()
-    lines.add([{"name": "a"}])
-    with path.open("a") as file:
-        file.write('{"name": "b", "ans')
-    again = Lines(path, {"set": "meld"})
-    assert again.rows == [{"name": "a"}]
-    again.add([{"name": "b"}])
-    kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert kept[0] == {"run": {"set": "meld"}} and [row["name"] for row in kept[1:]] == ["a", "b"]
-    assert all(len(row["check"]) == 12 for row in kept[1:])
-    with pytest.raises(ValueError, match=r"another run: \{'set': 'meld'\} instead of \{'set': 'sims'\}"):
-        Lines(path, {"set": "sims"})

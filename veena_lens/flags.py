@@ -101,5 +101,5 @@ def has_settable_flags(cls: type) -> type:
             self.require_attn_in()
         setattr(self.flags, name, value)
 
-    cls.__setattr__ = set_attribute  # type: ignore[assignment]
+    type.__setattr__(cls, "__setattr__", set_attribute)
     return cls

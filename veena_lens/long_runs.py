@@ -2,7 +2,8 @@
 
 A `Store` belongs to one experiment and holds its units: each is looked up before it is computed, written under a
 temporary name of this process, then renamed, so that a file is whole or absent whoever is killed when. Experiments
-and units are named by content (`fingerprints`), never by an address in memory. `Lines` does it for rows of text.
+and units are named by content (`fingerprints`), never by an address in memory. `json_lines` does the same for rows of
+text in one file.
 """
 
 from __future__ import annotations
@@ -25,13 +26,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from veena_lens.fingerprints import as_json, digest, fingerprint, tensor_bytes
+from veena_lens.fingerprints import as_json, fingerprint, tensor_bytes
 
 Result = dict[str, Any]
 T = TypeVar("T")
 
 SHORT_NAME = re.compile(r"[\w-]{1,48}")  # names of units that are file names as they stand
-CHECK = "check"  # the field of a row of `Lines` that holds its checksum
 TENSOR = "tensor "  # before the name of a tensor in a file, which may be empty
 
 
@@ -272,7 +272,7 @@ def _draft(path: Path, kept: str = "results so far are kept") -> Iterator[Path]:
 
     Raises: OSError that says how to go on, where the disk is full; safetensors has its own error for it."""
     part = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    with _room(path.parent, kept):
+    with room(path.parent, kept):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield part
@@ -281,120 +281,16 @@ def _draft(path: Path, kept: str = "results so far are kept") -> Iterator[Path]:
 
 
 @contextmanager
-def _room(place: Path, kept: str) -> Iterator[None]:
+def room(place: Path, kept: str) -> Iterator[None]:
+    """Turn the error of a full disk into one that says what is kept and how to go on.
+
+    Args:
+        place: the file or folder that is written.
+        kept: what is not lost, as the end of a sentence.
+    """
     try:
         yield
     except Exception as error:
         if getattr(error, "errno", None) != errno.ENOSPC and "os error 28" not in str(error):
             raise
         raise OSError(errno.ENOSPC, f"The disk of {place} is full; {kept}. Free some space and run again.") from error
-
-
-# --- rows in a file ---------------------------------------------------------------------------------------------------
-
-
-@final
-class Lines:
-    """Rows of one run in a JSON Lines file, written as they come; the first line holds the run's settings.
-
-    Each row carries a checksum over itself and the settings, so that a row that was changed, repeated, or copied from
-    another run is not taken for one that was computed. Opening a file goes on with it: `rows` are those that are
-    there. A last line that a stop cut off is taken away. One process writes such a file at a time (`held`).
-
-    Args:
-        path: the file; it and its folder are made with the first rows.
-        run: the settings, as JSON holds them.
-        key: the field that tells one row from the others.
-
-    Raises: ValueError for a file of another run, naming what differs, or for rows that are not as they were written,
-        naming their lines."""
-
-    def __init__(self, path: str | Path, run: Mapping[str, Any], key: str = "name") -> None:
-        self.path, self.run, self.key = Path(path), dict(run), key
-        self.rows: list[dict[str, Any]] = []
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return
-        rows = json_rows(self.path)
-        there = rows[0].get("run") if rows else None
-        if rows and there != self.run:
-            differing = [key for key in run if not isinstance(there, dict) or there.get(key) != run[key]]
-            found = {key: there.get(key) for key in differing} if isinstance(there, dict) else "no settings"
-            wanted = {key: run[key] for key in differing}
-            raise ValueError(
-                f"{path} holds another run: {found} instead of {wanted}. Name another file, or remove this one."
-            )
-        content = self.path.read_bytes()
-        if not content.endswith(b"\n"):
-            with self.path.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
-            rows = json_rows(self.path)
-        self.rows = self._checked(rows[1:])
-
-    def _checked(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the rows without their checksums."""
-        kept: dict[str, dict[str, Any]] = {}
-        for row in rows:
-            body = {name: value for name, value in row.items() if name != CHECK}
-            name = str(body.get(self.key))
-            if row.get(CHECK) != self._check(body) or name in kept:
-                what = "is there twice" if name in kept else "is not as it was written"
-                raise ValueError(
-                    f"{self.path}: the row of {self.key} {name!r} {what}. Remove it to compute it again, or name "
-                    "another file."
-                )
-            kept[name] = body
-        return list(kept.values())
-
-    def _check(self, row: Mapping[str, Any]) -> str:
-        return digest([self.run, row])[:12]
-
-    @contextmanager
-    def held(self) -> Iterator[Lines]:
-        """Keep other processes from writing the file inside a `with` block, at whose start `rows` are read again.
-
-        Raises: ValueError where another process is writing it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # a system without locks on files
-                pass
-            except OSError as error:
-                raise ValueError(
-                    f"Another run is writing {self.path}. Wait until it ends, or name another file."
-                ) from error
-            self.rows = Lines(self.path, self.run, self.key).rows
-            yield self
-
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Write further rows at the end of the file. Raises: OSError that says how to go on, on a full disk."""
-        new = list(rows)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _room(self.path, "the answers in it are kept"), self.path.open("a", encoding="utf-8") as file:
-            first = [{"run": self.run}] if file.tell() == 0 else []
-            whole = [*first, *(row | {CHECK: self._check(row)} for row in new)]
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in whole))
-        self.rows += new
-
-
-def json_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON Lines file; a last line that was cut off by a stop is left out.
-
-    Raises: ValueError for any other line that is not a JSON object."""
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number} is not a JSON object: {line[:60]!r}.")
-        rows.append(row)
-    return rows

@@ -267,8 +267,10 @@ class Scores:
 
         interactive: plotly's figure with the same data and colours (`veena_lens.plots.interactive`); default
         matplotlib's. image: the image that attention of heads lies over; then `plots.head_view` draws one map per
-        head. tokens: the texts of the positions, to label an axis "pos", "query" or "key"; default
-        meta["token_texts"]. settings: go to `plots.curves`, `plots.heatmap` or `plots.head_view`.
+        head. Numbers over "pos" whose meta says where images lie (sweeps over each position) become maps over the
+        image (bare cells without it), text a strip (`plots.position_maps`). tokens: the texts of the positions, to
+        label an axis "pos", "query" or "key"; default meta["token_texts"]. settings: go to `plots.curves`,
+        `plots.heatmap`, `plots.position_maps` or `plots.head_view`.
         Raises: ValueError for other than one or two long axes, or tokens that do not name the positions."""
         from veena_lens.plots.scores import plot_scores
 

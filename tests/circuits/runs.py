@@ -29,7 +29,7 @@ def case_of(name: str) -> Case:
 
 def pair_of(model_of: Callable[..., Any], name: str) -> tuple[Any, Any, Any]:
     """(model, clean, corrupted): the same rows with other images and one other word a row."""
-    return pairs.pair_of(model_of, case_of(name))
+    return pairs.pair_of(model_of, case_of(name), generator=torch.default_generator)
 
 
 def difference(logits: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ def test_the_view_names_the_token_and_writes_the_shares_under_each_head(seen, tm
     figure = plots.head_view(PICTURE, attention, inputs, layer=1, heads=[4, 0], query=last, tokens=tokens)
     assert f"layer 1, attention of 'word{last}' at position {last}" in figure.get_suptitle()
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert [t for t in titles if t] == ["image", "head 4", "head 0"]
+    assert [t for t in titles if t] == ["image", "L1H4", "L1H0"]
     data = head_maps(attention, inputs, layer=1, heads=[4, 0], query=last)
     written = " ".join(text.get_text().replace("\n", ", ") for axes in figure.axes for text in axes.texts)
     assert all(words(data, i) in written for i in range(2)) and "image 0." in written and "query 0." in written
@@ -129,7 +129,7 @@ def test_every_map_can_have_a_scale_of_its_own(seen) -> None:
     np.testing.assert_allclose(each.maps.reshape(len(each.heads), -1).max(1), 1.0)
     np.testing.assert_allclose(each.maps * np.array(each.tops)[:, None, None], data.maps)
     figure = plots.head_view(PICTURE, attention, inputs, scale="each", **chosen)
-    assert any(axes.get_title(loc="left").startswith("head 0 (up to 0.") for axes in figure.axes)
+    assert any(axes.get_title(loc="left").startswith("L1H0 (up to 0.") for axes in figure.axes)
 
 
 def test_tiles_are_shown_where_they_lie_and_the_whole_view_apart() -> None:

@@ -29,7 +29,7 @@ def dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(given, str):
         found = DTYPES.get(given.strip().lower().removeprefix("torch."))
         if found is None:
-            raise ValueError(f"dtype={given!r} is unknown; known: {', '.join(DTYPES)}.")
+            raise ValueError(f"dtype={given!r} is not a torch dtype that a model can have; known: {', '.join(DTYPES)}.")
         return found
     if given is not None and not isinstance(given, torch.dtype):
         raise TypeError(f"dtype={given!r} must be a dtype of torch or its name ({', '.join(DTYPES)}).")

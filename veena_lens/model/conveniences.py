@@ -7,7 +7,7 @@ What makes sense for weights as they are stored works the same. What does not ra
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jaxtyping import Float
 from torch import Tensor
@@ -135,7 +135,7 @@ class HookedTransformerNames:
 
         `model(resid, start_at_layer=0, tokens=tokens, attention_mask=mask)` goes on from there.
         input .. attention_mask: as `forward` takes them."""
-        model: Any = self
+        model = cast("HookedVLM", self)
         inputs = model.as_inputs(input, attention_mask, prepend_bos=prepend_bos, padding_side=padding_side)
         is_prepared = isinstance(input, MultimodalInputs)
         tokens, mask = (inputs, None) if is_prepared else (inputs.tokens, inputs.attention_mask)
@@ -152,19 +152,19 @@ class HookedTransformerNames:
 
         tokens: prepared inputs, or tokens [batch pos]. attention_mask: of bare tokens; None masks the pads at a row's
             ends. per_token: [batch pos - 1] instead of the mean over the targets."""
-        model: Any = self
+        model = cast("HookedVLM", self)
         return forward.next_token_loss(logits, model.as_inputs(tokens, attention_mask), per_token)
 
     # --- parameters --------------------------------------------------------------------------------------
     @property
     def n_params_total(self) -> int:
         """Return the number of parameters, tower, embeddings and norms among them; tied ones count once."""
-        model: Any = self
+        model = cast("HookedVLM", self)
         return sum(p.numel() for p in model.parameters())
 
     def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every text parameter under HookedTransformer's name and in its shape."""
-        model: Any = self
+        model = cast("HookedVLM", self)
         yield from model.tl_parameters().items()
 
     def get_params(self) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ class Generating:
         of_text: dict[str, Any] = dict(
             prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask, chat=chat
         )
-        model: Any = self
+        model = cast("HookedVLM", self)
         given = one_input("generate", inputs, input)
         prompt = as_prompt(model, given, **of_text)
         new, out = _generate(model, given, prompt, settings, how)

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
@@ -99,11 +99,11 @@ class Added:
         for point, handle in self._handles:
             for functions in (point._forward_hooks, point._backward_hooks):
                 if handle.hook.id in functions:
-                    functions[handle.hook.id].thread = None  # type: ignore[attr-defined]
+                    vars(functions[handle.hook.id])["thread"] = None
 
 
 def _functions(point: HookPoint, dir: str) -> dict[int, Any]:
-    return point._forward_hooks if dir == "fwd" else point._backward_hooks  # type: ignore[return-value]
+    return cast("dict[int, Any]", point._forward_hooks if dir == "fwd" else point._backward_hooks)
 
 
 def _take(point: HookPoint, wanted: Callable[[LensHandle], bool], dirs: tuple[str, ...] = ("fwd", "bwd")) -> None:

@@ -59,7 +59,7 @@ class _Chosen:
 class HeadMaps:
     """`maps` [head height width], NaN at sinks and padding; `shares`: of each part one number per head, in the order of
     PARTS; `boxes`: left, top, right, bottom of each cell in pixels (None: not known); `tops`: each map's largest
-    weight, where maps have scales of their own."""
+    weight, where maps have scales of their own; `layer`: that of the heads, where it is known."""
 
     maps: np.ndarray
     heads: list[int]
@@ -68,6 +68,7 @@ class HeadMaps:
     boxes: Tensor | None
     unit: str
     tops: Sequence[float] | None = None
+    layer: int | None = None
 
     def scaled(self, scale: str) -> HeadMaps:
         """Return the same maps on one scale ("shared"), or each divided by its largest value ("each").
@@ -125,7 +126,8 @@ def head_view(
     panels = []
     for place, head in enumerate(data.heads):
         largest = "" if data.tops is None else f" (up to {data.tops[place]:.2g})"
-        about = {"title": f"head {head}{largest}", "shares": data.shares_of(place), "crosses": True}
+        name = f"head {head}" if data.layer is None else f"L{data.layer}H{head}"
+        about = {"title": f"{name}{largest}", "shares": data.shares_of(place), "crosses": True}
         panels.append(map_panel(picture, data.maps[place], None, boxes, **about))
     return ImageMaps(
         panels=panels,
@@ -223,7 +225,7 @@ def _from_rows(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) 
     maps = torch.where(part["sinks"][cells], torch.nan, maps)
     title = _title(asked.layer, asked.token or _name(inputs, row, query, asked.tokens), query)
     boxes = _boxes(inputs, row, asked.image_index, cells)
-    return HeadMaps(maps.numpy(), list(attention.labels["head"]), shares, title, boxes, "weight")
+    return HeadMaps(maps.numpy(), list(attention.labels["head"]), shares, title, boxes, "weight", layer=asked.layer)
 
 
 def _parts(inputs: MultimodalInputs, query: int, asked: _Chosen) -> dict[str, Tensor]:
@@ -269,7 +271,8 @@ def _from_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen)
             )
         boxes = _boxes(inputs, row, image_index, cells)
     title = _title_of_grids(attention, inputs, asked)
-    return HeadMaps(values.numpy(), list(attention.labels["head"]), shares, title, boxes, attention.unit or "weight")
+    heads, unit = list(attention.labels["head"]), attention.unit or "weight"
+    return HeadMaps(values.numpy(), heads, shares, title, boxes, unit, layer=asked.layer)
 
 
 def _title_of_grids(attention: Any, inputs: MultimodalInputs | None, asked: _Chosen) -> str:

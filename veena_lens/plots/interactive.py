@@ -16,9 +16,10 @@ import numpy as np
 from PIL import Image
 
 from veena_lens.long_runs import write_file
-from veena_lens.plots import charts, heads, image_overlay, theme
+from veena_lens.plots import charts, heads, image_overlay, positions, theme
 from veena_lens.plots.charts import Curves, Heatmap
 from veena_lens.plots.image_overlay import ImageMaps, MapPanel
+from veena_lens.plots.positions import PositionMaps
 from veena_lens.plots.theme import Scale
 
 COLOURS = {theme.SIGNED: "RdBu_r", theme.UNSIGNED: "Viridis", theme.ON_PICTURE: "Inferno"}
@@ -141,6 +142,52 @@ def draw_maps(spec: ImageMaps) -> Any:
     return _styled(figure, spec.title, top=90)
 
 
+def draw_positions(spec: PositionMaps) -> Any:
+    """Draw the maps over the image, below them the text as a strip; the pointer reads cell or word, and value."""
+    go = _plotly()
+    from plotly.subplots import make_subplots
+
+    maps, strip, scale = spec.maps, spec.strip, spec.maps.scale
+    columns = max(1, min(maps.columns, len(maps.panels)))
+    rows = -(-len(maps.panels) // columns)
+    kinds: list[list[Any]] = [
+        [{} if y * columns + x < len(maps.panels) else None for x in range(columns)] for y in range(rows)
+    ]
+    if strip is not None:
+        kinds.append([{"colspan": columns}, *[None] * (columns - 1)])
+    names = [panel.title for panel in maps.panels]
+    gap = min(0.1, 0.9 / max(1, len(kinds) - 1))
+    figure = make_subplots(len(kinds), columns, specs=kinds, subplot_titles=names, vertical_spacing=gap)
+    for place, panel in enumerate(maps.panels):
+        y, x = divmod(place, columns)
+        name, image = "" if place == 0 else str(place + 1), panel.image
+        axes = {"xref": f"x{name}", "yref": f"y{name}"}
+        size = {"x": 0, "y": 0, "sizex": image.width, "sizey": image.height, "sizing": "stretch", "layer": "below"}
+        figure.add_layout_image(source=_data_uri(image.convert("L").convert("RGB")), **size, **axes)
+        _lay(figure, panel, scale, axes)
+        figure.add_trace(_points(go, panel, maps, has_bar=place == 0), row=y + 1, col=x + 1)
+        bare = {"showticklabels": False, "showgrid": False, "zeroline": False, "ticks": "", "constrain": "domain"}
+        figure.update_xaxes(range=[0, image.width], **bare, row=y + 1, col=x + 1)
+        figure.update_yaxes(range=[image.height, 0], visible=False, scaleanchor=f"x{name}", row=y + 1, col=x + 1)
+    if strip is not None:
+        trace = go.Heatmap(
+            z=strip.table,
+            x=_apart(strip.x),
+            y=_apart(strip.y),
+            zmin=scale.low,
+            zmax=scale.high,
+            colorscale=COLOURS[scale.colours],
+            showscale=False,
+            hovertemplate=f"{strip.y_name} %{{y}}<br>%{{x}}<br>%{{z:.4g}} {strip.unit}<extra></extra>",
+        )
+        figure.add_trace(trace, row=len(kinds), col=1)
+        figure.update_xaxes(title=strip.x_name, type="category", row=len(kinds), col=1)
+        figure.update_yaxes(title=strip.y_name, type="category", autorange="reversed", row=len(kinds), col=1)
+    figure.update_annotations(font_size=12)
+    figure.update_layout(width=230 * columns + 120, height=250 * len(kinds) + 90)
+    return _styled(figure, maps.title, top=90)
+
+
 def _lay(figure: Any, panel: MapPanel, scale: Scale, axes: dict[str, str]) -> None:
     """Lay a half-transparent rectangle per cell, where its patch lies; cells that do not exist are left open."""
     for (left, top, right, bottom), value in zip(panel.boxes, panel.grid.flatten(), strict=True):
@@ -209,4 +256,5 @@ heatmap = theme.drawn(charts.heatmap, draw_heatmap, "Any")
 curves = theme.drawn(charts.curves, draw_curves, "Any")
 overlay = theme.drawn(image_overlay.overlay, draw_maps, "Any")
 overlays = theme.drawn(image_overlay.overlays, draw_maps, "Any")
+position_maps = theme.drawn(positions.position_maps, draw_positions, "Any")
 head_view = theme.drawn(heads.head_view, draw_maps, "Any")

@@ -24,6 +24,8 @@ def plot_scores(
     """Return a figure of Scores that have one or two axes longer than 1; see `Scores.plot` for the arguments.
 
     Raises: ValueError for more axes, none, or tokens that do not name the entries of a position axis."""
+    if _lies_on_images(scores, settings):
+        return _plot_positions(scores, interactive, image, tokens, settings)
     if image is not None:
         return _back_end(interactive).head_view(image, scores, tokens=tokens, **settings)
     if list(scores.labels.get("bound", ())) == ["low", "mean", "high"]:
@@ -41,6 +43,38 @@ def plot_scores(
         return plots.curves(table, **{"x": labels[long[0]], "x_name": long[0], **settings})
     y, x = long
     return plots.heatmap(table, **{"x": labels[x], "y": labels[y], "x_name": x, "y_name": y, **settings})
+
+
+def _lies_on_images(scores: Any, settings: dict[str, Any]) -> bool:
+    """Return True for numbers over positions of which some lie in images, that are to be drawn there."""
+    long = [axis for axis in scores.axes if len(scores.labels[axis]) > 1]
+    if "pos" not in long or len(long) > 2 or not set(settings) <= {"title", "name", "unit", "limits", "columns"}:
+        return False
+    there = set(scores.labels["pos"])
+    return any(there & set(sum(grid["positions"], [])) for grid in scores.meta.get("image_grids", ()))
+
+
+def _plot_positions(
+    scores: Any, interactive: bool, image: Any, tokens: Sequence[str] | None, settings: dict[str, Any]
+) -> Any:
+    """Draw numbers over positions on the image and along the text."""
+    long = [axis for axis in scores.axes if len(scores.labels[axis]) > 1]
+    other = [axis for axis in long if axis != "pos"]
+    single = [f"{axis} {scores.labels[axis][0]}" for axis in scores.axes if axis not in long]
+    name, texts = scores.name.replace("_", " "), scores.meta.get("token_texts") if tokens is None else list(tokens)
+    table = _table(scores, long)
+    table = table[None] if not other else table if long[-1] == "pos" else table.T
+    about = {
+        "positions": scores.labels["pos"],
+        "grids": scores.meta["image_grids"],
+        "texts": texts,
+        "rows": scores.labels[other[0]] if other else [""],
+        "row_name": other[0] if other else "",
+        "title": ", ".join([name, *single]),
+        "name": name,
+        "unit": scores.unit,
+    }
+    return _back_end(interactive).position_maps(table, image=image, **{**about, **settings})
 
 
 def _plot_bounds(scores: Any, interactive: bool, tokens: Sequence[str] | None, settings: dict[str, Any]) -> Any:

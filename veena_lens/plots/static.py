@@ -17,6 +17,7 @@ from PIL import Image
 from veena_lens.plots import theme
 from veena_lens.plots.charts import Curves, Heatmap
 from veena_lens.plots.image_overlay import ImageMaps, MapPanel
+from veena_lens.plots.positions import PositionMaps
 from veena_lens.plots.theme import Scale, ShownFigure
 
 DASHES = ("-", "--", "-.", ":")
@@ -129,6 +130,44 @@ def draw_maps(spec: ImageMaps) -> ShownFigure:
         engine.set(hspace=0.0, h_pad=0.03)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once: every further drawing would move the panels a little
+    return figure
+
+
+def draw_positions(spec: PositionMaps) -> ShownFigure:
+    """Draw the maps over the image, below them the text as a strip, all on one scale."""
+    maps, strip = spec.maps, spec.strip
+    columns = max(1, min(maps.columns, len(maps.panels)))
+    rows = -(-len(maps.panels) // columns)
+    image = maps.panels[0].image
+    high = maps.side * min(max(image.height / image.width, 0.4), 2.5) + 0.3
+    below = 0.0 if strip is None else 0.1 + 0.22 * len(strip.table)
+    wide = columns * maps.side + 1.1 if strip is None else max(columns * maps.side, 0.3 * strip.table.shape[1]) + 1.3
+    room = 0.4 if strip is None else 1.5  # of the title, and of the words below the strip
+    figure = theme.new_figure(min(wide, 16.0), min(rows * high + below + room, 20.0))
+    heights = [high] * rows + ([below] if strip is not None else [])
+    grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    every: list[Axes] = []
+    if strip is not None:
+        axes = figure.add_subplot(grid[rows, :])
+        look: dict[str, Any] = {"cmap": maps.scale.colormap, "norm": maps.scale.norm, "alpha": OPACITY}
+        axes.imshow(strip.table, aspect="auto", interpolation="nearest", **look)
+        theme.set_ticks(axes, "x", strip.x)
+        theme.set_ticks(axes, "y", strip.y)
+        axes.set(xlabel=theme.printable(strip.x_name), ylabel=theme.printable(strip.y_name))
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        every.append(axes)
+    for place, panel in enumerate(maps.panels):
+        axes = figure.add_subplot(grid[divmod(place, columns)])
+        axes.set_axis_off()
+        _lay(axes, panel, maps.scale)
+        axes.set_title(theme.printable(panel.title), fontsize=9)
+        every.append(axes)
+    if maps.title:
+        figure.suptitle(theme.printable(maps.title), x=0.01, ha="left", fontweight="bold", fontsize=11)
+    _colour_bar(figure, every, maps, aspect=30)
+    for axes in every:
+        axes.set_anchor("W")  # a colour bar moves them to its side
     return figure
 
 

@@ -152,9 +152,31 @@ def _result(
     )
 
 
-def _texts(model: HookedVLM, visited: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, list[str]]:
-    """Return the texts of the axis "pos", where every position is patched and all pairs say the same."""
+def _texts(model: HookedVLM, visited: SweepSites, pairs: list[RunPair], positions: Any) -> dict[str, Any]:
+    """Return the texts of the axis "pos" and the cells of its images, where every position is patched and all pairs
+    say the same."""
     rows = {tuple(pair.base.tokens[0].tolist()) for pair in pairs}
-    if not is_each(positions) or visited.on_images or len(rows) > 1 or model.tokenizer is None:
+    if not is_each(positions) or visited.on_images or len(rows) > 1:
         return {}
-    return {"token_texts": [model.tokenizer.decode([token]) for token in rows.pop()]}
+    found: dict[str, Any] = {}
+    if model.tokenizer is not None:
+        found["token_texts"] = [model.tokenizer.decode([token]) for token in rows.pop()]
+    if len({pair.base.grids for pair in pairs}) == 1 and pairs[0].base.n_images[0]:
+        found["image_grids"] = image_grids(pairs[0].base)
+    return found
+
+
+def image_grids(inputs: MultimodalInputs) -> list[dict[str, Any]]:
+    """Return, per image of the first row, the "positions" [height width] of its cells and their "boxes" in pixels, for
+    figures; images whose tokens make no whole grid are left out."""
+    found = []
+    for image, (height, width) in enumerate(inputs.grids[0]):
+        places = inputs.grid_places[0][image] if inputs.grid_places else ()
+        if not height or len(places) != height * width:
+            continue
+        boxes = None if inputs.patch_boxes is None else inputs.patch_boxes[0][image]
+        kept = None if boxes is None else boxes[list(places)].double().cpu()
+        is_known = kept is not None and bool(kept.isfinite().all())
+        cells = inputs.grid_tokens(0, image).tolist()
+        found.append({"positions": cells, "boxes": kept.tolist() if kept is not None and is_known else None})
+    return found

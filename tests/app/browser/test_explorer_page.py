@@ -382,3 +382,163 @@ def test_cache_opens_without_a_model(open_page: Any, tmp_path: Path) -> None:
         page.close()
     finally:
         stop(process)
+
+
+# --- what is said, and of what -----------------------------------------------------------------------------
+
+
+def notice(page: Any, name: str) -> str:
+    """The notice beside a tab's controls; "" where there is none."""
+    found = page.locator(f"#{name}-notice .veena-notice")
+    return found.inner_text().removesuffix("Close").strip() if found.is_visible() else ""
+
+
+def test_failed_upload_leaves_a_notice_and_marks_the_old_result(
+    open_page: Any, server: str, tmp_path: Path, sad: Any
+) -> None:
+    path = tmp_path / "face.png"
+    path.write_text("no picture")
+    page = opened(open_page, server)
+    assert "Shown: tiny-llava-emotion" in page.locator("#look-of").inner_text()
+    page.set_input_files("#uploads input[type=file]", str(path))
+    page.locator("#look-of .veena-old").wait_for()
+    page.locator("#thumbs img").wait_for(state="detached")
+    page.locator("#look-notice .veena-notice").wait_for()
+    assert "face.png cannot be read as an image" in notice(page, "look")
+    page.wait_for_timeout(11_000)  # longer than the message in the corner stays
+    assert "face.png cannot be read as an image" in notice(page, "look")
+    page.locator("#uploads button[aria-label=Clear], #uploads button[aria-label*=emove]").first.click()
+    page.set_input_files("#uploads input[type=file]", str(sad.path))
+    page.wait_for_selector(f'#thumbs img[alt="{sad.path.name}"]')
+    page.locator("#look-notice .veena-notice").wait_for(state="hidden")
+    assert "sad" in ask(page)
+    page.locator("#look-of .veena-old").wait_for(state="detached")
+
+
+def test_upload_that_the_browser_refuses_leaves_a_notice(
+    open_page: Any, server: str, tmp_path: Path, watched: Any
+) -> None:
+    watched.allowed = ("413", "exceeds", "Failed to load resource")
+    path = tmp_path / "face.png"
+    path.write_bytes(b"0" * 1_200_000)
+    page = opened(open_page, server)
+    page.set_input_files("#uploads input[type=file]", str(path))
+    page.locator("#look-notice .veena-notice").wait_for()
+    assert "size" in notice(page, "look") and page.locator("#look-of .veena-old").is_visible()
+
+
+def test_choices_that_differ_from_the_result_mark_it(open_page: Any, server: str) -> None:
+    page = opened(open_page, server)
+    page.fill("#prompt textarea", "what is this?")
+    page.locator("#look-of .veena-old").wait_for()
+    page.fill("#prompt textarea", "how does the person in the picture feel?")
+    page.locator("#look-of .veena-old").wait_for(state="detached")
+    choose(page, "model", "tiny-qwen2vl-emotion")
+    page.locator("#look-of .veena-old").wait_for()
+    tab(page, "Lens")
+    page.click("#lens-go")
+    page.locator("#lens-of").get_by_text("Shown: tiny-llava-emotion").wait_for()
+    tab(page, "Look")
+    ask(page)
+    tab(page, "Lens")  # its run is another one now
+    page.locator("#lens-of .veena-old").wait_for()
+
+
+def test_word_of_several_tokens_offers_them(open_page: Any, server: str) -> None:
+    page = opened(open_page, server)
+    tab(page, "Lens")
+    page.fill("#words textarea, #words input", "happy, bicycle")
+    page.click("#lens-go")
+    page.locator("#lens-notice .veena-notice").wait_for()
+    assert "“bicycle” is 5 tokens to this model" in notice(page, "lens")
+    page.locator("#lens-offers label").first.click()
+    page.wait_for_function("/^happy, #\\d+$/.test(document.querySelector('#words textarea, #words input').value)")
+    page.click("#lens-go")
+    page.wait_for_selector("#lens-view .vv-token")
+    assert notice(page, "lens") == ""
+
+
+def test_every_tab_shows_an_example_and_says_what_it_answers(open_page: Any, server: str) -> None:
+    page = opened(open_page, server)
+    assert "drawn faces only" in page.locator("#model").inner_text()
+    shown = {"Lens": "#lens-figure img", "Patch": "#cells [role=gridcell]", "Steer": "#sides section"}
+    shown |= {"Neurons": "#neurons [role=gridcell]", "Pairs": "#faces img"}
+    for name, found in shown.items():
+        tab(page, name)
+        page.locator(found).first.wait_for()
+        assert "Example" in page.locator(f"#{name.lower()}-of").inner_text()
+        assert "?" in page.locator(".veena-asks p:visible").inner_text()
+
+
+def test_cell_that_opens_the_look_tab_fills_its_choices(open_page: Any, server: str) -> None:
+    page = opened(open_page, server)
+    tab(page, "Patch")
+    page.click("#sweep")
+    page.get_by_text("8 of 8 layers done", exact=False).first.wait_for()
+    page.locator('#cells [role=gridcell][aria-label^="L3H5"]').click()
+    page.wait_for_function(f"() => {{ const v = {VIEW}; return v && v.state.layer === 3 && v.state.head === 5; }}")
+    page.wait_for_function(
+        "document.querySelector('#prompt textarea').value === 'name the emotions of the person in the picture.'"
+    )
+    page.wait_for_timeout(600)
+    assert "as patched" in page.locator("#look-of").inner_text()
+    assert page.locator("#look-of .veena-old").count() == 0 and page.locator("#thumbs img").count() == 1
+    page.click("#more button")
+    assert "neutral" in page.locator("#second input").input_value()
+
+
+def test_pinned_head_is_what_the_page_exports(open_page: Any, server: str, tmp_path: Path) -> None:
+    page = opened(open_page, server)
+    page.locator("#look-view").get_by_label("Layer", exact=True).select_option("2")
+    page.locator("#look-view").get_by_label("Head", exact=True).select_option("5")
+    page.wait_for_timeout(800)
+    page.click("#look-export")
+    page.wait_for_selector("#look-files a")
+    with page.expect_download() as download:
+        page.locator('#look-files a[download$="view.html"], #look-files a[href$="view.html"]').first.click()
+    path = tmp_path / "view.html"
+    download.value.save_as(path)
+    page = open_page(path.as_uri())
+    page.wait_for_selector(".vv-token")
+    state = "document.querySelector('#view').veenaView.state"
+    assert page.evaluate(f"[{state}.layer, {state}.head]") == [2, 5]
+    about = page.locator(".vv-about").inner_text()
+    assert "model: tiny-llava-emotion" in about and "question: how does the person" in about and "veena_lens" in about
+
+
+def test_sweep_over_positions_lies_on_the_image(open_page: Any, server: str) -> None:
+    page = opened(open_page, server)
+    tab(page, "Patch")
+    choose(page, "sites", "residual")
+    choose(page, "where", "each")
+    page.click("#sweep")
+    page.click("#smaller")
+    page.get_by_text("8 of 8 layers done", exact=False).first.wait_for(timeout=60_000)
+    page.wait_for_selector("#patch-view .vv-token", timeout=60_000)
+    assert page.locator("#patch-view .vv-modes button").all_inner_texts() == ["Effects of patching"]
+    assert page.locator("#patch-view .vv-picture canvas").count() == 1
+
+
+def test_two_prompts_and_two_sets_steer(open_page: Any, server: str) -> None:
+    pairs = [p for p in bundled_pairs("development") if p[0].emotion == "sad"]
+    page = opened(open_page, server)
+    tab(page, "Steer")
+    assert page.locator("#steer-thumbs img").count() == 1
+    page.click("#own button")
+    page.set_input_files("#own-shown input[type=file]", [str(p[0].path) for p in pairs[:3]])
+    page.set_input_files("#own-twins input[type=file]", [str(p[1].path) for p in pairs[:2]])
+    page.fill("#own-word input, #own-word textarea", "crying")
+    page.wait_for_timeout(500)
+    page.click("#own-sets")
+    page.locator("#own-status").get_by_text("3 images against 2").wait_for()
+    page.click("#steer")
+    page.locator("#steer-of").get_by_text("Shown:").wait_for()
+    assert "sad" in page.locator("#sides section").nth(1).inner_text()
+    page.fill("#own-first textarea, #own-first input", "a happy person")
+    page.click("#own-prompts")
+    page.locator("#steer-own-notice .veena-notice").wait_for()
+    assert "Write two different prompts" in notice(page, "steer-own")
+    tab(page, "Neurons")
+    choose(page, "neuron-emotion", "latest")
+    page.click("#neurons-go")
+    page.locator("#neurons-of").get_by_text("crying").wait_for()

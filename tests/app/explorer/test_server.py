@@ -202,6 +202,16 @@ def test_command_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limits == Limits(upload_bytes=3 * 2**20)
 
 
+@pytest.mark.parametrize("name", ["no-such-model", "/no/such/folder", "./nowhere"])
+def test_model_that_does_not_exist_is_told_before_a_server_starts(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: pytest.fail("a server started"))
+    assert cli.main(["explore", "--model", NAME, name]) == 2
+    told = capsys.readouterr()
+    assert f"No checkpoint {name!r}" in told.err and "http" not in told.out
+
+
 def test_missing_gradio_is_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["explore"]) == 2

@@ -14,7 +14,7 @@ from veena_lens.emotion.mer_unibench import answer_set, answering, load_set, rea
 from veena_lens.emotion.methods import PLAIN, Method
 from veena_lens.fingerprints import digest
 from veena_lens.interventions import BoostAttention
-from veena_lens.long_runs import Lines
+from veena_lens.json_lines import Lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*published test part")
 

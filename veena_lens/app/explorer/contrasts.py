@@ -1,7 +1,8 @@
 """A direction without emotions: what two sets of images, or two prompts, do to the residual stream, and who writes it.
 
-The state is read at the last position of each prompt; the direction is the mean over the first set minus the mean over
-the second. Nothing is generated and nothing is left out, so that any model and any images will do.
+The state is read at the last position, after the words that an answer is begun with, if any; the direction is the mean
+over the first set minus the mean over the second. Nothing is generated and nothing is left out, so that any model and
+any images will do.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -28,8 +29,9 @@ from veena_lens.circuits import head_intention, neuron_trace
 from veena_lens.scores import Scores, counted
 
 if TYPE_CHECKING:
-    from veena_lens import HookedVLM
+    from veena_lens import HookedVLM, MultimodalInputs
 
+Given = tuple[str, str | None]  # a prompt, and an image or none
 FOLDER = "sets"
 SIDES = ("first", "second")
 MOST_LABEL = 60  # characters
@@ -39,13 +41,15 @@ MOST_LABEL = 60  # characters
 class Contrast:
     """Two sides: image files of a folder with sides, or one prompt per side.
 
-    name: what the direction is called. question: about each image. fingerprint: tells contrasts apart."""
+    name: what the direction is called. question: about each image, with an answer begun by lead_in. fingerprint: tells
+    contrasts apart."""
 
     name: str
     fingerprint: str
     folder: Path | None = None
     prompts: tuple[str, str] | None = None
     question: str = FEELING
+    lead_in: str = ""
 
     def images(self) -> list[list[str]]:
         """Return the files of each side; none for prompts."""
@@ -55,8 +59,9 @@ class Contrast:
         """Say in a sentence what was given."""
         if self.prompts is not None:
             return f"Direction **{self.name}**: from the second prompt to the first."
+        begun = f", answer begun with “{self.lead_in}”" if self.lead_in else ""
         first, second = (counted(len(files), "image") for files in self.images())
-        return f"Direction **{self.name}**: {first} against {second}, asked “{self.question}”."
+        return f"Direction **{self.name}**: {first} against {second}, asked “{self.question}”{begun}."
 
     def made(self) -> list[Made]:
         """Return both sides as lists of (prompt, image or None), with the program that makes them."""
@@ -77,25 +82,31 @@ def images_in(folder: str) -> list[str]:
     return sorted(str(path) for path in Path(folder).iterdir() if path.is_file())
 
 
+def state_inputs(model: HookedVLM, given: Given, lead_in: str) -> MultimodalInputs:
+    """Prepare a prompt with its image, and the words that its answer is begun with."""
+    prompt, image = given
+    begun: dict[str, Any] = {"answer": lead_in} if lead_in else {}
+    return model.prepare(text=prompt, images=image, **begun)
+
+
 @torch.no_grad()
-def mean_states(model: HookedVLM, given: Sequence[tuple[str, str | None]]) -> Float[Tensor, "layer d_model"]:
+def mean_states(model: HookedVLM, given: Sequence[Given], lead_in: str) -> Float[Tensor, "layer d_model"]:
     """Return the mean over prompts (with their images) of resid_post at the last position, in every layer."""
     names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_model, dtype=torch.float64)
-    for prompt, image in given:
-        inputs = model.prepare(text=prompt, images=image)
-        _, cache = model.run_with_cache(inputs, names_filter=names)
-        total += torch.stack([cache[name][0, inputs.spans[0].last].double().cpu() for name in names])
+    for one in given:
+        _, cache = model.run_with_cache(state_inputs(model, one, lead_in), names_filter=names)
+        total += torch.stack([cache[name][0, -1].double().cpu() for name in names])
     return total / len(given)
 
 
 def contrast_direction(
-    model: HookedVLM, first: Sequence[tuple[str, str | None]], second: Sequence[tuple[str, str | None]]
+    model: HookedVLM, first: Sequence[Given], second: Sequence[Given], lead_in: str = ""
 ) -> Float[Tensor, "layer d_model"]:
     """Return the mean state of the first side minus that of the second.
 
     Raises: ValueError where the two do not differ."""
-    found = (mean_states(model, first) - mean_states(model, second)).float()
+    found = (mean_states(model, first, lead_in) - mean_states(model, second, lead_in)).float()
     if not bool((found != 0).any()):
         raise ValueError("Both sides leave the model in the same state, so there is no direction; give other ones.")
     return found
@@ -104,22 +115,23 @@ def contrast_direction(
 @torch.no_grad()
 def contributions(
     model: HookedVLM,
-    first: Sequence[tuple[str, str | None]],
-    second: Sequence[tuple[str, str | None]],
+    first: Sequence[Given],
+    second: Sequence[Given],
     direction: Float[Tensor, "layer d_model"],
     part: str,
     k: int,
+    lead_in: str = "",
 ) -> list[tuple[int, int, float]]:
     """Rank heads or neurons by the projection of what they write on the direction, first side minus second."""
     means = []
     for given in (first, second):
         total = torch.zeros((), dtype=torch.float64)
-        for prompt, image in given:
-            inputs = model.prepare(text=prompt, images=image)
+        for one in given:
+            inputs = state_inputs(model, one, lead_in)
             if part == "head":
-                found = head_intention(inputs, direction, "last", kind="projection", model=model)
+                found = head_intention(inputs, direction, -1, kind="projection", model=model)
             else:
-                found = neuron_trace(inputs, direction, "last", kind="raw", model=model)
+                found = neuron_trace(inputs, direction, -1, kind="raw", model=model)
             total = total + found.values[0].double().cpu()
         means.append(total / len(given))
     best = Scores(means[0] - means[1], ("layer", part)).top(k)
@@ -129,9 +141,10 @@ def contributions(
 def parts_of(model: Made, contrast: Contrast, n_heads: int, n_neurons: int) -> dict[str, Made]:
     """Return direction, heads and neurons of a contrast, each with its program."""
     sides = contrast.made()
-    direction = make("direction", contrast_direction, model, *sides)
-    heads = make("heads", contributions, model, *sides, direction, "head", n_heads)
-    neurons = make("neurons", contributions, model, *sides, direction, "neuron", n_neurons)
+    begun: dict[str, Any] = {"lead_in": contrast.lead_in} if contrast.lead_in else {}
+    direction = make("direction", contrast_direction, model, *sides, **begun)
+    heads = make("heads", contributions, model, *sides, direction, "head", n_heads, **begun)
+    neurons = make("neurons", contributions, model, *sides, direction, "neuron", n_neurons, **begun)
     return {"direction": direction, "heads": heads, "neurons": neurons}
 
 
@@ -139,9 +152,15 @@ def parts_of(model: Made, contrast: Contrast, n_heads: int, n_neurons: int) -> d
 
 
 def take_images(
-    session: Session, first: Sequence[str] | None, second: Sequence[str] | None, name: str, limits: Limits
+    session: Session,
+    first: Sequence[str] | None,
+    second: Sequence[str] | None,
+    name: str,
+    limits: Limits,
+    question: str = FEELING,
+    lead_in: str = "",
 ) -> Contrast:
-    """Keep two sets of images, of any numbers, in the tab's folder.
+    """Keep two sets of images, of any numbers, in the tab's folder; `question` is asked about each.
 
     Raises: ValueError for an empty set, too many images, or one that cannot be used."""
     sides = [list(first or ()), list(second or ())]
@@ -152,7 +171,11 @@ def take_images(
             raise ValueError(
                 f"{counted(len(files), 'image')} were given on one side; the limit here is {limits.pairs}."
             )
-    folder, digest = session.folder / f"{FOLDER}-{secrets.token_hex(6)}", hashlib.sha256()
+    question, lead_in = question.strip() or FEELING, lead_in.strip()
+    if max(len(question), len(lead_in)) > limits.prompt_characters:
+        raise ValueError(f"The question has more than {limits.prompt_characters:,} characters, the limit here.")
+    folder = session.folder / f"{FOLDER}-{secrets.token_hex(6)}"
+    digest = hashlib.sha256(repr((question, lead_in)).encode())
     try:
         with reading(folder / FOLDER, "two sets of images"):
             for side, files in zip(SIDES, sides, strict=True):
@@ -166,7 +189,8 @@ def take_images(
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    kept = Contrast(name=label(name, "first set"), fingerprint=digest.hexdigest(), folder=folder)
+    asked: dict[str, Any] = {"question": question, "lead_in": lead_in}
+    kept = Contrast(name=label(name, "first set"), fingerprint=digest.hexdigest(), folder=folder, **asked)
     forget(session)
     session.kept["contrast"] = kept
     return kept

@@ -143,5 +143,6 @@ def build(shared: Shared) -> None:
 
     status.listen([go.click, words.submit], read, words, [view, figure, code])
     status.watch([words])
-    view.select(pinned, None, None, api_visibility="private", show_progress="hidden")
+    each: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple", "concurrency_limit": 1}
+    view.select(pinned, None, None, api_visibility="private", **each)
     export_box("lens", export_lens, explorer, status)

@@ -311,6 +311,7 @@ def build(shared: Shared) -> None:
     for component in (uploads, sample):
         status.listen([component.change], report_errors(preview), [uploads, sample], thumbs, clears=[thumbs], **quietly)
     status.listen([cache.upload], uploaded, [cache, lens, shared.model], [view, code, answer, thumbs])
-    view.select(pinned, None, None, api_visibility="private", show_progress="hidden")
+    each: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "multiple", "concurrency_limit": 1}
+    view.select(pinned, None, None, api_visibility="private", **each)
     export_box("look", lambda session: export_look(explorer, session), shared.explorer, status)
     shared.loads.append((first, [shared.model, sample, prompt], [thumbs, answer, view, code, status.of]))

@@ -119,7 +119,7 @@ def build(shared: Shared) -> None:
         text = f"{look.asked_in_words(settings.model, [Path(g.name).name for g in both], settings.prompt)} · as patched"
         shared.look.status.begins(session)
         shared.look.status.shows(session, values, text)
-        faces = thumbnails([(given.image, Path(given.name).name) for given in both])
+        faces = thumbnails([(both[0].image, Path(both[0].name).name)])
         answer = "(no answer: the view shows the question's last position, from which the sweep reads)"
         line = shared.look.status.line(session)
         return files, image, settings.prompt, second, faces, answer, line, settings.model

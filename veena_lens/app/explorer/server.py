@@ -119,7 +119,8 @@ def make_app(
 
     names: models to choose from, the first one chosen (None: the embedded ones). cache: a file that the page opens.
     loading: settings of `HookedVLM.from_pretrained`, such as device and dtype.
-    Raises: ImportError without Gradio; FileNotFoundError or ValueError for a cache that cannot be opened."""
+    Raises: ImportError without Gradio; FileNotFoundError or ValueError for a model that does not exist or cannot be
+    read, or a cache that cannot be opened."""
     # Gradio reads these when it is imported: no report of use, no look for a newer version.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"  # nor a copy of what was asked, kept by the browser
@@ -137,6 +138,8 @@ def make_app(
     from veena_lens.checkpoints.files import bundled_names
 
     limits = limits or Limits()
+    for name in names or ():
+        require_model(name)
     if cache is not None:
         open_cache(cache)  # says what is wrong before a server starts
     explorer = Explorer(list(names or bundled_names()), limits, None if cache is None else Path(cache), loading)
@@ -172,6 +175,17 @@ def make_app(
         head=HEAD,
         js=LISTEN,
     )
+
+
+def require_model(name: str) -> None:
+    """Read a model's configuration, before a server starts that would fail at its first use; no weight is read.
+
+    Raises: as `HookedVLM.from_pretrained` for a name that does not exist, or an architecture that is not known."""
+    from veena_lens import checkpoints
+    from veena_lens.checkpoints.files import bundled_names
+
+    if name not in bundled_names():
+        checkpoints.open_checkpoint(checkpoints.base_of(name) if checkpoints.is_lora_folder(name) else name)
 
 
 def serve(

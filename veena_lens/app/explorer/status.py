@@ -39,7 +39,10 @@ window.addEventListener('veena-refused', (event) => {
   if (!isSeen() || event.detail === box.textContent.replace(/Close$/, '')) return;
   say(event.detail);
   const old = element.closest('[role=tabpanel]')?.querySelector('.veena-of');
-  if (old) { old.classList.add('veena-old'); old.textContent = 'Still the earlier result. ' + old.textContent; }
+  // Of its own errors the server says itself what they leave of the result.
+  if (!old || !/upload|maximum|exceeds/i.test(event.detail)) return;
+  old.classList.add('veena-old');
+  old.textContent = 'Still the earlier result. ' + old.textContent;
 });
 """
 # Run once, when the page loads.
@@ -50,7 +53,7 @@ LISTEN = """() => {
     for (const body of document.querySelectorAll('.toast-body.error')) {
       if (seen.has(body)) continue;
       seen.add(body);
-      const text = (body.querySelector('.toast-text') ?? body).textContent.trim();
+      const text = (body.querySelector('.toast-message-text, .toast-text') ?? body).textContent.trim();
       window.dispatchEvent(new CustomEvent('veena-refused', { detail: text }));
     }
   }).observe(document.body, { childList: true, subtree: true });
@@ -121,7 +124,7 @@ class Status:
     ) -> Any:
         """Run a handler when one of the triggers fires; afterwards notice and origin are true again.
 
-        clears: components that are emptied after a failure. keeps: a failure leaves the result what it was."""
+        clears: components of text that are emptied after a failure. keeps: a failure leaves the result what it was."""
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         event = gr.on(
             triggers, self.recorded(handler, keeps), inputs, outputs, **{"api_visibility": "private", **settings}
@@ -130,10 +133,12 @@ class Status:
         def after(request: gr.Request) -> tuple[Any, ...]:
             session = self.explorer.session(request.session_hash)
             failed = bool(session.notices.get(self.name))
-            emptied = ((None if failed else gr.skip()) for _ in clears)
+            emptied = (("" if failed else gr.skip()) for _ in clears)
             return self.notice_value(session), self.offered(session), self.parent.line(session), *emptied
 
-        event.then(after, None, [self.notice, self.offers, self.of, *clears], **quiet)
+        # The page runs what follows by .then() after a success alone.
+        for ended in (event.success, event.failure):
+            ended(after, None, [self.notice, self.offers, self.of, *clears], **quiet)
         return event
 
     def watch(self, components: Sequence[Any]) -> None:

@@ -181,6 +181,10 @@ def own_box(explorer: Explorer, status: Status, emotion: Any, n_pairs: Any) -> N
     twins = file_box("The same without it (or the second set)", "own-twins", several=True)
     archive = file_box("or one .zip", "own-zip")
     word = gr.Textbox("", label="Name: the emotion, or whatever differs", placeholder="happy", elem_id="own-word")
+    asks = gr.Textbox(FEELING, label="Question about each image of two sets", elem_id="own-asks")
+    lead_in = gr.Textbox(
+        directions.LEAD_IN, label="Begin its answer with (the state is read after it; may be empty)", elem_id="own-lead"
+    )
     with gr.Row():
         use = gr.Button("Use these pairs", elem_id="own-use", min_width=110)
         use_sets = gr.Button("Use as two sets", elem_id="own-sets", min_width=110)
@@ -222,12 +226,18 @@ def own_box(explorer: Explorer, status: Status, emotion: Any, n_pairs: Any) -> N
 
     @report_errors
     def sets_given(
-        first: list[str] | None, second: list[str] | None, name: str, request: gr.Request
+        first: list[str] | None,
+        second: list[str] | None,
+        name: str,
+        question: str,
+        begun: str,
+        request: gr.Request,
     ) -> tuple[Any, ...]:
         session = explorer.session(request.session_hash)
         for files in (first, second):
             explorer.own(session, files)
-        return contrasted(session, contrasts.take_images(session, first, second, name, explorer.limits))
+        found = contrasts.take_images(session, first, second, name, explorer.limits, question, begun)
+        return contrasted(session, found)
 
     @report_errors
     def prompts_given(first: str, second: str, name: str, request: gr.Request) -> tuple[Any, ...]:
@@ -246,6 +256,6 @@ def own_box(explorer: Explorer, status: Status, emotion: Any, n_pairs: Any) -> N
 
     texts: dict[str, Any] = {"clears": [status_text, thumbs], "keeps": True}
     status.listen([use.click], given, [shown, twins, archive, word], outputs, **texts)
-    status.listen([use_sets.click], sets_given, [shown, twins, word], outputs, **texts)
+    status.listen([use_sets.click], sets_given, [shown, twins, word, asks, lead_in], outputs, **texts)
     status.listen([use_prompts.click], prompts_given, [first_prompt, second_prompt, word], outputs, **texts)
     status.listen([back.click], returned, None, [shown, twins, archive, *outputs])

@@ -20,7 +20,8 @@ from veena_lens.emotion.methods import PLAIN, Method, batches, generate_answers,
 from veena_lens.emotion.pairs.pair_set import picture_hash
 from veena_lens.emotion.study import Asking, Study, stage
 from veena_lens.fingerprints import digest
-from veena_lens.long_runs import Lines, progress
+from veena_lens.json_lines import Lines
+from veena_lens.long_runs import progress
 
 QUESTION = "Which emotions does the person in this picture show? Name every emotion that you see."
 

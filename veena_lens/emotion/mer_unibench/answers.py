@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from veena_lens.emotion.mer_unibench.archives import MAX_ARCHIVE, array_names, read_array, read_array_file, read_dict
 from veena_lens.emotion.mer_unibench.data_sets import find_set, read_rows
-from veena_lens.long_runs import json_rows
+from veena_lens.json_lines import json_rows
 from veena_lens.regular_files import require_regular
 
 Content = Literal["raw", "labels", "sentiment"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -37,28 +38,29 @@ def checked(hook: Any, name: str, dir: str) -> Callable[..., Any]:
     tensor of another shape, dtype or device."""
     if not callable(hook):
         raise TypeError(f"The hook for {name} must be a function fn(tensor, hook), not {hook!r}.")
+    return partial(_run_checked, hook, name, dir)
 
-    fn = hook
 
-    def run(tensor: Tensor, hook: HookPoint) -> Any:
-        out = fn(tensor, hook=hook)
-        if out is None:
-            return None
-        given = out[0] if dir == "bwd" and isinstance(out, tuple) and len(out) == 1 else out
-        wanted = f"{list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
-        if not isinstance(given, Tensor):
-            raise TypeError(
-                f"The hook at {name} returned {type(given).__name__}; return None, or a tensor like the one that it "
-                f"was given: {wanted}."
-            )
-        if (given.shape, given.dtype, given.device) != (tensor.shape, tensor.dtype, tensor.device):
-            raise ValueError(
-                f"The hook at {name} returned a tensor {list(given.shape)}, {given.dtype}, on {given.device}; it must "
-                f"be like the one that it was given: {wanted}."
-            )
-        return out
+def _run_checked(fn: Callable[..., Any], name: str, dir: str, tensor: Tensor, hook: HookPoint) -> Any:
+    out = fn(tensor, hook=hook)
+    if out is None:
+        return None
+    given = out[0] if dir == "bwd" and isinstance(out, tuple) and len(out) == 1 else out
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"The hook at {name} returned {type(given).__name__}; return None, or a tensor like the one that it "
+            f"was given: {_kind(tensor)}."
+        )
+    if (given.shape, given.dtype, given.device) != (tensor.shape, tensor.dtype, tensor.device):
+        raise ValueError(
+            f"The hook at {name} returned a tensor {_kind(given)}; it must be like the one that it was given: "
+            f"{_kind(tensor)}."
+        )
+    return out
 
-    return run
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
 
 
 class HookDict(dict[str, HookPoint]):

@@ -164,7 +164,7 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         require_regular(path)
         self.path = path
-        self._is_safe = path.suffix == ".safetensors"
+        self._is_safe = self.is_mapped = path.suffix == ".safetensors"
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
         """Return key -> (shape, dtype) from the header; a dtype unknown to torch stays the file's name of it."""
@@ -194,12 +194,24 @@ class WeightFile:
             for key in keys:
                 yield key, loaded[key]
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return key -> dtype of the tensors whose dtype torch knows."""
+        return {key: d for key, (_, d) in self.shapes().items() if not isinstance(d, str)}
+
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
+        from veena_lens.checkpoints.mapped import ReadFile
+
         try:
-            with safe_open(str(self.path), framework="pt") as file:
+            try:
+                opened = safe_open(str(self.path), framework="pt")
+            except OSError:  # some network and user-space file systems map nothing
+                self.is_mapped = False
+                yield ReadFile(self.path)
+                return
+            with opened as file:
                 yield file
         except SafetensorError as error:
             raise ValueError(

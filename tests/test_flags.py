@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import BY_NAME, Case, build_hf
+from tests.cases import BY_NAME, Case, build_hf, tiny_tokenizer
 from veena_lens.flags import SETTABLE
 from veena_lens.hook_table import hooks_of
 
@@ -154,3 +154,22 @@ def test_ungrouped_keys_and_values_have_one_copy_per_query_head(grouped: Any) ->
         assert not own or not edited["z", 1][:, :, 4].any()
     grouped.cfg.ungroup_grouped_query_attention = False
     assert torch.equal(grouped(tokens), logits)
+
+
+@torch.no_grad()
+def test_the_context_may_be_shortened_and_set_back() -> None:
+    from veena_lens import HookedVLM
+
+    model = HookedVLM.from_hf(build_hf(MHA), tiny_tokenizer())
+    whole, text = model.cfg.n_ctx, "w5 w6 w7 w8 w9"
+    before = model(text)
+    model.cfg.n_ctx = 4
+    assert model.to_tokens(text).shape == (1, 4) and model.to_tokens(text, truncate=False).shape == (1, 6)
+    with pytest.raises(ValueError, match="the model's context is 4"):
+        model(text)
+    names = list(hooks_of(model.cfg))
+    for wrong in (0, whole + 1, True, 3.0):
+        with pytest.raises(ValueError, match=f"an integer from 1 to {whole}, which the weights reach"):
+            model.cfg.n_ctx = wrong
+    model.to(torch.float64).cfg.n_ctx = whole
+    assert torch.equal(model(text), before) and list(hooks_of(model.cfg)) == names

@@ -104,6 +104,17 @@ def test_no_row_names_what_does_not_exist() -> None:
     assert not [row for row in DECODER_HOOKS if row.name.startswith("vision")]
 
 
+@pytest.mark.parametrize("name, instead", [
+    ("hook_pos_embed", "hook_pos_embed': positions are rotary.*hook_rot_q"),
+    ("hook_tokens", "pass other tokens, or edit hook_embed"),
+    ("blocks.1.hook_attn_in", "hook_q_input, hook_k_input, hook_v_input"),
+    ("blocks.0.mlp.hook_mid", "hook_pre, .*hook_post"),
+])  # fmt: skip
+def test_names_of_hooked_transformer_say_what_takes_their_place(name: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=instead):
+        require_hook(name, hooks_of(native_model(BY_NAME["text-llama"]).cfg))
+
+
 @pytest.mark.parametrize("wrong, near", [
     ("blocks.0.hook_residpre", "blocks.0.hook_resid_pre"),
     ("blocks.0.attn.hook_scores", "blocks.0.attn.hook_attn_scores"),

@@ -1,7 +1,7 @@
 """The few settings of a configuration that may change after a model was built, under HookedTransformer's names.
 
 All other fields are frozen: the weights and hook points of a model follow from them. The flags decide what a cache
-holds by default, how keys and values are split, and whether text gets a BOS token.
+holds by default, how keys and values are split, and whether text gets a BOS token; `n_ctx` may be shortened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ class Flags:
         name.
     ungroup_grouped_query_attention: keys, values and their inputs have one copy per query head.
     default_prepend_bos: whether text gets the BOS token where nobody says.
-    tokenizer_prepends_bos: asks the tokenizer whether it writes one itself; None without a tokenizer."""
+    tokenizer_prepends_bos: asks the tokenizer whether it writes one itself; None without a tokenizer.
+    longest_context: the context that the weights reach, once `n_ctx` was set to a shorter one."""
 
     use_attn_result: bool | None = None
     use_split_qkv_input: bool | None = None
@@ -30,6 +31,7 @@ class Flags:
     ungroup_grouped_query_attention: bool | None = None
     default_prepend_bos: bool | None = None
     tokenizer_prepends_bos: Callable[[], bool] | None = None
+    longest_context: int | None = None
 
     def caches(self, name: str) -> bool:
         """Return True where a cache of everything holds a hook point, by its name's last part."""
@@ -44,7 +46,7 @@ _OWNERS = {
     "hook_mlp_in": "use_hook_mlp_in",
     "hook_attn_in": "use_attn_in",
 }
-SETTABLE = tuple(f.name for f in fields(Flags) if f.name != "tokenizer_prepends_bos")
+SETTABLE = (*(f.name for f in fields(Flags) if f.name not in ("tokenizer_prepends_bos", "longest_context")), "n_ctx")
 
 
 class Settable:
@@ -53,6 +55,7 @@ class Settable:
     flags: Flags
     n_heads: int
     n_key_value_heads: int
+    n_ctx: int
 
     # Values behind hooks are computed whenever a hook reads them, so these are True until somebody says otherwise.
     use_attn_result = property(lambda self: self.flags.use_attn_result is not False)
@@ -72,6 +75,14 @@ class Settable:
         """Say whether text gets a BOS token where nobody says: as set, else as the tokenizer does itself."""
         given = self.flags.default_prepend_bos
         return self.tokenizer_prepends_bos if given is None else given
+
+    def set_context(self, n_ctx: Any) -> None:
+        """Let texts be cut to, and passes refused beyond, another number of tokens, at most what the weights reach."""
+        longest = max(self.flags.longest_context or 0, self.n_ctx)
+        if isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 1 <= n_ctx <= longest:
+            raise ValueError(f"cfg.n_ctx={n_ctx!r} must be an integer from 1 to {longest}, which the weights reach.")
+        self.flags.longest_context = longest
+        object.__setattr__(self, "n_ctx", n_ctx)
 
     def require_attn_in(self) -> None:
         """Raise ValueError where queries, keys and values have no common copies of the residual to edit."""
@@ -95,6 +106,8 @@ def has_settable_flags(cls: type) -> type:
                 f"{', '.join(SETTABLE)}; for another configuration build another model of "
                 "dataclasses.replace(cfg, ...)."
             )
+        if name == "n_ctx":
+            return self.set_context(value)
         if not isinstance(value, bool) and not (value is None and name == "default_prepend_bos"):
             raise TypeError(f"cfg.{name} must be True or False, not {value!r}.")
         if name == "use_attn_in" and value:

@@ -246,12 +246,24 @@ def near_names(name: str, known: Collection[str]) -> str:
     return f"; near names: {', '.join(near)}" if near else ""
 
 
+_ABSENT = {
+    "hook_pos_embed": "positions are rotary, applied to queries and keys: blocks.{l}.attn.hook_rot_q, hook_rot_k",
+    "hook_tokens": "tokens are no activation: pass other tokens, or edit hook_embed, which their embeddings pass",
+    "blocks.{l}.hook_attn_in": "keys and values have fewer heads than queries here: blocks.{l}.hook_q_input, "
+    "hook_k_input, hook_v_input",
+    "blocks.{l}.mlp.hook_mid": "no norm stands inside the MLP: blocks.{l}.mlp.hook_pre, hook_post",
+}
+
+
 def require_hook(name: str, known: Collection[str]) -> str:
     """Return the canonical name of an existing hook point.
 
     Raises: ValueError for an unknown name, with near names."""
     full = canonical(name)
     if full not in known:
+        instead = _ABSENT.get(_LAYER.sub("{l}", full))
+        if instead is not None:
+            raise ValueError(f"No hook point {name!r}: {instead}.")
         raise ValueError(
             f"No hook point {name!r}{near_names(full, known)}. "
             "`veena-lens inspect MODEL` and `model.hook_dict` list them all."

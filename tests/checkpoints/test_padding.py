@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.checkpoints import tiny
 from tests.checkpoints.test_processing import TEXT_CFG
-from veena_lens.checkpoints import inputs_from_hf, pad_token_of, padding_mask
+from veena_lens.checkpoints import give_pad_token, inputs_from_hf, pad_token_of, padding_mask
 from veena_lens.config import HookedVLMConfig
 
 KINDS = ("own pad", "padded with the end", "one token for all", "no tokenizer")
@@ -73,3 +73,17 @@ def test_a_processors_pads_without_a_mask_are_refused_where_the_end_of_text_pads
     with pytest.raises(ValueError, match=r"Rows \[1\] begin or end with the pad token 2"):
         inputs_from_hf(cfg, tokenizer, input_ids=torch.tensor([[5, 6, 7], [2, 5, 6]]))
     assert inputs_from_hf(cfg, tokenizer, input_ids=torch.tensor([[5, 6, 2]])).attention_mask.all()
+
+
+def test_a_tokenizer_without_pad_token_names_the_models() -> None:
+    for name, pad in (("own pad", 0), ("padded with the end", 2), ("one token for all", 2)):
+        cfg, tokenizer = kind(name)
+        give_pad_token(tokenizer, cfg)
+        assert tokenizer.pad_token_id == pad == pad_token_of(tokenizer, cfg)
+    cfg, tokenizer = kind("padded with the end")
+    give_pad_token(tokenizer, replace(cfg, pad_token_id=1))
+    assert tokenizer.pad_token_id == 1
+    cfg, tokenizer = kind("padded with the end")
+    give_pad_token(tokenizer, replace(cfg, pad_token_id=7))
+    assert tokenizer.pad_token_id is None, "texts would lose an ordinary token"
+    give_pad_token(None, cfg)

@@ -146,3 +146,57 @@ def test_pictures_are_encoded_once(model: Any, inputs: Any) -> None:
     with model.hooks([("connector.hook_out", lambda value, hook: calls.append(hook.name))]):
         model.generate(inputs, return_type="tokens", **SHORT)
     assert len(calls) == 1
+
+
+# --- prompts as embeddings -----------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def reader() -> Any:
+    from veena_lens import HookedVLM
+
+    return HookedVLM.from_hf(build_hf(BY_NAME["text-llama"], gain=5.0), processor=tiny_tokenizer())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("texts", ["w5 w6 w7", ["w5 w6 w7", "w8"]])
+def test_embeddings_of_a_prompt_are_continued_as_its_tokens_are(reader: Any, texts: Any) -> None:
+    tokens = reader.to_tokens(texts, padding_side="left")
+    embeds, mask = reader.embed(tokens), tokens.attention_mask
+    for options in (SHORT, dict(SHORT, use_past_kv_cache=False), dict(max_new_tokens=6, do_sample=True, seed=2)):
+        expected = reader.generate(tokens, return_type="tokens", **options)
+        said = reader.generate(embeds, attention_mask=mask, return_type="tokens", **options)
+        assert torch.equal(said, expected)
+        assert reader.generate(input=embeds, attention_mask=mask, **options) == reader.generate(tokens, **options)
+        for kind in ("input", "embeds"):
+            whole = reader.generate(embeds, attention_mask=mask, return_type=kind, **options)
+            assert torch.equal(whole, torch.cat([embeds, reader.embed(expected)], 1))
+    out = reader.generate(embeds, attention_mask=mask, return_cache=True, output_logits=True, **SHORT)
+    given = reader.generate(tokens, return_cache=True, output_logits=True, **SHORT)
+    torch.testing.assert_close(out[0].logits, given[0].logits)
+    real = given[1].inputs.attention_mask
+    torch.testing.assert_close(out[1]["resid_post", 1][real], given[1]["resid_post", 1][real])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how, message", [
+    (dict(repetition_penalty=1.2), "repetition_penalty needs the prompt's tokens"),
+    (dict(freq_penalty=0.5, do_sample=True), "freq_penalty needs"),
+    (dict(no_repeat_ngram_size=2), "no_repeat_ngram_size needs"),
+    (dict(return_type="tensor"), "return_type='tensor' needs"),
+    (dict(return_input_tokens=True), "return_input_tokens needs"),
+    (dict(attention_mask=torch.tensor([[1, 1, 0]])), "padded on the left"),
+], ids=str)  # fmt: skip
+def test_what_embeddings_do_not_tell_is_refused(how: Any, message: str, reader: Any) -> None:
+    embeds = reader.embed(torch.tensor([[5, 6, 7]]))
+    with pytest.raises(ValueError, match=message):
+        reader.generate(embeds, **how)
+    assert reader.generate(embeds, repetition_penalty=1.0, freq_penalty=0.0, max_new_tokens=1)
+    with pytest.raises(ValueError, match="a residual .batch pos 48."):
+        reader.generate(embeds[..., :7])
+
+
+def test_embeddings_of_a_model_whose_images_need_more_are_refused() -> None:
+    from veena_lens import HookedVLM
+
+    model = HookedVLM.from_hf(build_hf(BY_NAME["gemma3-narrow-window"]))
+    with pytest.raises(ValueError, match="Give prepared inputs, tokens or text"):
+        model.generate(model.embed(torch.tensor([[5, 6, 7]])), return_type="tokens")

@@ -169,3 +169,15 @@ def test_text_goes_on_after_images() -> None:
     logits = model(more, past_kv_cache=past)
     whole: Tensor = model(inputs.with_answer(more))
     torch.testing.assert_close(logits[0], whole[0, -3:])
+
+
+@torch.no_grad()
+def test_embeddings_of_later_tokens_go_on_from_a_cache(model: Any) -> None:
+    past, later = empty(model), model.to_tokens("w8 w9", prepend_bos=False)
+    model(model.to_tokens("w5 w6 w7"), past_kv_cache=past)
+    past.freeze()
+    resid, tokens, nothing, mask = model.input_to_embed(later, past_kv_cache=past)
+    again = model(
+        resid, start_at_layer=0, tokens=tokens, attention_mask=mask, shortformer_pos_embed=nothing, past_kv_cache=past
+    )
+    torch.testing.assert_close(again, model("w5 w6 w7 w8 w9")[:, -2:])

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         to_hf_state_dict,
     )
     from veena_lens.checkpoints.lora import base_of, is_lora_folder, open_lora
-    from veena_lens.checkpoints.padding import pad_token_of, padding_mask
+    from veena_lens.checkpoints.padding import give_pad_token, pad_token_of, padding_mask
     from veena_lens.checkpoints.processing import inputs_from_hf, prepare
     from veena_lens.checkpoints.registry import all_adapters, find_adapter
 
@@ -36,7 +36,7 @@ _HOMES = homes_of(
         "loading": "Checkpoint complete_processor load_generation_config load_processor open_checkpoint "
         "save_pretrained to_hf_state_dict",
         "lora": "base_of is_lora_folder open_lora",
-        "padding": "pad_token_of padding_mask",
+        "padding": "give_pad_token pad_token_of padding_mask",
         "processing": "inputs_from_hf prepare",
         "registry": "all_adapters find_adapter",
     },
@@ -54,6 +54,7 @@ __all__ = [
     "fill_from_files",
     "fill_from_state_dict",
     "find_adapter",
+    "give_pad_token",
     "inputs_from_hf",
     "is_lora_folder",
     "load_generation_config",

@@ -30,6 +30,17 @@ def _known_pad(tokenizer: Any, cfg: HookedVLMConfig) -> int | None:
     return None
 
 
+def give_pad_token(tokenizer: Any, cfg: HookedVLMConfig) -> None:
+    """Let a tokenizer that names no pad token name the model's, so that whoever asks it finds the same pads.
+
+    A token that is ordinary text stays so: texts would lose it where special tokens are skipped."""
+    if tokenizer is None or getattr(tokenizer, "pad_token_id", 0) is not None:
+        return
+    pad = _known_pad(tokenizer, cfg)
+    if pad is not None and pad in tokenizer.all_special_ids:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+
+
 def padding_mask(cfg: HookedVLMConfig, tokenizer: Any, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """Return the mask of bare tokens: False at the pads that a row begins or ends with.
 

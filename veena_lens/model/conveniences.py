@@ -130,11 +130,13 @@ class HookedTransformerNames:
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
         attention_mask: Tensor | None = None,
+        past_kv_cache: Any = None,
     ) -> tuple[Float[Tensor, "batch pos d_model"], Any, None, Tensor | None]:
         """Return what enters block 0, the tokens (prepared inputs themselves), None, and the mask of bare tokens.
 
         `model(resid, start_at_layer=0, tokens=tokens, attention_mask=mask)` goes on from there.
-        input .. attention_mask: as `forward` takes them."""
+        input .. attention_mask: as `forward` takes them. past_kv_cache: changes nothing here, since positions enter in
+            the blocks; pass it to `forward` again, which counts on from what it holds."""
         model = cast("HookedVLM", self)
         inputs = model.as_inputs(input, attention_mask, prepend_bos=prepend_bos, padding_side=padding_side)
         is_prepared = isinstance(input, MultimodalInputs)

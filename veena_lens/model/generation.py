@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,23 +17,28 @@ from torch import Tensor
 
 from veena_lens.components.kv_cache import KVCache
 from veena_lens.inputs import MultimodalInputs, text_positions
+from veena_lens.model.completions import (
+    RETURN_TYPES,
+    GenerateOutput,
+    Wanted,
+    every,
+    returned,
+    text_pieces,
+    whole_texts,
+)
+from veena_lens.model.embedded import continued, embedded_prompt, is_embeddings, refuse_what_reads_tokens
 from veena_lens.model.encoding import is_text, refuse_unknown, require_tokenizer
-from veena_lens.model.forward import LAST, forward
-from veena_lens.model.generation_settings import SETTINGS, make_criteria, make_processors, resolve_settings
+from veena_lens.model.forward import LAST, forward, residual_state
+from veena_lens.model.generation_settings import (
+    SETTINGS,
+    make_criteria,
+    make_processors,
+    resolve_settings,
+)
 from veena_lens.model.span import PassSpan
 
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
-
-
-RETURN_TYPES = ("str", "tokens", "input", "tensor", "embeds")
-
-
-class GenerateOutput(NamedTuple):
-    """What `output_logits=True` returns: the completions, and for each step the logits [batch d_vocab]."""
-
-    sequences: Any
-    logits: tuple[Tensor, ...]
 
 
 class Generating:
@@ -80,7 +85,8 @@ class Generating:
 
         Generation stops as the checkpoint's generation config says, at `stop_strings`, at the context's end, or after
         `max_new_tokens`. Hooks and interventions act at every step. Everything after `max_new_tokens` goes by name.
-        inputs (or input): prepared inputs, tokens, or text, which the chat template wraps where there is one.
+        inputs (or input): prepared inputs, tokens, or text, which the chat template wraps where there is one; also
+            embeddings of text [batch pos d_model], which enter block 0.
         temperature .. eos_token_id: as in transformers; None takes the generation config's value (where it has
             none, nothing is filtered when sampling). A temperature of 0 is greedy. logits_processor,
             stopping_criteria: transformers' classes. freq_penalty: lowers a sampled token's logit per time it was said.
@@ -104,12 +110,21 @@ class Generating:
         )
         model = cast("HookedVLM", self)
         given = one_input("generate", inputs, input)
-        prompt = as_prompt(model, given, **of_text)
+        if is_embeddings(given):
+            refuse_what_reads_tokens(model, settings, return_type, return_input_tokens)
+            prompt = embedded_prompt(model, given, attention_mask)
+        else:
+            prompt = as_prompt(model, given, **of_text)
         new, out = _generate(model, given, prompt, settings, how)
         more: list[Any] = []
         if return_cache:
-            whole = prompt.with_answer(new)
-            more.append(model.run_with_cache(whole, names_filter=names_filter, device=device)[1])
+            caching: dict[str, Any] = dict(names_filter=names_filter, device=device)
+            if is_embeddings(given):
+                whole, run = continued(model, given, prompt, new)
+                caching |= run
+            else:
+                whole = prompt.with_answer(new)
+            more.append(model.run_with_cache(whole, **caching)[1])
         if return_input_tokens:
             more.append(prompt.tokens)
         return (out, *more) if more else out
@@ -169,14 +184,6 @@ def _refuse(what: str, by_position: tuple[Any, ...], unknown: Mapping[str, Any])
     refuse_unknown(what, unknown, (*names, "progress", "return_cache", "output_logits", "return_input_tokens"))
 
 
-class Wanted(NamedTuple):
-    """In which form a completion is returned."""
-
-    return_type: str
-    progress: bool
-    output_logits: bool
-
-
 @torch.no_grad()
 def _generate(
     model: HookedVLM, given: Any, prompt: MultimodalInputs, settings: dict[str, Any], how: Wanted
@@ -189,7 +196,8 @@ def _generate(
     if in_text:
         require_tokenizer(model.tokenizer, f"generate(return_type={how.return_type!r})")
     logits: list[Tensor] = []
-    steps = _steps(model, prompt, settings, logits if how.output_logits else None)
+    embeds = given if is_embeddings(given) else None
+    steps = _steps(model, prompt, settings, logits if how.output_logits else None, embeds)
     if how.progress:
         from tqdm.auto import tqdm
 
@@ -199,33 +207,8 @@ def _generate(
         tokens = grown
     # `inputs.with_answer(tokens)` reads it, to tell an answer's end from the padding after it.
     cast(Any, tokens).end_token_ids = tuple(resolve_settings(model.generation_config, settings)["eos"])
-    out = _returned(model, given, prompt, tokens, how.return_type)
+    out = returned(model, given, prompt, tokens, how.return_type)
     return tokens, GenerateOutput(out, tuple(logits)) if how.output_logits else out
-
-
-def _returned(model: HookedVLM, given: Any, prompt: MultimodalInputs, new: Tensor, return_type: str) -> Any:
-    """Return a completion in the form that was asked for."""
-    if return_type == "tokens":
-        return new
-    if return_type == "str":
-        return model.tokenizer.batch_decode(new, skip_special_tokens=True)
-    if return_type == "input" and isinstance(given, MultimodalInputs):
-        return prompt.with_answer(new)
-    whole = torch.cat([prompt.tokens, new], 1)
-    if return_type == "embeds":
-        return torch.cat([model.embed_inputs(prompt), model.embed(new)], 1)
-    if return_type == "input" and is_text(given):
-        texts = _whole_texts(model, prompt, new)
-        return texts[0] if isinstance(given, str) else texts
-    return whole
-
-
-def _whole_texts(model: HookedVLM, prompt: MultimodalInputs, new: Tensor) -> list[str]:
-    """Return the texts of prompts and completions, special tokens skipped."""
-    whole = torch.cat([prompt.tokens, new], 1)
-    mask = torch.cat([prompt.attention_mask, torch.ones_like(new, dtype=torch.bool)], 1)
-    rows = [row[real] for row, real in zip(whole, mask, strict=True)]
-    return [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
 
 @torch.no_grad()  # on a generator torch enters it for each step, so none leaks between steps
@@ -237,12 +220,12 @@ def _stream(
     if in_text:
         require_tokenizer(model.tokenizer, "generate_stream")
     prompt = as_prompt(model, given, **of_text)
-    steps = _every(_steps(model, prompt, settings), stride)
+    steps = every(_steps(model, prompt, settings), stride)
     if in_text:
         if return_type == "str":
-            yield from _text_pieces(steps, partial(model.tokenizer.batch_decode, skip_special_tokens=True))
+            yield from text_pieces(steps, partial(model.tokenizer.batch_decode, skip_special_tokens=True))
         else:
-            yield from _text_pieces(steps, partial(_whole_texts, model, prompt))
+            yield from text_pieces(steps, partial(whole_texts, model, prompt))
         return
     n_said = 0
     for tokens in steps:
@@ -253,44 +236,21 @@ def _stream(
         yield piece
 
 
-def _every(steps: Iterator[Tensor], stride: int) -> Iterator[Tensor]:
-    """Yield every so manieth step, and the last."""
-    last = None
-    for number, tokens in enumerate(steps, start=1):
-        last = None if number % stride == 0 else tokens
-        if last is None:
-            yield tokens
-    if last is not None:
-        yield last
-
-
-def _text_pieces(steps: Iterator[Tensor], texts_of: Callable[[Tensor], list[str]]) -> Iterator[Any]:
-    """Yield text as it grows; `texts_of` gives the text of each row so far."""
-    said: list[str] = []
-    texts: list[str] = []
-    for tokens in steps:
-        texts = texts_of(tokens)
-        said = said or [""] * len(texts)
-        # A character in the middle of its bytes decodes to U+FFFD: wait for the rest.
-        ready = [t if not t.endswith("\ufffd") and t.startswith(s) else s for t, s in zip(texts, said, strict=True)]
-        pieces = [t[len(s) :] for t, s in zip(ready, said, strict=True)]
-        said = ready
-        if any(pieces):
-            yield pieces[0] if len(pieces) == 1 else pieces
-    rest = [t[len(s) :] if t.startswith(s) else "" for t, s in zip(texts, said, strict=True)]
-    if any(rest):
-        yield rest[0] if len(rest) == 1 else rest
-
-
 @torch.no_grad()
 def _steps(
-    model: HookedVLM, prompt: MultimodalInputs, settings: dict[str, Any], kept: list[Tensor] | None = None
+    model: HookedVLM,
+    prompt: MultimodalInputs,
+    settings: dict[str, Any],
+    kept: list[Tensor] | None = None,
+    embeds: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Iterator[Int[Tensor, "batch new"]]:
-    """Return the tokens generated so far, after each step; `kept` takes the logits that each step chose from."""
+    """Return the tokens generated so far, after each step; `kept` takes the logits that each step chose from.
+
+    embeds: what enters block 0 in the place of the prompt's tokens."""
     cache = KVCache(model.cfg.n_layers) if settings.get("use_past_kv_cache", True) else None
 
     def after(new: Int[Tensor, "batch new"]) -> Float[Tensor, "batch d_vocab"]:
-        logits = next_logits(model, prompt, new, cache)
+        logits = next_logits(model, prompt, new, cache, embeds)
         if kept is not None:
             kept.append(logits)
         return logits
@@ -325,19 +285,26 @@ def as_prompt(
 
 
 def next_logits(
-    model: HookedVLM, prompt: MultimodalInputs, new: Int[Tensor, "batch new"], cache: KVCache | None = None
+    model: HookedVLM,
+    prompt: MultimodalInputs,
+    new: Int[Tensor, "batch new"],
+    cache: KVCache | None = None,
+    embeds: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Float[Tensor, "batch d_vocab"]:
     """Return the logits after the last of the new tokens, or after the prompt where there is none yet.
 
     prompt: inputs of `as_prompt`. cache: holds everything before the last new token and is appended to; None
-    computes the whole sequence."""
+    computes the whole sequence. embeds: what enters block 0 in the place of the prompt's tokens."""
     n_prompt, n_new = prompt.shape[1], new.shape[1]
     if n_new and cache is not None:
         last = n_prompt + n_new - 1
         span = PassSpan(prompt, last, last + 1, new[:, -1:])
     else:
         span = PassSpan(prompt, 0, n_prompt + n_new, new if n_new else None)
-    return forward(model, span, cache=cache, positions=LAST)[:, -1]
+    entering = None
+    if embeds is not None and span.start == 0:
+        entering = residual_state(model, span, torch.cat([embeds, model.embed(new)], 1) if n_new else embeds, 0)
+    return forward(model, span, entering=entering, cache=cache, positions=LAST)[:, -1]
 
 
 @torch.no_grad()

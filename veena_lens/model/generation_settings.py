@@ -80,6 +80,14 @@ NEUTRAL = {
 }
 
 
+# What reads the tokens of the prompt, and the values at which a penalty does nothing beside None and 0.
+READ_THE_PROMPT = (
+    *("repetition_penalty", "freq_penalty", "no_repeat_ngram_size"),
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
+)
+NEUTRAL_PENALTY = {"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0}
+
+
 def end_tokens(generation_config: Any) -> tuple[int, ...]:
     """Return the tokens that end a completion, as the checkpoint's generation config says."""
     return _as_tuple(getattr(generation_config, "eos_token_id", None))

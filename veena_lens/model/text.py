@@ -195,11 +195,14 @@ class TextInterface:
     @tokenizer.setter
     def tokenizer(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        checkpoints.give_pad_token(tokenizer, self.cfg)
         asked = partial(prepends_bos, tokenizer) if callable(tokenizer) else None
         self.cfg.flags.tokenizer_prepends_bos = asked
 
     def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
         """Take another tokenizer. default_padding_side: "left" or "right"; None leaves the tokenizer's own.
+
+        One without pad token gets the model's: the configuration's, else the end of text.
 
         Raises: ValueError for another side."""
         if default_padding_side is not None:

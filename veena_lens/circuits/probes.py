@@ -97,7 +97,7 @@ def linear_probes(
     site: str = "resid",
     positions: Any = "last",
     *,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     train: Sequence[bool] | None = None,
     folds: int = 5,
     strength: float | int = 1.0,

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from veena_lens.checkpoints import dtype_of
+from veena_lens.checkpoints import device_of, dtype_of
 from veena_lens.components.context import Context
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs
@@ -104,12 +104,13 @@ def context_alone(model: HookedVLM, resid: Float[Tensor, "batch pos d_model"]) -
 def _device_or_dtype(name: str) -> torch.device | torch.dtype | None:
     """Return the device or the dtype that a text names. Raises: ValueError for neither."""
     try:
-        return torch.device(name)
+        torch.device(name)
     except RuntimeError:
         try:
             return dtype_of(name)
         except ValueError as error:
             raise ValueError(f"{name!r} names no device such as 'cpu' or 'cuda:0', and no dtype: {error}") from None
+    return device_of(name)
 
 
 class HookedTransformerNames:
@@ -188,7 +189,7 @@ class HookedTransformerNames:
         """Move or cast as torch does; a dtype may be given by its name ("bfloat16"), as to `from_pretrained`.
 
         print_details: print where it went, as HookedTransformer does.
-        Raises: ValueError for a text that names neither a device nor a dtype."""
+        Raises: ValueError for a text that names neither a dtype nor a device of this machine."""
         where = tuple(_device_or_dtype(x) if isinstance(x, str) else x for x in where)
         if isinstance(more.get("dtype"), str):
             more["dtype"] = dtype_of(more["dtype"])

@@ -64,7 +64,9 @@ def run_command(
     found, settings = before_run.checked_run(model, pairs, out, **options)
     from veena_lens import HookedVLM
 
-    loading = {name: value for name, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None}
+    loading: dict[str, Any] = {
+        name: value for name, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None
+    }
     lens = HookedVLM.from_pretrained(model, **loading)
     run = run_veena(lens, found, out, settings, progress=not quiet)
     save_results(run, Path(out) / "results.json")
@@ -117,7 +119,9 @@ def enhance_command(
     name = model or made.meta.get("model")
     if not name:
         raise ValueError(f"{circuit} does not say which model it is for; name one: --model NAME.")
-    loading = {option: value for option, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None}
+    loading: dict[str, Any] = {
+        option: value for option, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None
+    }
     lens = HookedVLM.from_pretrained(name, **loading)
     asked = question or "how does the person in the picture feel?"
     examples = [Example(picture=image, emotion="", question=asked) for image in images]

@@ -125,7 +125,7 @@ def site_part(who: str, cfg: Any, site: str) -> str:
     return part
 
 
-def encoded(who: str, given: Any, n: int, what: str, of: str = "rows") -> tuple[Int[Tensor, " row"], list[Any]]:
+def encoded(who: str, given: Any, n: int, what: str) -> tuple[Int[Tensor, " row"], list[Any]]:
     """Return numbers in the order of first appearance, and what they stand for.
 
     Raises: ValueError for another number of entries than `n`, lists in place of entries, or NaN."""

@@ -42,8 +42,8 @@ def image_attention(
     *,
     image: int = 0,
     grid: str = "grid",
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
     reduce: str = "mean",
 ) -> Scores:
     """Return attention weights from `queries` to the tokens of an image, as maps over its token grid.
@@ -71,8 +71,8 @@ def mask_sinks(
     renormalise: bool = True,
     image: int = 0,
     grid: str = "grid",
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
     reduce: str = "mean",
 ) -> Scores:
     """Return `image_attention` with the sink tokens of each layer taken out: their cells are masked.
@@ -96,7 +96,7 @@ def attention_sinks(
     multiple: float | int = 10.0,
     share: float | int = 0.8,
     norm_multiple: float | int | None = 5.0,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
 ) -> Scores:
     """Return which tokens are attention sinks in each layer: a bool for each.
 

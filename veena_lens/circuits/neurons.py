@@ -54,7 +54,7 @@ def neuron_trace(
     *,
     baseline: Any = None,
     reduce: str = "mean",
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     classes: Sequence[str] | None = None,
     model: HookedVLM | None = None,
 ) -> Scores:

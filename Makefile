@@ -68,6 +68,7 @@ refresh: $(STAMPS)/browser  ## every picture and generated table of README and d
 	$(BIN)/python docs/figures.py
 	$(BIN)/python docs/screenshot.py
 	$(BIN)/python docs/fill.py
+	$(BIN)/python docs/outputs.py
 
 clean:  ## remove what these commands wrote, the environment aside
 	rm -rf out site build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

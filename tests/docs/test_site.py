@@ -68,7 +68,7 @@ def test_site_builds_strictly_and_loads_nothing_remote(tmp_path) -> None:
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("reference"))
     text = (ROOT / "mkdocs.yml").read_text("utf-8").replace('paths: ["."]', f'paths: ["{ROOT}"]')
     (tmp_path / "mkdocs.yml").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     files = [path for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".css")]
@@ -82,3 +82,17 @@ def test_figures_of_the_concepts_are_all_there_and_all_shown() -> None:
     drawn = re.findall(r'"([\w-]+\.png)":', (DOCS / "figures.py").read_text("utf-8"))
     assert sorted(shown) == sorted(drawn)
     assert all((DOCS / name).exists() for name in shown)
+
+
+def test_calls_of_the_tasks_exist() -> None:
+    from veena_lens import HookedVLM
+    from veena_lens.inputs import MultimodalInputs
+
+    roots = {"model": HookedVLM, "HookedVLM": HookedVLM, "inputs": MultimodalInputs}
+    cells = re.findall(r"^\|[^|]+\|([^|]+)\|[^|]+\|$", (DOCS / "choose.md").read_text("utf-8"), re.MULTILINE)
+    calls = [call for cell in cells for call in re.findall(r"`([A-Za-z_]+(?:\.\w+)*)`", cell)]
+    assert len(calls) > 40
+    for call in calls:
+        place = roots.get(call.split(".")[0])
+        for name in call.split(".")[place is not None :]:
+            place = getattr(place or import_module("veena_lens"), name)

@@ -108,7 +108,7 @@ def attention_sinks(
 
     queries: a selection of positions, default all. multiple, norm_multiple: factors above 1. share: in (0, 1]. layers:
     default all.
-    Returns Scores with axes (batch, layer, pos). meta["rule"] states the numbers, meta["positions"][layer][row] the
+    Returns Scores with axes (batch, layer, pos). meta["rule"] states the numbers, `meta["positions"][layer][row]` the
     places.
     Raises: ValueError for an unknown layer, queries that select nothing, or numbers out of range.
     Source: Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762 (massive norms); the rule is ours.

@@ -12,10 +12,10 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help explore demo veena test fuzz browser check docs docs-serve notebooks bench refresh clean
+.PHONY: help explore demo veena test fuzz browser check docs docs-serve notebooks notebooks-save bench refresh clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(STAMPS)/demo  ## look inside both embedded models, patch and steer them: out/demo/index.html
 	@$(BIN)/veena-lens demo --out out/demo
@@ -58,17 +58,21 @@ docs: $(STAMPS)/docs  ## the documentation: site/index.html
 docs-serve: $(STAMPS)/docs  ## the documentation at http://127.0.0.1:8000/, built again at every change
 	$(BIN)/mkdocs serve
 
-notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom
-	$(BIN)/jupyter-execute notebooks/*.ipynb
+notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom, and compare with its kept outputs
+	$(BIN)/python docs/notebooks.py
+
+notebooks-save: $(STAMPS)/notebooks  ## run every notebook, and keep its outputs
+	$(BIN)/python docs/notebooks.py --save
 
 bench: $(STAMPS)/base  ## tables of speed and memory ratios
 	$(BIN)/python -m veena_lens.benchmarks
 
-refresh: $(STAMPS)/browser  ## every picture and generated table of README and docs, after the checkpoint changed
+refresh: $(STAMPS)/browser $(STAMPS)/notebooks  ## every picture, output and generated table of README, docs and notebooks
 	$(BIN)/python docs/figures.py
 	$(BIN)/python docs/screenshot.py
 	$(BIN)/python docs/fill.py
 	$(BIN)/python docs/outputs.py
+	$(BIN)/python docs/notebooks.py --save
 
 clean:  ## remove what these commands wrote, the environment aside
 	rm -rf out site build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

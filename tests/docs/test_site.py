@@ -29,7 +29,8 @@ def load(name: str):
 
 def test_every_page_is_in_the_navigation() -> None:
     named = re.findall(r":\s+([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
-    missing = {page.name for page in DOCS.glob("*.md")} - set(named)
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    missing = ({page.name for page in DOCS.glob("*.md")} | notebooks) - set(named)
     assert not missing and len(named) == len(set(named))
 
 
@@ -66,6 +67,7 @@ def test_site_builds_strictly_and_loads_nothing_remote(tmp_path) -> None:
     pytest.importorskip("mkdocstrings", reason="needs the extra docs: pip install 'veena-lens[docs]'")
     pytest.importorskip("mkdocs", reason="needs the extra docs: pip install 'veena-lens[docs]'")
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("reference"))
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     text = (ROOT / "mkdocs.yml").read_text("utf-8").replace('paths: ["."]', f'paths: ["{ROOT}"]')
     (tmp_path / "mkdocs.yml").write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
@@ -74,6 +76,8 @@ def test_site_builds_strictly_and_loads_nothing_remote(tmp_path) -> None:
     files = [path for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".css")]
     assert len(files) > 20
     assert not [path.name for path in files if LOADED.search(path.read_text("utf-8"))]
+    first = (tmp_path / "site" / "notebooks" / "01_first_look.html").read_text("utf-8")
+    assert "You will learn" in first and re.search(r'<img [^>]*src="01_first_look_\d+_\d+\.png"', first)
     assert "head_intention" in (tmp_path / "site" / "reference" / "circuits.html").read_text("utf-8")
 
 

@@ -30,7 +30,7 @@ def executed(path: Path) -> Any:
     """Return a notebook with the outputs of a new run. Raises: CellExecutionError where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=600, record_timing=False, resources={"metadata": {"path": str(path.parent)}}
+        notebook, timeout=None, record_timing=False, resources={"metadata": {"path": str(path.parent)}}
     )
     client.execute()
     for cell in notebook.cells:

@@ -12,10 +12,10 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --prefer-binary -qq
 
 .DEFAULT_GOAL := help
-.PHONY: help explore demo veena test fuzz browser check docs notebooks bench refresh clean
+.PHONY: help explore demo veena test fuzz browser check docs docs-serve notebooks notebooks-save bench refresh clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(STAMPS)/demo  ## look inside both embedded models, patch and steer them: out/demo/index.html
 	@$(BIN)/veena-lens demo --out out/demo
@@ -42,7 +42,7 @@ CHANGES ?= 2000
 fuzz: $(STAMPS)/test  ## files of every kind, changed at random: each loads or is refused by name
 	VEENA_FUZZ=$(CHANGES) $(BIN)/python -m pytest -n auto --maxprocesses 8 tests/test_fuzzed_files.py
 
-browser: $(STAMPS)/browser  ## the explorer in a real browser: Chromium must be installed
+browser: $(STAMPS)/browser  ## the explorer and the site in a real browser: Chromium must be installed
 	$(BIN)/python -m pytest -m browser tests/app
 
 check: $(STAMPS)/dev  ## style, types and the import contract
@@ -52,19 +52,27 @@ check: $(STAMPS)/dev  ## style, types and the import contract
 	$(BIN)/lint-imports
 
 docs: $(STAMPS)/docs  ## the documentation: site/index.html
-	$(BIN)/mkdocs build --strict --quiet
+	@$(BIN)/mkdocs build --strict
 	@echo "site/index.html"
 
-notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom
-	$(BIN)/jupyter-execute notebooks/*.ipynb
+docs-serve: $(STAMPS)/docs  ## the documentation at http://127.0.0.1:8000/, built again at every change
+	$(BIN)/mkdocs serve
+
+notebooks: $(STAMPS)/notebooks  ## run every notebook from top to bottom, and compare with its kept outputs
+	$(BIN)/python docs/notebooks.py
+
+notebooks-save: $(STAMPS)/notebooks  ## run every notebook, and keep its outputs
+	$(BIN)/python docs/notebooks.py --save
 
 bench: $(STAMPS)/base  ## tables of speed and memory ratios
 	$(BIN)/python -m veena_lens.benchmarks
 
-refresh: $(STAMPS)/browser  ## every picture and generated table of README and docs, after the checkpoint changed
+refresh: $(STAMPS)/browser $(STAMPS)/notebooks  ## every picture, output and generated table of README, docs and notebooks
 	$(BIN)/python docs/figures.py
 	$(BIN)/python docs/screenshot.py
 	$(BIN)/python docs/fill.py
+	$(BIN)/python docs/outputs.py
+	$(BIN)/python docs/notebooks.py --save
 
 clean:  ## remove what these commands wrote, the environment aside
 	rm -rf out site build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

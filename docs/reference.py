@@ -8,10 +8,15 @@ from __future__ import annotations
 import re
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent / "reference"
 # A link from a page to a source file. It works in the repository; the site does not contain the sources.
 SOURCE_LINK = re.compile(r"\[(`[^`\]]+`)\]\(\.\./[^)]+\)")
+# What opens a sentence of a docstring that describes a parameter, an attribute, the result, errors or the source.
+DESCRIBED = re.compile(
+    r"(^<p>|(?<=[.;)>])\s+)((?:\*{0,2}[a-z]\w*(?:, \*{0,2}[a-z]\w*)*|Raises|Source): |Returns (?=[A-Z]))"
+)
 # Page -> (title, one line about it, packages whose public names it lists, further objects of veena_lens).
 PAGES: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "model": (
@@ -87,15 +92,29 @@ def page(name: str) -> str:
 
 
 def on_pre_build(config: object = None) -> None:
-    """Write the pages when mkdocs begins a build."""
+    """Write the pages when mkdocs begins a build; one that has not changed is left alone, since a server watches it."""
     FOLDER.mkdir(exist_ok=True)
     for name in PAGES:
-        (FOLDER / f"{name}.md").write_text(page(name), encoding="utf-8")
+        path, text = FOLDER / f"{name}.md", page(name)
+        if not path.exists() or path.read_text("utf-8") != text:
+            path.write_text(text, encoding="utf-8")
 
 
 def on_page_markdown(markdown: str, **event: object) -> str:
     """Replace links to source files by their paths when mkdocs reads a page."""
     return SOURCE_LINK.sub(r"\1", markdown)
+
+
+def on_page_content(html: str, page: Any, **event: object) -> str:
+    """Begin a line with every parameter that a docstring of the reference describes."""
+    if not page.file.src_uri.startswith("reference/"):
+        return html
+
+    def begin(found: re.Match[str]) -> str:
+        start = "<p>" if found[1] == "<p>" else "<br>"
+        return f"{start}<b>{found[2].strip().rstrip(':')}</b>{':' if ':' in found[2] else ''} "
+
+    return re.sub(r"^<p>.*?</p>", lambda text: DESCRIBED.sub(begin, text[0]), html, flags=re.DOTALL | re.MULTILINE)
 
 
 if __name__ == "__main__":

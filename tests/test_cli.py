@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
@@ -14,7 +15,9 @@ import torch
 from tests.cases import BY_NAME
 from tests.checkpoints import tiny
 from veena_lens import cli
+from veena_lens.app.command_help import HELP
 from veena_lens.checkpoints.registry import BUILT_IN
+from veena_lens.emotion.settings import PRESETS
 
 HEAVY = ("torch", "transformers", "transformer_lens", "accelerate")
 
@@ -45,6 +48,26 @@ def test_inspect_prints_configuration_parameters_memory_and_hooks(
         assert part in shown
     assert "blocks.{0..1}.attn.hook_z" in shown and "n_heads=6 d_head=8" in shown
     assert "tensors of bfloat16 in 1 file" in shown
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS, *(f"mer-unibench {x}" for x in ("check", "score", "answer"))])
+def test_the_help_of_every_command_describes_it_with_examples_that_parse(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command.split(), "--help"])
+    shown = capsys.readouterr().out
+    assert end.value.code == 0 and HELP[command].about in shown
+    for example in HELP[command].examples:
+        assert f"  veena-lens {example}" in shown and example.startswith(command)
+        if "--help" not in example:
+            assert cli.build_parser().parse_args(example.split()).command == example.split()[0]
+    if command == "run":
+        for name, settings in PRESETS.items():
+            assert re.search(rf"  {name} ", shown.split("presets")[1]) and settings.preset == name
+        assert all(word in shown for word in ("two trials", "four trials", "twelve trials"))
+        assert [s.trials for s in PRESETS.values()] == [2, 4, 12]
+        assert [s.test_pictures for s in PRESETS.values()] == [16, 32, None]
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

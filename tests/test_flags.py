@@ -173,3 +173,8 @@ def test_the_context_may_be_shortened_and_set_back() -> None:
             model.cfg.n_ctx = wrong
     model.to(torch.float64).cfg.n_ctx = whole
     assert torch.equal(model(text), before) and list(hooks_of(model.cfg)) == names
+
+
+def test_printed_configuration_shows_neither_flags_nor_an_address(model: Any) -> None:
+    model.cfg.use_attn_result = True
+    assert "flags" not in repr(model.cfg) and " at 0x" not in repr(model.cfg)

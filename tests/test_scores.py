@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -171,6 +172,64 @@ def test_mean_equals_mean_of_the_frame(shape: list[int], seed: int, at: int) -> 
         torch.testing.assert_close(
             torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
         )
+
+
+# --- indices, loops, numpy ---------------------------------------------------------------------------------------
+def test_an_index_goes_by_label_along_the_axes_in_order() -> None:
+    scores = attention()
+    assert scores[7].axes == ("head", "key") and scores[7].values.equal(scores.values[1])
+    for index in ((7, 2), (np.int64(7), torch.tensor(2)), (7, -1)):
+        assert scores[index].axes == ("key",) and scores[index].values.equal(scores.values[1, 2])
+    assert float(scores[5, 1, "face"]) == scores.values[0, 1, 1]
+    for index in ((..., "face"), (slice(None), slice(None), "face")):
+        assert scores[index].axes == ("layer", "head") and scores[index].values.equal(scores.values[..., 1])
+    for kept in ([2, 0], np.array([2, 0]), torch.tensor([2, 0]), range(2, -1, -2)):
+        assert scores[5, kept].labels["head"] == [2, 0]
+    assert scores[:, 1:].labels["head"] == [1, 2] and scores[...].shape == scores[()].shape == scores.shape
+    assert scores[7, 0].mask is not None and not scores[7, 0].exists[3]
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "telling"),
+    [
+        (0, ValueError, r"select\(layer=0\): this label does not occur; labels: 5 7"),
+        ((5, 9), ValueError, r"head=9"),
+        (slice(5, 8), ValueError, r"5:8 of axis 'layer', whose labels are 5 7: a slice counts entries"),
+        ((5, 0, "is", 1), IndexError, r"4 indices for 3 axes \('layer', 'head', 'key'\)"),
+        ((..., 0, ...), IndexError, "once at most"),
+        (True, ValueError, "does not occur"),
+    ],
+)
+def test_an_index_that_is_not_there_says_what_is(index: Any, error: type, telling: str) -> None:
+    with pytest.raises(error, match=telling):
+        attention()[index]
+
+
+def test_a_loop_goes_along_the_first_axis() -> None:
+    scores = attention()
+    assert len(scores) == 2 and [layer.axes for layer in scores] == [("head", "key")] * 2
+    assert [float(x) for x in scores[5, 1]] == scores.values[0, 1].tolist()
+    twice = Scores(torch.tensor([1.0, 2.0]), ("token",), {"token": ["the", "the"]})
+    assert [float(x) for x in twice] == [1.0, 2.0], "labels may repeat"
+    assert [pair.clean.tolist() for pair in sweep()] == [[2.0], [5.0]]
+    single = scores[5, 1, "is"]
+    assert bool(single) and bool(Scores(torch.zeros(0), ("layer",)))
+    for wrong in (lambda: len(single), lambda: list(single), lambda: float(scores)):
+        with pytest.raises(TypeError, match="These Scores"):
+            wrong()
+
+
+def test_numpy_reads_what_tables_show() -> None:
+    scores = attention()
+    numbers = np.asarray(scores)
+    assert numbers.shape == (2, 3, 4) and np.isnan(numbers[1, 0, 3]) and np.isnan(float(scores[7, 0, "sad"]))
+    assert np.array_equal(numbers[0], scores.values[0].numpy())
+    effects = np.asarray(sweep()[0])
+    assert effects.tolist() == [0.0, 0.5, 1.0] and effects.dtype == np.float32
+    assert float(sweep()[0, 4]) == 0.5 and sweep()[0, 4].values.item() == 1.5
+    assert np.array(Scores(torch.ones(2, dtype=torch.bfloat16), ("layer",)), dtype="float64").tolist() == [1.0, 1.0]
+    numbers[:] = 0
+    assert scores.values.sum() > 0, "numpy is given a copy"
 
 
 # --- sweeps --------------------------------------------------------------------------------------------------

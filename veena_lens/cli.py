@@ -14,27 +14,40 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from veena_lens.app.command_help import HELP
+
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 CHECKPOINT = "an embedded checkpoint such as tiny-llava-emotion, a folder, or a hub id"
 
 
+def _command(commands: Any, name: str, of: str = "") -> argparse.ArgumentParser:
+    """Add a command, or an action of one, with the words of its help."""
+    words = HELP[f"{of} {name}".strip()]
+    form = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(
+        name, help=words.line, description=words.about, epilog=words.epilog, formatter_class=form
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands and options."""
+    words = HELP[""]
     parser = argparse.ArgumentParser(
-        prog="veena-lens", description="Interpretability for vision-language models: caches, patching, steering."
+        prog="veena-lens",
+        description=words.about,
+        epilog=words.epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
-    commands.add_parser("models", help="list the supported architectures, their adapters and typical hub ids")
+    _command(commands, "models")
 
-    inspect = commands.add_parser(
-        "inspect", help="show configuration, hook points, parameters and memory of a checkpoint without loading weights"
-    )
+    inspect = _command(commands, "inspect")
     inspect.add_argument("path", help=CHECKPOINT)
 
-    verify = commands.add_parser("verify", help="compare a checkpoint with Hugging Face and edit every hook point once")
+    verify = _command(commands, "verify")
     verify.add_argument("path", help=CHECKPOINT)
     verify.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the comparison (default: float32)")
     verify.add_argument("--device", default="cpu", help="device of both models (default: cpu)")
@@ -42,13 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--image", action="append", metavar="FILE", help="an image for the comparison; pass two or more"
     )
 
-    demo = commands.add_parser("demo", help="describe faces with the embedded models, show attention, patch and steer")
+    demo = _command(commands, "demo")
     demo.add_argument("--out", default="out/demo", help="folder for the page and its figures (default: out/demo)")
     demo.add_argument("--model", nargs="+", help=f"{CHECKPOINT}; several are compared (default: all embedded ones)")
 
-    run = commands.add_parser(
-        "run", help="locate a model's emotion circuit, enhance it and evaluate it; writes report.html"
-    )
+    run = _command(commands, "run")
     run.add_argument("--model", default="tiny-llava-emotion", help=f"{CHECKPOINT} (default: tiny-llava-emotion)")
     run.add_argument(
         "--pairs", metavar="DIR", help="folder of pairs with manifest.jsonl (default: the embedded images)"
@@ -59,16 +70,23 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for the results; the same command resumes a stopped run (default: out/veena)",
     )
     run.add_argument(
-        "--preset", choices=("tiny", "quick", "full"), default="quick", help="size of the run (default: quick)"
+        "--preset",
+        choices=("tiny", "quick", "full"),
+        default="quick",
+        help="size of the run, see below (default: quick)",
     )
     run.add_argument("--question", help="question about every image (default: that of the manifest)")
     run.add_argument("--seed", type=int, help="random seed of splits, draws and intervals (default: 0)")
     run.add_argument("--skip-unreadable", action="store_true", help="leave out images that cannot be read")
-    run.add_argument("--dry-run", action="store_true", help="estimate memory and time without reading weights")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check the options, count answers, estimate memory and time; no weights are read",
+    )
     run.add_argument("--device", help="device of the model (default: cpu)")
     run.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: as stored)")
 
-    enhance = commands.add_parser("enhance", help="describe an image with and without a saved circuit")
+    enhance = _command(commands, "enhance")
     enhance.add_argument("--circuit", metavar="FILE", required=True, help="circuit.safetensors from a run")
     enhance.add_argument("--image", metavar="FILE", required=True, action="append", help="an image; may be repeated")
     enhance.add_argument("--model", help=f"{CHECKPOINT} (default: the one that the circuit names)")
@@ -77,13 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
     enhance.add_argument("--device", help="device of the model (default: cpu)")
     enhance.add_argument("--dtype", choices=DTYPES, help="dtype of the model (default: as stored)")
 
-    results = commands.add_parser("results", help="print a table from a results.json as Markdown")
+    results = _command(commands, "results")
     results.add_argument("path", help="results.json from a run")
     results.add_argument(
         "--part", default="main", help="main, summary, random, ways, tuned, effects, elsewhere, layers, heads"
     )
 
-    explore = commands.add_parser("explore", help="explore a model in the browser, with your own images")
+    explore = _command(commands, "explore")
     explore.add_argument(
         "--model", nargs="+", help=f"{CHECKPOINT}; the first is selected at the start (default: all embedded ones)"
     )
@@ -118,15 +136,13 @@ def _add_common(command: argparse.ArgumentParser) -> None:
 
 def _add_mer_unibench(commands: Any) -> None:
     """Add the three actions on MER-UniBench."""
-    parser = commands.add_parser(
-        "mer-unibench", help="check the folders of MER-UniBench, answer a set, score answer files"
-    )
+    parser = _command(commands, "mer-unibench")
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
 
-    check = actions.add_parser("check", help="report which of the nine sets are in a folder, and how to get the others")
+    check = _command(actions, "check", "mer-unibench")
     check.add_argument("root", help="folder that contains the folders of the sets")
 
-    score = actions.add_parser("score", help="score an answer file, or every one in a folder")
+    score = _command(actions, "score", "mer-unibench")
     score.add_argument(
         "path", help="npz, csv, JSON Lines, a folder of <name>.npy, or a folder of results-<key> folders"
     )
@@ -146,7 +162,7 @@ def _add_mer_unibench(commands: Any) -> None:
         help="samples without an answer: raise an error, or score them as empty (default: error)",
     )
 
-    answer = actions.add_parser("answer", help="ask a model about every clip of a set; a stopped run resumes")
+    answer = _command(actions, "answer", "mer-unibench")
     answer.add_argument("root", help="folder that contains the folders of the sets")
     answer.add_argument("--model", required=True, help=CHECKPOINT)
     answer.add_argument("--set", metavar="KEY", required=True, help="the set to answer")
@@ -242,13 +258,11 @@ def inspect(args: argparse.Namespace) -> int:
 
 def verify(args: argparse.Namespace) -> int:
     """Print the certificate."""
-    import torch
-
     from veena_lens.model.model import HookedVLM
     from veena_lens.verify import verify as certify
 
     images: list[Any] | None = args.image
-    model = HookedVLM.from_pretrained(args.path, dtype=getattr(torch, args.dtype), device=args.device)
+    model = HookedVLM.from_pretrained(args.path, dtype=args.dtype, device=args.device)
     certificate = certify(model, args.path, images=images, progress=not args.quiet)
     print(certificate)
     return 0 if certificate.passed else 1
@@ -270,17 +284,16 @@ def explore(args: argparse.Namespace) -> int:
     """Serve the explorer until interrupted."""
     from veena_lens.app.explorer.server import serve
     from veena_lens.app.explorer.state import Limits
+    from veena_lens.checkpoints import device_of, dtype_of
 
     limits = Limits(
         upload_bytes=_in_units("--max-upload-mb", args.max_upload_mb, 2**20),
         pixels=_in_units("--max-megapixels", args.max_megapixels, 10**6),
         sweep_bytes=_in_units("--max-sweep-gb", args.max_sweep_gb, 2**30),
     )
-    loading: dict[str, Any] = {"device": args.device}
+    loading: dict[str, Any] = {"device": device_of(args.device)}
     if args.dtype is not None:
-        import torch
-
-        loading["dtype"] = getattr(torch, args.dtype)
+        loading["dtype"] = dtype_of(args.dtype)
     serve(args.model, args.cache, args.host, args.port, limits, loading)
     return 0
 
@@ -310,23 +323,23 @@ def mer_unibench(args: argparse.Namespace) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the whole method."""
+    """Run the whole method, or say what it will take."""
+    options: dict[str, Any] = {
+        "preset_name": args.preset,
+        "dtype": args.dtype,
+        "device": args.device,
+        "seed": args.seed,
+        "question": args.question,
+        "skip_unreadable": args.skip_unreadable,
+    }
+    if args.dry_run:
+        from veena_lens.app.before_run import dry_run
+
+        print(dry_run(args.model, args.pairs, args.out, **options))
+        return 0
     from veena_lens.app.commands import run_command
 
-    run_command(
-        args.model,
-        args.pairs,
-        args.out,
-        preset_name=args.preset,
-        dtype=args.dtype,
-        device=args.device,
-        seed=args.seed,
-        question=args.question,
-        skip_unreadable=args.skip_unreadable,
-        dry_run=args.dry_run,
-        quiet=args.quiet,
-        verbose=args.verbose,
-    )
+    run_command(args.model, args.pairs, args.out, **options, quiet=args.quiet, verbose=args.verbose)
     return 0
 
 

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 
 class Printed:
-    """Print what was set: one field per line, nested configurations indented, defaults left out."""
+    """Print what was set: one field per line, nested configurations indented, without defaults and repr=False."""
 
     def __repr__(self) -> str:
         lines = []
         for f in fields(cast(Any, self)):
             value = getattr(self, f.name)
-            if value == f.default and f.name not in ("dtype", "device"):
+            if not f.repr or (value == f.default and f.name not in ("dtype", "device")):
                 continue
             lines.append(f"{f.name}={_short(value)}")
         if sum(map(len, lines)) < 90:

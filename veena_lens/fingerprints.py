@@ -192,16 +192,23 @@ def _hooks(model: torch.nn.Module) -> Iterator[Any]:
 
 
 def _unwrapped(hook: Any) -> Any:
-    """Return the user's function inside a hook: what adds it to a hook point wraps it, under the name hook or fn."""
-    while _library(getattr(hook, "__globals__", {}).get("__name__")) is not None:
+    """Return the user's function inside a hook: what adds it to a hook point wraps it, under the name hook or fn, or as
+    the first argument of a function of this package's."""
+    while True:
+        if isinstance(hook, functools.partial):
+            if not str(getattr(hook.func, "__module__", "")).startswith("veena_lens.model"):
+                return hook
+            hook = hook.args[0]
+            continue
+        if _library(getattr(hook, "__globals__", {}).get("__name__")) is None:
+            return hook
         if hasattr(hook, "__wrapped__"):
             hook = hook.__wrapped__
             continue
         held = next((name for name in ("hook", "fn") if name in hook.__code__.co_freevars), None)
         if held is None:
-            break
+            return hook
         hook = hook.__closure__[hook.__code__.co_freevars.index(held)].cell_contents
-    return hook
 
 
 # --- functions, classes and other objects -----------------------------------------------------------------------------

@@ -65,6 +65,20 @@ def as_int(value: Any, what: str) -> int:
     raise TypeError(f"{what} is {value!r}, of type {type(value).__name__}; it must be an integer.")
 
 
+def listed(units: Any, n: int, what: str) -> list[int]:
+    """Return a choice of layers, heads or neurons as Python's integers, negative ones as they are.
+
+    units: a list, tuple, range, array or tensor of integers, or a slice of 0 .. n - 1; None is all of them. what: their
+    name in messages, such as "patch_sweep: layers".
+
+    Raises: TypeError for anything else, a mask of truth values too."""
+    if units is None or isinstance(units, slice):
+        return list(range(n))[slice(None) if units is None else units]
+    if isinstance(units, (str, bytes)) or not hasattr(units, "__iter__") or getattr(units, "ndim", 1) != 1:
+        raise TypeError(f"{what}={units!r} must be integers: a list such as [0, 2], a range or a slice; None is all.")
+    return [as_int(unit, f"{what}: an entry") for unit in units]
+
+
 def parse(positions: Any) -> Any:
     """Check a selection of positions and return it in its plain form (words as a tuple).
 

@@ -8,24 +8,34 @@ every message needs, `counted`, stands at the end.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from veena_lens.long_runs import save_tensors
-from veena_lens.own_files import opened, require_words, tensors_of, words_of
-from veena_lens.score_parts import Label, ReferenceRuns, few_labels, find_label, plain_labels, require_mask
+from veena_lens.own_files import opened, tensors_of
+from veena_lens.score_parts import (
+    FORMAT,
+    Label,
+    ReferenceRuns,
+    few_labels,
+    find_label,
+    indexed,
+    is_one_label,
+    numbers_of,
+    plain_labels,
+    require_mask,
+    words_of_scores,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
-
-FORMAT = "veena_lens.Scores/1"
-OLD_SWEEP_FORMAT = "veena_lens.SweepResult/1"  # of sweeps, before they were Scores
 
 
 @dataclass(frozen=True, eq=False)  # holds tensors: identity, not ==
@@ -38,6 +48,10 @@ class Scores:
     that JSON can hold. reference: the two runs that a sweep compares; `values` are then the raw metric, and tables,
     ranks and figures show the effects between the runs. columns: further entries per value (the text that was
     generated), in the order of `values.flatten()`, for tables and files; JSON must hold them.
+
+    `scores[5]`, `scores[5, 2]` and `scores[:, 2]` go by label along the axes in order, as `select` does by name; a loop
+    goes along the first axis; `len` counts its entries; `float` and numpy read the numbers that tables and figures
+    show. `values[...]` goes by place.
     Raises: ValueError where axes, labels, mask, columns and values disagree.
     """
 
@@ -180,6 +194,38 @@ class Scores:
 
     # Smaller ones
 
+    def __getitem__(self, index: Any) -> Scores:
+        """Return the entries with these labels, one index per axis in order: `scores[5]`, `scores[5, [1, 2]]`.
+
+        A label drops its axis; a list, range or array of labels keeps it; `:` and `...` keep everything. Other slices
+        count entries, of axes whose labels do so too (0, 1, ...).
+        Raises: IndexError for more indices than axes; ValueError as `select`."""
+        return self.select(**indexed(self.axes, self.labels, index))
+
+    def __len__(self) -> int:
+        """Return the number of entries along the first axis. Raises: TypeError for a single number."""
+        if not self.axes:
+            raise TypeError("These Scores are a single number, without a length; float(scores) gives it.")
+        return self.shape[0]
+
+    def __bool__(self) -> bool:
+        """Return True: Scores are something, also with no entry or the number 0."""
+        return True
+
+    def __iter__(self) -> Iterator[Scores]:
+        """Return the entries along the first axis in turn, each as Scores; `labels[axes[0]]` names them."""
+        return (self._select(self.axes[0], place=i) for i in range(len(self)))
+
+    def __float__(self) -> float:
+        """Return a single number, of a sweep its effect. Raises: TypeError for several."""
+        if self.values.numel() != 1:
+            raise TypeError(f"These Scores hold {self.values.numel()} numbers over {self.axes}: index one of them.")
+        return float(np.asarray(self).item())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the numbers that tables and figures show, for numpy: `scores`, NaN where an entry does not exist."""
+        return np.array(numbers_of(self.scores, None if self.mask is None else self.exists), dtype=dtype)
+
     def select(self, **chosen: Label | Sequence) -> Scores:
         """Return the entries with these labels: `select(layer=5, head=[1, 2])`.
 
@@ -192,11 +238,11 @@ class Scores:
             out = out._select(self._axis(axis), wanted)
         return out
 
-    def _select(self, axis: str, wanted: Label | Sequence) -> Scores:
-        single = wanted is None or isinstance(wanted, (str, int, float, bool))
-        labels = [wanted] if single else list(cast("Sequence", wanted))
-        places: list[int] = []
-        for label in labels:
+    def _select(self, axis: str, wanted: Any = (), place: int | None = None) -> Scores:
+        """Return the entries with these labels, or the one at a place."""
+        single = place is not None or is_one_label(wanted)
+        labels, places = ([wanted] if single else list(wanted)), [] if place is None else [place]
+        for label in labels if place is None else ():
             found = find_label(self.labels[axis], label)
             if not found or (single and len(found) > 1):
                 trouble = f"occurs at entries {found}" if found else "does not occur"
@@ -301,7 +347,7 @@ class Scores:
 
         Raises: FileNotFoundError; ValueError for a file that was cut short, or of another kind."""
         with opened(path, "Scores") as file:
-            words, tensors = _words_of(file, path), tensors_of(file)
+            words, tensors = words_of_scores(file, path), tensors_of(file)
             values, axes, direction = tensors.pop("values"), tuple(words.pop("axes")), words.pop("direction", None)
             runs = None if direction is None else ReferenceRuns(tensors["clean"], tensors["corrupted"], direction)
             return cls(values, axes, mask=tensors.get("mask"), reference=runs, **words)
@@ -314,7 +360,9 @@ class Scores:
         there = _numbers(self.scores)[self.exists.cpu()]
         there = there[~there.isnan()]
         what = "" if self.reference is None else f"{self.direction} effect "
-        if there.numel():
+        if there.numel() == 1:
+            lines.append(f"  {what}{there.item():.4g}")
+        elif there.numel():
             lines.append(f"  {what}from {there.min():.4g} to {there.max():.4g}, mean {there.mean():.4g}")
         elif what:
             lines.append(f"  no {what.strip()}: the clean and corrupted runs do not differ")
@@ -323,29 +371,6 @@ class Scores:
         for text in self.columns.get("text", ())[:3]:
             lines.append(f"  {text[:72]!r}")
         return "\n".join(lines)
-
-
-LABEL = (str, int, float, bool, None)
-SCHEMA = {"axes": [str], "labels?": {str: [LABEL]}, "name?": str, "unit?": str, "meta?": {str: object}}
-SCHEMA |= {"columns?": {str: list}, "direction?": str}
-
-
-def _words_of(file: Any, path: str | Path) -> dict[str, Any]:
-    """Return the words of a file's header. Raises: ValueError for a file of another kind."""
-    header = file.metadata() or {}
-    if header.get("format") == FORMAT:
-        words = words_of(file, "scores", SCHEMA, path)
-    else:
-        words = words_of(file, "veena_lens", {}, path)
-        if words.pop("format", None) != OLD_SWEEP_FORMAT:
-            raise ValueError(f"{path} holds no Scores: its format is {header.get('format')!r}, expected {FORMAT!r}.")
-        require_words(words, SCHEMA, str(path))
-        words |= {"name": "metric"}
-    if unknown := words.keys() - {name.removesuffix("?") for name in SCHEMA}:
-        raise ValueError(
-            f"{path} has the unknown fields {', '.join(sorted(unknown))}; it was written by a later version."
-        )
-    return words
 
 
 def _take(tensor: Tensor, at: int, index: Tensor, single: bool) -> Tensor:

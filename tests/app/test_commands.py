@@ -80,7 +80,7 @@ def test_a_dry_run_estimates_and_loads_and_writes_nothing(loaded, tmp_path: Path
     told = capsys.readouterr().out
     assert not loaded and not (tmp_path / "out").exists()
     cfg = bundled(MODEL).cfg
-    assert f"{cfg.n_layers} layers, {cfg.n_heads} heads" in told and "weights, bfloat16" in told
+    assert f"{cfg.n_layers} layers, {cfg.n_heads} heads" in told and "weights, float32 (as stored)" in told
     assert "answers of 16 tokens (preset tiny)" in told and "Nothing was loaded" in told
 
 

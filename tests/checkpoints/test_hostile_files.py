@@ -20,7 +20,8 @@ from tests.checkpoints.test_lora import build_hf, write
 from tests.families import build_hf as family_hf
 from veena_lens import HookedVLM
 from veena_lens.checkpoints import bundled_path, open_checkpoint, open_lora
-from veena_lens.checkpoints.finite import DTYPES, dtype_of, require_finite
+from veena_lens.checkpoints.files import did_you_mean
+from veena_lens.checkpoints.finite import DTYPES, device_of, dtype_of, require_finite
 from veena_lens.checkpoints.quantised import Scheme, find_packed
 from veena_lens.config import ConnectorConfig, HookedVLMConfig, RopeConfig
 
@@ -396,3 +397,33 @@ def test_packed_weights_of_other_sizes_are_refused_before_a_kernel_reads_them(ch
 def test_embedded_checkpoints_pass_every_check() -> None:
     for name in ("tiny-llava-emotion", "tiny-qwen2vl-emotion"):
         assert open_checkpoint(bundled_path(name)).cfg.n_layers == 8
+
+
+def test_devices_are_named_as_torch_names_them_and_must_be_there() -> None:
+    assert device_of(None) is None
+    assert device_of("cpu") == device_of(torch.device("cpu")) == torch.device("cpu")
+    assert device_of("meta") == torch.device("meta")
+    for absent in ("cuda:99", 99, torch.device("cuda:99")):
+        with pytest.raises(ValueError, match=r"device='(cuda:)?99' is not there: this machine \(torch .*\) has cpu"):
+            device_of(absent)
+    with pytest.raises(ValueError, match="device='gpu' is not a device of torch"):
+        device_of("gpu")
+    for odd in (1.5, True, ["cpu"]):
+        with pytest.raises(TypeError, match="must be a device of torch or its name"):
+            device_of(odd)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tiny-lava", "tiny-llava-emotion"),
+        ("Tiny_Qwen2VL_Emotion", "tiny-qwen2vl-emotion"),
+        ("llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("llava-hf/llava-1.5-7b", "llava-hf/llava-1.5-7b-hf"),
+        ("no-such-checkpoint", ""),
+        ("/tmp/x", ""),
+    ],
+)
+def test_a_name_near_a_known_one_is_answered_with_it(name: str, meant: str) -> None:
+    said = did_you_mean(name)
+    assert said.startswith(f" Did you mean {meant}") and said.endswith("?") if meant else said == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -223,3 +224,84 @@ def test_the_embedded_model_knows_the_emotion_of_people_held_out() -> None:
     late = found.scores.select(layer=6, position="last")
     assert late.select(statistic="accuracy").values > 0.9 > late.select(statistic="control").values
     assert late.select(statistic="low").values > late.select(statistic="chance").values
+
+
+# --- numbers of one's own ---------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def numbers(planted) -> tuple[Any, list[str], list[int]]:
+    model, inputs, labels, groups = planted
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    return torch.stack([cache["resid_post", layer][:, -1] for layer in range(2)]), labels, groups
+
+
+def test_numbers_of_ones_own_give_what_the_model_gives(planted, numbers) -> None:
+    X, y, groups = numbers
+    wanted = probe(planted, folds=4)
+    given: list[Any] = [
+        linear_probes(X, y, groups, folds=4, site="resid", **QUIET),
+        linear_probes(X=X.numpy(), y=np.array(y), groups=torch.tensor(groups), folds=4, **QUIET),
+        linear_probes({layer: X[layer].tolist() for layer in (0, 1)}, y, groups=groups, folds=4, **QUIET),
+    ]
+    for found in given:
+        torch.testing.assert_close(found.scores.values, wanted.scores.values)
+        torch.testing.assert_close(found.directions, wanted.directions, rtol=1e-5, atol=1e-7)
+        assert found.scores.axes == wanted.scores.axes and found.scores.labels["layer"] == [0, 1]
+        assert found.scores.labels["position"] == ["given"] and found.classes == wanted.classes
+    assert given[0].steer("word 1", 1).layer == 1
+    with pytest.raises(ValueError, match="these read X; .*site='resid' says that X holds it"):
+        given[1].steer("word 1", 1)
+    assert "Probes of X: 3 classes, 48 rows of 12 groups" in repr(given[1])
+
+
+def test_one_layer_of_ones_own_may_be_named_and_a_dictionary_chosen_from(numbers) -> None:
+    X, y, groups = numbers
+    one = linear_probes(X[1], y, groups, folds=4, layers=[17], **QUIET)
+    assert one.scores.labels["layer"] == [17] and one.direction("word 0", 17).shape == (48,)
+    named = linear_probes({"early": X[0], "late": X[1]}, y, groups, folds=4, layers=["late"], **QUIET)
+    torch.testing.assert_close(named.scores.values, one.scores.values)
+    assert named.scores.labels["layer"] == ["late"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "telling"),
+    [
+        (dict(y=["a"] * N), ValueError, "two classes"),
+        (dict(y=["a", "b"]), ValueError, f"2 labels for {N} rows"),
+        (dict(y=torch.zeros(N, 2)), ValueError, rf"labels must be one entry per row, \[{N}\], not \[{N}, 2\]"),
+        (dict(y=[float("nan")] + [1.0, 2.0] * 23 + [1.0]), ValueError, "labels hold nan at row 0"),
+        (dict(groups=[0] * (N - 1)), ValueError, f"47 groups for {N} rows"),
+        (dict(groups=[0] * N), ValueError, r"1 groups cannot be split into 5 folds; give more\."),
+        (dict(groups=[i % 3 for i in range(N)]), ValueError, "3 groups cannot be split into 5 folds; .* or folds=3"),
+        (dict(groups=None), TypeError, r"groups is missing: .*range\(len\(y\)\) says that items are independent"),
+        (dict(y=None, groups=None), TypeError, "y, groups are missing"),
+        (dict(X=torch.zeros(N)), ValueError, rf"must be \[items, width\] or \[layers, items, width\], not \[{N}\]"),
+        (dict(X="numbers"), TypeError, "X must be a tensor, an array or a list of numbers"),
+        (dict(X=torch.zeros(0, 0, 3)), ValueError, "X is empty"),
+        (dict(X={0: torch.zeros(N, 3), 1: torch.zeros(N, 4)}), ValueError, "one .* per layer, all alike"),
+        (dict(layers=[5]), ValueError, r"layers=\[5\] names 1 layers, but X has 2"),
+        (dict(layers=5), TypeError, "must be a list of the names"),
+        (dict(positions="query"), TypeError, "go with a model"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(change: dict[str, Any], error: type, telling: str, numbers) -> None:
+    X, y, groups = numbers
+    with pytest.raises(error, match=telling):
+        linear_probes(**({"X": X, "y": y, "groups": groups} | QUIET | change))
+
+
+def test_nan_is_named_with_its_place_and_calls_of_two_kinds_are_refused(planted, numbers) -> None:
+    X, y, groups = numbers
+    X = X.clone()
+    X[1, 7, 3] = torch.nan
+    with pytest.raises(ValueError, match="X holds nan at layer 1, item 7, column 3"):
+        linear_probes(X, y, groups, **QUIET)
+    model, inputs, labels, _ = planted
+    for call in (
+        lambda: linear_probes(model, inputs, labels, groups, X=X, **QUIET),
+        lambda: linear_probes(X, y, groups, y=y, **QUIET),
+        lambda: linear_probes(model, inputs, labels, **QUIET),
+        lambda: linear_probes({0: X[0]}, y, groups, layers=[1], **QUIET),
+    ):
+        with pytest.raises((TypeError, ValueError), match=r"without a model|y is given twice|per row|no layer 1"):
+            call()

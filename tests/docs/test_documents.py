@@ -24,10 +24,32 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if FENCE.search(p.read_text("utf-8"))], ids=name_of)
 def test_code_of_a_page_runs_from_top_to_bottom(page: Path, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text, names = page.read_text("utf-8"), {"__name__": "__page__"}
-    for block in FENCE.finditer(text):
-        line = text[: block.start()].count("\n") + 1
-        exec(compile("\n" * line + block[1], str(page), "exec"), names)  # line numbers as in the page
+    outputs = tool("outputs")
+    printed = outputs.run(page)
+    if page.name not in outputs.PAGES:
+        return
+    text = page.read_text("utf-8")
+    for block, now in zip(outputs.BLOCK.finditer(text), printed, strict=True):
+        assert not outputs.differences(block["text"] or "", now), f"run `python docs/outputs.py`: {block['code']}"
+    saved = [name for name in outputs.PICTURE.findall(text) if Path(name).exists()]
+    assert len(saved) >= 2
+    for name in saved:
+        kept, made = pixels(ROOT / "docs" / name), pixels(Path(name))
+        assert made.shape == kept.shape and np.abs(made - kept).mean() < 1, f"run `python docs/outputs.py`: {name}"
+
+
+@pytest.mark.parametrize(
+    ("now", "same"),
+    [
+        ("value 0.251 of 8 heads", True),
+        ("value 0.26 of 8 heads", False),
+        ("value 0.25 of 9 heads", False),
+        ("effect 0.25 of 8 heads", False),
+        ("value 0.25 of 8 heads\nmore", False),
+    ],
+)
+def test_outputs_are_compared_word_by_word_and_numbers_with_a_tolerance(now: str, same: bool) -> None:
+    assert bool(tool("outputs").differences("value 0.25 of 8 heads\n", now)) is not same
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -29,7 +29,8 @@ def load(name: str):
 
 def test_every_page_is_in_the_navigation() -> None:
     named = re.findall(r":\s+([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
-    missing = {page.name for page in DOCS.glob("*.md")} - set(named)
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "notebooks").glob("*.ipynb")}
+    missing = ({page.name for page in DOCS.glob("*.md")} | notebooks) - set(named)
     assert not missing and len(named) == len(set(named))
 
 
@@ -66,14 +67,17 @@ def test_site_builds_strictly_and_loads_nothing_remote(tmp_path) -> None:
     pytest.importorskip("mkdocstrings", reason="needs the extra docs: pip install 'veena-lens[docs]'")
     pytest.importorskip("mkdocs", reason="needs the extra docs: pip install 'veena-lens[docs]'")
     shutil.copytree(DOCS, tmp_path / "docs", ignore=shutil.ignore_patterns("reference"))
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
     text = (ROOT / "mkdocs.yml").read_text("utf-8").replace('paths: ["."]', f'paths: ["{ROOT}"]')
     (tmp_path / "mkdocs.yml").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     files = [path for path in (tmp_path / "site").rglob("*") if path.suffix in (".html", ".css")]
     assert len(files) > 20
     assert not [path.name for path in files if LOADED.search(path.read_text("utf-8"))]
+    first = (tmp_path / "site" / "notebooks" / "01_first_look.html").read_text("utf-8")
+    assert "You will learn" in first and re.search(r'<img [^>]*src="01_first_look_\d+_\d+\.png"', first)
     assert "head_intention" in (tmp_path / "site" / "reference" / "circuits.html").read_text("utf-8")
 
 
@@ -82,3 +86,17 @@ def test_figures_of_the_concepts_are_all_there_and_all_shown() -> None:
     drawn = re.findall(r'"([\w-]+\.png)":', (DOCS / "figures.py").read_text("utf-8"))
     assert sorted(shown) == sorted(drawn)
     assert all((DOCS / name).exists() for name in shown)
+
+
+def test_calls_of_the_tasks_exist() -> None:
+    from veena_lens import HookedVLM
+    from veena_lens.inputs import MultimodalInputs
+
+    roots = {"model": HookedVLM, "HookedVLM": HookedVLM, "inputs": MultimodalInputs}
+    cells = re.findall(r"^\|[^|]+\|([^|]+)\|[^|]+\|$", (DOCS / "choose.md").read_text("utf-8"), re.MULTILINE)
+    calls = [call for cell in cells for call in re.findall(r"`([A-Za-z_]+(?:\.\w+)*)`", cell)]
+    assert len(calls) > 40
+    for call in calls:
+        place = roots.get(call.split(".")[0])
+        for name in call.split(".")[place is not None :]:
+            place = getattr(place or import_module("veena_lens"), name)

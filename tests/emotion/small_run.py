@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +13,9 @@ from typing import Any
 from unittest import mock
 
 from tests.emotion.asked import bundled
+from veena_lens.emotion import methods, pipeline
+from veena_lens.emotion.judge import evaluation
+from veena_lens.emotion.locate import layers
 from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.pipeline import VeenaRun, run_veena
 from veena_lens.emotion.settings import Settings, preset
@@ -17,6 +23,7 @@ from veena_lens.emotion.settings import Settings, preset
 EMOTIONS = ["happy", "sad", "angry", "neutral"]
 MODEL = "tiny-llava-emotion"
 _folders: list[Any] = []  # kept while the tests run, removed at the end
+answered: Counter[str] = Counter()  # answers that the small run generated, by stage
 
 
 @cache
@@ -54,10 +61,40 @@ def small_run() -> tuple[VeenaRun, list[tuple[str, int]]]:
     """(the run, files that were there when it was stopped after the key layers, with the times of their writing)."""
     folder = new_folder()
     call: Any = (bundled(MODEL), small_pairs(), folder, small_settings())
-    try:
-        with stopped_in("pipeline.key_heads"):
-            run_veena(*call, progress=False)
-    except Stopped:
-        pass
-    before = [(str(p.relative_to(folder)), p.stat().st_mtime_ns) for p in sorted(folder.glob("work/*/*.safetensors"))]
-    return run_veena(*call, progress=False), before
+    with counting_answers():
+        try:
+            with stopped_in("pipeline.key_heads"):
+                run_veena(*call, progress=False)
+        except Stopped:
+            pass
+        files = sorted(folder.glob("work/*/*.safetensors"))
+        before = [(str(p.relative_to(folder)), p.stat().st_mtime_ns) for p in files]
+        return run_veena(*call, progress=False), before
+
+
+@contextmanager
+def counting_answers() -> Iterator[None]:
+    """Count the answers that are generated inside the block, by stage; those under injection as "injections"."""
+    stage = [""]
+    begin, answer, inject = pipeline._Clock.start, methods.answers_to, layers.generation_sweep
+
+    def start(clock: Any, name: str) -> None:
+        stage[0] = name
+        begin(clock, name)
+
+    def answers_to(*args: Any) -> list[str]:
+        said = answer(*args)
+        answered[stage[0]] += len(said)
+        return said
+
+    def sweep(model: Any, inputs: Any, entries: Any, **kw: Any) -> Any:
+        answered["injections"] += len(entries) * len(inputs)
+        return inject(model, inputs, entries, **kw)
+
+    with (
+        mock.patch.object(pipeline._Clock, "start", start),
+        mock.patch.object(methods, "answers_to", answers_to),
+        mock.patch.object(evaluation, "answers_to", answers_to),
+        mock.patch.object(layers, "generation_sweep", sweep),
+    ):
+        yield

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.emotion.asked import bundled
-from tests.emotion.small_run import MODEL, Stopped, small_pairs, small_run, small_settings, stopped_in
+from tests.emotion.small_run import MODEL, Stopped, answered, small_pairs, small_run, small_settings, stopped_in
 from veena_lens.emotion import methods, pipeline
-from veena_lens.emotion.estimates import estimate
+from veena_lens.emotion.estimates import answer_counts, estimate
 from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.pipeline import _claim, part_identities, run_veena
 from veena_lens.emotion.results import results_of
@@ -77,15 +77,20 @@ def test_the_estimate_adds_up_and_times_eight_answers(monkeypatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(methods, "generate_answers", lambda model, some, **kw: asked.append(len(some)))
     model: Any = SimpleNamespace(cfg=SimpleNamespace(n_layers=8))
-    part = [SimpleNamespace(emotional=None)] * 21
-    parts = {name: part for name in ("directions", "mechanism", "validation", "test")}
-    text = estimate(model, parts, replace(preset("tiny"), trials=3))
+    settings = replace(preset("tiny"), trials=3)
+    parts = part_identities(load_pairs(), settings)
+    text = estimate(model, parts, settings)
     assert asked == [2, 8]
-    counts = {name: int(n) for name, n in re.findall(r"([a-z ]+) (\d+)[,)]", text.split("(")[1])}
-    by_hand = {"directions": 42, "key layers": 7 * 2 * 8 * 2 // 4, "choosing": 8 * 3 * 2, "tuning": 8 * 3 * (4 * 3 + 1)}
-    by_hand["test"] = 16 * (3 * 5 + 2 * 2)
-    assert {k.strip(): v for k, v in counts.items()} == by_hand
-    assert f", {sum(by_hand.values())} answers" in text and "goes on where it was when it is started again" in text
+    counts = {name.strip(): int(n) for name, n in re.findall(r"([a-z ]+) (\d+)[,)]", text.split("(")[1])}
+    by_hand = {"key layers": 7 * 2, "injections": 7 * 2 * 8 * 2, "choosing": 8 * 3 * (2 + 1)}
+    # VEE, at 3 already: 1 trial of 2 and 5, the other for the doses; ENA: 3 trials, and 2 with all neurons for the
+    # doses; VEENA and the adaptive family: 2 and 3 trials.
+    by_hand["tuning"] = 8 * 3 * (1 + 1 + 3 + 1 + 2 + 3)
+    by_hand["test"] = 16 * (3 * 5 + 3 * 2) + 4 * 48
+    by_hand["side effects"] = 5 * 4 * (2 * 2)
+    assert {k: v for k, v in counts.items() if k != "directions"} == by_hand
+    assert 35 < counts["directions"] < 70, "emotional images, and their neutral twins once per batch"
+    assert f", {sum(counts.values())} answers" in text and "goes on where it was when it is started again" in text
 
 
 # --- one small run, shared ---------------------------------------------------------------------------
@@ -94,6 +99,13 @@ def test_a_stopped_run_goes_on_and_keeps_what_was_there() -> None:
     assert run.out is not None and len(before) >= 3, "a file for each pair of the key layers"
     assert all((run.out / name).stat().st_mtime_ns == written for name, written in before)
     assert list(run.seconds) == list(pipeline.STAGES)
+
+
+def test_a_run_generates_as_many_answers_as_were_counted_before() -> None:
+    small_run()
+    settings = small_settings()
+    counted = answer_counts(8, part_identities(small_pairs(), settings), settings)
+    assert {name: n for name, n in counted.items() if n} == dict(answered)
 
 
 def test_a_run_parts_identities_and_judges_every_family_on_the_test_ones() -> None:

@@ -116,6 +116,11 @@ def test_parameters_are_counted_and_named(model: Any) -> None:
 
 def test_moving_as_hooked_transformer_does(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert model.to("cpu") is model and capsys.readouterr().out == ""
+    other = copy.deepcopy(model)
+    assert other.to("bfloat16").cfg.dtype == other.to(dtype="bf16").cfg.dtype == torch.bfloat16
+    assert other.to("cpu", "float64").cfg.dtype == torch.float64
+    with pytest.raises(ValueError, match="'cpuu' names no device such as .* known: float64"):
+        model.to("cpuu")
     assert model.to("cpu", print_details=True) is model
     assert "cpu" in capsys.readouterr().out
     model.move_model_modules_to_device()

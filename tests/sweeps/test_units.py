@@ -12,9 +12,12 @@ from tests.pairs import pair_of
 from tests.sweeps.engines import KW, agree
 from veena_lens import HookedVLM
 from veena_lens.checkpoints.files import bundled_pairs
+from veena_lens.circuits import attention_knockout
 from veena_lens.interventions import Ablate, Steer
 from veena_lens.sweeps import generation_sweep, patch_sweep, steer_sweep
 from veena_lens.sweeps.metrics import kl, log_prob, logit_diff, project, soft_hit
+
+OFF: dict[str, Any] = {"progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +172,77 @@ def test_an_unknown_option_of_a_steering_sweep_is_named(runs) -> None:
     model, inputs, _ = runs
     with pytest.raises(TypeError, match="no option is called 'max_row'; there are max_rows, max_bytes"):
         steer_sweep(model, inputs, torch.ones(48), KW["metric"], max_row=2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "telling"),
+    [
+        (
+            lambda logits: logits[:, -1, 5],
+            r"IndexError.*\[rows d_vocab\], here \[1, 128\], without an axis of positions",
+        ),
+        (lambda logits: logits[0, -1, 5], "IndexError"),
+        (lambda logits: logits[0, 5], r"one number per row, \[1\], not \[\]"),
+        (lambda logits: logits[0, 5][None], r"one number per row, \[2\], not \[1\]"),
+        (lambda logits: logits[:, 5].tolist(), "not list"),
+        (lambda logits: logits[:, 5].numpy(), "not ndarray"),
+        (lambda logits: logits[:, 5].to(torch.complex64), "of torch.complex64"),
+        (lambda logits: logits[:, 500], "IndexError: index 500 is out of bounds"),
+        (lambda logits: logits @ torch.ones(7, dtype=logits.dtype), "RuntimeError"),
+        (lambda logits, token: logits[:, token], "TypeError.*token"),
+        (lambda logits: logits.next_token, "AttributeError"),
+    ],
+)
+def test_a_metric_of_another_form_is_shown_the_right_one_before_the_model_runs(
+    metric: Any, telling: str, runs, monkeypatch
+) -> None:
+    model, clean, corrupted = runs
+
+    def run(*args: Any, **kw: Any) -> None:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr("veena_lens.sweeps.engine.forward", run)
+    monkeypatch.setattr(HookedVLM, "run_with_cache", run)
+    for sweep, arguments in ((patch_sweep, (clean, corrupted)), (steer_sweep, (clean, torch.ones(48)))):
+        for given in (metric, {"first": metric}):
+            with pytest.raises(ValueError, match=f"(?s){telling}.*lambda logits: logits\\[:, good\\]"):
+                sweep(model, *arguments, metric=given, progress=False)
+    with pytest.raises(ValueError, match=telling):
+        attention_knockout(model, clean, [("image", "last")], metric, progress=False)
+
+
+def test_tokens_of_metrics_are_ids_and_their_vectors_any_numbers(runs) -> None:
+    model, clean, corrupted = runs
+    for wrong in (lambda: logit_diff(" happy", " sad"), lambda: log_prob(1.0), lambda: soft_hit([" a"], [[1]])):
+        with pytest.raises(TypeError, match=r"to_single_token\(' |must be an integer"):
+            wrong()
+    vector = torch.arange(48.0)
+    found = [
+        patch_sweep(model, clean[0], corrupted[0], metric=project("blocks.1.hook_resid_post", v), layers=[0], **OFF)
+        for v in (vector, vector.tolist(), vector.numpy(), vector.long())
+    ]
+    for one in found[1:]:
+        torch.testing.assert_close(one.values, found[0].values)
+    assert kl([0.0] * 128)(torch.zeros(2, 128)).tolist() == [0, 0]
+    with pytest.raises(TypeError, match="project: the direction"):
+        project("blocks.1.hook_resid_post", "happy")
+
+
+@pytest.mark.parametrize("layers", [slice(None, 2), range(2), (0, -1), torch.tensor([0, 1])], ids=str)
+def test_layers_are_named_by_anything_that_holds_integers(layers: Any, runs) -> None:
+    model, clean, corrupted = runs
+    metric = logit_diff(5, 6)
+    found = patch_sweep(model, clean, corrupted, metric=metric, layers=layers, units=layers, **OFF)
+    last = 5 if isinstance(layers, tuple) else 1
+    assert found.labels["layer"] == [0, 1] and found.labels["head"] == [0, last]
+    assert steer_sweep(model, clean, torch.ones(48), metric, layers=layers, progress=False).labels["layer"] == [0, 1]
+    assert model.attention(clean, layers=layers).labels["layer"] == [0, 1]
+
+
+@pytest.mark.parametrize("layers", [1, "all", [0.0], [True], torch.ones(2, 2)], ids=str)
+def test_layers_of_another_kind_are_refused_in_a_sentence(layers: Any, runs) -> None:
+    model, clean, corrupted = runs
+    with pytest.raises(
+        TypeError, match=r"(?s)patch_sweep: layers.* must be (an integer|integers: a list such as \[0, 2\])"
+    ):
+        patch_sweep(model, clean, corrupted, metric=logit_diff(5, 6), layers=layers, **OFF)

@@ -14,27 +14,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from veena_lens.app import before_run
+from veena_lens.app.before_run import drawn_questions as drawn_questions
 from veena_lens.app.veena_report import write_veena_report
-from veena_lens.emotion.estimates import dry_estimate
+from veena_lens.checkpoints import device_of, dtype_of
 from veena_lens.emotion.mer_unibench.answers import Answers, answer_files, read_answers, set_in_path
 from veena_lens.emotion.mer_unibench.data_sets import SETS, find_set
 from veena_lens.emotion.mer_unibench.loading import LoadedSet, Overrides, load_set
 from veena_lens.emotion.mer_unibench.scoring import SetScore, benchmark_mean, score_answers
 from veena_lens.emotion.methods import Method, generate_answers
-from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.pairs.pair_set import Example
-from veena_lens.emotion.pipeline import VeenaRun, part_identities, run_veena
+from veena_lens.emotion.pipeline import VeenaRun, run_veena
 from veena_lens.emotion.results import main_table, part_table, results_of, save_results
-from veena_lens.emotion.settings import settings_for
 from veena_lens.emotion.words.wheels import EmotionWheels
 from veena_lens.interventions import Circuit
 
 if TYPE_CHECKING:
-    from veena_lens.emotion.pairs.pair_set import PairSet
-
-DRAWN_STYLES = ("avataaars", "open-peeps", "micah", "emoji")  # images whose attributes are known
+    pass
 
 
 def run_command(
@@ -57,19 +53,20 @@ def run_command(
     pairs: a folder with a manifest; None takes the pairs of the package. out: the folder of the three files.
     preset_name, seed, question: the settings of the method. dtype: a name such as "bfloat16"; device: such as "cuda";
     None leaves both to `HookedVLM.from_pretrained`. skip_unreadable: go on without images that cannot be read.
-    dry_run prints the estimate of memory and time from the model's configuration alone, and reads no weights. quiet
+    dry_run prints the estimate of memory and time from the model's configuration alone, and reads no weights. Options
+    are checked before either (`before_run.checked_run`). quiet
     prints the path of the report alone; verbose adds the table of every method, and what was found at each stage."""
-    unreadable = "skip" if skip_unreadable else "error"
-    found = load_pairs(pairs, unreadable=unreadable)
-    settings = settings_for(preset_name, seed, question, **drawn_questions(found))
+    options: dict[str, Any] = {"preset_name": preset_name, "dtype": dtype, "device": device, "seed": seed}
+    options |= {"question": question, "skip_unreadable": skip_unreadable}
     if dry_run:
-        print(dry_estimate(model, part_identities(found, settings), settings, dtype or "bfloat16"))
+        print(before_run.dry_run(model, pairs, out, **options))
         return None
+    found, settings = before_run.checked_run(model, pairs, out, **options)
     from veena_lens import HookedVLM
 
-    loading: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    if device is not None:
-        loading["device"] = device
+    loading: dict[str, Any] = {
+        name: value for name, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None
+    }
     lens = HookedVLM.from_pretrained(model, **loading)
     run = run_veena(lens, found, out, settings, progress=not quiet)
     save_results(run, Path(out) / "results.json")
@@ -96,19 +93,6 @@ def _command(
     return ["veena-lens", "run", *parts, *(["--skip-unreadable"] if skip_unreadable else [])]
 
 
-def drawn_questions(pairs: PairSet) -> dict[str, Any]:
-    """Return questions about the attributes of drawn people, as `settings_for` takes them; none for other images."""
-    from veena_lens.zoo.captions import ATTRIBUTE_QUESTIONS, EMOTION_QUESTIONS
-
-    if any(e.style not in DRAWN_STYLES for e in pairs.examples):
-        return {}
-    return {
-        "questions": {name: ATTRIBUTE_QUESTIONS[name][0] for name in ("hair", "background", "glasses")},
-        "describe": EMOTION_QUESTIONS["caption"][0],
-        "templates": {"hair": ["{} hair"], "background": ["{} background"]},
-    }
-
-
 def enhance_command(
     circuit: str,
     images: list[str],
@@ -126,6 +110,7 @@ def enhance_command(
     Raises: ValueError where neither says which, and FileNotFoundError for images that are not there, all at once."""
     from veena_lens import HookedVLM
 
+    device_of(device)
     missing = [image for image in images if not Path(image).is_file()]
     if missing:
         raise FileNotFoundError(f"No image at {', '.join(missing)}; nothing was loaded.")
@@ -134,9 +119,9 @@ def enhance_command(
     name = model or made.meta.get("model")
     if not name:
         raise ValueError(f"{circuit} does not say which model it is for; name one: --model NAME.")
-    loading: dict[str, Any] = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    if device is not None:
-        loading["device"] = device
+    loading: dict[str, Any] = {
+        option: value for option, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None
+    }
     lens = HookedVLM.from_pretrained(name, **loading)
     asked = question or "how does the person in the picture feel?"
     examples = [Example(picture=image, emotion="", question=asked) for image in images]
@@ -272,6 +257,7 @@ def answer_command(args: Any) -> str:
     """Answer one set with a model, under a saved circuit if one is given; says what was written."""
     from veena_lens.emotion.mer_unibench.answering import answer_set
 
+    device_of(args.device)
     # The set is read first: a lost folder should not cost the loading of a model.
     samples = load_set(args.root, args.set, overrides=parse_folders(args.folder))
     method = None
@@ -283,10 +269,7 @@ def answer_command(args: Any) -> str:
         method = Method(name="circuit", interventions=circuit, settings=settings)
     from veena_lens.model.model import HookedVLM
 
-    loading: dict[str, Any] = {"device": args.device}
-    if args.dtype is not None:
-        loading["dtype"] = getattr(torch, args.dtype)
-    model = HookedVLM.from_pretrained(args.model, **loading)
+    model = HookedVLM.from_pretrained(args.model, dtype=args.dtype, device=args.device)
     run = answer_set(
         model,
         samples,

@@ -12,7 +12,7 @@ from veena_lens._lazy import homes_of, resolver
 if TYPE_CHECKING:
     from veena_lens.checkpoints.files import bundled_names, bundled_pairs, bundled_path, bundled_pictures
     from veena_lens.checkpoints.filling import fill_from_files, fill_from_state_dict, require_layers
-    from veena_lens.checkpoints.finite import dtype_of
+    from veena_lens.checkpoints.finite import device_of, dtype_of
     from veena_lens.checkpoints.loading import (
         Checkpoint,
         complete_processor,
@@ -32,7 +32,7 @@ _HOMES = homes_of(
     {
         "files": "bundled_names bundled_pairs bundled_path bundled_pictures",
         "filling": "fill_from_files fill_from_state_dict require_layers",
-        "finite": "dtype_of",
+        "finite": "device_of dtype_of",
         "loading": "Checkpoint complete_processor load_generation_config load_processor open_checkpoint "
         "save_pretrained to_hf_state_dict",
         "lora": "base_of is_lora_folder open_lora",
@@ -50,6 +50,7 @@ __all__ = [
     "bundled_path",
     "bundled_pictures",
     "complete_processor",
+    "device_of",
     "dtype_of",
     "fill_from_files",
     "fill_from_state_dict",

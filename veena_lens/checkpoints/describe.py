@@ -5,6 +5,7 @@ Shapes come from the hook table and from a model on the meta device, dtypes and 
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from veena_lens.checkpoints.files import WeightFile, weight_files
+from veena_lens.checkpoints.filling import stored_dtype
 from veena_lens.checkpoints.loading import Checkpoint
+from veena_lens.checkpoints.quantised import scheme_of
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import Hook, hooks_of, layer_of
 
@@ -99,6 +103,38 @@ def describe(checkpoint: Checkpoint, meta_model: nn.Module) -> Description:
         hooks=tuple(folded(table, checkpoint.cfg)),
         n_hooks=len(table),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredWeights:
+    """Hold what the headers of weight files say.
+
+    n_parameters: numbers in all, None without files that have headers, or where they are packed. dtype: the one that
+    the model has when it is loaded as stored, None where nothing says it. n_bytes: of the files. is_packed: quantised.
+    """
+
+    n_parameters: int | None
+    dtype: torch.dtype | None
+    n_bytes: int
+    is_packed: bool
+
+
+def stored_weights(checkpoint: Checkpoint) -> StoredWeights:
+    """Return number, dtype and size of a checkpoint's weights, from the headers of its files; none is downloaded."""
+    try:
+        files = weight_files(checkpoint.path)
+    except FileNotFoundError:
+        files = []
+    is_packed = scheme_of(checkpoint.hf_config) is not None
+    n_bytes = sum(file.stat().st_size for file in files)
+    named = getattr(checkpoint.hf_config, "dtype", None)
+    named = named if isinstance(named, torch.dtype) else None
+    if is_packed or not files or any(file.suffix != ".safetensors" for file in files):
+        return StoredWeights(n_parameters=None, dtype=named, n_bytes=n_bytes, is_packed=is_packed)
+    held = [entry for file in files for entry in WeightFile(file).shapes().values()]
+    dtype = stored_dtype([kind for _, kind in held], checkpoint.hf_config)
+    n = sum(math.prod(shape) for shape, _ in held)
+    return StoredWeights(n_parameters=n, dtype=dtype, n_bytes=n_bytes, is_packed=False)
 
 
 def _stored(checkpoint: Checkpoint) -> str:

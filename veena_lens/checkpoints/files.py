@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from veena_lens.checkpoints.limits import require_files
+from veena_lens.checkpoints.registry import all_adapters
 from veena_lens.regular_files import read_json, require_regular
 
 if TYPE_CHECKING:
@@ -77,12 +79,22 @@ def resolve_folder(name: str | Path, revision: str | None = None) -> Folder:
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or text.endswith("/"):
         raise FileNotFoundError(
             f"No checkpoint {text!r}: it is not a folder, not an embedded name ({', '.join(bundled_names())}) and not "
-            "a hub id such as llava-hf/llava-1.5-7b-hf."
+            f"a hub id such as llava-hf/llava-1.5-7b-hf.{did_you_mean(text)}"
         )
     found = download(text, revision, SMALL_FILES)
     if not (found / "config.json").is_file():
         raise FileNotFoundError(f"{text} on the hub has no config.json, so it is not a transformers checkpoint.")
     return Folder(found, text, revision)
+
+
+def did_you_mean(name: str) -> str:
+    """Return " Did you mean ...?" with the embedded names and hub ids that a name is near to, or ""."""
+    known = [*bundled_names(), *dict.fromkeys(i for a in all_adapters().values() for i in a.hub_ids)]
+    # A hub id may be given without its owner.
+    called = {text.lower(): whole for whole in reversed(known) for text in (whole, whole.rsplit("/", 1)[-1])}
+    near = dict.fromkeys(called[text] for text in get_close_matches(name.lower(), called, n=3, cutoff=0.6))
+    near.pop(name, None)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _path_of(name: str | Path) -> Path:
@@ -101,7 +113,8 @@ def download(hub_id: str, revision: str | None, patterns: list[str]) -> Path:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
         raise FileNotFoundError(
-            f"There is no folder {hub_id!r}, and downloading it from the hub failed: {type(error).__name__}: {reason}"
+            f"There is no folder {hub_id!r}, and downloading it from the hub failed: {type(error).__name__}: "
+            f"{reason}{did_you_mean(hub_id)}"
         ) from error
 
 
@@ -164,7 +177,7 @@ class WeightFile:
     def __init__(self, path: Path) -> None:
         require_regular(path)
         self.path = path
-        self._is_safe = path.suffix == ".safetensors"
+        self._is_safe = self.is_mapped = path.suffix == ".safetensors"
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype | str]]:
         """Return key -> (shape, dtype) from the header; a dtype unknown to torch stays the file's name of it."""
@@ -194,12 +207,24 @@ class WeightFile:
             for key in keys:
                 yield key, loaded[key]
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Return key -> dtype of the tensors whose dtype torch knows."""
+        return {key: d for key, (_, d) in self.shapes().items() if not isinstance(d, str)}
+
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
+        from veena_lens.checkpoints.mapped import ReadFile
+
         try:
-            with safe_open(str(self.path), framework="pt") as file:
+            try:
+                opened = safe_open(str(self.path), framework="pt")
+            except OSError:  # some network and user-space file systems map nothing
+                self.is_mapped = False
+                yield ReadFile(self.path)
+                return
+            with opened as file:
                 yield file
         except SafetensorError as error:
             raise ValueError(
@@ -294,7 +319,7 @@ def bundled_path(name: str) -> Path:
     Raises: ValueError for an unknown name, with the known ones."""
     if name not in bundled_names():
         known = ", ".join(bundled_names()) or "none"
-        raise ValueError(f"No embedded checkpoint {name!r}; known: {known}.")
+        raise ValueError(f"No embedded checkpoint {name!r}; known: {known}.{did_you_mean(name)}")
     return _BUNDLED / name
 
 

@@ -1,14 +1,15 @@
 """Fill an empty model: check every key and shape, then read the tensors one by one.
 
-The model is created on the meta device, so peak memory is about one copy of the weights. All mismatches are listed at
-once: key, expected shape, shape found.
+The model is created on the meta device. On a CPU, tensors that need no conversion stay in their files, mapped; others
+take memory one by one, or go to their device. All mismatches are listed at once: key, expected shape, shape found.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from veena_lens.checkpoints.files import Folder, WeightFile, fetch_weights, weight_files
 from veena_lens.checkpoints.finite import FLOATS, dtype_of, require_finite
 from veena_lens.checkpoints.lora import Change, Lora, changes_of
+from veena_lens.checkpoints.mapped import MappedFile
 from veena_lens.checkpoints.quantised import (
     Entry,
     PackedEntry,
@@ -27,6 +29,7 @@ from veena_lens.checkpoints.quantised import (
     scheme_of,
 )
 from veena_lens.config import HookedVLMConfig
+from veena_lens.memory import free_memory, in_words
 from veena_lens.weight_map import Adapter, WeightMap
 
 Shape = tuple[int, ...]
@@ -127,7 +130,8 @@ def fill_from_files(
     device_map: "auto", or module name -> device, to spread the blocks.
     lora: an adapter that is merged into the weights it tunes; packed ones among them are dequantised.
 
-    Raises: FileNotFoundError without weight files; ValueError for weights that do not fit."""
+    Raises: FileNotFoundError without weight files; ValueError for weights that do not fit; MemoryError where they would
+        not fit in memory, before they are read."""
     adapter, folder, scheme = checkpoint.adapter, checkpoint.path, scheme_of(checkpoint.hf_config)
     if scheme is not None:
         require_usable(scheme, (), str(folder))
@@ -147,9 +151,12 @@ def fill_from_files(
     devices = device_of_each(module, device, device_map, target)
     if scheme is not None:
         require_usable(scheme, {devices(ours) for theirs in packed for ours in owners.get(theirs, ())}, str(folder))
+    require_room(module, {ours for name in plain for ours in owners.get(name, ())}, devices, target, str(folder))
     head: Tensor | None = None
+    mapped = []
     for file in files:
         mine = {e.key: name for name, e in plain.items() if e.file is file and (name in owners or name == HEAD)}
+        record, stays = MappedFile.of(file.path), set()
         for key, tensor in file.tensors(list(mine)):
             if mine[key] not in owners:
                 head = tensor
@@ -159,15 +166,53 @@ def fill_from_files(
             for ours in owners[mine[key]]:
                 part = weights.part_of(ours, tensor)
                 placed = part.to(device=devices(ours), dtype=target)
-                require_finite(placed, key, str(file.path))
-                # A tensor that needed no conversion is still mapped from the file: copy it.
-                set_parameter(module, ours, placed.clone() if placed.data_ptr() == part.data_ptr() else placed)
+                shares = placed.data_ptr() == part.data_ptr() and mine[key] not in changes
+                if shares and record.is_small:
+                    placed, shares = placed.clone(), False
+                if shares and file.is_mapped:
+                    record.places[ours] = placed.data_ptr()
+                    stays.add(key)
+                else:
+                    require_finite(placed, key, str(file.path))
+                set_parameter(module, ours, placed)
+        if stays:
+            record.require_finite({key: dtype for key, dtype in file.dtypes().items() if key in stays})
+            mapped.append(record)
     for theirs in packed.keys() & owners.keys():
         assert scheme is not None
         _place_packed(module, weights, theirs, scheme, packed[theirs], devices, target, changes.get(theirs))
     if head is not None:
         _require_tied(module, head, str(folder))
-    cast(Any, module).device_map = devices.map
+    cast(Any, module).device_map, cast(Any, module).mapped_files = devices.map, tuple(mapped)
+
+
+def require_room(
+    module: nn.Module, names: Collection[str], devices: Callable[[str], torch.device], dtype: torch.dtype, where: str
+) -> None:
+    """Refuse weights that do not fit in the memory that is free, before any is read.
+
+    Mapped weights count as well, since a pass that reads them from the disk each time would take hours.
+    names: the parameters that are counted.
+    devices: the device of a parameter.
+
+    Raises: MemoryError that says what would fit."""
+    counts: Counter[torch.device] = Counter()
+    for name, shape in parameter_shapes(module).items():
+        if name in names:
+            counts[devices(name)] += math.prod(shape)
+    for device, n in counts.items():
+        free, wanted = free_memory(device), n * dtype.itemsize
+        if free is None or wanted <= free:
+            continue
+        ways = [f"a checkpoint in 4 bits would take about {in_words(n / 2)}"]
+        if n * 2 <= free and dtype.itemsize > 2:
+            ways.insert(0, f"dtype=torch.bfloat16 would take {in_words(n * 2)}")
+        if device.type != "cpu":
+            ways.append('device_map="auto" spreads the blocks over the GPUs')
+        raise MemoryError(
+            f"The weights of {where} take {in_words(wanted)} as {dtype} on {device}, where {in_words(free)} are free: "
+            f"{'; '.join(ways)}."
+        )
 
 
 def _entries(files: Sequence[WeightFile], adapter: Adapter) -> tuple[dict[str, Entry], list[str]]:

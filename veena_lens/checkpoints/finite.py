@@ -1,6 +1,8 @@
-"""Refuse weights that are not finite, and read names of dtypes."""
+"""Refuse weights that are not finite, and read names of dtypes and devices."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +38,35 @@ def dtype_of(given: torch.dtype | str | None) -> torch.dtype | None:
     if given is not None and given not in FLOATS:
         raise ValueError(f"dtype={given} is not supported; supported: {', '.join(map(str, FLOATS))}.")
     return given
+
+
+def device_of(given: Any) -> torch.device | None:
+    """Return the device that a value or its name means; None stays None.
+
+    given: a device of torch, its name ("cuda", "cuda:1"), or the number of a GPU.
+
+    Raises: ValueError for what is no device, or one that this machine lacks; TypeError for anything else."""
+    if given is None:
+        return None
+    if isinstance(given, bool) or not isinstance(given, (str, int, torch.device)):
+        raise TypeError(f"device={given!r} must be a device of torch or its name, such as 'cpu' or 'cuda:0'.")
+    try:
+        device = torch.device(f"cuda:{given}" if isinstance(given, int) else given)
+    except RuntimeError:
+        raise ValueError(f"device={given!r} is not a device of torch, such as 'cpu', 'cuda' or 'cuda:1'.") from None
+    if device.type in ("cpu", "meta"):
+        return device
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    try:
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+        elif (device.index or 0) >= len(here) - 1:
+            raise ValueError
+    except (AssertionError, RuntimeError, ValueError, ImportError):
+        raise ValueError(
+            f"device={str(given)!r} is not there: this machine (torch {torch.__version__}) has {', '.join(here)}."
+        ) from None
+    return device
 
 
 def require_finite(tensor: Tensor, key: str, where: str) -> None:

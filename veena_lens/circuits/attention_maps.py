@@ -42,8 +42,8 @@ def image_attention(
     *,
     image: int = 0,
     grid: str = "grid",
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
     reduce: str = "mean",
 ) -> Scores:
     """Return attention weights from `queries` to the tokens of an image, as maps over its token grid.
@@ -71,8 +71,8 @@ def mask_sinks(
     renormalise: bool = True,
     image: int = 0,
     grid: str = "grid",
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
     reduce: str = "mean",
 ) -> Scores:
     """Return `image_attention` with the sink tokens of each layer taken out: their cells are masked.
@@ -96,7 +96,7 @@ def attention_sinks(
     multiple: float | int = 10.0,
     share: float | int = 0.8,
     norm_multiple: float | int | None = 5.0,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
 ) -> Scores:
     """Return which tokens are attention sinks in each layer: a bool for each.
 
@@ -108,7 +108,7 @@ def attention_sinks(
 
     queries: a selection of positions, default all. multiple, norm_multiple: factors above 1. share: in (0, 1]. layers:
     default all.
-    Returns Scores with axes (batch, layer, pos). meta["rule"] states the numbers, meta["positions"][layer][row] the
+    Returns Scores with axes (batch, layer, pos). meta["rule"] states the numbers, `meta["positions"][layer][row]` the
     places.
     Raises: ValueError for an unknown layer, queries that select nothing, or numbers out of range.
     Source: Xiao et al. 2023, arXiv 2309.17453; Sun et al. 2024, arXiv 2402.17762 (massive norms); the rule is ours.

@@ -90,8 +90,8 @@ def attribution_patching(
     direction: str = "denoising",
     *,
     steps: int = 0,
-    layers: Sequence[int] | None = None,
-    units: Sequence[int] | None = None,
+    layers: Any = None,
+    units: Any = None,
     relative: bool = False,
     **options: Unpack[BatchOptions],
 ) -> Scores:

@@ -6,7 +6,6 @@ A head's result z W_O is needed only for its length; its projection on a unit ve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +45,7 @@ def head_intention(
     *,
     baseline: Any = None,
     reduce: str = "mean",
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     model: HookedVLM | None = None,
 ) -> Scores:
     """Return the cosine of each head's output with its layer's direction, or its projection on that direction.
@@ -161,7 +160,7 @@ def direct_attribution(
 
 
 def copying_strength(
-    model: HookedVLM, direction: Float[Tensor, ...], at_layer: int | None = None, *, layers: Sequence[int] | None = None
+    model: HookedVLM, direction: Float[Tensor, ...], at_layer: int | None = None, *, layers: Any = None
 ) -> Scores:
     """Return how far each head would carry a direction on, from weights alone: <u w W_V[h] W_O[h], u>.
 

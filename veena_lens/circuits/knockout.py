@@ -18,7 +18,7 @@ from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import Box, KnockOutAttention, Tile
 from veena_lens.interventions.base import require_units
 from veena_lens.long_runs import counting
-from veena_lens.positions import parse
+from veena_lens.positions import listed, parse
 from veena_lens.scores import Scores
 from veena_lens.sweeps.alignment import bare, places_of
 from veena_lens.sweeps.measuring import entering_layers, measure_of, parts, require_rows, wide
@@ -35,9 +35,9 @@ def attention_knockout(
     cuts: Sequence[Any] = FLOWS,
     metric: Any = None,
     *,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     window: int = 1,
-    heads: Sequence[int] | None = None,
+    heads: Any = None,
     relative: bool = True,
     max_rows: int = 32,
     progress: bool = False,
@@ -64,6 +64,7 @@ def attention_knockout(
     require_rows(who, max_rows)
     measure = measure_of(who, model, metric, len(inputs))
     windows = _windows(who, cfg.n_layers, layers, window)
+    heads = None if heads is None else listed(heads, cfg.n_heads, f"{who}: heads")
     require_units(heads, cfg.n_heads, who, "head")
     names = [_name(who, cut) for cut in cuts]
     if not names or len(set(names)) < len(names):
@@ -107,12 +108,13 @@ def attention_knockout(
     )
 
 
-def _windows(who: str, n_layers: int, layers: Sequence[int] | None, window: int) -> dict[int, list[int]]:
+def _windows(who: str, n_layers: int, layers: Any, window: int) -> dict[int, list[int]]:
     """Return middle -> layers of its window. Raises: ValueError for layers or a width that do not exist."""
     if window < 1:
         raise ValueError(f"{who}: window={window} must be at least one layer wide.")
-    require_units(layers, n_layers, who, "layer")
-    middles = range(n_layers) if layers is None else [int(i) % n_layers for i in layers]
+    chosen = listed(layers, n_layers, f"{who}: layers")
+    require_units(chosen, n_layers, who, "layer")
+    middles = [i % n_layers for i in chosen]
     return {m: [i for i in range(m - (window - 1) // 2, m + window // 2 + 1) if 0 <= i < n_layers] for m in middles}
 
 

@@ -31,7 +31,7 @@ def logit_lens(
     source: Any,
     positions: Any = "all",
     tokens: Sequence[int | str] | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     *,
     k: int = 5,
     values: str = "log_prob",
@@ -44,7 +44,7 @@ def logit_lens(
     source: a cache with `hook_resid_post`, or inputs. positions: a selection, default all. tokens: ids, or texts that
     are one token; default the `k` likeliest of each cell. layers: default all. values: "log_prob", "prob" or "logit".
     Returns Scores with axes (batch, layer, pos, token), or (batch, layer, pos, rank) without `tokens`; then
-    meta["tokens"] [batch][layer][pos][rank] holds the ids and meta["texts"] (id as text -> text, where the model has a
+    meta["tokens"] `[batch][layer][pos][rank]` holds ids and meta["texts"] (id as text -> text, where the model has a
     tokenizer) what they say. Positions that a row lacks are masked; meta["positions"] has those it has.
     Raises: MissingActivation, naming the layers whose `hook_resid_post` the cache lacks; ValueError for a text that is
     not one token, an id outside the vocabulary, an unknown layer, or an empty selection.
@@ -93,7 +93,7 @@ def logit_lens_grid(
     tokens: int | str | Sequence[int | str],
     row: int = 0,
     image: int = 0,
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     *,
     values: str = "log_prob",
     grid: str = "grid",

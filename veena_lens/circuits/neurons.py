@@ -54,7 +54,7 @@ def neuron_trace(
     *,
     baseline: Any = None,
     reduce: str = "mean",
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     classes: Sequence[str] | None = None,
     model: HookedVLM | None = None,
 ) -> Scores:
@@ -222,7 +222,7 @@ def max_activating_tokens(
     inputs: one batch, or an iterable of batches. layer, neurons: neurons of one layer. k: tokens per neuron. positions:
     which tokens count; only these are kept. by: "value", or "abs" to rank by the activation's size. progress: show a
     bar over batches.
-    Returns Scores with axes (neuron, rank), the activation a_n at each. meta["where"][i][rank] says which token it was:
+    Returns Scores with axes (neuron, rank), the activation a_n at each. `meta["where"][i][rank]` says the token:
     row (counted over all batches), pos (in its padded row), token id, text (where known), and for a token of an image
     its image, the cell (row, column) of that image's grid, and the box in pixels where known.
     Raises: ValueError for a layer or neuron that does not exist, an empty selection, or no batch.

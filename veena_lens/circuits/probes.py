@@ -7,7 +7,7 @@ intervals resample groups; a probe on shuffled labels shows what the number of d
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from veena_lens.activation_cache import ActivationCache
-from veena_lens.hook_table import hooks_of, require_hook, row_of
+from veena_lens.circuits.probe_data import OWN, ProbeData, encoded, own_arguments, own_numbers, site_part
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_unit, require_units
 from veena_lens.long_runs import counting
-from veena_lens.positions import parse
+from veena_lens.positions import listed, parse
 from veena_lens.scores import Scores
 from veena_lens.sweeps.alignment import places_of
 from veena_lens.sweeps.measuring import parts, require_rows
@@ -29,13 +29,6 @@ from veena_lens.sweeps.measuring import parts, require_rows
 if TYPE_CHECKING:
     from veena_lens.model.model import HookedVLM
 
-SITES = {
-    "resid": "hook_resid_post",
-    "heads": "attn.hook_z",
-    "attn_out": "hook_attn_out",
-    "mlp_out": "hook_mlp_out",
-    "neurons": "mlp.hook_post",
-}
 SMALL = 2**20  # numbers
 STATISTICS = ["accuracy", "low", "high", "control", "chance"]
 
@@ -78,7 +71,8 @@ class Probes:
         """Return a `Steer` along a class's direction, alpha in units of the residual's norm. Probes of resid_post
         only."""
         if self.scores.meta["site"] != "hook_resid_post":
-            raise ValueError(f"Probes: these read {self.scores.meta['site']}; Steer adds to hook_resid_post.")
+            hint = " (site='resid' says that X holds it)" if self.scores.meta["site"] == OWN else ""
+            raise ValueError(f"Probes: these read {self.scores.meta['site']}; Steer adds to hook_resid_post{hint}.")
         return Steer(layer, self.direction(label, layer, position), alpha, **settings)
 
     def __repr__(self) -> str:
@@ -90,14 +84,16 @@ class Probes:
 
 
 def linear_probes(
-    model: HookedVLM,
-    inputs: MultimodalInputs | ActivationCache,
-    labels: Sequence[Any],
-    groups: Sequence[Any],
-    site: str = "resid",
+    model: Any = None,
+    inputs: Any = None,
+    labels: Any = None,
+    groups: Any = None,
+    site: str | None = None,
     positions: Any = "last",
     *,
-    layers: Sequence[int] | None = None,
+    X: Any = None,
+    y: Any = None,
+    layers: Any = None,
     train: Sequence[bool] | None = None,
     folds: int = 5,
     strength: float | int = 1.0,
@@ -109,6 +105,9 @@ def linear_probes(
 ) -> Probes:
     """Fit logistic regressions from one site's activations to the rows' labels, and judge them on groups held out.
 
+    Call it with a model and inputs, `linear_probes(model, inputs, labels, groups)`, or with numbers of one's own,
+    `linear_probes(X, y, groups)`, which the keywords X, y and groups name as well.
+
     Each layer and position has its own probe: multinomial logistic regression with L2 penalty 1 / strength on
     activations standardised by the training side's mean and deviation. Accuracy is the share of held-out rows named
     right; its 95 % interval resamples groups. The control shuffles labels (whole groups where each group has one label,
@@ -119,24 +118,33 @@ def linear_probes(
     the group (an identity) of each row; rows of one group stay on one side. site: "resid" (hook_resid_post, what
     `Steer` adds to, default), "heads" (all heads' z), "attn_out", "mlp_out", "neurons", or the end of a hook's name in
     a block such as "hook_resid_mid". positions: one selection or a list; several places of a row are averaged. layers:
-    default all. train: True for rows that are learned from; default `folds` parts of as even size as groups allow, each
-    held out once. strength: inverse of the penalty. controls: how often labels are shuffled. draws: of the interval.
-    seed: of all draws. progress: show a bar.
+    default all. X: [items, width], [layers, items, width], or one [items, width] per layer in a dictionary by its name;
+    y: the label of each item; groups: its group (range(len(y)) where items are independent). Then layers names an
+    array's layers (default 0, 1, ...), or chooses a dictionary's; site="resid" says that X is hook_resid_post, so that
+    `Probes.steer` can be used. train: True for rows that are learned from; default `folds` parts of as even size as
+    groups allow, each held out once. strength: inverse of the penalty. controls: how often labels are shuffled. draws:
+    of the interval. seed: of all draws. progress: show a bar.
     Returns Probes, whose Scores have axes (layer, position, statistic), values being shares of rows; meta: rows,
     groups, counts of each class, and "not_converged", the fits that ran out of iterations.
     Raises: ImportError without scikit-learn; ValueError for a number of labels or groups other than that of rows, fewer
     than two classes (also on a training side), a group on both sides of `train`, fewer groups than folds, an unknown
-    site, layer or position, activations that are not finite; MissingActivation for a cache that lacks them.
+    site, layer or position, X of another shape, NaN among labels or activations that are not finite; TypeError for
+    arguments of both ways of calling, or none; MissingActivation for a cache that lacks activations.
     Source: Alain & Bengio 2016, arXiv 1610.01644; control tasks: Hewitt & Liang 2019, arXiv 1909.03368.
     """
     who = "linear_probes"
     _sklearn()
     require_rows(who, max_rows)
-    given = inputs.inputs if isinstance(inputs, ActivationCache) else inputs
-    if given is None:
-        raise ValueError(f"{who}: this cache was made or sliced without its inputs, so its positions are not known.")
-    truth, classes = _encode(who, labels, len(given), "labels")
-    group, names = _encode(who, groups, len(given), "groups")
+    own = own_arguments(who, model, inputs, labels, groups, X, y, positions)
+    if own is None:
+        where = "resid" if site is None else site
+        read, n_rows = _reader(who, model, inputs, where, layers, positions, max_rows)
+    else:
+        X, labels, groups = own
+        numbers = own_numbers(who, X, layers, site)
+        read, n_rows = (lambda: numbers), numbers.features.shape[2]
+    truth, classes = encoded(who, labels, n_rows, "labels")
+    group, names = encoded(who, groups, n_rows, "groups")
     if len(classes) < 2:
         raise ValueError(f"{who}: all rows have the label {classes[0]!r}; a probe needs two classes.")
     if folds < 2 or controls < 1 or draws < 1 or strength <= 0:
@@ -144,18 +152,10 @@ def linear_probes(
             f"{who}: folds={folds} must be at least 2, controls={controls} and draws={draws} at least 1, and "
             f"strength={strength} positive."
         )
-    part = _part(who, model.cfg, site)
-    require_units(layers, model.cfg.n_layers, who, "layer")
-    n = model.cfg.n_layers
-    chosen = list(range(n)) if layers is None else [require_unit(int(i), n, who, "layer") for i in layers]
-    wheres = list(positions) if isinstance(positions, (list, tuple)) and not _is_numbers(positions) else [positions]
-    for where in wheres:
-        parse(where)
     generator = torch.Generator().manual_seed(seed)
     sides = _sides(who, truth, group, names, train, folds, generator)
-    features = _features(model, inputs, given, [f"blocks.{i}.{part}" for i in chosen], wheres, max_rows)
-    if not bool(torch.isfinite(features).all()):
-        raise ValueError(f"{who}: {part} holds values that are not finite at {wheres}.")
+    data = read()
+    features, chosen, wheres = data.features, data.layers, data.positions
     held = torch.cat([test for _, test in sides])
     shuffles = [_shuffled(truth, group, generator) for _ in range(controls)]
     resampled = _resampled(group[held], draws, generator)
@@ -187,11 +187,11 @@ def linear_probes(
     scores = Scores(
         values,
         ("layer", "position", "statistic"),
-        {"layer": chosen, "position": [str(w) for w in wheres], "statistic": STATISTICS},
+        {"layer": chosen, "position": wheres, "statistic": STATISTICS},
         name="probe accuracy",
         unit="share of rows",
         meta={
-            "site": part,
+            "site": data.site,
             "rows": len(truth),
             "groups": len(names),
             "classes": {str(c): int(n) for c, n in zip(classes, truth.bincount().tolist(), strict=True)},
@@ -219,31 +219,34 @@ def _sklearn() -> tuple[Any, Any]:
     return LogisticRegression, ConvergenceWarning
 
 
-def _encode(who: str, given: Sequence[Any], n: int, what: str) -> tuple[Int[Tensor, " row"], list[Any]]:
-    """Return numbers in the order of first appearance, and what they stand for."""
-    plain = [x.item() if hasattr(x, "item") else x for x in given]
-    if len(plain) != n:
-        raise ValueError(f"{who}: {len(plain)} {what} for {n} rows; give one per row.")
-    known = list(dict.fromkeys(plain))
-    return torch.tensor([known.index(x) for x in plain]), known
+def _reader(
+    who: str, model: HookedVLM, inputs: Any, site: str, layers: Any, positions: Any, max_rows: int
+) -> tuple[Callable[[], ProbeData], int]:
+    """Return what reads the activations of a call with a model, and the number of rows; nothing runs before it does.
+
+    Raises: ValueError for an unknown site, layer or position, or a cache without inputs."""
+    given = inputs.inputs if isinstance(inputs, ActivationCache) else inputs
+    if given is None:
+        raise ValueError(f"{who}: this cache was made or sliced without its inputs, so its positions are not known.")
+    part, n = site_part(who, model.cfg, site), model.cfg.n_layers
+    chosen = listed(layers, n, f"{who}: layers")
+    require_units(chosen, n, who, "layer")
+    chosen = [require_unit(i, n, who, "layer") for i in chosen]
+    wheres = list(positions) if isinstance(positions, (list, tuple)) and not _is_numbers(positions) else [positions]
+    for where in wheres:
+        parse(where)
+
+    def read() -> ProbeData:
+        features = _features(model, inputs, given, [f"blocks.{i}.{part}" for i in chosen], wheres, max_rows)
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(f"{who}: {part} holds values that are not finite at {wheres}.")
+        return ProbeData(features=features, layers=chosen, positions=[str(w) for w in wheres], site=part)
+
+    return read, len(given)
 
 
 def _is_numbers(positions: Sequence[Any]) -> bool:
     return all(isinstance(p, int) for p in positions)
-
-
-def _part(who: str, cfg: Any, site: str) -> str:
-    """Return the end of the site's hook names in a block."""
-    part = SITES.get(site, site)
-    try:
-        full = require_hook(f"blocks.0.{part}", hooks_of(cfg))
-    except ValueError as error:
-        raise ValueError(
-            f"{who}: site={site!r} is none of {', '.join(SITES)} and no hook of a block. {error}"
-        ) from error
-    if "pos" not in row_of(full).axis_names:
-        raise ValueError(f"{who}: {part} has axes {row_of(full).axis_names}; a probe reads one vector per position.")
-    return part
 
 
 def _sides(
@@ -266,7 +269,8 @@ def _sides(
         tests = [~learned]
     else:
         if len(names) < folds:
-            raise ValueError(f"{who}: {len(names)} groups cannot be split into {folds} folds; give more, or folds=2.")
+            few = f", or folds={len(names)}" if len(names) > 1 else ""
+            raise ValueError(f"{who}: {len(names)} groups cannot be split into {folds} folds; give more{few}.")
         # The largest group goes first, each to the emptiest fold; equal ones in random order.
         sizes = group.bincount()
         order = torch.randperm(len(names), generator=generator)

@@ -18,7 +18,7 @@ from veena_lens.activation_cache import ActivationCache, MissingActivation
 from veena_lens.hook_table import layer_of
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.base import require_layer, require_unit
-from veena_lens.positions import padded_places, position_mask
+from veena_lens.positions import listed, padded_places, position_mask
 from veena_lens.residual_parts import divided
 from veena_lens.scores import Scores
 
@@ -37,18 +37,20 @@ def exact(dtype: torch.dtype) -> torch.dtype:
 # --- what was asked for ---------------------------------------------------------------------------------
 
 
-def chosen_layers(layers: Sequence[int] | None, cfg: Any, who: str) -> list[int]:
+def chosen_layers(layers: Any, cfg: Any, who: str) -> list[int]:
     """Return layer numbers of 0 or more. Raises: ValueError for none, or one that the model lacks."""
-    if layers is not None and len(layers) == 0:
+    chosen = listed(layers, cfg.n_layers, f"{who}: layers")
+    if not chosen:
         raise ValueError(f"{who}: the list of layers is empty; leave it out to take all.")
-    return [require_layer(layer, cfg.n_layers, who) for layer in (range(cfg.n_layers) if layers is None else layers)]
+    return [require_layer(layer, cfg.n_layers, who) for layer in chosen]
 
 
-def chosen_heads(heads: Sequence[int] | None, cfg: Any, who: str) -> list[int]:
+def chosen_heads(heads: Any, cfg: Any, who: str) -> list[int]:
     """Return head numbers of 0 or more. Raises: ValueError for none, or one that the model lacks."""
-    if heads is not None and len(heads) == 0:
+    chosen = listed(heads, cfg.n_heads, f"{who}: heads")
+    if not chosen:
         raise ValueError(f"{who}: the list of heads is empty; leave it out to take all.")
-    return [require_unit(h, cfg.n_heads, who, "head") for h in (range(cfg.n_heads) if heads is None else heads)]
+    return [require_unit(head, cfg.n_heads, who, "head") for head in chosen]
 
 
 def plain(positions: Any) -> str | int:

@@ -52,8 +52,8 @@ def attention_by_source(
     *,
     at_layer: int | None = None,
     baseline: Any = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
     reduce: str = "mean",
 ) -> Scores:
     """Split each head's projection <r_h[p], u> by its sources: image tokens, query text, other text, and p itself.
@@ -120,8 +120,8 @@ def direct_attribution_map(
     grid: str = "grid",
     at_layer: int | None = None,
     baseline: Any = None,
-    layers: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
+    layers: Any = None,
+    heads: Any = None,
     reduce: str = "mean",
 ) -> Scores:
     """Return a head's projection as a map over an image: A[h,p,k] <v_k W_O[h], u> for the image's tokens k.

@@ -22,8 +22,7 @@ _HOMES = homes_of(
         "judge.fluency": "Fluency perplexity",
         "judge.held_out": "RandomControls random_controls",
         "judge.model_selection": (
-            "HeadRankings compare_head_rankings conditions_of dose_response final_circuit rank_heads "
-            "spread_examples tune_baselines"
+            "HeadRankings compare_head_rankings conditions_of dose_response final_circuit rank_heads tune_baselines"
         ),
         "judge.side_effects": (
             "Asked Questions SideEffects answer_lengths attribute_accuracy described_accuracy distinct_n "
@@ -46,7 +45,8 @@ _HOMES = homes_of(
             "Example Pair PairProblems PairSet load_pairs pairs_from_dataset pairs_from_folders "
             "pairs_from_records save_pairs write_manifest"
         ),
-        "pipeline": "VeenaRun part_identities run_veena",
+        "pairs.parts": "part_identities spread_examples",
+        "pipeline": "VeenaRun run_veena",
         "planted.circuit": "Plant plant_circuit",
         "results": "main_table part_table results_of save_results",
         "settings": "Settings preset",

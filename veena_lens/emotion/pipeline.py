@@ -32,8 +32,9 @@ from veena_lens.emotion.locate.directions import Directions, extract_directions
 from veena_lens.emotion.locate.heads import KeyHeads, execution_heads, key_heads
 from veena_lens.emotion.locate.layers import KeyLayers, key_layers
 from veena_lens.emotion.locate.neurons import KeyNeurons, key_neurons
-from veena_lens.emotion.locate.tracing import Stages, find_stages, spread_over, trace_back
+from veena_lens.emotion.locate.tracing import Stages, find_stages, trace_back
 from veena_lens.emotion.pairs.loading import load_pairs
+from veena_lens.emotion.pairs.parts import elsewhere, part_identities, some_pairs, spread_over
 from veena_lens.emotion.settings import Settings, preset
 from veena_lens.emotion.study import Study
 from veena_lens.fingerprints import fingerprint
@@ -141,7 +142,7 @@ def run_veena(
 
     clock.start("directions")
     directions = extract_directions(
-        study.but(out=out / "work" / "directions"), _some(parts["directions"], settings.direction_pairs),
+        study.but(out=out / "work" / "directions"), some_pairs(parts["directions"], settings.direction_pairs),
         tau=settings.tau, minimum=settings.minimum,
     )  # fmt: skip
     directions.save(out / "directions.safetensors")
@@ -150,12 +151,12 @@ def run_veena(
 
     clock.start("key layers")
     layers = key_layers(
-        study, _some(mechanism, settings.layer_pairs), directions, alphas=settings.alphas, scale=settings.scale,
+        study, some_pairs(mechanism, settings.layer_pairs), directions, alphas=settings.alphas, scale=settings.scale,
         slot=slot, max_rows=settings.max_rows,
     )  # fmt: skip
 
     clock.start("key heads")
-    traced = _some(mechanism, settings.mechanism_pairs)
+    traced = some_pairs(mechanism, settings.mechanism_pairs)
     heads = key_heads(study, traced, directions, layers.best, k=settings.k_heads)
     edges = trace_back(study.but(draws=TRACING_DRAWS), traced, heads, directions, depth=settings.depth)
     few = spread_over(list(traced), 24)
@@ -186,7 +187,7 @@ def run_veena(
     conditions = conditions_of(parts["test"], settings, settings.test_pictures, held_out=True)
     test = evaluate(judging, conditions, [t.method for t in tuned.values()])
     controls = held_out.random_controls(judging, conditions, tuned, test, ranked, neurons, settings)
-    other = held_out.elsewhere(parts["elsewhere"], settings)
+    other = elsewhere(parts["elsewhere"], settings)
     chosen = [tuned[name].method for name in ("VEE", "ENA", "VEENA") if name in tuned]
     away = evaluate(judging, other, chosen) if other else None
 
@@ -200,46 +201,6 @@ def run_veena(
         neurons=neurons, slot=slot, head_rankings=ranked, tuned=tuned, adaptive=adaptive, circuit=circuit, test=test,
         random=controls, elsewhere=away, doses=doses, effects=effects, seconds=clock.seconds, out=out,
     )  # fmt: skip
-
-
-def part_identities(pairs: Any, settings: Settings) -> dict[str, Any]:
-    """Return the parts of a run by name: directions, mechanism and validation (2 : 1 : 1 of the development
-    identities), test, and elsewhere (other styles, and images without twins).
-
-    Where the set names no split "test", a quarter of the identities is set aside for it.
-    Raises: ValueError for fewer than four identities."""
-    pairs = pairs.without_context() if settings.question is None else pairs.without_context().asked(settings.question)
-    splits = {e.split for e in pairs.examples}
-    if "test" in splits:
-        test = pairs.select(split="test")
-        rest = (
-            pairs.select(split="development")
-            if "development" in splits
-            else pairs.select(split=sorted(s for s in splits if s not in ("test", "held-out style", "emoji")))
-        )
-        others = sorted(s for s in splits if s not in ("test", "development"))
-        elsewhere = pairs.select(split=others) if others and "development" in splits else pairs.of([])
-    else:
-        rest, test = pairs.split((3, 1), settings.seed)
-        elsewhere = pairs.of([])
-    found = sorted({p.identity for p in rest})
-    if len(found) < 3 or not len(test):
-        raise ValueError(
-            f"run: {len(found)} identities for directions, mechanism and validation and {len(test)} test pairs; at "
-            "least three identities and a test part are needed, so that none is on two sides."
-        )
-    directions, mechanism, validation = rest.split((2, 1, 1), settings.seed)
-    return {
-        "directions": directions, "mechanism": mechanism, "validation": validation, "test": test,
-        "elsewhere": elsewhere,
-    }  # fmt: skip
-
-
-def _some(pairs: Any, most: int | None) -> Any:
-    """Return at most so many pairs, emotions and identities in turn."""
-    if most is None or len(pairs) <= most:
-        return pairs
-    return pairs.sample(most) if hasattr(pairs, "sample") else spread_over(list(pairs), most)
 
 
 def _claim(out: Path, about: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 MODES = ("scale", "renorm")
+FIRST_BETA = 3.0  # at which rankings of heads and modes are compared
 WAYS = ("patching", "conflict gradient", "alone gradient", "intention")
 
 

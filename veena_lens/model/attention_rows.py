@@ -18,7 +18,7 @@ from torch import Tensor
 
 from veena_lens.components.masks import Mask, masked_softmax
 from veena_lens.model.span import PassSpan
-from veena_lens.positions import as_int, padded_places, position_mask
+from veena_lens.positions import as_int, listed, padded_places, position_mask
 from veena_lens.scores import Scores
 
 if TYPE_CHECKING:
@@ -174,8 +174,8 @@ def record_attention(
 ) -> Iterator[AttentionRows]:
     """Collect attention rows of whatever runs inside the block: see `HookedVLM.record_attention`."""
     cfg = model.cfg
-    chosen_layers = [_index(i, cfg.n_layers, "layer") for i in (range(cfg.n_layers) if layers is None else layers)]
-    chosen_heads = [_index(i, cfg.n_heads, "head") for i in (range(cfg.n_heads) if heads is None else heads)]
+    chosen_layers = [_index(i, cfg.n_layers, "layer") for i in listed(layers, cfg.n_layers, "attention: layers")]
+    chosen_heads = [_index(i, cfg.n_heads, "head") for i in listed(heads, cfg.n_heads, "attention: heads")]
     if not chosen_layers or not chosen_heads:
         raise ValueError("attention: give at least one layer and one head (None means all).")
     rows = AttentionRows(queries, keys, chosen_layers, chosen_heads, cfg.n_key_value_heads, cfg.score_scale)

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from veena_lens.checkpoints import device_of, dtype_of
 from veena_lens.components.context import Context
 from veena_lens.config import HookedVLMConfig
 from veena_lens.inputs import MultimodalInputs
@@ -99,6 +101,18 @@ def context_alone(model: HookedVLM, resid: Float[Tensor, "batch pos d_model"]) -
     return forward.blocks_share(model, span, {}, None, None)
 
 
+def _device_or_dtype(name: str) -> torch.device | torch.dtype | None:
+    """Return the device or the dtype that a text names. Raises: ValueError for neither."""
+    try:
+        torch.device(name)
+    except RuntimeError:
+        try:
+            return dtype_of(name)
+        except ValueError as error:
+            raise ValueError(f"{name!r} names no device such as 'cpu' or 'cuda:0', and no dtype: {error}") from None
+    return device_of(name)
+
+
 class HookedTransformerNames:
     """View of a model with HookedTransformer's further names."""
 
@@ -174,7 +188,13 @@ class HookedTransformerNames:
         return dict(self.tl_named_parameters())
 
     def to(self, *where: Any, print_details: bool = False, **more: Any) -> Any:
-        """Move or cast as torch does. print_details: print where it went, as HookedTransformer does."""
+        """Move or cast as torch does; a dtype may be given by its name ("bfloat16"), as to `from_pretrained`.
+
+        print_details: print where it went, as HookedTransformer does.
+        Raises: ValueError for a text that names neither a dtype nor a device of this machine."""
+        where = tuple(_device_or_dtype(x) if isinstance(x, str) else x for x in where)
+        if isinstance(more.get("dtype"), str):
+            more["dtype"] = dtype_of(more["dtype"])
         moved = super().to(*where, **more)  # type: ignore[misc]
         if print_details:
             print(f"Moved model to {self.cfg.device}, {self.cfg.dtype}")

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from veena_lens.checkpoints.mapped import require_sound
 from veena_lens.components.masks import add_bias
 from veena_lens.hook_table import layer_of, require_hook, row_of
 from veena_lens.interventions.base import (
@@ -278,8 +279,10 @@ def attention_biases(model: HookedVLM, layer: int) -> list[Float[Tensor, "batch 
 def running(model: HookedVLM, span: PassSpan) -> Iterator[PassSpan]:
     """Let interventions resolve their positions against a pass inside the block.
 
-    Raises: ValueError, where the pass begins with the first position, as `require_reach`."""
+    Raises: ValueError, where the pass begins with the first position, as `require_reach`; as
+    `require_sound` for mapped weights."""
     if span.is_prefill:
+        require_sound(model, model.mapped_files)
         require_reach(model, span)
     with model._turns.taken(), model._edits.entered(Frame(span=span)):
         yield span

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from veena_lens.components.hooks import heard
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import aliases, axes_of, canonical, hooks_of, require_hook
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.cache_size import require_room
 from veena_lens.model.threads import Added, Turns, reset, without_blocks
 
 if TYPE_CHECKING:
@@ -37,28 +39,29 @@ def checked(hook: Any, name: str, dir: str) -> Callable[..., Any]:
     tensor of another shape, dtype or device."""
     if not callable(hook):
         raise TypeError(f"The hook for {name} must be a function fn(tensor, hook), not {hook!r}.")
+    return partial(_run_checked, hook, name, dir)
 
-    fn = hook
 
-    def run(tensor: Tensor, hook: HookPoint) -> Any:
-        out = fn(tensor, hook=hook)
-        if out is None:
-            return None
-        given = out[0] if dir == "bwd" and isinstance(out, tuple) and len(out) == 1 else out
-        wanted = f"{list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
-        if not isinstance(given, Tensor):
-            raise TypeError(
-                f"The hook at {name} returned {type(given).__name__}; return None, or a tensor like the one that it "
-                f"was given: {wanted}."
-            )
-        if (given.shape, given.dtype, given.device) != (tensor.shape, tensor.dtype, tensor.device):
-            raise ValueError(
-                f"The hook at {name} returned a tensor {list(given.shape)}, {given.dtype}, on {given.device}; it must "
-                f"be like the one that it was given: {wanted}."
-            )
-        return out
+def _run_checked(fn: Callable[..., Any], name: str, dir: str, tensor: Tensor, hook: HookPoint) -> Any:
+    out = fn(tensor, hook=hook)
+    if out is None:
+        return None
+    given = out[0] if dir == "bwd" and isinstance(out, tuple) and len(out) == 1 else out
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"The hook at {name} returned {type(given).__name__}; return None, or a tensor like the one that it "
+            f"was given: {_kind(tensor)}."
+        )
+    if (given.shape, given.dtype, given.device) != (tensor.shape, tensor.dtype, tensor.device):
+        raise ValueError(
+            f"The hook at {name} returned a tensor {_kind(given)}; it must be like the one that it was given: "
+            f"{_kind(tensor)}."
+        )
+    return out
 
-    return run
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
 
 
 class HookDict(dict[str, HookPoint]):
@@ -298,6 +301,7 @@ def run_with_cache(
     reset_hooks_end: bool,
     clear_contexts: bool,
     pos_slice: Any,
+    max_bytes: int | str | None,
 ) -> tuple[Any, dict[str, Tensor], MultimodalInputs | None]:
     """Run forward with `args` and `kwargs`; return its output, the activations and the inputs (None where positions are
     sliced): see `HookedVLM.run_with_cache`."""
@@ -309,6 +313,8 @@ def run_with_cache(
     cache, fwd, bwd = model.get_caching_hooks(
         names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
     )
+    if inputs is not None:
+        require_room(model, inputs, (name for name, _ in fwd), Slice.unwrap(pos_slice), device, max_bytes)
     with model._hooked(fwd, bwd, reset_hooks_end, clear_contexts):
         out = model(*args, **kwargs)
         if incl_bwd:

@@ -31,6 +31,8 @@ def from_pretrained(
 ) -> HookedVLM:
     """Return a checkpoint as a model: see `HookedVLM.from_pretrained`."""
     further, dtype = _known_settings(further), checkpoints.dtype_of(dtype)
+    found = checkpoints.device_of(device)
+    device = device if isinstance(device, str) else found
     if further["hf_model"] is not None:
         model = from_hf(cls, further["hf_model"], further["tokenizer"], False, casts).to(device, dtype)
         return _with_defaults(model, further)

@@ -59,6 +59,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         self.generation_config: Any = None
         self.adapter: Any = None
         self.device_map: dict[str, Any] | None = None
+        self.mapped_files: tuple[Any, ...] = ()  # the files that weights are read from
         self._edits, self._turns = edits.EditStack(), Turns()
         if cfg.vision is not None and cfg.connector is not None:
             self.vision = make_tower(cfg.vision)
@@ -98,7 +99,8 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
     ) -> HookedVLM:
         """Load an embedded checkpoint by name, a folder, or a hub id, with its processor where it has one.
 
-        Weights stream in: peak memory is about one copy. Weights in 4 or 8 bits (bitsandbytes, torchao) stay packed.
+        On a CPU weights that need no conversion stay in their files, mapped, which nothing may write to; others stream
+            in. Weights in 4 or 8 bits (bitsandbytes, torchao) stay packed.
         dtype: one of torch, or its name ("bfloat16"); None keeps what is stored. device: None is the CPU. device_map:
             "auto" spreads the blocks over the machine's GPUs. revision: of a hub id.
         casts: "hf" rounds norms as Hugging Face does, "none" computes them in the model's dtype.
@@ -107,7 +109,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         of_hooked_transformer: `hf_model` (`from_hf` is called), `tokenizer`, `default_padding_side`,
             `default_prepend_bos`, and `fold_ln=False`, `center_unembed=False` and so on, which is done anyway.
         Raises: FileNotFoundError; ValueError for an unknown architecture, or weights that do not fit (all listed);
-        TypeError for an unknown argument.
+        MemoryError for weights that would not fit in free memory; TypeError for an unknown argument.
         """
         return loading.from_pretrained(
             cls,
@@ -363,6 +365,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         clear_contexts: bool = False,
         pos_slice: Any = None,
         return_cache_object: bool = True,
+        max_bytes: int | str | None = "auto",
         **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run forward; return its output, and an ActivationCache of hook points.
@@ -374,8 +377,11 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
             of scores and patterns), never heads, never images.
         reset_hooks_end, clear_contexts: as transformer_lens. return_cache_object: False for a plain dictionary.
-        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row."""
+        max_bytes: the most that the cache may hold, estimated first; "auto" is what is free, None anything.
+        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row; MemoryError with what
+            would fit."""
         caching = dict(names_filter=names_filter, device=device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice)
+        caching["max_bytes"] = max_bytes
         ending = dict(incl_bwd=incl_bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts)
         out, cache, inputs = hooks.run_with_cache(self, model_args, model_kwargs, **caching, **ending)
         if not return_cache_object:

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -74,18 +75,17 @@ class Added:
         """Add a hook to a point.
 
         is_permanent: whether it outlasts `reset_hooks`. is_bias: whether the fused kernel can take its edit."""
-
-        def here(tensor: Tensor, hook: HookPoint) -> Any:
-            if dir == "fwd" and self._thread not in (None, threading.current_thread()):
-                return None
-            return fn(tensor, hook=hook)
-
+        run = partial(self._in_my_thread, fn) if dir == "fwd" else fn
         with _REGISTRY:
-            handle = point.add_hook(here, dir=dir, level=level, is_permanent=is_permanent)
+            handle = point.add_hook(run, dir=dir, level=level, is_permanent=is_permanent)
             handle.user_hook = fn
             added = _functions(point, dir)[handle.hook.id]
             added.added, added.thread, added.is_bias = self, self._thread, is_bias
             self._handles.append((point, handle))
+
+    def _in_my_thread(self, fn: Callable[..., Any], tensor: Tensor, hook: HookPoint) -> Any:
+        """Run a forward hook, in passes of the block's own thread alone."""
+        return fn(tensor, hook=hook) if self._thread in (None, threading.current_thread()) else None
 
     def remove(self) -> None:
         """Take the hooks away."""

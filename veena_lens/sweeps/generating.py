@@ -55,7 +55,7 @@ def generation_sweep(
     the same sweep resumes there. settings: as for `model.generate`; sampling is not supported, since a row would not
     repeat itself alone.
     Returns Scores with axes (row, entry): `values` are the scores, NaN without `score`; `.texts` and `.tokens` are
-    nested [row][entry], and tables and files have them as columns.
+    nested `[row][entry]`, and tables and files have them as columns.
     Raises: ValueError for no entries, an intervention that does not fit, sampling, or a score of another length;
     TypeError for an entry that is not an intervention; with `out`, as `Store`.
     """

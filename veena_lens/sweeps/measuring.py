@@ -22,7 +22,7 @@ from veena_lens.model.forward import at_positions, forward, last_positions
 from veena_lens.model.span import PassSpan
 from veena_lens.positions import parse
 from veena_lens.scores import ReferenceRuns
-from veena_lens.sweeps.metrics import read_metric, require_finite, site_of, values_of
+from veena_lens.sweeps.metrics import read_metric, require_finite, require_form, site_of, values_of
 from veena_lens.sweeps.rows import BaseRun
 
 if TYPE_CHECKING:
@@ -159,7 +159,8 @@ class Measure:
 def measure_of(who: str, model: HookedVLM, metric: Any, n_pairs: int) -> Measure:
     """Return the metric of a tool; `metric` is one for all rows, or a list with one per pair.
 
-    Raises: ValueError for no metric, a list of another length, or a site outside the decoder's blocks."""
+    Raises: ValueError for no metric, a list of another length, a metric of another form (`metrics.require_form`), or a
+    site outside the decoder's blocks."""
     metrics = tuple(metric) if isinstance(metric, (list, tuple)) else (metric,)
     if len(metrics) not in (1, n_pairs) or not all(callable(m) for m in metrics):
         raise ValueError(
@@ -168,22 +169,25 @@ def measure_of(who: str, model: HookedVLM, metric: Any, n_pairs: int) -> Measure
         )
     for m in metrics:
         parse(getattr(m, "positions", "last"))
+        require_form(model, m)
     return Measure(who, model, metrics, tuple(site_of(model, m) for m in metrics))
 
 
 # --- metrics of a sweep ---------------------------------------------------------------------------------------
 
 
-def metrics_of(metric: Any) -> dict[str, Any]:
+def metrics_of(model: HookedVLM, metric: Any) -> dict[str, Any]:
     """Return metrics by name; a single one has the name "".
 
-    Raises: ValueError for what is not a function, or none at all."""
+    Raises: ValueError for what is not a function, none at all, or a metric of another form (`metrics.require_form`)."""
     metrics = dict(metric) if isinstance(metric, Mapping) else {"": metric}
     if not metrics or not all(callable(m) for m in metrics.values()):
         raise ValueError(
             "metric= must be a function of logits [rows d_vocab], for example "
             f"veena_lens.sweeps.metrics.logit_diff(good, bad), or a dictionary of them, not {metric!r}."
         )
+    for name, one in metrics.items():
+        require_form(model, one, name)
     return metrics
 
 

@@ -1,8 +1,10 @@
 """Metrics of a sweep: one number per row, from the last position's logits or from an activation elsewhere.
 
-A metric is any function of logits [rows d_vocab] that returns [rows]; an object with `.site` and `.positions` is given
-that activation instead. The functions here return such objects. `read_metric` is the one place where a metric is
-applied to runs, `require_finite` the one place where unpatched runs must give numbers to compare with.
+A metric is any function of the last position's logits [rows d_vocab] that returns [rows], one number per run:
+`lambda logits: logits[:, good] - logits[:, bad]`. There is no axis of positions. An object with `.site` and
+`.positions` is given that activation [rows n ...] instead. The functions here return such objects. `require_form` tries
+a metric on made-up logits before anything runs, `read_metric` is the one place where a metric is applied to runs,
+`require_finite` the one place where unpatched runs must give numbers to compare with.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from veena_lens.hook_table import require_hook
+from veena_lens.interventions.numbers import floats
+from veena_lens.positions import as_int
 from veena_lens.sweeps.alignment import places_of
 
 if TYPE_CHECKING:
@@ -46,34 +50,38 @@ class Metric:
         return f"{self.name}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
 
 
-def logit_diff(correct: int, wrong: int) -> Metric:
+def logit_diff(correct: Any, wrong: Any) -> Metric:
     """Return the metric "logit of the `correct` token minus that of the `wrong` one" (token ids; unit: logits)."""
-    return Metric("logit_diff", _logit_diff, {"correct": correct, "wrong": wrong})
+    tokens = {"correct": correct, "wrong": wrong}
+    return Metric("logit_diff", _logit_diff, {name: _token(f"logit_diff: {name}", t) for name, t in tokens.items()})
 
 
-def log_prob(token: int) -> Metric:
+def log_prob(token: Any) -> Metric:
     """Return the metric "log probability of a token" (its id; unit: nats)."""
-    return Metric("log_prob", _log_prob, {"token": token})
+    return Metric("log_prob", _log_prob, {"token": _token("log_prob: token", token)})
 
 
-def kl(reference: Float[Tensor, " d_vocab"]) -> Metric:
-    """Return the metric "KL(reference || run) of next-token distributions" in nats; `reference` are logits."""
-    return Metric("kl", _kl, {"reference": reference})
+def kl(reference: Any) -> Metric:
+    """Return the metric "KL(reference || run) of next-token distributions" in nats; `reference` are logits [d_vocab], a
+    tensor, an array or a list."""
+    return Metric("kl", _kl, {"reference": floats(reference, "kl: the reference")})
 
 
-def project(site: str, direction: Float[Tensor, " d_model"], positions: Any = "last") -> Metric:
+def project(site: str, direction: Any, positions: Any = "last") -> Metric:
     """Return the metric "inner product of an activation with a direction's unit vector", mean over positions.
 
-    site: a hook of a decoder block, such as "blocks.5.hook_resid_post". direction: of any length but 0. positions:
-    where it is read. Unit: that of the activation."""
-    return Metric("project", _project, {"direction": direction}, site, positions)
+    site: a hook of a decoder block, such as "blocks.5.hook_resid_post". direction: [d_model], a tensor, an array or a
+    list, of any length but 0. positions: where it is read. Unit: that of the activation."""
+    return Metric("project", _project, {"direction": floats(direction, "project: the direction")}, site, positions)
 
 
-def soft_hit(tokens: Sequence[int], others: Sequence[Sequence[int]]) -> Metric:
+def soft_hit(tokens: Sequence[Any], others: Sequence[Sequence[Any]]) -> Metric:
     """Return the metric "log p(tokens of the target set) - log mean p(other sets)": how far one answer leads the rest.
 
     tokens: ids of the target's words. others: one list of ids per alternative.
     Raises: ValueError for empty sets, or ids that two sets share."""
+    tokens = [_token("soft_hit: an entry of tokens", t) for t in tokens]
+    others = [[_token("soft_hit: an entry of others", t) for t in other] for other in others]
     sets = [set(tokens), *map(set, others)]
     if not sets[0] or len(sets) < 2 or not all(sets):
         raise ValueError("soft_hit: give token ids for the target and for at least one rival.")
@@ -118,6 +126,16 @@ def _soft_hit(
     target = logp[:, list(tokens)].logsumexp(-1)
     rivals = torch.stack([logp[:, list(o)].logsumexp(-1) for o in others])
     return target - (rivals.logsumexp(0) - torch.log(torch.tensor(float(len(others)), dtype=logp.dtype)))
+
+
+def _token(what: str, given: Any) -> int:
+    """Return a token id as Python's integer. Raises: TypeError for anything else, with the remedy for a word."""
+    try:
+        return as_int(given, what)
+    except TypeError as error:
+        if not isinstance(given, str):
+            raise
+        raise TypeError(f"{what} is {given!r}: give the token's id, model.to_single_token({given!r}).") from error
 
 
 def _require_tokens(metric: str, tokens: Sequence[int], logits: Tensor) -> None:
@@ -168,12 +186,57 @@ def read_metric(
 
 
 def values_of(metric: Any, value: Float[Tensor, "rows ..."], name: str = "") -> Float[Tensor, " rows"]:
-    """Return the metric of what it reads. Raises: ValueError for other than one number per row."""
-    out = metric(value)
-    if not isinstance(out, Tensor) or out.shape != (len(value),):
-        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"The metric{_named(name)} must give one number per row, [{len(value)}], not {shape}.")
+    """Return the metric of what it reads.
+
+    Raises: ValueError for other than one real number per row, or a metric that indexes axes or entries that are not
+    there; the message shows the right form."""
+    try:
+        out = metric(value)
+    except (IndexError, TypeError, AttributeError) as error:
+        raise _misread(metric, value, name, error) from error
+    if not isinstance(out, Tensor) or out.shape != (len(value),) or out.is_complex():
+        shape = f"{list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        given = f"{shape} of {out.dtype}" if isinstance(out, Tensor) and out.is_complex() else shape
+        raise ValueError(
+            f"The metric{_named(name)} must give one number per row, [{len(value)}], not {given}. "
+            f"{_form(metric, value)}"
+        )
     return out if out.is_floating_point() else out.double()
+
+
+@torch.no_grad()
+def require_form(model: HookedVLM, metric: Any, name: str = "") -> None:
+    """Try a metric of logits on made-up ones, of one row and of two; metrics of activations are left to the runs.
+
+    Raises: ValueError where it does not return one number per row, as `values_of`."""
+    if getattr(metric, "site", None) is not None:
+        return
+    weight = model.unembed.matrix
+    for rows in (1, 2):
+        made_up = torch.zeros(rows, model.cfg.d_vocab, dtype=weight.dtype, device=weight.device)
+        try:
+            values_of(metric, made_up, name)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _misread(metric, made_up, name, error) from error
+
+
+def _misread(metric: Any, value: Tensor, name: str, error: Exception) -> ValueError:
+    said = str(error).splitlines()[0].rstrip(".") if str(error) else "no message"
+    return ValueError(f"The metric{_named(name)} raised {type(error).__name__}: {said}. {_form(metric, value)}")
+
+
+def _form(metric: Any, value: Tensor) -> str:
+    """Return in words what a metric is given and must return."""
+    shape = list(value.shape)
+    if (site := getattr(metric, "site", None)) is not None:
+        return f"It is given {site} at its positions, [rows n ...], here {shape}, and must return [rows]."
+    return (
+        f"It is given the last position's logits [rows d_vocab], here {shape}, without an axis of positions, and must "
+        "return a tensor [rows]: lambda logits: logits[:, good] - logits[:, bad], or "
+        "veena_lens.sweeps.metrics.logit_diff(good, bad)."
+    )
 
 
 def require_finite(values: Float[Tensor, " rows"], pairs: Sequence[int], name: str = "") -> None:

@@ -6,7 +6,7 @@ shows what is necessary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,33 +37,36 @@ def patch_sweep(
     direction: str = "denoising",
     engine: str = "suffix",
     *,
-    layers: Sequence[int] | None = None,
-    units: Sequence[int] | None = None,
+    layers: Any = None,
+    units: Any = None,
     max_rows: int = 512,
-    max_bytes: int | None = None,
+    max_bytes: int | str | None = None,
     progress: bool = True,
     out: str | Path | None = None,
     plan_only: bool = False,
 ) -> Any:
     """Measure every patch of one run's activations into the other, over pairs of rows.
 
+    metric: a function of the last position's logits [rows d_vocab] that returns one number per row, [rows], such as
+    `lambda logits: logits[:, good] - logits[:, bad]`. The logits have no axis of positions. It is tried on made-up
+    logits before anything runs. `veena_lens.sweeps.metrics` has the usual ones, and says how one reads an activation
+    instead; a dictionary of metrics reads the same runs.
     clean, corrupted: pairs of rows. sites: "heads" (attn.hook_z of one head, default), "resid" (hook_resid_pre),
     "attn_out", "mlp_out", "neurons" (mlp.hook_post of one neuron), or hook names: of the decoder's blocks, hook_embed,
     or on images (tower, connector, hook_image_features). positions: "each" patches one position at a time; any other
     selection ("last", default, "query", an int, a slice, a mask, a Box) is patched together; numbers count in each row
-    without its pads, at tower and connector in every image. metric: see `veena_lens.sweeps.metrics`; a dictionary of
-    metrics reads the same runs. direction: "denoising" puts clean activations into the corrupted run (default),
-    "noising" corrupted ones into the clean run. engine: "suffix" recomputes what a patch can reach (default), "naive"
-    whole forwards. layers, units: which layers and heads or neurons, default all. max_rows: rows that travel together.
-    max_bytes: or as many as this many bytes of activations hold, default no bound. progress: show the plan and a bar.
-    out: a folder where results are kept as they come; the same sweep resumes there. plan_only: return the Plan and run
-    nothing.
+    without its pads, at tower and connector in every image. direction: "denoising" puts clean activations into the
+    corrupted run (default), "noising" corrupted ones into the clean run. engine: "suffix" recomputes what a patch can
+    reach (default), "naive" whole forwards. layers, units: which layers and heads or neurons, default all. max_rows:
+    rows that travel together. max_bytes: or as many as this many bytes of activations hold ("auto": those that are
+    free), default no bound. progress: show the plan and a bar. out: a folder where results are kept as they come; the
+    same sweep resumes there. plan_only: return the Plan and run nothing.
     Returns Scores with axes in the order ([site,] pair, layer, head or neuron, pos), without "pair" for one pair and
     without "pos" for positions patched together; for a dictionary of metrics one of each.
     Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site, a metric of
     another shape or that is not finite on an unpatched run, or a budget too small for one row.
     """
-    metrics = {} if plan_only and metric is None else metrics_of(metric)
+    metrics = {} if plan_only and metric is None else metrics_of(model, metric)
     for name, inputs in (("clean", clean), ("corrupted", corrupted)):
         require_inputs(inputs, name)
     if direction not in ("denoising", "noising"):
@@ -87,7 +90,7 @@ def patch_sweep(
     plan = whole_plan(plans)
     if plan_only:
         return plan
-    max_rows = rows_within(plan, max_rows, max_bytes)
+    max_rows = rows_within(plan, max_rows, max_bytes, model.embed.weight.device)
     if progress:
         announce(plan)
     settings = (sites, positions, metric, direction, layers, units, max_rows, engine)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from veena_lens.hook_table import hooks_of, require_hook, row_of
 from veena_lens.interventions.base import HEAD_AXES, require_unit
+from veena_lens.positions import listed
 
 if TYPE_CHECKING:
     from veena_lens.config import HookedVLMConfig
@@ -44,9 +45,7 @@ class SweepSites:
         return not row_of(self.sites[0]).of_text
 
 
-def sweep_sites(
-    who: str, cfg: HookedVLMConfig, sites: Any, layers: Sequence[int] | None, units: Sequence[int] | None
-) -> SweepSites:
+def sweep_sites(who: str, cfg: HookedVLMConfig, sites: Any, layers: Any, units: Any) -> SweepSites:
     """Return what `sites`, `layers` and `units` name.
 
     sites: a key of `KINDS`, one hook name, or a list of them. layers: with a key of `KINDS`, default all. units: heads
@@ -54,15 +53,15 @@ def sweep_sites(
     Raises: ValueError for unknown sites, layers or units, or none of them."""
     if isinstance(sites, str) and sites in KINDS:
         part, unit = KINDS[sites]
-        chosen = range(cfg.n_layers) if layers is None else layers
-        at = [require_unit(int(i), cfg.n_layers, who, "layer") for i in chosen]
+        chosen = listed(layers, cfg.n_layers, f"{who}: layers")
+        at = [require_unit(i, cfg.n_layers, who, "layer") for i in chosen]
         names = [f"blocks.{i}.{part}" for i in at]
         if units is not None and unit is None:
-            raise ValueError(f"units={list(units)}: sites={sites!r} has neither heads nor neurons.")
+            raise ValueError(f"units={units}: sites={sites!r} has neither heads nor neurons.")
         wanted: list[int | None] = [None]
         if unit is not None:
             n = cfg.n_heads if unit == "head" else cfg.d_mlp
-            wanted = [require_unit(int(u), n, who, unit) for u in (range(n) if units is None else units)]
+            wanted = [require_unit(u, n, who, unit) for u in listed(units, n, f"{who}: units")]
         found = SweepSites(names, names, at, unit, wanted)
     else:
         if isinstance(sites, str) and not sites.startswith(STARTS):
@@ -70,7 +69,7 @@ def sweep_sites(
         given = [sites] if isinstance(sites, str) else list(sites)
         names = [require_hook(name, hooks_of(cfg)) for name in given]
         if layers is not None:
-            raise ValueError(f"layers={list(layers)} goes with sites such as 'heads'; named sites name their layer.")
+            raise ValueError(f"layers={layers} goes with sites such as 'heads'; named sites name their layer.")
         found = SweepSites(names, given, None, None, [None])
         if units is not None:
             unit, wanted = _units_of(who, cfg, names, units)
@@ -93,9 +92,7 @@ def patchable_sites(found: SweepSites) -> SweepSites:
     return found
 
 
-def _units_of(
-    who: str, cfg: HookedVLMConfig, sites: Sequence[str], units: Sequence[int]
-) -> tuple[str, list[int | None]]:
+def _units_of(who: str, cfg: HookedVLMConfig, sites: Sequence[str], units: Any) -> tuple[str, list[int | None]]:
     """Return ("head" or "neuron", the chosen ones) of named sites. Raises: ValueError where a site has none, or not
     these."""
     kinds: set[str] = set()
@@ -104,12 +101,13 @@ def _units_of(
         axes = row_of(name).axis_names
         axis = next((a for a in axes if a in (*HEAD_AXES, "d_mlp")), None)
         if axis is None:
-            raise ValueError(f"units={list(units)}: {name} has axes {' '.join(axes)}, neither heads nor neurons.")
+            raise ValueError(f"units={units}: {name} has axes {' '.join(axes)}, neither heads nor neurons.")
         of = cfg.vision if name.startswith("vision.") else cfg
         kinds.add("neuron" if axis == "d_mlp" else "head")
-        chosen.append([require_unit(u, getattr(of, axis), f"{who}: {name}", max(kinds)) for u in units])
+        n = getattr(of, axis)
+        chosen.append([require_unit(u, n, f"{who}: {name}", max(kinds)) for u in listed(units, n, f"{who}: units")])
     if len(kinds) > 1 or any(one != chosen[0] for one in chosen):
-        raise ValueError(f"units={list(units)} mean other heads or neurons at {', '.join(sites)}; sweep them apart.")
+        raise ValueError(f"units={units} mean other heads or neurons at {', '.join(sites)}; sweep them apart.")
     return kinds.pop(), chosen[0]
 
 

@@ -11,7 +11,7 @@ from veena_lens.images.layout import reached_from
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.interventions.numbers import floats, number
 from veena_lens.long_runs import Store, counting
-from veena_lens.positions import as_int, parse, position_mask
+from veena_lens.positions import listed, parse, position_mask
 from veena_lens.scores import ReferenceRuns, Scores
 from veena_lens.sweeps.alignment import positions_of_row
 from veena_lens.sweeps.engine import base_run, require_engine, require_inputs, run_rows
@@ -54,7 +54,7 @@ def steer_sweep(
     parse(positions)
     vectors = floats(vectors, "steer_sweep: vectors")
     alphas = [number(alpha, "steer_sweep", "an entry of alphas") for alpha in alphas]
-    given = range(cfg.n_layers) if layers is None else [as_int(i, "steer_sweep: an entry of layers") for i in layers]
+    given = listed(layers, cfg.n_layers, "steer_sweep: layers")
     chosen = [i + cfg.n_layers if i < 0 else i for i in given]
     if not chosen or not all(0 <= i < cfg.n_layers for i in chosen) or not len(alphas):
         raise ValueError(
@@ -67,7 +67,7 @@ def steer_sweep(
     if not bool(torch.isfinite(vectors).all()):
         raise ValueError(f"steer_sweep: vectors and alphas {list(alphas)} must be finite.")
     per_layer = vectors.expand(cfg.n_layers, -1)
-    metrics = {} if plan_only and metric is None else metrics_of(metric)
+    metrics = {} if plan_only and metric is None else metrics_of(model, metric)
     sites = sites_of(model, metrics)
     swept: list[tuple[MultimodalInputs, list[Row]]] = []
     for i in range(len(inputs)):
@@ -85,7 +85,8 @@ def steer_sweep(
     plan = whole_plan([plan_of(cfg, rows, row) for row, rows in swept])
     if plan_only:
         return plan
-    max_rows = rows_within(plan, options.get("max_rows", 512), options.get("max_bytes"))
+    home = model.embed.weight.device
+    max_rows = rows_within(plan, options.get("max_rows", 512), options.get("max_bytes"), home)
     store = Store(out, (model, inputs, vectors, metric, list(alphas), positions, chosen, max_rows, engine))
     values, plain = [], []
     with counting(len(inputs) * len(chosen) * len(alphas), "steered runs", progress) as advance:

@@ -114,19 +114,6 @@ def random_controls(
     return RandomControls(table=pd.DataFrame(rows), draws=n, crowded=crowded)
 
 
-def elsewhere(part: Any, settings: Settings) -> dict[str, list[Any]]:
-    """Return images of other kinds (held-out styles, emoji), by split and style, without contexts."""
-    found: dict[str, list[Any]] = {}
-    for example in part.examples:
-        name = example.style if example.split in ("", example.style) else f"{example.split}: {example.style}"
-        found.setdefault(name, []).append(example)
-    return {name: _most(examples, settings.test_pictures) for name, examples in found.items()}
-
-
-def _most(examples: list[Any], most: int | None) -> list[Any]:
-    return examples if most is None else examples[:most]
-
-
 @stage(out=None, progress=True)
 def side_effects(
     study: Study,

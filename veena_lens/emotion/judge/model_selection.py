@@ -22,7 +22,8 @@ from veena_lens.emotion.locate.heads import KeyHeads
 from veena_lens.emotion.locate.neurons import KeyNeurons
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pairs.contexts import context_conditions
-from veena_lens.emotion.settings import Settings
+from veena_lens.emotion.pairs.parts import spaced, spread_examples
+from veena_lens.emotion.settings import FIRST_BETA, Settings
 from veena_lens.emotion.study import Study, stage
 from veena_lens.interventions import Circuit
 from veena_lens.scores import Scores
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Head = tuple[int, int]
-FIRST_BETA = 3.0  # at which rankings and modes are compared
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -65,25 +65,6 @@ def conditions_of(
     return context_conditions(
         examples, seed=settings.seed, held_out=held_out, strengths=settings.strengths, events=settings.events
     )
-
-
-def spread_examples(part: Any, most: int | None) -> list[Any]:
-    """Return each image once, neutral ones too; at most `most` (None: all), emotions in turn and identities in turn."""
-    once: dict[tuple[str, str], Any] = {}
-    for e in part.examples:
-        once.setdefault((str(e.picture), e.emotion), e)
-    found = list(once.values())
-    if most is None or len(found) <= most:
-        return found
-    queues: dict[str, list[Any]] = {}
-    for e in found:
-        queues.setdefault(e.emotion, []).append(e)
-    out: list[Any] = []
-    for turn in range(len(found)):
-        for k, queue in enumerate(queues.values()):
-            if turn < len(queue) and len(out) < most:
-                out.append(queue[(turn + k) % len(queue)])
-    return out
 
 
 @stage(out=None)
@@ -218,15 +199,6 @@ def own_families(
             build_adaptive,
         ),
     ]
-
-
-def spaced(grid: list[dict[str, Any]], n: int) -> list[dict[str, Any]]:
-    """Return `n` entries of a grid, evenly spaced from its first to its last."""
-    if len(grid) <= n:
-        return grid
-    if n == 1:
-        return [grid[len(grid) // 2]]
-    return [grid[round(i * (len(grid) - 1) / (n - 1))] for i in range(n)]
 
 
 @stage(wheels=None, out=None, progress=True)

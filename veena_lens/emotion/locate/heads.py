@@ -33,6 +33,7 @@ from veena_lens.emotion.locate.answer_slot import AnswerPosition
 from veena_lens.emotion.methods import ROWS, batches, prepared
 from veena_lens.emotion.study import Study, stage
 from veena_lens.interventions.base import require_layer
+from veena_lens.positions import listed
 from veena_lens.scores import Scores
 from veena_lens.sweeps import patch_sweep
 from veena_lens.sweeps.metrics import project
@@ -101,7 +102,7 @@ def head_effects(
     layer: int,
     *,
     rows: Sequence[str] = ("query", "last"),
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     max_rows: int = 512,
 ) -> Scores:
     """Measure what each head's emotional output restores of m = <resid_post[layer] at the last token, unit S of the
@@ -131,7 +132,7 @@ def head_effects(
         raise ValueError("head_effects: there are no pairs.")
     directions.check(model)
     layer = require_layer(layer, model.cfg.n_layers, "head_effects")
-    chosen = list(range(layer + 1)) if layers is None else [int(x) for x in layers]
+    chosen = list(range(layer + 1)) if layers is None else listed(layers, model.cfg.n_layers, "head_effects: layers")
 
     def effects(pair: Any) -> dict[str, Any]:
         clean, corrupted = (prepared(model, [x], lead_in=lead_in) for x in (pair.emotional, pair.neutral))

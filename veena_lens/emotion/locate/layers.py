@@ -28,6 +28,7 @@ from veena_lens.fingerprints import fingerprint
 from veena_lens.interventions import Steer
 from veena_lens.interventions.base import require_layer
 from veena_lens.long_runs import progress
+from veena_lens.positions import listed
 from veena_lens.scores import Scores
 from veena_lens.sweeps import generation_sweep, steer_sweep
 from veena_lens.sweeps.measuring import rank_correlation
@@ -119,7 +120,7 @@ def key_layers(
     alphas: Sequence[float | int] = ALPHAS,
     scale: str = "relative",
     positions: str = "last+generated",
-    layers: Sequence[int] | None = None,
+    layers: Any = None,
     slot: AnswerPosition | None = None,
     random_directions: int = 5,
     max_rows: int = 256,
@@ -155,7 +156,7 @@ def key_layers(
     curve and fluency rule are ours.
     """
     model, pairs = study.model, list(pairs)
-    chosen = list(range(model.cfg.n_layers)) if layers is None else [int(layer) for layer in layers]
+    chosen = listed(layers, model.cfg.n_layers, "key_layers: layers")
     if not pairs or not chosen or not len(alphas):
         raise ValueError(f"key_layers: {len(pairs)} pairs, layers {chosen}, alphas {list(alphas)}: none may be empty.")
     chosen = [require_layer(layer, model.cfg.n_layers, "key_layers") for layer in chosen]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from veena_lens.circuits import classify_neurons, neuron_trace, path_patching, promoted_tokens, top_neurons
 from veena_lens.emotion.locate.heads import KeyHeads
-from veena_lens.emotion.locate.tracing import projection_of, spread_over
+from veena_lens.emotion.locate.tracing import projection_of
 from veena_lens.emotion.methods import ROWS, batches, prepared
+from veena_lens.emotion.pairs.parts import spread_over
 from veena_lens.emotion.study import Study, stage
 from veena_lens.interventions.base import require_layer
 from veena_lens.long_runs import progress

@@ -21,6 +21,7 @@ from torch import Tensor
 from veena_lens.circuits.reading import exact, read
 from veena_lens.emotion.methods import prepared
 from veena_lens.emotion.pairs.loading import Pair
+from veena_lens.emotion.pairs.parts import distinct
 from veena_lens.emotion.study import Study
 from veena_lens.inputs import MultimodalInputs
 from veena_lens.long_runs import Store, progress
@@ -58,23 +59,6 @@ class PairHits:
                 named = bool(self.emotional[i] > tau)
                 reasons["named on its twin" if named else "not named on the emotional picture"] += 1
         return found
-
-
-def distinct(pairs: Sequence[Pair]) -> tuple[list[Any], Int[Tensor, "pair 2"]]:
-    """Return the different examples of these pairs, and which two make up each pair: a neutral image runs once."""
-    numbers: dict[Any, int] = {}
-    examples, index = [], []
-    for pair in pairs:
-        row = []
-        for example in (pair.emotional, pair.neutral):
-            picture = example.picture
-            key = (id(picture) if hasattr(picture, "size") else str(picture), example.prompt)
-            if key not in numbers:
-                numbers[key] = len(examples)
-                examples.append(example)
-            row.append(numbers[key])
-        index.append(row)
-    return examples, torch.tensor(index)
 
 
 def chunks(n: int, size: int) -> list[list[int]]:

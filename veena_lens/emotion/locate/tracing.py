@@ -25,6 +25,7 @@ from veena_lens.circuits import bootstrap, linear_probes, path_patching
 from veena_lens.emotion.locate.heads import Head, KeyHeads
 from veena_lens.emotion.locate.layers import KeyLayers
 from veena_lens.emotion.methods import ROWS, prepared
+from veena_lens.emotion.pairs.parts import spread_over
 from veena_lens.emotion.study import Study, stage
 from veena_lens.long_runs import progress
 from veena_lens.residual_parts import head_rows
@@ -250,23 +251,6 @@ def trace_back(
                     found_here.append(sender)
         targeted = found_here
     return pd.DataFrame(edges, columns=list(COLUMNS))
-
-
-def spread_over(pairs: list[Any], n: int) -> list[Any]:
-    """Return at most `n` pairs, identities and emotions taken in turn so that none prevails."""
-    if len(pairs) <= n:
-        return pairs
-    order: dict[Any, list[Any]] = {}
-    for pair in pairs:
-        order.setdefault(pair.identity, []).append(pair)
-    queues, out = list(order.values()), []
-    turn = 0
-    while len(out) < n:
-        queue = queues[turn % len(queues)]
-        if queue:
-            out.append(queue.pop((turn // len(queues) + turn) % len(queue)))
-        turn += 1
-    return out
 
 
 def _as_head(label: str) -> Head | None:

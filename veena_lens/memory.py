@@ -43,6 +43,6 @@ def in_words(n_bytes: float | int) -> str:
     """Return a size as people read it, in binary units ("14.2 GiB")."""
     for unit in ("bytes", "KiB", "MiB"):
         if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "bytes" else f"{n_bytes:.3g} {unit}"
+            return f"{n_bytes:.0f} {unit}" if unit == "bytes" or n_bytes >= 100 else f"{n_bytes:.3g} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:,.1f} GiB"

@@ -114,6 +114,7 @@ def test_metrics_at_once_resume_from_their_files(pair, tmp_path) -> None:
 
 def test_a_budget_of_memory_bounds_the_rows_that_travel_together(pair, monkeypatch) -> None:
     from veena_lens.sweeps import engine as running
+    from veena_lens.sweeps import plan as planning
 
     model, clean, corrupted = pair("fixed")
     plan = patch_sweep(model, clean, corrupted, plan_only=True)
@@ -128,6 +129,17 @@ def test_a_budget_of_memory_bounds_the_rows_that_travel_together(pair, monkeypat
     torch.testing.assert_close(free.values, tight.values, rtol=1e-12, atol=1e-13)
     with pytest.raises(ValueError, match="single row"):
         patch_sweep(model, clean, corrupted, metric=metric, progress=False, max_bytes=plan.row_bytes - 1)
+    for left, most in ((6 * plan.row_bytes, 4), (None, 12)):  # 0.8 of six rows, as a power of two
+        sizes.clear()
+        monkeypatch.setattr(planning, "free_memory", lambda device, left=left: left)
+        auto = patch_sweep(model, clean, corrupted, metric=metric, progress=False, max_bytes="auto")
+        assert max(sizes) == most
+        torch.testing.assert_close(free.values, auto.values, rtol=1e-12, atol=1e-13)
+    monkeypatch.setattr(planning, "free_memory", lambda device: plan.row_bytes - 1)
+    with pytest.raises(MemoryError, match=r"are free on cpu, and the longest row needs about"):
+        patch_sweep(model, clean, corrupted, metric=metric, progress=False, max_bytes="auto")
+    with pytest.raises(ValueError, match="max_bytes='all' must be a number of bytes"):
+        patch_sweep(model, clean, corrupted, metric=metric, progress=False, max_bytes="all")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from veena_lens.components.hooks import heard
 from veena_lens.config import HookedVLMConfig
 from veena_lens.hook_table import aliases, axes_of, canonical, hooks_of, require_hook
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.model.cache_size import require_room
 from veena_lens.model.threads import Added, Turns, reset, without_blocks
 
 if TYPE_CHECKING:
@@ -300,6 +301,7 @@ def run_with_cache(
     reset_hooks_end: bool,
     clear_contexts: bool,
     pos_slice: Any,
+    max_bytes: int | str | None,
 ) -> tuple[Any, dict[str, Tensor], MultimodalInputs | None]:
     """Run forward with `args` and `kwargs`; return its output, the activations and the inputs (None where positions are
     sliced): see `HookedVLM.run_with_cache`."""
@@ -311,6 +313,8 @@ def run_with_cache(
     cache, fwd, bwd = model.get_caching_hooks(
         names_filter, incl_bwd, device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice
     )
+    if inputs is not None:
+        require_room(model, inputs, (name for name, _ in fwd), Slice.unwrap(pos_slice), device, max_bytes)
     with model._hooked(fwd, bwd, reset_hooks_end, clear_contexts):
         out = model(*args, **kwargs)
         if incl_bwd:

@@ -365,6 +365,7 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         clear_contexts: bool = False,
         pos_slice: Any = None,
         return_cache_object: bool = True,
+        max_bytes: int | str | None = "auto",
         **model_kwargs: Any,
     ) -> tuple[Any, Any]:
         """Run forward; return its output, and an ActivationCache of hook points.
@@ -376,8 +377,11 @@ class HookedVLM(HookedTransformerNames, StackedWeights, TextInterface, Generatin
         pos_slice: int, slice, (start, stop) or list; slices positions of decoder activations (query positions
             of scores and patterns), never heads, never images.
         reset_hooks_end, clear_contexts: as transformer_lens. return_cache_object: False for a plain dictionary.
-        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row."""
+        max_bytes: the most that the cache may hold, estimated first; "auto" is what is free, None anything.
+        Raises: ValueError for an unknown name, and for remove_batch_dim with more than one row; MemoryError with what
+            would fit."""
         caching = dict(names_filter=names_filter, device=device, remove_batch_dim=remove_batch_dim, pos_slice=pos_slice)
+        caching["max_bytes"] = max_bytes
         ending = dict(incl_bwd=incl_bwd, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts)
         out, cache, inputs = hooks.run_with_cache(self, model_args, model_kwargs, **caching, **ending)
         if not return_cache_object:

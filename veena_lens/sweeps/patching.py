@@ -40,7 +40,7 @@ def patch_sweep(
     layers: Any = None,
     units: Any = None,
     max_rows: int = 512,
-    max_bytes: int | None = None,
+    max_bytes: int | str | None = None,
     progress: bool = True,
     out: str | Path | None = None,
     plan_only: bool = False,
@@ -58,9 +58,9 @@ def patch_sweep(
     without its pads, at tower and connector in every image. direction: "denoising" puts clean activations into the
     corrupted run (default), "noising" corrupted ones into the clean run. engine: "suffix" recomputes what a patch can
     reach (default), "naive" whole forwards. layers, units: which layers and heads or neurons, default all. max_rows:
-    rows that travel together. max_bytes: or as many as this many bytes of activations hold, default no bound. progress:
-    show the plan and a bar. out: a folder where results are kept as they come; the same sweep resumes there. plan_only:
-    return the Plan and run nothing.
+    rows that travel together. max_bytes: or as many as this many bytes of activations hold ("auto": those that are
+    free), default no bound. progress: show the plan and a bar. out: a folder where results are kept as they come; the
+    same sweep resumes there. plan_only: return the Plan and run nothing.
     Returns Scores with axes in the order ([site,] pair, layer, head or neuron, pos), without "pair" for one pair and
     without "pos" for positions patched together; for a dictionary of metrics one of each.
     Raises: ValueError for batches of unequal size, positions that do not correspond, an unknown site, a metric of
@@ -90,7 +90,7 @@ def patch_sweep(
     plan = whole_plan(plans)
     if plan_only:
         return plan
-    max_rows = rows_within(plan, max_rows, max_bytes)
+    max_rows = rows_within(plan, max_rows, max_bytes, model.embed.weight.device)
     if progress:
         announce(plan)
     settings = (sites, positions, metric, direction, layers, units, max_rows, engine)

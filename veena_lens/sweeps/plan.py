@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
+import torch
+
 from veena_lens.inputs import MultimodalInputs
+from veena_lens.memory import free_memory, in_words
 from veena_lens.sweeps.rows import AnyRow, PictureRow
 from veena_lens.sweeps.tower import blocks_again
+
+SHARE = 0.8  # of the free memory; the rest is for what a pass makes on its way
 
 
 class SweepOptions(TypedDict, total=False):
     """How the rows of a sweep run.
 
-    max_rows: rows that travel together, default 512. max_bytes: or as many as this many bytes of activations hold,
-    default no bound. progress: show the plan and a bar, default True. out: a folder where results are kept as they
-    come, so that the same sweep resumes there; default none. plan_only: return the Plan and run nothing, default False.
+    max_rows: rows that travel together, default 512. max_bytes: or as many as this many bytes of activations hold
+    ("auto": those that are free), default no bound. progress: show the plan and a bar, default True. out: a folder
+    where results are kept as they come, so that the same sweep resumes there; default none. plan_only: return the Plan
+    and run nothing, default False.
     """
 
     max_rows: int
-    max_bytes: int | None
+    max_bytes: int | str | None
     progress: bool
     out: str | Path | None
     plan_only: bool
@@ -121,12 +127,29 @@ def whole_plan(plans: Sequence[Plan]) -> Plan:
     )
 
 
-def rows_within(plan: Plan, max_rows: int, max_bytes: int | None) -> int:
-    """Return how many rows travel together. Raises: ValueError for a budget that holds no single row."""
+def rows_within(plan: Plan, max_rows: int, max_bytes: int | str | None, device: torch.device) -> int:
+    """Return how many rows travel together on a device.
+
+    Raises: ValueError for a budget that holds no single row, or is neither a number nor "auto"; MemoryError where free
+    memory holds none."""
     if max_rows < 1:
         raise ValueError(f"max_rows={max_rows} must be at least 1.")
+    if max_bytes == "auto":
+        free = free_memory(device)
+        if free is None:
+            return max_rows
+        if free < plan.row_bytes:
+            raise MemoryError(
+                f"max_bytes='auto': {in_words(free)} are free on {device}, and the longest row needs about "
+                f"{in_words(plan.row_bytes)}. Patch later positions, or shorten the prompt."
+            )
+        # A power of two, so that a run that is resumed beside another process most often takes the same number.
+        fitting = max(1, int(SHARE * free) // max(1, plan.row_bytes))
+        return min(max_rows, 2 ** (fitting.bit_length() - 1))
     if max_bytes is None:
         return max_rows
+    if isinstance(max_bytes, str):
+        raise ValueError(f'max_bytes={max_bytes!r} must be a number of bytes, "auto" (what is free) or None.')
     if max_bytes < plan.row_bytes:
         raise ValueError(
             f"max_bytes={max_bytes:,} holds no single row: the longest needs about {plan.row_bytes:,} bytes. Raise it, "

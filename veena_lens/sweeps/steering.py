@@ -85,7 +85,8 @@ def steer_sweep(
     plan = whole_plan([plan_of(cfg, rows, row) for row, rows in swept])
     if plan_only:
         return plan
-    max_rows = rows_within(plan, options.get("max_rows", 512), options.get("max_bytes"))
+    home = model.embed.weight.device
+    max_rows = rows_within(plan, options.get("max_rows", 512), options.get("max_bytes"), home)
     store = Store(out, (model, inputs, vectors, metric, list(alphas), positions, chosen, max_rows, engine))
     values, plain = [], []
     with counting(len(inputs) * len(chosen) * len(alphas), "steered runs", progress) as advance:

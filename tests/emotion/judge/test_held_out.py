@@ -14,7 +14,7 @@ import torch
 from tests.emotion.asked import bundled
 from veena_lens.emotion.judge import held_out
 from veena_lens.emotion.judge.evaluation import score_answers
-from veena_lens.emotion.judge.held_out import elsewhere, random_controls, side_effects
+from veena_lens.emotion.judge.held_out import random_controls, side_effects
 from veena_lens.emotion.judge.model_selection import HeadRankings
 from veena_lens.emotion.judge.side_effects import SideEffects
 from veena_lens.emotion.judge.tuning import Tuned
@@ -22,6 +22,7 @@ from veena_lens.emotion.locate.neurons import KeyNeurons
 from veena_lens.emotion.methods import Method
 from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.pairs.pair_set import Example, PairSet
+from veena_lens.emotion.pairs.parts import elsewhere
 from veena_lens.emotion.settings import preset
 from veena_lens.emotion.words.wheels import EmotionWheels
 from veena_lens.interventions import BoostAttention, ScaleNeurons

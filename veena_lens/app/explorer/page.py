@@ -26,7 +26,7 @@ CSS = """
 .gradio-container main { width: 100%; max-width: 100% !important; padding: 12px 20px 24px !important; }
 .veena-drop .icon-wrap, .veena-drop .or { display: none; }
 .veena-drop .wrap { font-size: 14px; min-height: 0; padding-top: 22px; line-height: 1.3; }
-.veena-go { align-self: flex-end; max-height: 46px; }
+.veena-go { align-self: flex-end; max-height: 46px; white-space: nowrap; padding-inline: 10px; }
 .gradio-container :focus-visible { outline: 3px solid #00598f !important; outline-offset: 2px; }
 .gradio-container input[type="range"]:focus-visible { outline-offset: 6px; }
 .veena-thumbs { display: flex; flex-wrap: wrap; gap: 10px; padding: 4px 0; }

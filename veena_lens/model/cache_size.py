@@ -66,10 +66,8 @@ def bytes_by_name(model: HookedVLM, inputs: MultimodalInputs, names: Iterable[st
     """Return, for each of the hook points that the hook table knows, the bytes of its value, nearly."""
     table, itemsize = hooks_of(model.cfg), model.embed.weight.element_size()
     kept = len(inputs) * position.apply(torch.empty(inputs.shape[1]), dim=0).numel()
-    found = {}
-    for name in names:
-        if name not in table:
-            continue
+
+    def size_of(name: str) -> int:
         hook = table[name]
         if hook.of_text:
             places, cfg = kept, model.cfg
@@ -79,10 +77,17 @@ def bytes_by_name(model: HookedVLM, inputs: MultimodalInputs, names: Iterable[st
             places, cfg = _places_of_crops(model, inputs, True), model.cfg
         else:
             places, cfg = _places_of_crops(model, inputs, False), model.cfg.vision
-        width = prod(
-            _width(model, cfg, axis, inputs) for axis in hook.axis_names[1:] if axis not in ("pos", "query_pos")
-        )
-        found[name] = places * width * itemsize
+        axes = [axis for axis in hook.axis_names[1:] if axis not in ("pos", "query_pos")]
+        return places * prod(_width(model, cfg, axis, inputs) for axis in axes) * itemsize
+
+    sizes: dict[tuple[str, str], int] = {}  # the values of one part are alike in every layer
+    found = {}
+    for name in names:
+        if name in table:
+            kind = (name.partition(".")[0], table[name].axes)
+            if kind not in sizes:
+                sizes[kind] = size_of(name)
+            found[name] = sizes[kind]
     return found
 
 

@@ -207,10 +207,6 @@ class WeightFile:
             for key in keys:
                 yield key, loaded[key]
 
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Return key -> dtype of the tensors whose dtype torch knows."""
-        return {key: d for key, (_, d) in self.shapes().items() if not isinstance(d, str)}
-
     @contextmanager
     def _opened(self) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open

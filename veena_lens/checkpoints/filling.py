@@ -156,7 +156,7 @@ def fill_from_files(
     mapped = []
     for file in files:
         mine = {e.key: name for name, e in plain.items() if e.file is file and (name in owners or name == HEAD)}
-        record, stays = MappedFile.of(file.path), set()
+        record, stays = MappedFile.of(file.path), {}
         for key, tensor in file.tensors(list(mine)):
             if mine[key] not in owners:
                 head = tensor
@@ -171,12 +171,12 @@ def fill_from_files(
                     placed, shares = placed.clone(), False
                 if shares and file.is_mapped:
                     record.places[ours] = placed.data_ptr()
-                    stays.add(key)
+                    stays[key] = tensor.dtype
                 else:
                     require_finite(placed, key, str(file.path))
                 set_parameter(module, ours, placed)
         if stays:
-            record.require_finite({key: dtype for key, dtype in file.dtypes().items() if key in stays})
+            record.require_finite(stays)
             mapped.append(record)
     for theirs in packed.keys() & owners.keys():
         assert scheme is not None

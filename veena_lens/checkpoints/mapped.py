@@ -142,7 +142,9 @@ def _spans(path: Path, keys: Mapping[str, torch.dtype]) -> Iterator[tuple[str, i
 
 def _is_finite(path: Path, start: int, size: int, dtype: torch.dtype) -> bool:
     """Return whether the sum of a piece is finite; it can overflow where every number is finite."""
-    buffer = _buffers.__dict__.setdefault("bytes", bytearray(CHUNK))
+    buffer = getattr(_buffers, "bytes", b"")
+    if len(buffer) < size:  # the first piece of this thread
+        buffer = _buffers.bytes = bytearray(CHUNK)
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         if file.readinto(memoryview(buffer)[:size]) != size:

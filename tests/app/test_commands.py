@@ -14,7 +14,8 @@ import torch
 from tests.emotion.asked import bundled
 from tests.emotion.test_results import TABLE
 from veena_lens.app import commands
-from veena_lens.app.commands import drawn_questions, enhance_command, run_command, table_command
+from veena_lens.app.before_run import drawn_questions
+from veena_lens.app.commands import enhance_command, run_command, table_command
 from veena_lens.checkpoints.files import bundled_pictures
 from veena_lens.emotion.pairs.loading import load_pairs
 from veena_lens.emotion.pairs.pair_set import PairSet

@@ -12,10 +12,9 @@ import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from veena_lens.app import before_run
-from veena_lens.app.before_run import drawn_questions as drawn_questions
 from veena_lens.app.veena_report import write_veena_report
 from veena_lens.checkpoints import device_of, dtype_of
 from veena_lens.emotion.mer_unibench.answers import Answers, answer_files, read_answers, set_in_path
@@ -28,9 +27,6 @@ from veena_lens.emotion.pipeline import VeenaRun, run_veena
 from veena_lens.emotion.results import main_table, part_table, results_of, save_results
 from veena_lens.emotion.words.wheels import EmotionWheels
 from veena_lens.interventions import Circuit
-
-if TYPE_CHECKING:
-    pass
 
 
 def run_command(
@@ -64,10 +60,7 @@ def run_command(
     found, settings = before_run.checked_run(model, pairs, out, **options)
     from veena_lens import HookedVLM
 
-    loading: dict[str, Any] = {
-        name: value for name, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None
-    }
-    lens = HookedVLM.from_pretrained(model, **loading)
+    lens = HookedVLM.from_pretrained(model, **_loading(dtype, device))
     run = run_veena(lens, found, out, settings, progress=not quiet)
     save_results(run, Path(out) / "results.json")
     given = {"--dtype": dtype, "--device": device, "--seed": seed, "--question": question}
@@ -91,6 +84,12 @@ def _command(
     options = {"--model": model, "--pairs": pairs, "--out": out, "--preset": preset_name} | given
     parts = [part for name, value in options.items() if value is not None for part in (name, str(value))]
     return ["veena-lens", "run", *parts, *(["--skip-unreadable"] if skip_unreadable else [])]
+
+
+def _loading(dtype: str | None, device: str | None) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that were given."""
+    given = {"dtype": dtype_of(dtype), "device": device}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def enhance_command(
@@ -119,10 +118,7 @@ def enhance_command(
     name = model or made.meta.get("model")
     if not name:
         raise ValueError(f"{circuit} does not say which model it is for; name one: --model NAME.")
-    loading: dict[str, Any] = {
-        option: value for option, value in (("dtype", dtype_of(dtype)), ("device", device)) if value is not None
-    }
-    lens = HookedVLM.from_pretrained(name, **loading)
+    lens = HookedVLM.from_pretrained(name, **_loading(dtype, device))
     asked = question or "how does the person in the picture feel?"
     examples = [Example(picture=image, emotion="", question=asked) for image in images]
     method = Method(name=made.name or "circuit", interventions=made)
